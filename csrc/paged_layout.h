@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// The page arithmetic of the KV cache: the only place in C++ and CUDA that computes a page id.
+// Python twin and drawing: kvcompress_vllm/layout.py. Shape letters as there.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define KVC_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define KVC_HOST_DEVICE inline
+#endif
+
+namespace kvc {
+
+// The six tensors that describe the rows of a batch, as raw pointers.
+struct PagedRows {
+  const int32_t* block_table;  // [R, M] block ids, logical length
+  int64_t block_table_stride;  // elements between rows
+  const int32_t* seq_lens;     // [R] tokens in the cache
+  const int32_t* state_slot;   // [R] row of the state tables, -1: not packed
+  const int32_t* num_pages;    // [U, L, H] packed pages per head
+  const int32_t* first_page;   // [U, L, H] exclusive prefix sum of num_pages over (L, H)
+  const int32_t* covered;      // [U] F, full blocks covered by compression
+  int32_t slots;               // L * H, pages in a block
+  int32_t block_size;          // B
+};
+
+// One (request, layer, head): where its keys are.
+struct HeadPages {
+  const int32_t* row;  // [M] the request's block ids
+  int32_t covered;     // F
+  int32_t packed;      // packed pages of this head
+  int32_t first;       // first packed page of this head
+  int32_t head_slot;   // l * H + h
+  int32_t slots;       // L * H
+  int32_t block_size;  // B
+
+  // Page id of the head's j-th page. 32 bits hold every page id; byte offsets need 64.
+  KVC_HOST_DEVICE int32_t page_id(int32_t j) const {
+    if (j < packed) {
+      const int32_t i = first + j;
+      return row[i / slots] * slots + i % slots;
+    }
+    return row[covered + j - packed] * slots + head_slot;
+  }
+
+  // K/V vectors the head holds for a request of seq_len tokens.
+  KVC_HOST_DEVICE int32_t num_keys(int32_t seq_len) const {
+    return packed * block_size + seq_len - covered * block_size;
+  }
+
+  // Whole pages up to block new_covered: what a compression may choose from.
+  KVC_HOST_DEVICE int32_t candidate_pages(int32_t new_covered) const {
+    return packed + new_covered - covered;
+  }
+
+  // First candidate page of the head, counted within its request.
+  KVC_HOST_DEVICE int32_t first_candidate(int32_t new_covered) const {
+    return first + head_slot * (new_covered - covered);
+  }
+};
+
+KVC_HOST_DEVICE HeadPages head_pages(const PagedRows& rows, int64_t request, int32_t head_slot) {
+  const int32_t slot = rows.state_slot[request];
+  HeadPages head;
+  head.row = rows.block_table + request * rows.block_table_stride;
+  head.head_slot = head_slot;
+  head.slots = rows.slots;
+  head.block_size = rows.block_size;
+  head.covered = head.packed = head.first = 0;
+  if (slot >= 0) {
+    const int64_t index = static_cast<int64_t>(slot) * rows.slots + head_slot;
+    head.covered = rows.covered[slot];
+    head.packed = rows.num_pages[index];
+    head.first = rows.first_page[index];
+  }
+  return head;
+}
+
+// Page id of page i of a request's packed blocks.
+KVC_HOST_DEVICE int32_t packed_page_id(const int32_t* blocks, int32_t i, int32_t slots) {
+  return blocks[i / slots] * slots + i % slots;
+}
+
+}  // namespace kvc

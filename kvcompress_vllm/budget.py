@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many blocks a request keeps. Known to the scheduler before any score exists."""
+
+from __future__ import annotations
+
+import math
+
+from kvcompress_vllm.config import KVCompressConfig
+
+
+def num_recent(config: KVCompressConfig, num_tokens: int, covered: int, block_size: int) -> int:
+    """Candidate keys at the end of every head that the recent window shields.
+
+    The window is the last ``config.recent`` of ``num_tokens`` tokens; those after the ``covered``
+    full blocks are in the tail, which is kept anyway.
+    """
+    tail = num_tokens - covered * block_size
+    return min(max(0, config.recent - tail), covered * block_size)
+
+
+def floor_pages(config: KVCompressConfig, block_size: int) -> int:
+    """Pages that every head keeps: enough for the shields and for ``min_tokens_per_head``."""
+    return max(1, -(-max(config.sinks + config.recent, config.min_tokens_per_head) // block_size))
+
+
+def packed_blocks(config: KVCompressConfig, num_tokens: int, covered: int, block_size: int) -> int:
+    """Blocks C to keep of ``covered`` full blocks of a request of ``num_tokens`` tokens.
+
+    Returns ``covered`` itself where there is nothing to gain: a short prompt, ratio 1, or a budget
+    that covers everything.
+    """
+    if num_tokens < config.min_prompt_tokens:
+        return covered
+    if config.budget_tokens is not None:
+        kept = -(-config.budget_tokens // block_size)
+    else:
+        assert config.ratio is not None
+        kept = math.ceil(covered / config.ratio)
+    return min(covered, max(kept, floor_pages(config, block_size)))

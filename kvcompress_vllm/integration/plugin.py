@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's entry points into this package. Import-light: vLLM loads them in every process.
+
+Everything that is patched is patched here, once per process, and listed in ``hooks.py``. Without
+``--kv-compress`` the wrappers pass straight through.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+_CPU_PLATFORM = "kvcompress_vllm.integration.cpu_platform.KVCompressCpuPlatform"
+_BACKEND = "kvcompress_vllm.integration.attention.KVCompressBackend"
+_PATCHED = "_kv_compress_patched"
+
+
+def cpu_platform() -> str | None:
+    """Entry point ``vllm.platform_plugins``: run vLLM's CUDA wheel on a machine without GPU.
+
+    Steps aside where any platform of vLLM's own is available (a GPU, or vLLM's CPU build), and
+    where ``KVCOMPRESS_CPU_PLATFORM=0`` forbids it.
+    """
+    if os.environ.get("KVCOMPRESS_CPU_PLATFORM", "1") == "0":
+        return None
+    from vllm.platforms import builtin_platform_plugins
+
+    if any(plugin() is not None for plugin in builtin_platform_plugins.values()):
+        return None
+    return _CPU_PLATFORM
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: add the flags and wire the engine. Idempotent."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if getattr(EngineArgs, _PATCHED, False):
+        return
+    setattr(EngineArgs, _PATCHED, True)
+    register_backend(AttentionBackendEnum.CUSTOM, _BACKEND)
+    _patch_arguments(EngineArgs)
+    _patch_engine_config(EngineArgs)
+
+
+def _patch_arguments(engine_args: Any) -> None:
+    stock_add, stock_from = engine_args.add_cli_args, engine_args.from_cli_args.__func__
+
+    @functools.wraps(stock_add)
+    def add_cli_args(parser: Any) -> Any:
+        from kvcompress_vllm.integration.options import add_arguments
+
+        parser = stock_add(parser)
+        add_arguments(parser)
+        return parser
+
+    @functools.wraps(stock_from)
+    def from_cli_args(cls: Any, args: Any) -> Any:
+        from kvcompress_vllm.integration.options import merge_arguments
+
+        merge_arguments(args)
+        return stock_from(cls, args)
+
+    engine_args.add_cli_args = staticmethod(add_cli_args)
+    engine_args.from_cli_args = classmethod(from_cli_args)
+
+
+def _patch_engine_config(engine_args: Any) -> None:
+    stock = engine_args.create_engine_config
+
+    @functools.wraps(stock)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from kvcompress_vllm.integration.wiring import check, wire
+
+        config = wire(self)
+        vllm_config = stock(self, *args, **kwargs)
+        if config is not None:
+            check(vllm_config)
+        return vllm_config
+
+    engine_args.create_engine_config = create_engine_config

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler with compression: plans it, accounts for it, and sends it with the step.
+
+The scheduler decides how many blocks a request gives back, a plain integer that needs no feedback,
+so the accounting is exact with async scheduling and with any number of workers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from kvcompress_vllm import integrity
+from kvcompress_vllm.integration.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.options import resolved_config
+from kvcompress_vllm.plan import Compression, PackedRow, StepPlan
+from kvcompress_vllm.scheduling import CompressionPlanner, num_observe_slots
+
+logger = init_logger("vllm.kv_compress")
+
+
+class _KVCompressMixin(Scheduler):
+    """Adds a :class:`StepPlan` to every step, as ``SchedulerOutput.kv_compress``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = resolved_config(self.vllm_config)
+        if config is None:
+            raise RuntimeError("kv_compress: the scheduler was built without a configuration")
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        if not isinstance(manager, KVCompressManager):
+            raise RuntimeError(f"kv_compress: the block manager is {type(manager).__name__}")
+        if manager.block_pool.null_block.block_id != 0:
+            raise RuntimeError("kv_compress: vLLM's null block is not block 0")
+        scheduler_config = self.vllm_config.scheduler_config
+        self.kv_compress_manager = manager
+        self.kv_compress_planner = CompressionPlanner(
+            config,
+            manager.block_size,
+            state_slots=scheduler_config.max_num_seqs,
+            observe_slots=num_observe_slots(
+                config, scheduler_config.max_num_batched_tokens, scheduler_config.max_num_seqs
+            ),
+        )
+        manager.on_release = self.kv_compress_planner.release
+        self._check_integrity = integrity.enabled()
+        self._base_watermark = self.kv_cache_manager.watermark_blocks
+        self._stock_allocate_slots = self.kv_cache_manager.allocate_slots
+        self.kv_cache_manager.allocate_slots = self._allocate_slots  # type: ignore[method-assign]
+        _log_banner(self)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        compressions = self._compress_due()
+        output = super().schedule(throttle_prefills)
+        output.kv_compress = self._plan(output, compressions)  # type: ignore[attr-defined]
+        if self._check_integrity:
+            self.check_integrity()
+        return output
+
+    def check_integrity(self) -> None:
+        """Check the whole pool; see :mod:`kvcompress_vllm.integrity`.
+
+        Raises:
+            RuntimeError: with the numbers of the first violation.
+        """
+        held = [block for _, blocks in self.deferred_frees for block in blocks]
+        self.kv_compress_manager.check_integrity(held)
+        packed = {t.request_id for t in self.kv_compress_planner.packed()}
+        if packed != set(self.kv_compress_manager.packed):
+            raise RuntimeError(
+                f"kv_compress: planner has packed {sorted(packed)}, block manager "
+                f"{sorted(self.kv_compress_manager.packed)}"
+            )
+
+    def _compress_due(self) -> list[Compression]:
+        """Pack what is due as far as the pool allows; the rest waits for a later step."""
+        planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        computed = {r.request_id: r.num_computed_tokens for r in self.running}
+        compressions: list[Compression] = []
+        freed: list[KVCacheBlock] = []
+        for tracked in planner.due(computed):
+            if manager.block_pool.get_num_free_blocks() < tracked.kept:
+                break
+            assert tracked.observe_slot is not None
+            row = manager.row(tracked.request_id, -(-tracked.num_tokens // manager.block_size))
+            new, old = manager.pack(tracked.request_id, tracked.covered, tracked.kept)
+            compressions.append(
+                Compression(
+                    tracked.request_id,
+                    tracked.state_slot,
+                    tracked.observe_slot,
+                    tracked.num_tokens,
+                    tracked.covered,
+                    row,
+                    new,
+                )
+            )
+            freed += old
+            planner.compressed(tracked.request_id)
+            logger.info(
+                "kv_compress: %s: %d prompt tokens, %d -> %d blocks",
+                tracked.request_id,
+                tracked.num_tokens,
+                len(row),
+                len(row) - tracked.covered + tracked.kept,
+            )
+        # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
+        manager.block_pool.free_blocks(reversed(freed))
+        return compressions
+
+    def _allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        """vLLM's allocation, with slots and the reserve as further conditions of admission."""
+        if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
+        planner, manager = self.kv_compress_planner, self.kv_cache_manager
+        if not planner.can_admit(request.num_tokens):
+            return None
+        # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
+        # then stays uncompressed.
+        manager.watermark_blocks = max(self._base_watermark, planner.reserve(request.num_tokens))
+        blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
+        if blocks is not None:
+            planner.admit(request.request_id, request.num_tokens)
+        return blocks
+
+    def _plan(self, output: SchedulerOutput, compressions: list[Compression]) -> StepPlan:
+        planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        plan = StepPlan(
+            released=planner.take_released(),
+            # A request that was compressed and then preempted in the same step owns nothing.
+            compressions=[c for c in compressions if c.request_id in manager.packed],
+        )
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            first_token = self.requests[request_id].num_computed_tokens - num_tokens
+            observation = planner.observe(request_id, first_token, num_tokens)
+            if observation is not None:
+                plan.observations.append(observation)
+        if self._check_integrity:
+            plan.expected = [
+                PackedRow(t.request_id, t.state_slot, t.covered, manager.row(t.request_id, t.kept))
+                for t in planner.packed()
+            ]
+        return plan
+
+
+class KVCompressScheduler(_KVCompressMixin, Scheduler):
+    """Synchronous scheduling with compression."""
+
+
+class KVCompressAsyncScheduler(_KVCompressMixin, AsyncScheduler):
+    """Asynchronous scheduling with compression."""
+
+
+def make_scheduler(**kwargs: Any) -> Scheduler:
+    """What ``scheduler_cls`` names; picks the class once vLLM has decided on async scheduling."""
+    asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
+    return (KVCompressAsyncScheduler if asynchronous else KVCompressScheduler)(**kwargs)
+
+
+def _log_banner(scheduler: _KVCompressMixin) -> None:
+    planner, manager = scheduler.kv_compress_planner, scheduler.kv_compress_manager
+    blocks = manager.block_pool.num_gpu_blocks - 1
+    length = scheduler.max_model_len
+    covered, kept = planner.packed_size(length)
+    full = -(-length // manager.block_size)
+    logger.info("kv_compress: %s", planner.config)
+    logger.info(
+        "kv_compress: %d blocks of %d tokens; a prompt of %d tokens takes %d blocks, %d once "
+        "compressed: room for %.1f such requests instead of %.1f",
+        blocks,
+        manager.block_size,
+        length,
+        full,
+        full - covered + kept,
+        blocks / max(1, full - covered + kept),
+        blocks / full,
+    )

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page arithmetic of the KV cache, in Python (the twin of ``csrc/paged_layout.h``).
+
+Nothing else in the Python package computes a page id. Shape letters, used in every tensor file:
+
+    N  blocks in the pool              L  layers on this rank
+    B  tokens per block and page       H  KV heads on this rank
+    P  pages, N * L * H                G  query heads per KV head
+    R  requests (rows) in a batch      D  head size
+    M  blocks in a row                 T  tokens in a batch
+    U  state slots (packed requests)   W  observed queries per request
+    O  observation slots               C  packed blocks of a request
+                                       F  full blocks covered by compression
+
+One buffer holds all layers, ``[N, L, H, B, 2 * D]`` (K, then V, in the last dimension). Flat, the
+same bytes are the page pool ``[P, B, 2 * D]``, where page ``block_id * L * H + slot`` is slot
+``slot`` of a block. In standard placement slot ``l * H + h`` belongs to layer l and head h. A
+request's block-table row keeps its logical length:
+
+    index   0 ........ C-1    C ........... F-1    F ............ end
+            packed blocks     null block (0)       tail, standard placement
+
+The ``C * L * H`` pages of the packed blocks are dealt to the heads in (layer, head) order: head
+(l, h) owns ``num_pages[l, h]`` of them from ``first_page[l, h]`` on. A request that was never
+compressed has ``C = F = 0``, so the same formulas describe it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NOT_PACKED = -1
+"""Value of ``owner`` and ``state_slot`` where there is no packed request."""
+
+
+def page_id(
+    row: Tensor,
+    covered: int,
+    num_pages: int,
+    first_page: int,
+    head_slot: int,
+    slots: int,
+    j: Tensor,
+) -> Tensor:
+    """Page ids of the pages ``j`` of one head.
+
+    Args:
+        row: ``[M]`` block ids of the request.
+        covered: F, full blocks covered by compression.
+        num_pages: packed pages of this head.
+        first_page: first packed page of this head.
+        head_slot: ``l * H + h``.
+        slots: ``L * H``, pages in a block.
+        j: ``[n]`` int64 indices of the head's pages.
+
+    Returns:
+        ``[n]`` int64 page ids.
+    """
+    packed = j < num_pages
+    i = first_page + j
+    index = torch.where(packed, i.div(slots, rounding_mode="floor"), covered + j - num_pages)
+    slot = torch.where(packed, i.remainder(slots), head_slot)
+    return row.long()[index] * slots + slot
+
+
+def num_keys(seq_len: int, covered: int, num_pages: int, block_size: int) -> int:
+    """K/V vectors that a head holds for a request of ``seq_len`` tokens."""
+    return num_pages * block_size + seq_len - covered * block_size
+
+
+def exclusive_cumsum(num_pages: Tensor) -> Tensor:
+    """``first_page`` of every head: ``[..., L, H]`` int32, summed over (layer, head) in order."""
+    flat = num_pages.flatten(-2)
+    return (flat.cumsum(-1) - flat).to(torch.int32).view_as(num_pages)

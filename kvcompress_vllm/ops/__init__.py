@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops as ``torch.ops.kvcompress_vllm.*``: schema once, reference as fallback, native on top.
+
+The reference is registered under ``CompositeExplicitAutograd``; ``_C`` and ``_C_cuda`` register CPU
+and CUDA kernels of the same signature, which PyTorch's dispatcher then prefers. Arguments are
+documented in :mod:`kvcompress_vllm.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress_vllm.ops import reference
+from kvcompress_vllm.ops.reference import (
+    HEAD_SUM_SQUARES,
+    LOW_COUNT,
+    NUM_CHANNELS,
+    SUM,
+    SUM_SQUARES,
+)
+
+_ROWS = "Tensor block_table, Tensor seq_lens, "
+_STATE = "Tensor state_slot, Tensor num_pages, Tensor first_page, Tensor covered, "
+SCHEMAS = {
+    "write_kv": "(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()",
+    "observe_queries": "(Tensor query, Tensor ring_index, Tensor(a!) ring) -> ()",
+    "paged_attention": (
+        f"(Tensor query, Tensor pages, {_ROWS}{_STATE}Tensor query_start, int layer, float scale, "
+        "Tensor(a!) out) -> ()"
+    ),
+    "attention_statistics": (
+        f"(Tensor ring, Tensor pages, {_ROWS}{_STATE}Tensor observe_slot, Tensor num_queries, "
+        "Tensor new_covered, Tensor page_start, int num_candidate_pages, float scale) -> Tensor"
+    ),
+    "select_pages": (
+        f"(Tensor scores, Tensor page_start, {_STATE}Tensor new_covered, Tensor num_freed, "
+        "Tensor num_recent, int num_sinks, int floor_pages, int num_kept_pages) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "compact_pages": (
+        f"(Tensor(a!) pages, Tensor block_table, {_STATE}Tensor kept_pages, Tensor kept_first, "
+        "Tensor kept_keys, Tensor new_blocks) -> ()"
+    ),
+}
+
+
+def backends() -> dict[str, dict[str, bool]]:
+    """Which device runs which op natively: ``{"CPU": {op: bool}, "CUDA": {op: bool}}``."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {
+        device: {op: has(f"kvcompress_vllm::{op}", device) for op in SCHEMAS}
+        for device in ("CPU", "CUDA")
+    }
+
+
+def missing_kernels(device_type: str) -> str | None:
+    """Which ops of "cpu" or "cuda" run on their PyTorch reference, as one line; None if none do."""
+    missing = [op for op, native in backends()[device_type.upper()].items() if not native]
+    if not missing:
+        return None
+    needed = "a C++ compiler" + (" and nvcc" if device_type == "cuda" else "")
+    return (
+        f"no native {device_type} kernel for {', '.join(missing)}: the slower PyTorch reference "
+        f"runs; reinstall with {needed} to get them"
+    )
+
+
+def _load(library: str) -> None:
+    for path in Path(__file__).parents[1].glob(f"{library}.*so"):
+        torch.ops.load_library(str(path))
+
+
+def _fake_statistics(ring: Tensor, pages: Tensor, *rest: Any) -> Tensor:
+    num_candidate_pages = rest[-2]
+    shape = (NUM_CHANNELS, num_candidate_pages, pages.shape[1])
+    return ring.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_select(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_pages, num_freed, num_kept_pages = rest[2], rest[6], rest[-1]
+    heads = scores.new_empty((num_freed.shape[0], *num_pages.shape[1:]), dtype=torch.int32)
+    keys = scores.new_empty((num_kept_pages, scores.shape[1]), dtype=torch.int32)
+    return heads, torch.empty_like(heads), keys
+
+
+_FAKES: dict[str, Callable[..., object]] = {
+    "attention_statistics": _fake_statistics,
+    "select_pages": _fake_select,
+}
+_LIB = torch.library.Library("kvcompress_vllm", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _LIB.define(_name + _schema)
+    _LIB.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"kvcompress_vllm::{_name}", _FAKES.get(_name, lambda *_: None), lib=_LIB
+    )
+_load("_C")
+if torch.version.cuda:
+    _load("_C_cuda")
+
+write_kv = torch.ops.kvcompress_vllm.write_kv
+observe_queries = torch.ops.kvcompress_vllm.observe_queries
+paged_attention = torch.ops.kvcompress_vllm.paged_attention
+attention_statistics = torch.ops.kvcompress_vllm.attention_statistics
+select_pages = torch.ops.kvcompress_vllm.select_pages
+compact_pages = torch.ops.kvcompress_vllm.compact_pages
+
+__all__ = [
+    "HEAD_SUM_SQUARES",
+    "LOW_COUNT",
+    "NUM_CHANNELS",
+    "SCHEMAS",
+    "SUM",
+    "SUM_SQUARES",
+    "attention_statistics",
+    "backends",
+    "compact_pages",
+    "missing_kernels",
+    "observe_queries",
+    "paged_attention",
+    "select_pages",
+    "write_kv",
+]

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The records that travel from the scheduler to every worker with a step. Picklable, plain ints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Compression(NamedTuple):
+    """Compress one request at the start of the step.
+
+    ``old_blocks`` is the request's row as far as ``num_tokens`` tokens reach, which is where the
+    observed queries end. The kept K/V of its first ``covered`` blocks (F) go into ``new_blocks``,
+    and the row becomes ``new_blocks``, null blocks up to F, tail.
+    """
+
+    request_id: str
+    state_slot: int
+    observe_slot: int
+    num_tokens: int
+    covered: int
+    old_blocks: list[int]
+    new_blocks: list[int]
+
+
+class Observation(NamedTuple):
+    """Copy queries of this step into an observation slot.
+
+    Of the request's tokens in this step, which start at position ``first_token``, those at
+    positions from ``observe_from`` on are observed.
+    """
+
+    request_id: str
+    observe_slot: int
+    first_token: int
+    observe_from: int
+
+
+class PackedRow(NamedTuple):
+    """What the scheduler believes of a packed request; sent only when integrity is checked."""
+
+    request_id: str
+    state_slot: int
+    covered: int
+    packed_blocks: list[int]
+
+
+@dataclass
+class StepPlan:
+    """All that one step asks of a worker, in the order in which it is carried out."""
+
+    released: list[int] = field(default_factory=list)
+    """State slots whose request gave its packed blocks back."""
+    compressions: list[Compression] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
+    expected: list[PackedRow] | None = None
+    """Every packed request after the compressions, when integrity is checked."""
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.released or self.compressions or self.observations or self.expected is not None
+        )

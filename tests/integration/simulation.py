@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's real scheduler with a pretend model behind it, for tests of the accounting.
+
+The pretend worker keeps a real page pool, real state tables and the real compressor. The K of a
+token is a tag of its whole prefix, so that :meth:`Simulation.check_contents` can tell for every
+key of every request whether it is one the request should have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kvcompress_vllm import integrity, layout, ops
+from kvcompress_vllm.compressor import Compressor
+from kvcompress_vllm.integration.kv_cache import KVCompressSpec
+from kvcompress_vllm.integration.options import resolved_config
+from kvcompress_vllm.plan import StepPlan
+from kvcompress_vllm.scheduling import num_observe_slots
+from kvcompress_vllm.state import PackedState
+
+MODEL = Path(__file__).parents[2] / "models" / "tiny"
+L, H, G, D, B = 2, 2, 2, 8, 16
+
+
+@dataclass
+class PretendWorker:
+    """What a rank does, without a model: rows, K/V tags, queries and compressions."""
+
+    state: PackedState
+    pages: torch.Tensor
+    compressor: Compressor
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+    def run(self, output, tokens: dict[str, list[int]]) -> None:
+        plan: StepPlan = output.kv_compress
+        self.state.release(plan.released)
+        self.compressor.run(plan.compressions)
+        for item in plan.compressions:
+            row = self.rows[item.request_id]
+            nulls = [0] * (item.covered - len(item.new_blocks))
+            row[: item.covered] = item.new_blocks + nulls
+        if plan.expected is not None:
+            integrity.check_state(self.state, plan.expected)
+        for request_id in output.finished_req_ids:
+            self.rows.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            self.rows[new.req_id] = list(new.block_ids[0])
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids:
+                self.rows[request_id] = list(blocks[0])
+            elif blocks is not None:
+                self.rows[request_id] += blocks[0]
+        observed = {item.request_id: item for item in plan.observations}
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, count in output.num_scheduled_tokens.items():
+            first = computed[request_id]
+            self._forward(request_id, tokens[request_id], first, count, observed.get(request_id))
+
+    def _forward(self, request_id, tokens, first, count, observation) -> None:
+        positions = torch.arange(first, first + count)
+        row = torch.tensor(self.rows[request_id])
+        tags = torch.tensor(prefix_tags(tokens)[first : first + count], dtype=torch.float32)
+        slot = torch.arange(L * H)
+        target = row[positions // B][:, None] * (L * H) + slot
+        value = torch.zeros(count, L * H, 2 * D)
+        value[..., 0], value[..., 1] = tags[:, None], positions[:, None].float()
+        self.pages[target, (positions % B)[:, None]] = value
+        if observation is not None:
+            assert observation.first_token == first
+            index = torch.where(
+                positions >= observation.observe_from,
+                observation.observe_slot * self.state.window + positions % self.state.window,
+                -1,
+            ).to(torch.int32)
+            for layer in range(L):
+                query = torch.randn(count, H * G, D)
+                ops.observe_queries(query, index, self.state.ring[layer].flatten(0, 1))
+
+
+def prefix_tags(tokens: list[int]) -> list[int]:
+    """A number below 2^23 for every prefix; exact in fp32."""
+    tags, tag = [], 17
+    for token in tokens:
+        tag = (tag * 31 + token) % 8388593
+        tags.append(tag)
+    return tags
+
+
+class Simulation:
+    """A scheduler, a pretend worker and the requests between them."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        options: dict,
+        *,
+        max_num_batched_tokens: int = 64,
+        max_num_seqs: int = 8,
+        max_model_len: int = 512,
+        prefix_caching: bool = True,
+    ) -> None:
+        args = EngineArgs(
+            str(MODEL),
+            additional_config={"kv_compress": options},
+            block_size=B,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            enable_prefix_caching=prefix_caching,
+            enforce_eager=True,
+        )
+        self.vllm_config = args.create_engine_config()
+        config = resolved_config(self.vllm_config)
+        spec = KVCompressSpec(
+            block_size=B, num_kv_heads=H, head_size=D, dtype=torch.float32, window=config.window
+        )
+        register_all_kvcache_specs(self.vllm_config)
+        self.vllm_config.cache_config.num_gpu_blocks = num_blocks
+        cache = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["a", "b"], spec)])
+        self.scheduler = self.vllm_config.scheduler_config.get_scheduler_cls()(
+            vllm_config=self.vllm_config,
+            kv_cache_config=cache,
+            block_size=B,
+            structured_output_manager=StructuredOutputManager(self.vllm_config),
+            log_stats=True,
+        )
+        state = PackedState(
+            num_blocks=num_blocks,
+            num_layers=L,
+            num_kv_heads=H,
+            num_query_heads=H * G,
+            head_size=D,
+            state_slots=max_num_seqs,
+            window=config.window,
+            dtype=torch.float32,
+            observe_slots=num_observe_slots(config, max_num_batched_tokens, max_num_seqs),
+            device=torch.device("cpu"),
+        )
+        pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"))
+        self.worker = PretendWorker(state, pages, Compressor(config, state, pages, D**-0.5))
+        hash_function = get_hash_fn_by_name("sha256")
+        init_none_hash(hash_function)
+        self._hasher = get_request_block_hasher(B, hash_function) if prefix_caching else None
+        self.outputs: dict[str, list[int]] = {}
+        self.most_running = 0
+        self.num_compressions = 0
+        self.num_preemptions = 0
+        self.num_cached_tokens = 0
+
+    @property
+    def pool(self):
+        return self.scheduler.kv_cache_manager.block_pool
+
+    @property
+    def live(self) -> list[str]:
+        return list(self.scheduler.requests)
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+        )
+        params.update_from_generation_config({}, 2)
+        request = Request(request_id, prompt, params, None, block_hasher=self._hasher)
+        self.outputs[request_id] = []
+        self.scheduler.add_request(request)
+
+    def abort(self, request_id: str) -> None:
+        self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> None:
+        output = self.scheduler.schedule(False)
+        requests = self.scheduler.requests
+        scheduled = output.num_scheduled_tokens
+        tokens = {rid: list(requests[rid]._all_token_ids) for rid in scheduled}
+        self.worker.run(output, tokens)
+        self.check_contents()
+        self.most_running = max(self.most_running, len(self.scheduler.running))
+        self.num_compressions += len(output.kv_compress.compressions)
+        self.num_preemptions += len(output.preempted_req_ids or ())
+        self.num_cached_tokens += sum(n.num_computed_tokens for n in output.scheduled_new_reqs)
+        if not scheduled:
+            return
+        ids = list(scheduled)
+        sampled = []
+        for rid in ids:
+            request = requests[rid]
+            done = request.num_computed_tokens >= request.num_tokens
+            sampled.append([(sum(tokens[rid]) * 7 + len(tokens[rid])) % 1000 + 3] if done else [])
+        result = ModelRunnerOutput(ids, {rid: i for i, rid in enumerate(ids)}, sampled)
+        for outputs in self.scheduler.update_from_output(output, result).values():
+            for item in outputs.outputs:
+                self.outputs[item.request_id] += item.new_token_ids
+
+    def run(self, most_steps: int = 5000) -> None:
+        for _ in range(most_steps):
+            if not self.scheduler.has_requests():
+                return
+            self.step()
+        raise AssertionError(f"{self.live} still live after {most_steps} steps")
+
+    def check_contents(self) -> None:
+        """Every head of every running request holds its own tokens: some of the compressed part,
+        in order, and all of the tail."""
+        manager = self.scheduler.kv_compress_manager
+        for request in self.scheduler.running:
+            rid, n = request.request_id, request.num_computed_tokens
+            if n == 0 or rid not in self.worker.rows:
+                continue
+            ids = manager.row(rid, len(manager.req_to_blocks[rid]))
+            assert self.worker.rows[rid] == ids, (rid, self.worker.rows[rid], ids)
+            row = torch.tensor(ids)
+            slot = self.worker.state.slot_of(ids)
+            tags = torch.tensor(prefix_tags(list(request._all_token_ids)), dtype=torch.float32)
+            for head in range(L * H):
+                f = c = first = 0
+                if slot >= 0:
+                    f = int(self.worker.state.covered[slot])
+                    c = int(self.worker.state.num_pages[slot].flatten()[head])
+                    first = int(self.worker.state.first_page[slot].flatten()[head])
+                keys = layout.num_keys(n, f, c, B)
+                page = layout.page_id(row, f, c, first, head, L * H, torch.arange(-(-keys // B)))
+                content = self.worker.pages[page].flatten(0, 1)[:keys]
+                position = content[:, 1].long()
+                assert (position.diff() > 0).all(), (rid, head, position)
+                assert position[c * B :].equal(torch.arange(f * B, n)), (rid, head, position)
+                assert content[:, 0].equal(tags[position]), (rid, head)
