@@ -87,12 +87,12 @@ class KVCompressConfig:
         optional=True,
     )
     window: int = _option(8, "how many of the last prompt queries are observed", *_integer(1, 512))
-    recent: int = _option(32, "last prompt tokens that are always kept", *_integer(0))
+    recent: int = _option(16, "last prompt tokens that are always kept", *_integer(0))
     sinks: int = _option(4, "first prompt tokens that are always kept", *_integer(0))
     min_tokens_per_head: int = _option(16, "tokens that every KV head keeps at least", *_integer(0))
     min_prompt_tokens: int = _option(128, "shorter prompts are never compressed", *_integer(1))
     pool: int = _option(
-        7,
+        15,
         "width of the max-pooling of scores over neighbouring tokens; 1 is off",
         *_integer(1, odd=True),
     )

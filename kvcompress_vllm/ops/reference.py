@@ -158,7 +158,7 @@ def attention_statistics(
     for r, (seq_len, slot, observe, n, new_f, start) in enumerate(rows):
         positions = torch.arange(seq_len - n, seq_len, device=ring.device) % window
         for layer in range(layers):
-            queries = ring[layer, observe, positions].view(n, heads, -1, head_size).float()
+            queries = ring[layer, observe, positions].unflatten(1, (heads, -1)).float()
             for head in range(heads):
                 keys = _keys(
                     pages,

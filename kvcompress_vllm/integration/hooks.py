@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every vLLM name outside its public plugin interfaces that this package relies on.
+
+``check()`` verifies that each still exists with the parameters we use; the contract test runs it,
+so a vLLM release that changes one fails with the name, the reason and what to look at.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any, NamedTuple
+
+
+class Hook(NamedTuple):
+    """One name we rely on.
+
+    Attributes:
+        path: ``module:qualified.name``.
+        parameters: parameters (or dataclass fields) that must exist, in this order.
+        reason: what we do with it.
+        until: when it can go.
+        patched: whether we replace it at run time (the others are overridden or called).
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+    reason: str
+    until: str
+    patched: bool = False
+
+
+_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
+_POOL = "vllm.v1.core.block_pool:BlockPool"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+
+HOOKS = (
+    Hook(f"{_ARGS}.add_cli_args", ("parser",), "adds the --kv-compress flags",
+         "vLLM lets general plugins add flags", patched=True),
+    Hook(f"{_ARGS}.from_cli_args", ("args",), "moves the flags into additional_config",
+         "vLLM lets general plugins add flags", patched=True),
+    Hook(f"{_ARGS}.create_engine_config", ("self", "usage_context", "headless"),
+         "selects our scheduler, worker and backend, and refuses what is unsupported",
+         "vLLM has a plugin hook that edits the configuration", patched=True),
+    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+         ("self", "request", "num_new_tokens"),
+         "admission also needs slots and the reserve; replaced on our scheduler's instance",
+         "vLLM's scheduler has an admission hook", patched=True),
+    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", ("watermark",),
+         "its watermark_blocks carries the reserve", "vLLM's scheduler has an admission hook"),
+    Hook(f"{_SCHEDULER}.schedule", ("self", "throttle_prefills"),
+         "compresses what is due, then attaches the plan to the step", "scheduler_cls is public"),
+    Hook(f"{_SCHEDULER}.__init__", ("self", "vllm_config", "kv_cache_config"),
+         "built through scheduler_cls with keywords", "scheduler_cls is public"),
+    Hook("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.__init__", ("self",),
+         "its single_type_managers hold our block manager", "the registry hands managers out"),
+    Hook(f"{_MANAGER}.pop_blocks_for_free", ("self", "request_id"),
+         "the one place where a request gives its blocks up", "the spec registry is public"),
+    Hook(f"{_MANAGER}.cache_blocks", ("self", "request", "num_tokens", "retention_interval"),
+         "packed requests publish nothing", "the spec registry is public"),
+    Hook(f"{_MANAGER}.find_longest_cache_hit",
+         ("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec",
+          "drop_eagle_block", "alignment_tokens", "dcp_world_size", "pcp_world_size"),
+         "leaves the observed window to compute", "the spec registry is public"),
+    Hook(f"{_MANAGER}.get_num_common_prefix_blocks", ("self", "running_request_id"),
+         "no cascade attention over packed rows", "vLLM 0.33 removes cascade attention"),
+    Hook(f"{_POOL}.get_new_blocks", ("self", "num_blocks"), "allocates packed blocks", "never"),
+    Hook(f"{_POOL}.free_blocks", ("self", "ordered_blocks"), "returns compressed blocks", "never"),
+    Hook("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.get_all_free_blocks", ("self",),
+         "integrity checks", "never"),
+    Hook("vllm.v1.kv_cache_interface:KVCacheTensor",
+         ("size", "shared_by", "offset", "block_stride"), "the packed layout of all layers",
+         "vLLM 0.29 lays all layers out in one buffer itself"),
+    Hook("vllm.v1.core.sched.output:SchedulerOutput",
+         ("scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens"),
+         "carries the plan as an extra attribute", "vLLM has a field for plugins"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec", ("self",),
+         "swaps the spec of every layer", "vLLM 0.29: AttentionBackend.customize_spec"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", ("self",),
+         "leaves room for our state", "worker_cls is public"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.initialize_from_config", ("self", "kv_cache_config"),
+         "chooses the packed layout and binds our state", "worker_cls is public"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("self", "scheduler_output"),
+         "runs the plan before the step", "worker_cls is public"),
+    Hook(f"{_RUNNER}.initialize_kv_cache", ("self", "kv_cache_config"),
+         "fills attn_groups, requests and input_batch, which RunnerAdapter reads", "never"),
+    Hook("vllm.v1.worker.block_table:BlockTable.__init__", ("self",),
+         "block_table.np holds the rows whose prefix we rewrite", "vLLM can rewrite a row"),
+    Hook("vllm.platforms.cpu:CpuPlatform.check_and_update_config", ("vllm_config",),
+         "eager, one process, PyTorch ops on CPU", "vLLM's wheel runs on CPU"),
+    Hook("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
+         ("selected_backend", "attn_selector_config", "num_heads"),
+         "attention on CPU", "vLLM's CPU platform honours the selected backend"),
+    Hook("vllm.platforms.cpu:CpuPlatform.import_kernels", (), "supplies three ops",
+         "vLLM's wheel runs on CPU"),
+)  # fmt: skip
+
+
+def check() -> list[str]:
+    """What is broken: one line per hook that is missing or lacks a parameter."""
+    return [problem for hook in HOOKS if (problem := _problem(hook)) is not None]
+
+
+def _problem(hook: Hook) -> str | None:
+    module, _, name = hook.path.partition(":")
+    target: Any
+    try:
+        target = importlib.import_module(module)
+        for part in name.split("."):
+            target = getattr(target, part)
+        found = list(inspect.signature(inspect.unwrap(target)).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        return f"{hook.path}: {error} (we use it: {hook.reason})"
+    positions = [found.index(p) if p in found else -1 for p in hook.parameters]
+    if -1 in positions or positions != sorted(positions):
+        return (
+            f"{hook.path} takes {found}, we need {list(hook.parameters)} in this order "
+            f"(we use it: {hook.reason})"
+        )
+    return None

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unsupported models and features are refused at startup, by name; the README lists them all."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from kvcompress_vllm.integration.wiring import REFUSALS, check
+from tests.integration.simulation import MODEL
+
+README = (MODEL.parents[1] / "README.md").read_text()
+
+
+def model_like(tmp_path: Path, **changes: Any) -> str:
+    """The bundled model's folder with another ``config.json``."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+def refused(model: str, feature: str, **arguments: Any) -> None:
+    arguments = {"additional_config": {"kv_compress": {}}, **arguments}
+    with pytest.raises(ValueError, match=f"kv_compress: {feature}.* not supported"):
+        EngineArgs(model, **arguments).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral",
+          "sliding_window": 512}, "sliding window"),
+        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 512,
+          "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64}, "sliding window"),
+        ({"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+          "kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+          "v_head_dim": 32, "n_routed_experts": 8}, "multi-head latent attention"),
+        ({"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"},
+         "encoder-decoder"),
+    ],
+    ids=["mistral", "gemma2", "deepseek", "whisper"],
+)  # fmt: skip
+def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], feature: str) -> None:
+    refused(model_like(tmp_path, **changes), feature)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "feature"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
+                                 "prompt_lookup_max": 3}}, "speculative decoding"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+         "KV connectors"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"runner": "pooling"}, "pooling"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_unsupported_features(arguments: dict[str, Any], feature: str) -> None:
+    refused(str(MODEL), feature, **arguments)
+
+
+def engine_config() -> VllmConfig:
+    args = EngineArgs(str(MODEL), additional_config={"kv_compress": {}})
+    return args.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "feature"),
+    [
+        ("parallel_config", "decode_context_parallel_size", 2, "decode context parallelism"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "prefill context parallelism"),
+        ("parallel_config", "enable_dbo", True, "dual-batch overlap"),
+        ("model_config", "enable_sleep_mode", True, "sleep mode"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "KV sharing"),
+        ("cache_config", "cache_dtype", "int8_per_token_head", "a quantised KV cache"),
+    ],
+)
+def test_resolved_settings(part: str, field: str, value: Any, feature: str) -> None:
+    """Settings that this machine cannot resolve in full: the predicate alone."""
+    config = engine_config()
+    check(config)
+    object.__setattr__(getattr(config, part), field, value)
+    with pytest.raises(ValueError, match=f"kv_compress: {feature}"):
+        check(config)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)
+def test_readme_lists_every_refusal(refusal: Any) -> None:
+    assert refusal.feature in README

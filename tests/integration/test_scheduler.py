@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's real scheduler under compression: accounting, contents, concurrency, determinism."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.integration.simulation import B, H, L, Simulation
+
+OPTIONS = {"ratio": 4, "recent": 8, "sinks": 2, "min_tokens_per_head": 8, "window": 4,
+           "min_prompt_tokens": 40}  # fmt: skip
+
+
+def prompt(family: int, length: int) -> list[int]:
+    """Prompts of one family share their prefix."""
+    return [family * 1000 + i % 97 for i in range(length)]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come, prefill in chunks, are compressed, decode, are preempted, aborted, finish."""
+
+    @initialize(
+        num_blocks=st.integers(33, 60),
+        max_num_batched_tokens=st.sampled_from([16, 48, 64, 200]),
+        max_num_seqs=st.integers(1, 8),
+        allocator=st.sampled_from(["global", "layer", "uniform"]),
+        prefix_caching=st.booleans(),
+    )
+    def build(self, num_blocks, max_num_batched_tokens, max_num_seqs, allocator, prefix_caching):
+        # check_integrity() runs in every schedule() (the switch is on), contents in every step().
+        self.sim = Simulation(
+            num_blocks, {**OPTIONS, "allocator": allocator}, prefix_caching=prefix_caching,
+            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
+        )  # fmt: skip
+        self.added = 0
+
+    @rule(family=st.integers(0, 2), length=st.integers(1, 400), max_tokens=st.integers(1, 80))
+    def add(self, family, length, max_tokens):
+        self.sim.add(f"r{self.added}", prompt(family, length), max_tokens)
+        self.added += 1
+
+    @rule(steps=st.integers(1, 20))
+    def step(self, steps):
+        for _ in range(steps):
+            self.sim.step()
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def abort(self, choice):
+        if self.sim.live:
+            self.sim.abort(choice.choice(self.sim.live))
+
+    @rule()
+    def reset_prefix_cache(self):
+        self.sim.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    @invariant()
+    def pool_is_sound(self):
+        if hasattr(self, "sim"):
+            self.sim.scheduler.check_integrity()
+
+    def teardown(self):
+        if hasattr(self, "sim"):
+            self.sim.run()
+            assert self.sim.pool.get_num_free_blocks() == self.sim.pool.num_gpu_blocks - 1
+            assert self.sim.scheduler.kv_compress_planner.requests == {}
+            assert self.sim.worker.rows == {} and self.sim.worker.state.slots == {}
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=12,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+
+
+def test_thousands_of_random_operations() -> None:
+    """One long run: every path is taken, every request answered in full, every block returned."""
+    sim = Simulation(40, OPTIONS, max_num_seqs=8)
+    choice = random.Random(5)
+    wanted: dict[str, int] = {}
+    operations = aborted = 0
+    while operations < 2000:
+        operations += 1
+        kind = choice.random()
+        if kind < 0.08 and len(sim.live) < 16:
+            name, tokens = f"r{operations}", choice.randint(1, 300)
+            wanted[name] = tokens
+            sim.add(name, prompt(choice.randrange(3), choice.randint(1, 212)), tokens)
+        elif kind < 0.09 and sim.live:
+            name = choice.choice(sim.live)
+            wanted.pop(name)
+            aborted += 1
+            sim.abort(name)
+        else:
+            sim.step()
+    sim.run()
+    assert min(sim.num_compressions, sim.num_preemptions, sim.num_cached_tokens, aborted) > 5
+    assert {name: len(sim.outputs[name]) for name in wanted} == wanted
+    assert sim.pool.get_num_free_blocks() == 39
+    assert sim.worker.state.slots == {} and sim.scheduler.kv_compress_planner.requests == {}
+
+
+def load(ratio: float, **options: object) -> Simulation:
+    """30 prompts of 10 blocks each, which nothing is shared between, in a pool of 45 blocks."""
+    sim = Simulation(46, {**OPTIONS, "ratio": ratio}, max_num_seqs=30, **options)
+    for i in range(30):
+        sim.add(f"r{i}", prompt(i, 160), 40)
+    sim.run()
+    return sim
+
+
+def test_more_requests_run_at_once_and_none_is_lost() -> None:
+    full, packed = load(1), load(8)
+    assert full.num_compressions == 0 and packed.num_compressions >= 30
+    assert packed.most_running > full.most_running
+    for sim in (full, packed):
+        assert all(len(tokens) == 40 for tokens in sim.outputs.values())
+        assert sim.pool.get_num_free_blocks() == 45
+
+
+def test_blocks_really_come_back() -> None:
+    sim = Simulation(60, {**OPTIONS, "ratio": 4}, prefix_caching=False)
+    sim.add("r", prompt(1, 330), 10)  # 20 full blocks and 10 tokens
+    while not sim.num_compressions:
+        sim.step()
+    # 5 packed blocks, the partial block, and none for the one token decoded so far.
+    assert sim.pool.get_num_free_blocks() == 59 - 5 - 1
+    kept = sim.worker.state.num_pages[sim.scheduler.kv_compress_planner.requests["r"].state_slot]
+    assert int(kept.sum()) == 5 * L * H and kept.min() >= 1
+    sim.run()
+    assert sim.pool.get_num_free_blocks() == 59
+
+
+def test_a_second_request_hits_the_uncompressed_blocks() -> None:
+    sim = Simulation(60, OPTIONS)
+    sim.add("first", prompt(1, 320), 30)
+    while not sim.num_compressions:
+        sim.step()
+    sim.add("second", prompt(1, 320), 30)
+    sim.step()
+    # All but what must be computed for the observed window, in whole blocks.
+    assert sim.num_cached_tokens == 304
+    sim.run()
+    assert sim.num_compressions == 2
+
+
+def test_decoded_blocks_are_not_published_after_compression() -> None:
+    sim = Simulation(60, OPTIONS)
+    sim.add("first", prompt(1, 100), 100)
+    sim.run()
+    answer = sim.outputs["first"]
+    sim.add("second", prompt(1, 100) + answer, 5)
+    sim.step()
+    assert sim.num_cached_tokens == 96  # the prompt's full blocks only
+
+
+def test_a_prefix_hit_leaves_the_window_to_compute() -> None:
+    """Without that, a hit would observe fewer queries and keep other keys than a miss."""
+    sim = Simulation(60, {**OPTIONS, "window": 20})
+    for name in ("miss", "hit"):
+        sim.add(name, prompt(1, 321), 2)
+        sim.run()
+    assert sim.num_cached_tokens == 288  # at most 321 - 20, in whole blocks
+
+
+def test_waiting_for_the_reserve_only_delays_a_compression() -> None:
+    """The pool is full when the lone prompt is due: it decodes uncompressed, then catches up."""
+    sim = Simulation(34, {**OPTIONS, "ratio": 2}, prefix_caching=False)
+    sim.add("long", prompt(1, 400), 60)  # 25 blocks, 13 once packed: 33 cannot hold both
+    waited = 0
+    while sim.live:
+        sim.step()
+        waited += bool(sim.live) and not sim.num_compressions
+    assert waited > 10 and len(sim.outputs["long"]) == 60
+    assert sim.pool.get_num_free_blocks() == 33
+
+
+def test_a_prompt_that_cannot_fit_is_left_to_vllm() -> None:
+    with pytest.raises(AssertionError, match="still live"):
+        sim = Simulation(20, OPTIONS)
+        sim.add("r", prompt(1, 400), 1)
+        sim.run(50)
+
+
+@pytest.mark.parametrize("allocator", ["global", "layer", "uniform"])
+def test_allocators_keep_what_they_promise(allocator: str) -> None:
+    sim = Simulation(60, {**OPTIONS, "allocator": allocator}, prefix_caching=False)
+    sim.add("r", prompt(1, 20 * B), 3)
+    while not sim.num_compressions:
+        sim.step()
+    kept = sim.worker.state.num_pages[sim.scheduler.kv_compress_planner.requests["r"].state_slot]
+    assert int(kept.sum()) == 5 * L * H
+    if allocator == "uniform":
+        assert kept.eq(5).all()
+    else:
+        assert not kept.eq(5).all()
+        assert allocator == "global" or kept.sum(-1).eq(5 * H).all()

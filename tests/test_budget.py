@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcompress_vllm import budget
+from kvcompress_vllm.config import KVCompressConfig
+
+B = 16
+
+
+@pytest.mark.parametrize(
+    ("options", "num_tokens", "kept"),
+    [
+        ({"ratio": 4}, 1600, 25),  # 100 blocks
+        ({"ratio": 4}, 1615, 25),  # the partial block is not counted
+        ({"ratio": 3}, 1600, 34),  # rounded up
+        ({"ratio": 1}, 1600, 100),
+        ({"ratio": 64, "recent": 0, "sinks": 0}, 1600, 2),
+        ({"ratio": 64}, 1600, 3),  # the shields (4 + 32 tokens) need 3 pages per head
+        ({"budget_tokens": 128}, 1600, 8),
+        ({"budget_tokens": 129}, 1600, 9),
+        ({"budget_tokens": 5000}, 1600, 100),
+        ({"ratio": 4}, 127, 7),  # shorter than min_prompt_tokens
+        ({"ratio": 4, "min_prompt_tokens": 1}, 33, 2),  # the shields hold both blocks
+    ],
+)
+def test_packed_blocks(options: dict, num_tokens: int, kept: int) -> None:
+    config = KVCompressConfig.from_dict(options)
+    assert budget.packed_blocks(config, num_tokens, num_tokens // B, B) == kept
+
+
+@given(
+    ratio=st.floats(1, 1000),
+    num_tokens=st.integers(0, 10_000),
+    recent=st.integers(0, 100),
+    sinks=st.integers(0, 100),
+    floor=st.integers(0, 100),
+    block_size=st.sampled_from([8, 16, 32]),
+)
+def test_what_is_kept_always_holds_the_shields(
+    ratio: float, num_tokens: int, recent: int, sinks: int, floor: int, block_size: int
+) -> None:
+    config = KVCompressConfig(ratio=ratio, recent=recent, sinks=sinks, min_tokens_per_head=floor)
+    covered = num_tokens // block_size
+    kept = budget.packed_blocks(config, num_tokens, covered, block_size)
+    assert 0 <= kept <= covered
+    if kept == covered:
+        return
+    shielded = budget.num_recent(config, num_tokens, covered, block_size)
+    assert kept >= budget.floor_pages(config, block_size)
+    assert budget.floor_pages(config, block_size) * block_size >= max(sinks + shielded, floor)
+    # The tail and the shielded candidates together are the recent window.
+    assert shielded == max(0, recent - (num_tokens - covered * block_size))

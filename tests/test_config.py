@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcompress_vllm.config import OPTIONS, KVCompressConfig, parse_spec
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def test_nothing_given_means_the_documented_defaults() -> None:
+    config = KVCompressConfig.from_dict({})
+    assert (config.policy, config.ratio, config.budget_tokens) == ("kv_compress", 4.0, None)
+    assert KVCompressConfig.from_dict(config.to_dict()) == config
+    json.dumps(config.to_dict())  # additional_config is hashed as JSON
+
+
+def test_budget_tokens_replaces_the_default_ratio() -> None:
+    config = KVCompressConfig.from_dict({"budget_tokens": 256})
+    assert (config.ratio, config.budget_tokens) == (None, 256)
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "value", "accepted"),
+    [
+        ({"ratio": 0.5}, "ratio", "0.5", "a number >= 1"),
+        ({"ratio": True}, "ratio", "True", "a number >= 1"),
+        ({"ratio": float("nan")}, "ratio", "nan", "a number >= 1"),
+        ({"ratio": float("inf")}, "ratio", "inf", "a number >= 1"),
+        ({"ratio": "8"}, "ratio", "'8'", "a number >= 1"),
+        ({"budget_tokens": 0}, "budget_tokens", "0", "an integer >= 1"),
+        ({"window": 0}, "window", "0", "an integer >= 1 and <= 512"),
+        ({"window": 2.0}, "window", "2.0", "an integer >= 1 and <= 512"),
+        ({"window": None}, "window", "None", "an integer >= 1 and <= 512"),
+        ({"recent": -1}, "recent", "-1", "an integer >= 0"),
+        ({"sinks": "x"}, "sinks", "'x'", "an integer >= 0"),
+        ({"min_tokens_per_head": -5}, "min_tokens_per_head", "-5", "an integer >= 0"),
+        ({"min_prompt_tokens": 0}, "min_prompt_tokens", "0", "an integer >= 1"),
+        ({"pool": 4}, "pool", "4", "an odd integer >= 1"),
+        ({"allocator": "pyramid"}, "allocator", "'pyramid'", "global, layer, uniform"),
+        ({"policy": "best"}, "policy", "'best'", "kv_compress"),
+    ],
+)
+def test_bad_value_names_key_value_and_what_is_accepted(
+    options: dict, key: str, value: str, accepted: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        KVCompressConfig.from_dict(options)
+    for part in (key, value, accepted):
+        assert part in str(error.value)
+
+
+def test_unknown_key_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown key 'ration'") as error:
+        KVCompressConfig.from_dict({"ration": 4})
+    assert all(name in str(error.value) for name in OPTIONS)
+
+
+def test_ratio_and_budget_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"ratio=2.*budget_tokens=64.*exactly one"):
+        KVCompressConfig.from_dict({"ratio": 2, "budget_tokens": 64})
+
+
+def test_spec_text() -> None:
+    assert parse_spec("") == {}
+    assert parse_spec(" ratio=8, policy=kv_compress ,window=16") == {
+        "ratio": 8,
+        "policy": "kv_compress",
+        "window": 16,
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ratio", "neither key=value"),
+        ("./some/model", "the model before --kv-compress"),
+        ("ratio=2,ratio=3", "given twice"),
+        ("speed=9", "unknown key 'speed'"),
+        ("ratio=", "ratio=''"),
+        ("ratio=[2", "ratio='\\[2'"),
+        ("no/such.yaml", "cannot read"),
+    ],
+)
+def test_bad_spec_text(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVCompressConfig.from_dict(parse_spec(spec))
+
+
+def test_yaml_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("ratio: 2  # comment\nsinks: 8\n")
+    assert parse_spec(str(path)) == {"ratio": 2, "sinks": 8}
+    for text, message in [("- 1\n", "mapping"), ("a: [", "cannot read"), ("speed: 1\n", "unknown")]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse_spec(str(path))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    KVCompressConfig.from_dict(parse_spec(str(path)))
+
+
+def test_there_are_shipped_configs() -> None:
+    assert CONFIGS
+
+
+@given(st.text(max_size=60))
+def test_no_spec_text_escapes_as_anything_but_value_error(text: str) -> None:
+    try:
+        KVCompressConfig.from_dict(parse_spec(text))
+    except ValueError as error:
+        assert "kv_compress" in str(error)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*OPTIONS, "other"]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+        max_size=4,
+    )
+)
+def test_no_option_value_escapes_as_anything_but_value_error(options: dict) -> None:
+    try:
+        config = KVCompressConfig.from_dict(options)
+    except ValueError as error:
+        assert "kv_compress" in str(error)
+    else:
+        assert KVCompressConfig.from_dict(config.to_dict()) == config
