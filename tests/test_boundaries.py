@@ -20,7 +20,9 @@ def imported(path: Path) -> set[str]:
 
 
 def test_nothing_outside_integration_imports_vllm() -> None:
-    outside = [p for p in PACKAGE.rglob("*.py") if "integration" not in p.relative_to(PACKAGE).parts]
+    outside = [
+        p for p in PACKAGE.rglob("*.py") if "integration" not in p.relative_to(PACKAGE).parts
+    ]
     assert len(outside) > 10
     for path in outside:
         for name in imported(path):

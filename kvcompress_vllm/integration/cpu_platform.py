@@ -91,3 +91,6 @@ class KVCompressCpuPlatform(CpuPlatform):
         super().check_and_update_config(vllm_config)
         if backend == "uni":
             parallel.distributed_executor_backend = "uni"
+        if parallel.world_size > 1:
+            # vLLM wants a NUMA node per rank; without a wish of the user, share the cores.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

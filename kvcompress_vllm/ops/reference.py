@@ -174,6 +174,8 @@ def attention_statistics(
                 logits = torch.einsum("qgd,kd->gqk", queries[:, head], keys[:, :head_size].float())
                 hidden = _hidden(n, keys.shape[0], ring.device)
                 p = (logits * scale).masked_fill_(hidden, float("-inf")).softmax(-1)
+                # A query older than every key that the head still has would leave NaN everywhere.
+                p.masked_fill_(hidden, 0.0)
                 visible = (~hidden).sum(-1, keepdim=True)
                 packed, old_f = _packed(slot, num_pages, covered, layer, head)
                 fresh = new_f - old_f

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import pytest
 
+# In-process engines: one import of vLLM for all tests, and their scheduler is at hand.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["KVCOMPRESS_CHECK_INTEGRITY"] = "1"
+
 pytest.importorskip("vllm", reason="the integration tests need vLLM")
-
-
-@pytest.fixture(autouse=True)
-def _check_integrity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

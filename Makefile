@@ -1,0 +1,45 @@
+# Everything a newcomer needs: `make serve` and `make test`. Both set up what they use.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip
+MODEL ?= models/tiny
+KV_COMPRESS ?= ratio=8
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+.PHONY: install serve test check format bench clean
+
+# vLLM brings its own torch, so it comes first; our extension is then built against that torch.
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), "Python 3.10 to 3.13 is needed; set PYTHON="'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "Cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@command -v c++ >/dev/null || echo "No C++ compiler: the PyTorch references will run. On Debian and Ubuntu: apt install g++"
+	$(PIP) install --quiet --upgrade pip "setuptools>=77,<82" wheel ninja
+	$(PIP) install --quiet "vllm>=0.26,<0.27"
+	$(PIP) install --quiet --no-build-isolation --editable ".[test]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+serve: install
+	$(VENV)/bin/vllm serve $(MODEL) --kv-compress $(KV_COMPRESS) --served-model-name tiny \
+		--host $(HOST) --port $(PORT) --enforce-eager $(ARGS)
+
+# `make test ARGS="tests/ops -k select"` runs a part of them.
+test: install
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+format: install
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kvcompress_vllm/*.so

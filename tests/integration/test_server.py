@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve MODEL --kv-compress`` as a user meets it: real HTTP, the official client."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.integration.engines import samples
+from tests.integration.simulation import MODEL
+
+LENGTH = 1500
+SAMPLES = 20
+# Least share of held-out needles found per ratio. The masking study (tuning seeds) finds all of
+# 200 at each; the margin of one in ten is three standard errors at 20 samples and accuracy 0.98.
+ACCURACY = {1: 1.0, 2: 0.9, 4: 0.9, 8: 0.9}
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        return float(re.search(rf"^{name}{{[^}}]*}} (\S+)$", text, re.M)[1])
+
+    def used_blocks(self) -> int:
+        text = httpx.get(f"{self.url}/metrics").text
+        total = int(re.search(r'num_gpu_blocks="(\d+)"', text)[1]) - 1  # without the null block
+        return round(self.metric("vllm:kv_cache_usage_perc") * total)
+
+
+@contextlib.contextmanager
+def serve(tmp_path: Path, *flags: str) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    log = tmp_path / "server.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL),
+               "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny",
+               "--kv-cache-memory-bytes", "64M", *flags]  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    server = Server(process, port, log)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()[-4000:]
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{server.url}/health").status_code == 200:
+                    break
+            time.sleep(0.5)
+        yield server
+    finally:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
+
+
+def complete(server: Server, prompt: str, **arguments: object) -> str:
+    result = server.client.completions.create(
+        model="tiny", prompt=prompt, temperature=0, **{"max_tokens": 16, **arguments}
+    )
+    return result.choices[0].text.strip()
+
+
+def blocks_while_decoding(server: Server, prompt: str) -> int:
+    """Blocks in use when the 40th token of a lone request arrives."""
+    stream = server.client.completions.create(
+        model="tiny", prompt=prompt, temperature=0, max_tokens=400, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    for count, _ in enumerate(stream):
+        if count == 40:
+            break
+    used = server.used_blocks()
+    stream.close()
+    for _ in range(100):  # the disconnected request gives everything back
+        if server.used_blocks() == 0:
+            return used
+        time.sleep(0.1)
+    raise AssertionError(f"{server.used_blocks()} blocks still in use after a disconnect")
+
+
+@pytest.mark.parametrize("ratio", ACCURACY)
+def test_needles_and_blocks(tmp_path: Path, ratio: int) -> None:
+    pairs = samples("single", LENGTH, SAMPLES, offset=1000)
+    with serve(tmp_path, "--kv-compress", f"ratio={ratio}") as server:
+        right = sum(complete(server, prompt) == answer for prompt, answer in pairs)
+        print(f"ratio {ratio}: {right} of {SAMPLES} needles")
+        assert right >= ACCURACY[ratio] * SAMPLES
+
+        # About 93 blocks of prompt and 3 of tail. What is compressible shrinks by the ratio.
+        prompt, _ = pairs[0]
+        used = blocks_while_decoding(server, prompt)
+        tokens = httpx.post(f"{server.url}/tokenize", json={"model": "tiny", "prompt": prompt})
+        compressible = tokens.json()["count"] // 16
+        tail = 3 if used > 3 else 0
+        assert compressible / (used - tail - 1) >= 0.8 * ratio
+        assert used >= compressible / ratio
+        log = server.log.read_text()
+        if ratio > 1:
+            before, after = map(int, re.findall(r"tokens, (\d+) -> (\d+) blocks", log)[-1])
+            assert before - 1 <= compressible <= before and after <= compressible / ratio + 2
+        assert f"ratio={ratio:.1f}" in log and "beside the KV cache" in log
+
+
+def test_openai_features_and_bad_requests(tmp_path: Path) -> None:
+    (prompt, answer), (other, other_answer) = samples("single", LENGTH, 2, offset=1100)
+    question = prompt.removeprefix("<|user|>").removesuffix("<|assistant|>")
+    with serve(tmp_path, "--kv-compress", "--kv-compress-ratio", "8") as server:
+        client = server.client
+        messages = [{"role": "user", "content": question}]
+        chat = client.chat.completions.create(model="tiny", messages=messages, temperature=0)
+        assert chat.choices[0].message.content == answer
+
+        stream = client.chat.completions.create(
+            model="tiny", messages=messages, temperature=0, stream=True
+        )
+        assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == answer
+
+        two = client.completions.create(
+            model="tiny", prompt=[prompt, other], n=2, temperature=1, max_tokens=16, logprobs=1,
+            extra_body={"top_k": 1},
+        )  # fmt: skip
+        texts = [choice.text.strip() for choice in two.choices]
+        assert texts == [answer] * 2 + [other_answer] * 2
+        assert all(choice.logprobs is not None for choice in two.choices)
+
+        stopped = client.completions.create(
+            model="tiny", prompt=prompt, temperature=0, stop=[answer[2]], max_tokens=16
+        )
+        assert stopped.choices[0].text.strip() == answer[: answer.index(answer[2])]
+
+        with pytest.raises(openai.BadRequestError, match="maximum context length"):
+            complete(server, prompt * 3)
+        with pytest.raises(openai.BadRequestError):
+            complete(server, prompt, temperature=-1)
+        assert complete(server, prompt) == answer, "still alive after bad requests"
+        assert server.used_blocks() == 0
+
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0, "Ctrl-C ends it in order"
+
+
+def test_bad_flag_ends_the_command(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL),
+         "--kv-compress", "ratio=0"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "ratio=0 is not accepted; it must be a number >= 1" in result.stderr
+
+
+def test_tensor_parallel(tmp_path: Path) -> None:
+    pairs = samples("single", LENGTH, 3, offset=1200)
+    with serve(tmp_path, "--kv-compress", "ratio=4", "--tensor-parallel-size", "2") as server:
+        assert [complete(server, p) for p, _ in pairs] == [answer for _, answer in pairs]
