@@ -95,11 +95,11 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
             block_table=block_table,
             slot_mapping=common.slot_mapping,
             state_slot=state_slot,
-            ring_index=self._ring_index(common),
+            ring_index=self.ring_index(common),
         )
 
-    def _ring_index(self, common: CommonAttentionMetadata) -> Tensor | None:
-        """``[T]`` int32 place of every token's query in the ring, -1 for none."""
+    def ring_index(self, common: CommonAttentionMetadata) -> Tensor | None:
+        """``[T]`` int32 place of every token's query in the ring, -1 for none; None: no query."""
         if self.context is None or not self.context.observations:
             return None
         window = self.context.state.window

@@ -17,7 +17,7 @@ from kvcompress_vllm.compressor import Compressor
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.integration.attention import KVCompressImpl, StepContext
 from kvcompress_vllm.integration.kv_cache import KVCompressSpec
-from kvcompress_vllm.integration.model_runner import RunnerAdapter
+from kvcompress_vllm.integration.model_runner import RunnerAdapter, adapt
 from kvcompress_vllm.integration.options import resolved_config
 from kvcompress_vllm.plan import StepPlan
 from kvcompress_vllm.scheduling import num_observe_slots
@@ -31,6 +31,7 @@ class KVCompressWorkerMixin(Worker):
 
     kv_compress_context: StepContext | None = None
     kv_compressor: Compressor | None = None
+    kv_compress_runner: RunnerAdapter | None = None
 
     @property
     def kv_compress_config(self) -> KVCompressConfig:
@@ -94,13 +95,13 @@ class KVCompressWorkerMixin(Worker):
 
     def _start_step(self, plan: StepPlan) -> None:
         assert self.kv_compress_context is not None and self.kv_compressor is not None
+        assert self.kv_compress_runner is not None
         context = self.kv_compress_context
         context.state.release(plan.released)
         self.kv_compressor.run(plan.compressions)
-        runner = RunnerAdapter(self.model_runner)
         for item in plan.compressions:
             nulls = [0] * (item.covered - len(item.new_blocks))
-            runner.write_row_prefix(item.request_id, item.new_blocks + nulls)
+            self.kv_compress_runner.write_row_prefix(item.request_id, item.new_blocks + nulls)
         context.observations = plan.observations
         if plan.expected is not None:
             integrity.check_state(context.state, plan.expected)
@@ -108,7 +109,7 @@ class KVCompressWorkerMixin(Worker):
     def _bind(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the state and attach it to every attention layer and metadata builder."""
         assert self.device is not None
-        runner = RunnerAdapter(self.model_runner)
+        runner = adapt(self.model_runner)
         layers = self.vllm_config.compilation_config.static_forward_context
         (group,) = kv_cache_config.kv_cache_groups
         names = group.layer_names
@@ -132,6 +133,7 @@ class KVCompressWorkerMixin(Worker):
         for builder in runner.metadata_builders():
             builder.bind(context)
         self.kv_compress_context = context
+        self.kv_compress_runner = runner
         self.kv_compressor = Compressor(self.kv_compress_config, state, pages, impl.scale)
         message = ops.missing_kernels(self.device.type)
         if message:

@@ -83,7 +83,7 @@ def serve(tmp_path: Path, *flags: str) -> Iterator[Server]:
 
 def complete(server: Server, prompt: str, **arguments: object) -> str:
     result = server.client.completions.create(
-        model="tiny", prompt=prompt, temperature=0, **{"max_tokens": 16, **arguments}
+        model="tiny", prompt=prompt, **{"temperature": 0, "max_tokens": 16, **arguments}
     )
     return result.choices[0].text.strip()
 
