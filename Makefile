@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/
 install: $(VENV)/.installed
 
 serve: install
-	$(VENV)/bin/vllm serve $(MODEL) --kv-compress $(KV_COMPRESS) --served-model-name tiny \
+	$(VENV)/bin/vllm serve $(MODEL) --kv-compress $(KV_COMPRESS) --served-model-name $(notdir $(MODEL)) \
 		--host $(HOST) --port $(PORT) --enforce-eager $(ARGS)
 
 # `make test ARGS="tests/ops -k select"` runs a part of them.
