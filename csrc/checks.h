@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks of op arguments, shared by the CPU and CUDA launchers. Every message names the argument.
+// They look at metadata only, never at values, so they cost no synchronisation on a GPU.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "dispatch.h"
+#include "paged_layout.h"
+
+// The braces make one statement of STD_TORCH_CHECK, which is a bare `if`.
+#define KVC_CHECK(condition, ...)            \
+  do {                                       \
+    STD_TORCH_CHECK(condition, __VA_ARGS__); \
+  } while (false)
+
+#define KVC_CHECK_TENSOR(t, dtype, dim, like) ::kvc::check_tensor(t, #t, dtype, dim, like)
+#define KVC_CHECK_CACHE_DTYPE(t)                      \
+  KVC_CHECK(::kvc::is_cache_dtype((t).scalar_type()), \
+            #t " must be float32, float16 or bfloat16, not ", (t).scalar_type())
+#define KVC_CHECK_DENSE(t) KVC_CHECK((t).is_contiguous(), #t " must be contiguous")
+#define KVC_CHECK_LAST_DENSE(t)                                             \
+  KVC_CHECK((t).stride((t).dim() - 1) == 1 || (t).size((t).dim() - 1) <= 1, \
+            "the last dimension of " #t " must be dense")
+#define KVC_CHECK_SIZE(t, dim, expected)                                                         \
+  KVC_CHECK((t).size(dim) == (expected), #t " must have size ", expected, " in dimension ", dim, \
+            ", not ", (t).size(dim))
+
+namespace kvc {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_tensor(const Tensor& t, const char* name, ScalarType dtype, int64_t dim,
+                         const Tensor& like) {
+  KVC_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
+            " is on another device than the other arguments");
+  KVC_CHECK(t.scalar_type() == dtype, name, " must be ", dtype, ", not ", t.scalar_type());
+  KVC_CHECK(t.dim() == dim, name, " must have ", dim, " dimensions, not ", t.dim());
+}
+
+// One number per request, [R] int32 (or int64), as a pointer.
+template <typename T>
+const T* check_per_request(const Tensor& t, const char* name, int64_t num_requests,
+                           const Tensor& like) {
+  check_tensor(t, name, sizeof(T) == 8 ? ScalarType::Long : ScalarType::Int, 1, like);
+  KVC_CHECK(t.is_contiguous(), name, " must be contiguous");
+  KVC_CHECK(t.size(0) == num_requests, name, " must have one element per request, ", num_requests,
+            ", not ", t.size(0));
+  return t.const_data_ptr<T>();
+}
+#define KVC_CHECK_PER_REQUEST(T, t, num_requests, like) \
+  ::kvc::check_per_request<T>(t, #t, num_requests, like)
+
+// The state part of PagedRows: state_slot [R], num_pages and first_page [U, L, H], covered [U].
+inline PagedRows check_state(const Tensor& state_slot, const Tensor& num_pages,
+                             const Tensor& first_page, const Tensor& covered, int64_t num_requests,
+                             int64_t block_size, const Tensor& like) {
+  KVC_CHECK_TENSOR(num_pages, ScalarType::Int, 3, like);
+  KVC_CHECK_TENSOR(first_page, ScalarType::Int, 3, like);
+  KVC_CHECK_TENSOR(covered, ScalarType::Int, 1, like);
+  KVC_CHECK_DENSE(num_pages);
+  KVC_CHECK_DENSE(first_page);
+  KVC_CHECK_DENSE(covered);
+  KVC_CHECK_SIZE(first_page, 0, num_pages.size(0));
+  KVC_CHECK_SIZE(first_page, 1, num_pages.size(1));
+  KVC_CHECK_SIZE(first_page, 2, num_pages.size(2));
+  KVC_CHECK_SIZE(covered, 0, num_pages.size(0));
+  PagedRows rows{};
+  rows.state_slot = KVC_CHECK_PER_REQUEST(int32_t, state_slot, num_requests, like);
+  rows.num_pages = num_pages.const_data_ptr<int32_t>();
+  rows.first_page = first_page.const_data_ptr<int32_t>();
+  rows.covered = covered.const_data_ptr<int32_t>();
+  rows.slots = static_cast<int32_t>(num_pages.size(1) * num_pages.size(2));
+  rows.block_size = static_cast<int32_t>(block_size);
+  KVC_CHECK(rows.slots > 0, "num_pages must have at least one layer and one head");
+  return rows;
+}
+
+// The same with block_table [R, M], whose rows must be dense, and pages [P, B, 2 * D], which must
+// be whole blocks.
+inline PagedRows check_rows(const Tensor& pages, const Tensor& block_table,
+                            const Tensor& state_slot, const Tensor& num_pages,
+                            const Tensor& first_page, const Tensor& covered) {
+  KVC_CHECK_CACHE_DTYPE(pages);
+  KVC_CHECK_TENSOR(pages, pages.scalar_type(), 3, pages);
+  KVC_CHECK_DENSE(pages);
+  KVC_CHECK(pages.size(1) > 0, "pages must hold at least one token each");
+  KVC_CHECK_TENSOR(block_table, ScalarType::Int, 2, pages);
+  KVC_CHECK_LAST_DENSE(block_table);
+  PagedRows rows = check_state(state_slot, num_pages, first_page, covered, block_table.size(0),
+                               pages.size(1), pages);
+  KVC_CHECK(pages.size(0) % rows.slots == 0, "pages must be whole blocks of ", rows.slots,
+            " pages, not ", pages.size(0));
+  rows.block_table = block_table.const_data_ptr<int32_t>();
+  rows.block_table_stride = block_table.stride(0);
+  return rows;
+}
+
+// Head sizes that the attention kernels take.
+inline void check_head_size(int64_t head_size) {
+  KVC_CHECK(head_size > 0 && head_size % 8 == 0 && head_size <= 512,
+            "head size must be a multiple of 8 up to 512, not ", head_size);
+}
+
+}  // namespace kvc

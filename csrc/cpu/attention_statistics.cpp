@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.kvcompress_vllm.attention_statistics on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <vector>
+
+#include "key_tile.h"
+#include "rows.h"
+
+namespace kvc {
+namespace {
+
+constexpr int64_t kNumChannels = 4;
+
+struct Call {
+  PagedRows rows;
+  const int32_t* observe_slot;                           // [R]
+  const int32_t* num_queries;                            // [R]
+  const int32_t* new_covered;                            // [R]
+  const int64_t* page_start;                             // [R]
+  int64_t ring_layer, ring_slot, ring_place, ring_head;  // strides in elements
+  int64_t window, heads, group, head_size;               // W, H, G, D
+  int64_t channel_size;                                  // output elements per channel
+  float scale;                                           // in units of log 2
+};
+
+// One (request, layer, head) at a time. Two passes over the keys, maximum and sum first: keeping
+// the logits of all keys would take G * W * 4 bytes per key, computing them twice takes little.
+template <typename T>
+class Runner {
+ public:
+  explicit Runner(const Call& call)
+      : call_(call),
+        max_panels_(ceil_div(call.window, kPanel)),
+        tile_(call.head_size),
+        queries_(call.group * max_panels_ * call.head_size * kPanel),
+        logits_(call.group * max_panels_ * kTileKeys * kPanel),
+        maximum_(call.group * max_panels_ * kPanel),
+        inverse_(call.group * max_panels_ * kPanel),
+        uniform_(max_panels_ * kPanel),
+        seen_(max_panels_ * kPanel),
+        visible_(max_panels_ * kPanel),
+        row_(call.head_size) {}
+
+  void run(const Simd& simd, int64_t request, int64_t head_slot, const T* ring, const T* pages,
+           float* out) {
+    const HeadPages head = head_pages(call_.rows, request, static_cast<int32_t>(head_slot));
+    const int32_t new_covered = call_.new_covered[request];
+    const int32_t num_keys = head.num_keys(call_.rows.seq_lens[request]);
+    const int32_t candidates = head.candidate_pages(new_covered) * head.block_size;
+    load_queries(simd, request, head_slot, num_keys, ring);
+    sum_exponentials(simd, head, num_keys, pages);
+    out += (call_.page_start[request] + head.first_candidate(new_covered)) * head.block_size;
+    for (int32_t begin = 0; begin < candidates; begin += kTileKeys) {
+      const int32_t count = std::min<int32_t>(kTileKeys, candidates - begin);
+      tile_.load(simd, head, pages, begin, count, false);
+      for (int64_t i = 0; i < call_.group * panels_; ++i) logits(simd, i, count);
+      for (int64_t q = 0; q < panels_ * kPanel; ++q) visible_[q] = seen_[q] - begin;
+      float* result = out + begin;
+      simd.statistics({logits_,
+                       panels_ * kTileKeys * kPanel,
+                       kTileKeys * kPanel,
+                       call_.group,
+                       panels_,
+                       count,
+                       maximum_,
+                       inverse_,
+                       uniform_,
+                       visible_,
+                       {result, result + call_.channel_size, result + 2 * call_.channel_size,
+                        result + 3 * call_.channel_size}});
+    }
+  }
+
+ private:
+  // Queries as columns, [G, panels, D, 16]; idle lanes see no key and count nowhere.
+  void load_queries(const Simd& simd, int64_t request, int64_t head_slot, int32_t num_keys,
+                    const T* ring) {
+    const int64_t count = call_.num_queries[request];
+    const int64_t layer = head_slot / call_.heads, head = head_slot % call_.heads;
+    panels_ = ceil_div(count, kPanel);
+    ring += layer * call_.ring_layer + call_.observe_slot[request] * call_.ring_slot;
+    for (int64_t q = 0; q < panels_ * kPanel; ++q) {
+      const int64_t unseen = count - 1 - q;
+      seen_[q] = q < count ? static_cast<int32_t>(std::max<int64_t>(0, num_keys - unseen)) : 0;
+      uniform_[q] = seen_[q] > 0 ? 1.0f / static_cast<float>(seen_[q]) : 0.0f;
+      if (q >= count) continue;
+      const int64_t place = (call_.rows.seq_lens[request] - 1 - unseen) % call_.window;
+      for (int64_t g = 0; g < call_.group; ++g) {
+        to_float(simd, ring + place * call_.ring_place + (head * call_.group + g) * call_.ring_head,
+                 row_.data(), call_.head_size);
+        float* column =
+            queries_ + (g * panels_ + q / kPanel) * call_.head_size * kPanel + q % kPanel;
+        for (int64_t d = 0; d < call_.head_size; ++d) column[d * kPanel] = row_[d] * call_.scale;
+      }
+    }
+  }
+
+  void logits(const Simd& simd, int64_t panel, int32_t count) {
+    simd.gemm({tile_.keys(), tile_.stride(), 1, queries_ + panel * call_.head_size * kPanel, kPanel,
+               logits_ + panel * kTileKeys * kPanel, kPanel, count, call_.head_size, false});
+  }
+
+  void sum_exponentials(const Simd& simd, const HeadPages& head, int32_t num_keys, const T* pages) {
+    const int64_t lanes = call_.group * panels_ * kPanel;
+    std::fill_n(static_cast<float*>(maximum_), lanes, -std::numeric_limits<float>::infinity());
+    std::fill_n(static_cast<float*>(inverse_), lanes, 0.0f);
+    for (int32_t begin = 0; begin < num_keys; begin += kTileKeys) {
+      const int32_t count = std::min<int32_t>(kTileKeys, num_keys - begin);
+      tile_.load(simd, head, pages, begin, count, false);
+      for (int64_t q = 0; q < panels_ * kPanel; ++q) visible_[q] = seen_[q] - begin;
+      for (int64_t i = 0; i < call_.group * panels_; ++i) {
+        logits(simd, i, count);
+        float correction[kPanel];
+        simd.softmax_panel({logits_ + i * kTileKeys * kPanel, count,
+                            visible_ + i % panels_ * kPanel, maximum_ + i * kPanel,
+                            inverse_ + i * kPanel, correction});
+      }
+    }
+    for (int64_t i = 0; i < lanes; ++i) inverse_[i] = inverse_[i] != 0 ? 1.0f / inverse_[i] : 0.0f;
+  }
+
+  const Call& call_;
+  int64_t max_panels_, panels_ = 0;  // panels of queries per member of the group
+  KeyTile tile_;
+  Scratch<float> queries_, logits_, maximum_, inverse_, uniform_;
+  Scratch<int32_t> seen_, visible_;
+  std::vector<float> row_;
+};
+
+// Multiplications for one request, roughly.
+int64_t num_work(const Call& call, int64_t request) {
+  return int64_t{call.rows.seq_lens[request]} * call.num_queries[request] * call.rows.slots *
+         call.group * call.head_size;
+}
+
+// Rows with something to do; checks their values.
+std::vector<int64_t> live_rows(const Call& call, int64_t num_requests, int64_t table_width,
+                               int64_t num_states, int64_t num_blocks, int64_t num_slots,
+                               int64_t num_candidate_pages) {
+  std::vector<int64_t> live;
+  const int64_t slots = call.rows.slots, block_size = call.rows.block_size;
+  for (int64_t r = 0; r < num_requests; ++r) {
+    const int64_t n = call.num_queries[r], seq_len = call.rows.seq_lens[r];
+    KVC_CHECK(0 <= n && n <= call.window, "num_queries of row ", r, " is ", n,
+              ", the window of ring is ", call.window);
+    if (n == 0) continue;  // its statistics stay zero
+    check_row_values(call.rows, r, seq_len, table_width, num_states, num_blocks);
+    const int64_t slot = call.rows.state_slot[r];
+    const int64_t covered = slot < 0 ? 0 : call.rows.covered[slot];
+    const HeadPages last = head_pages(call.rows, r, static_cast<int32_t>(slots - 1));
+    const int64_t first = last.first_candidate(call.new_covered[r]);
+    const int64_t end = call.page_start[r] + first + last.candidate_pages(call.new_covered[r]);
+    KVC_CHECK(n <= seq_len, "num_queries of row ", r, " is ", n, ", seq_lens ", seq_len);
+    KVC_CHECK(0 <= call.observe_slot[r] && call.observe_slot[r] < num_slots, "observe_slot of row ",
+              r, " is ", call.observe_slot[r], " of ", num_slots);
+    KVC_CHECK(covered <= call.new_covered[r] && call.new_covered[r] * block_size <= seq_len,
+              "new_covered of row ", r, " is ", call.new_covered[r], " blocks, covered ", covered,
+              ", seq_lens ", seq_len, " tokens");
+    KVC_CHECK(0 <= call.page_start[r] && end <= num_candidate_pages, "page_start of row ", r,
+              " leads to page ", end, " of num_candidate_pages ", num_candidate_pages);
+    live.push_back(r);
+  }
+  return live;
+}
+
+Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tensor& block_table,
+                            const Tensor& seq_lens, const Tensor& state_slot,
+                            const Tensor& num_pages, const Tensor& first_page,
+                            const Tensor& covered, const Tensor& observe_slot,
+                            const Tensor& num_queries, const Tensor& new_covered,
+                            const Tensor& page_start, int64_t num_candidate_pages, double scale) {
+  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  const int64_t num_requests = block_table.size(0);
+  rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, num_requests, pages);
+  KVC_CHECK_TENSOR(ring, pages.scalar_type(), 5, pages);  // [L, O, W, H * G, D]
+  KVC_CHECK_LAST_DENSE(ring);
+  const int64_t heads = num_pages.size(2), head_size = ring.size(4), window = ring.size(2);
+  check_head_size(head_size);
+  KVC_CHECK_SIZE(ring, 0, num_pages.size(1));
+  KVC_CHECK_SIZE(pages, 2, 2 * head_size);
+  KVC_CHECK(ring.size(3) > 0 && ring.size(3) % heads == 0, "ring has ", ring.size(3),
+            " heads, not a multiple of the ", heads, " KV heads of num_pages");
+  KVC_CHECK(num_candidate_pages >= 0, "num_candidate_pages is negative");
+
+  const int64_t block_size = pages.size(1);
+  Tensor out = torch::stable::new_zeros(ring, {kNumChannels, num_candidate_pages, block_size},
+                                        ScalarType::Float);
+  const Call call{rows,
+                  KVC_CHECK_PER_REQUEST(int32_t, observe_slot, num_requests, pages),
+                  KVC_CHECK_PER_REQUEST(int32_t, num_queries, num_requests, pages),
+                  KVC_CHECK_PER_REQUEST(int32_t, new_covered, num_requests, pages),
+                  KVC_CHECK_PER_REQUEST(int64_t, page_start, num_requests, pages),
+                  ring.stride(0),
+                  ring.stride(1),
+                  ring.stride(2),
+                  ring.stride(3),
+                  window,
+                  heads,
+                  ring.size(3) / heads,
+                  head_size,
+                  num_candidate_pages * block_size,
+                  static_cast<float>(scale) * kLog2E};
+  const std::vector<int64_t> live =
+      live_rows(call, num_requests, block_table.size(1), num_pages.size(0),
+                pages.size(0) / rows.slots, ring.size(1), num_candidate_pages);
+  float* result = out.mutable_data_ptr<float>();
+  const Simd& best = simd();
+  dispatch_cache_dtype(pages.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const T* queries = static_cast<const T*>(ring.const_data_ptr());
+    const T* keys = static_cast<const T*>(pages.const_data_ptr());
+    const int64_t num_items = static_cast<int64_t>(live.size()) * rows.slots;
+    int64_t work = 0;
+    for (const int64_t r : live) work += num_work(call, r);
+    parallel_items(num_items, work, [&](const auto& next) {
+      Runner<T> runner(call);
+      for (int64_t i; (i = next()) >= 0;) {
+        runner.run(best, live[i / rows.slots], i % rows.slots, queries, keys, result);
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace kvc
+
+STABLE_TORCH_LIBRARY_IMPL(kvcompress_vllm, CPU, m) {
+  m.impl("attention_statistics", TORCH_BOX(&kvc::attention_statistics));
+}

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from cases import DTYPES, Request, assert_close, assert_same_bits, make_batch, uneven
+
+from kvcompress_vllm import ops
+from kvcompress_vllm.ops import LOW_COUNT, reference
+
+LAYERS, HEADS = 2, 2
+SLOTS = LAYERS * HEADS
+
+
+def arguments(requests, num_queries, window, group, head_size, block_size, dtype, device):
+    """All full blocks are candidates; pages that no request owns lie between the outputs."""
+    batch = make_batch(requests, LAYERS, HEADS, block_size, head_size, dtype)
+    places = len(requests) + 2
+    # The ring is a slice of a longer one; only the last queries of each request are in it.
+    ring = torch.full((LAYERS, places + 1, window, HEADS * group, head_size), float("nan"))
+    ring = ring.to(dtype)[:, 1:]
+    observe_slot = torch.randperm(places)[: len(requests)].int()
+    new_covered = batch.seq_lens // block_size
+    page_start, end = [], 1
+    for r, (n, slot) in enumerate(zip(num_queries, observe_slot.tolist(), strict=True)):
+        positions = torch.arange(int(batch.seq_lens[r]) - n, int(batch.seq_lens[r])) % window
+        shape = (LAYERS, n, HEADS * group, head_size)
+        ring[:, slot, positions] = (2 * torch.randn(shape)).to(dtype)
+        packed, old = sum(requests[r].packed or ()), requests[r].covered
+        page_start.append(end)
+        end += packed + (int(new_covered[r]) - old) * SLOTS + 1
+    b = batch.to(device)
+    tail = (
+        observe_slot,
+        torch.tensor(num_queries, dtype=torch.int32),
+        new_covered.int(),
+        torch.tensor(page_start, dtype=torch.int64),
+    )
+    # Copying drops the gap that the slice left.
+    moved = torch.empty(LAYERS, places + 1, *ring.shape[2:], dtype=dtype, device=device)[:, 1:]
+    moved.copy_(ring)
+    return [moved, b.pages, *b.rows(), *(t.to(device) for t in tail), end, head_size**-0.5]
+
+
+def check(args):
+    expected = reference.attention_statistics(
+        *(a.cpu() if isinstance(a, torch.Tensor) else a for a in args)
+    )
+    actual = ops.attention_statistics(*args).cpu()
+    assert actual.shape == expected.shape and actual.dtype == torch.float32
+    assert_close("statistics", actual[:LOW_COUNT], expected[:LOW_COUNT])
+    # A count flips where a probability equals its threshold up to rounding: rarely, and by one.
+    apart = (actual[LOW_COUNT] - expected[LOW_COUNT]).abs()
+    assert apart.max() <= 1 and (apart > 0).sum() <= 1e-3 * apart.numel()
+    return expected
+
+
+def hostile(block_size):
+    return [
+        Request(tail=5 * block_size + 3),
+        Request(tail=2 * block_size, packed=uneven(2 * SLOTS, SLOTS), covered=3),
+        Request(tail=block_size - 1, packed=uneven(SLOTS, SLOTS), covered=1),
+        Request(tail=0, queries=0),
+        Request(tail=64 + block_size + 1),
+        Request(tail=block_size),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 2, 4, 7])
+@pytest.mark.parametrize("head_size", [32, 80, 128])
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_hostile_batch(device, dtype, group, head_size, block_size):
+    num_queries = [8, 5, 7, 0, 1, 8]
+    args = arguments(
+        hostile(block_size), num_queries, 8, group, head_size, block_size, dtype, device
+    )
+    check(args)
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 33])
+def test_windows_at_the_edges_of_a_panel(device, window):
+    rows = [Request(tail=130), Request(tail=70, packed=uneven(3 * SLOTS, SLOTS), covered=9)]
+    for n in {1, window // 2 + 1, window}:
+        check(arguments(rows, [n, window], window, 2, 32, 16, torch.float32, device))
+
+
+def test_all_queries_of_a_short_request(device):
+    """As many queries as keys: the first query sees one key."""
+    check(arguments([Request(tail=17)], [17], 20, 2, 32, 16, torch.float32, device))
+
+
+def test_queries_older_than_the_keys_count_nowhere(device):
+    """Heads without packed pages hold the tail alone, shorter than the window of queries."""
+    packed = [0, 4, 0, 0]
+    args = arguments([Request(19, packed=packed, covered=2)], [30], 30, 2, 32, 16,
+                     torch.float32, device)  # fmt: skip
+    assert check(args).isfinite().all()
+
+
+@pytest.mark.parametrize("block_size", [1, 24, 128])
+def test_blocks_that_do_not_divide_a_tile(device, block_size):
+    rows = [Request(tail=300), Request(tail=200, packed=uneven(SLOTS, SLOTS), covered=2)]
+    check(arguments(rows, [8, 5], 8, 2, 32, block_size, torch.float32, device))
+
+
+def test_low_count_where_it_is_clear_cut(device):
+    """Each query attends to one key alone: all other visible keys are low."""
+    args = arguments([Request(tail=32)], [4], 4, 2, 32, 16, torch.float32, device)
+    ring, pages = args[0], args[1]
+    ring.zero_()
+    ring[..., 0] = 100.0
+    pages.zero_()
+    pages[:, 3, 0] = 100.0  # key 3 of every page
+    args[-1] = 1.0
+    low = ops.attention_statistics(*args)[LOW_COUNT, 1:-1].cpu()
+    expected = torch.full((SLOTS, 2, 16), 4.0)
+    expected[:, :, 3] = 0
+    # The last three keys are hidden from the queries before them.
+    expected[:, 1, 13:] = torch.tensor([3.0, 2.0, 1.0])
+    torch.testing.assert_close(low.view(SLOTS, 2, 16), expected, atol=0, rtol=0)
+
+
+def test_sums_add_up(device):
+    """Over all keys of a head the probabilities of every query sum to one."""
+    args = arguments([Request(tail=64)], [9], 10, 3, 64, 16, torch.float32, device)
+    total, squares, heads, _ = ops.attention_statistics(*args)[:, 1:-1].cpu()
+    torch.testing.assert_close(total.view(SLOTS, -1).sum(-1), torch.full((SLOTS,), 27.0))
+    assert (squares <= total + 1e-6).all() and (heads >= squares - 1e-6).all()
+
+
+def test_free_memory_does_not_matter(device):
+    rows = hostile(16)
+    args = arguments(rows, [8, 5, 7, 0, 1, 8], 8, 2, 64, 16, torch.float32, device)
+    before = ops.attention_statistics(*args)
+    assert before.isfinite().all()
+    for value in (0.0, float("inf")):
+        args[1] = torch.where(args[1].isnan(), value, args[1])
+        assert_same_bits(ops.attention_statistics(*args), before)
+
+
+@pytest.mark.parametrize("requests", [[], [Request(tail=0, queries=0)]])
+def test_empty_batches(device, requests):
+    args = arguments(requests, [0] * len(requests), 4, 2, 32, 16, torch.float32, device)
+    assert (ops.attention_statistics(*args) == 0).all()
+
+
+BAD = [
+    ("ring", 0, lambda t: t.half()),
+    ("ring", 0, lambda t: t[:1]),
+    ("ring", 0, lambda t: t[:, :, :, :3]),
+    ("ring", 0, lambda t: t[0]),
+    ("pages", 1, lambda t: t[:-1]),
+    ("block_table", 2, lambda t: t.long()),
+    ("seq_lens", 3, lambda t: t.long()),
+    ("state_slot", 4, lambda t: t[:0]),
+    ("num_pages", 5, lambda t: t.long()),
+    ("first_page", 6, lambda t: t[..., :1]),
+    ("covered", 7, lambda t: t.long()),
+    ("observe_slot", 8, lambda t: t.long()),
+    ("num_queries", 9, lambda t: t.repeat(2)),
+    ("new_covered", 10, lambda t: t[None]),
+    ("page_start", 11, lambda t: t.int()),
+    ("num_candidate_pages", 12, lambda n: -1),
+]
+
+
+@pytest.mark.parametrize(("name", "index", "change"), BAD)
+def test_bad_argument_is_named(device, name, index, change):
+    args = arguments([Request(tail=33)], [4], 4, 2, 32, 16, torch.float32, device)
+    args[index] = change(args[index])
+    with pytest.raises(RuntimeError, match=name):
+        ops.attention_statistics(*args)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "change"),
+    [
+        ("observe_slot", 8, lambda t: t + 99),
+        ("num_queries", 9, lambda t: t + 99),
+        ("new_covered", 10, lambda t: t + 1),
+        ("page_start", 11, lambda t: t + 2),
+        ("num_candidate_pages", 12, lambda n: n - 2),
+    ],
+)
+def test_bad_value_is_refused_on_the_cpu(name, index, change):
+    if not ops.backends()["CPU"]["attention_statistics"]:
+        pytest.skip("no native CPU kernels are built")
+    args = arguments([Request(tail=33)], [4], 4, 2, 32, 16, torch.float32, "cpu")
+    args[index] = change(args[index])
+    with pytest.raises(RuntimeError, match=name):
+        ops.attention_statistics(*args)
