@@ -7,7 +7,7 @@ KV_COMPRESS ?= ratio=8
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: install serve test check format bench clean
+.PHONY: install serve test check format clean
 
 # vLLM brings its own torch, so it comes first; our extension is then built against that torch.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)

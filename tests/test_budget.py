@@ -16,8 +16,8 @@ B = 16
         ({"ratio": 4}, 1615, 25),  # the partial block is not counted
         ({"ratio": 3}, 1600, 34),  # rounded up
         ({"ratio": 1}, 1600, 100),
-        ({"ratio": 64, "recent": 0, "sinks": 0}, 1600, 2),
-        ({"ratio": 64}, 1600, 3),  # the shields (4 + 32 tokens) need 3 pages per head
+        ({"ratio": 64, "recent": 100}, 1600, 7),
+        ({"ratio": 64}, 1600, 2),  # the shields (4 + 16 tokens) need 2 pages per head
         ({"budget_tokens": 128}, 1600, 8),
         ({"budget_tokens": 129}, 1600, 9),
         ({"budget_tokens": 5000}, 1600, 100),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _BACKEND = "kvcompress_vllm.integration.attention.KVCompressBackend"
+_KV_CACHE_BYTES = 1 << 30
+"""KV cache on CPU unless the user sizes it."""
 _LIBRARY: torch.library.Library | None = None
 
 
@@ -87,6 +89,11 @@ class KVCompressCpuPlatform(CpuPlatform):
         compilation.custom_ops[:] = ["none"]
         compilation.mode = CompilationMode.NONE
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for the engine process, which is spawned
+        cache = vllm_config.cache_config
+        default = type(cache).gpu_memory_utilization
+        if cache.kv_cache_memory_bytes is None and cache.gpu_memory_utilization == default:
+            # vLLM would ask for 92% of all memory, and fail where something else runs.
+            cache.kv_cache_memory_bytes = _KV_CACHE_BYTES
         backend = parallel.distributed_executor_backend
         super().check_and_update_config(vllm_config)
         if backend == "uni":

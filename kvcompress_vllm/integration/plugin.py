@@ -12,8 +12,6 @@ import os
 from typing import Any
 
 _CPU_PLATFORM = "kvcompress_vllm.integration.cpu_platform.KVCompressCpuPlatform"
-_BACKEND = "kvcompress_vllm.integration.attention.KVCompressBackend"
-_CUDA_BACKEND = "kvcompress_vllm.integration.cuda_attention.KVCompressCudaBackend"
 _PATCHED = "_kv_compress_patched"
 
 
@@ -35,14 +33,10 @@ def cpu_platform() -> str | None:
 def register() -> None:
     """Entry point ``vllm.general_plugins``: add the flags and wire the engine. Idempotent."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if getattr(EngineArgs, _PATCHED, False):
         return
     setattr(EngineArgs, _PATCHED, True)
-    backend = _CUDA_BACKEND if current_platform.is_cuda() else _BACKEND
-    register_backend(AttentionBackendEnum.CUSTOM, backend)
     _patch_arguments(EngineArgs)
     _patch_engine_config(EngineArgs)
 

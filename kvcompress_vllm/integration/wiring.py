@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.integration import backend
 from kvcompress_vllm.integration.options import KEY, user_options
 
 _SCHEDULER = "kvcompress_vllm.integration.scheduler.make_scheduler"
@@ -36,7 +36,7 @@ def wire(engine_args: Any) -> KVCompressConfig | None:
     worker = _CPU_WORKER if current_platform.is_cpu() else _WORKER
     _set(engine_args, "scheduler_cls", _SCHEDULER, unset=None)
     _set(engine_args, "worker_cls", worker, unset="auto")
-    _set(engine_args, "attention_backend", AttentionBackendEnum.CUSTOM, unset=None)
+    _set(engine_args, "attention_backend", backend.register(), unset=None)
     if engine_args.block_size is None and current_platform.is_cpu():
         # vLLM's CPU default of 128 tokens per block would leave nothing to choose between.
         engine_args.block_size = 16

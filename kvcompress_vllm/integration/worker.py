@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from kvcompress_vllm import integrity, ops
 from kvcompress_vllm.compressor import Compressor
 from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.integration import backend
 from kvcompress_vllm.integration.attention import KVCompressImpl, StepContext
 from kvcompress_vllm.integration.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.model_runner import RunnerAdapter, adapt
@@ -24,6 +25,7 @@ from kvcompress_vllm.scheduling import num_observe_slots
 from kvcompress_vllm.state import PackedState
 
 logger = init_logger("vllm.kv_compress")
+backend.register()  # this module is imported by workers, and only where compression is on
 
 
 class KVCompressWorkerMixin(Worker):
