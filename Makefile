@@ -4,6 +4,8 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip
 MODEL ?= models/tiny
 KV_COMPRESS ?= ratio=8
+# CUDA kernels take minutes to compile: by default only where a GPU is.
+export KVCOMPRESS_BUILD ?= $(if $(shell command -v nvidia-smi),auto,$(if $(shell command -v c++),cpu,none))
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
@@ -23,7 +25,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/
 install: $(VENV)/.installed
 
 serve: install
-	$(VENV)/bin/vllm serve $(MODEL) --kv-compress $(KV_COMPRESS) --served-model-name $(notdir $(MODEL)) \
+	VLLM_WORKER_MULTIPROC_METHOD=fork $(VENV)/bin/vllm serve $(MODEL) --kv-compress $(KV_COMPRESS) --served-model-name $(notdir $(MODEL)) \
 		--host $(HOST) --port $(PORT) --enforce-eager $(ARGS)
 
 # `make test ARGS="tests/ops -k select"` runs a part of them.

@@ -95,7 +95,13 @@ class KVCompressCpuPlatform(CpuPlatform):
             # vLLM would ask for 92% of all memory, and fail where something else runs.
             cache.kv_cache_memory_bytes = _KV_CACHE_BYTES
         backend = parallel.distributed_executor_backend
+        method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
         super().check_and_update_config(vllm_config)
+        if method == "fork":
+            # vLLM's CPU platform insists on "spawn", because OpenMP does not survive a fork once it
+            # has run; a server that only starts has not run it, and a spawned engine imports
+            # everything a second time. So an explicit wish stands (`make serve` has it).
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = method
         if backend == "uni":
             parallel.distributed_executor_backend = "uni"
         if parallel.world_size > 1:

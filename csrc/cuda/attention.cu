@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <climits>
+
+#include "attention.h"
+#include "ops.h"
+
+namespace kvc::gpu {
+
+// One call serves mixed batches: which rows are decode and which prefill is decided on the device.
+// A batch of no more tokens than rows is taken for decode, so that a captured decode step launches
+// no prefill kernel; its rows with several tokens, if any, are served token by token.
+void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& block_table,
+                     const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
+                     const Tensor& first_page, const Tensor& covered, const Tensor& query_start,
+                     int64_t layer, double scale, const Tensor& out) {
+  const PagedRows state =
+      check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  const int64_t requests = block_table.size(0), heads = num_pages.size(2);
+  PagedRows rows = state;
+  rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, requests, pages);
+  KVC_CHECK_TENSOR(query, pages.scalar_type(), 3, pages);
+  KVC_CHECK_TENSOR(out, pages.scalar_type(), 3, pages);
+  KVC_CHECK_TENSOR(query_start, ScalarType::Int, 1, pages);
+  KVC_CHECK_DENSE(query_start);
+  KVC_CHECK_SIZE(query_start, 0, requests + 1);
+  KVC_CHECK_LAST_DENSE(query);
+  KVC_CHECK_LAST_DENSE(out);
+  const int64_t tokens = query.size(0), query_heads = query.size(1), head_size = query.size(2);
+  KVC_CHECK(out.size(0) >= tokens, "out must have a row per query");
+  KVC_CHECK_SIZE(out, 1, query_heads);
+  KVC_CHECK_SIZE(out, 2, head_size);
+  KVC_CHECK_SIZE(pages, 2, 2 * head_size);
+  KVC_CHECK(layer >= 0 && layer < num_pages.size(1), "layer must be below ", num_pages.size(1),
+            ", not ", layer);
+  const int64_t group = query_heads / heads, block_size = rows.block_size;
+  KVC_CHECK(query_heads % heads == 0 && group >= 1 && group <= 16,
+            "query heads must be 1 to 16 times the KV heads, not ", query_heads, " for ", heads);
+  KVC_CHECK(block_size >= 8 && (block_size & (block_size - 1)) == 0,
+            "the block size must be a power of two from 8 on, not ", block_size);
+  KVC_CHECK(is_aligned(pages.const_data_ptr(), 16), "pages must be aligned to 16 bytes");
+  if (requests == 0 || tokens == 0) return;
+
+  const Launch launch(pages);
+  DecodeParams p{};
+  p.rows = rows;
+  p.query = query.const_data_ptr();
+  p.pages = pages.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.query_start = query_start.const_data_ptr<int32_t>();
+  p.query_stride_t = query.stride(0);
+  p.query_stride_h = query.stride(1);
+  p.out_stride_t = out.stride(0);
+  p.out_stride_h = out.stride(1);
+  p.num_requests = static_cast<int32_t>(requests);
+  p.num_heads = static_cast<int32_t>(heads);
+  p.group = static_cast<int32_t>(group);
+  p.layer = static_cast<int32_t>(layer);
+  p.least_units = 4;
+  p.head_size = static_cast<int32_t>(head_size);
+  p.element_size = static_cast<int32_t>(query.element_size());
+  p.scale_log2 = static_cast<float>(scale) * kLog2E;
+  p.aligned = is_aligned(p.query, 4) && p.query_stride_t % 2 == 0 && p.query_stride_h % 2 == 0;
+  const bool decode_all = tokens <= requests || pages.scalar_type() == ScalarType::Float;
+  p.most_tokens = decode_all ? INT_MAX : 1;
+  dispatch_dtype(pages.scalar_type(),
+                 [&](auto type) { launch_decode<decltype(type)>(launch, pages, p, head_size); });
+  if (decode_all) return;
+
+  PrefillParams q{};
+  q.rows = rows;
+  q.query = p.query;
+  q.pages = p.pages;
+  q.out = p.out;
+  q.query_start = p.query_start;
+  q.query_stride_t = p.query_stride_t;
+  q.query_stride_h = p.query_stride_h;
+  q.out_stride_t = p.out_stride_t;
+  q.out_stride_h = p.out_stride_h;
+  q.num_requests = p.num_requests;
+  q.num_heads = p.num_heads;
+  q.group = p.group;
+  q.layer = p.layer;
+  q.least_tokens = p.most_tokens + 1;
+  q.scale_log2 = p.scale_log2;
+  q.aligned = p.aligned;
+  if (pages.scalar_type() == ScalarType::Half) {
+    launch_prefill<__half>(launch, q, head_size, tokens);
+  } else {
+    launch_prefill<__nv_bfloat16>(launch, q, head_size, tokens);
+  }
+}
+
+}  // namespace kvc::gpu

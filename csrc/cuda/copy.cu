@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "copy.cuh"
+#include "launch.h"
+#include "ops.h"
+
+namespace kvc::gpu {
+namespace {
+
+// 16 when every pointer and stride (in elements) allows 16-byte copies, else the element size.
+int64_t copy_width(int64_t element, std::initializer_list<const void*> pointers,
+                   std::initializer_list<int64_t> strides) {
+  for (const void* pointer : pointers) {
+    if (!is_aligned(pointer, 16)) return element;
+  }
+  for (int64_t stride : strides) {
+    if (stride * element % 16 != 0) return element;
+  }
+  return 16;
+}
+
+template <typename F>
+void dispatch_width(int64_t width, F&& f) {
+  if (width == 16) {
+    f(uint4{});
+  } else if (width == 4) {
+    f(uint32_t{});
+  } else {
+    f(uint16_t{});
+  }
+}
+
+int threads_for(int64_t words) {
+  return static_cast<int>(words >= 256 ? 256 : (words + kWarp - 1) / kWarp * kWarp);
+}
+
+}  // namespace
+
+void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
+              const Tensor& slot_mapping) {
+  KVC_CHECK_CACHE_DTYPE(kv_cache);
+  KVC_CHECK(kv_cache.dim() == 4, "kv_cache must have 4 dimensions, not ", kv_cache.dim());
+  KVC_CHECK_TENSOR(key, kv_cache.scalar_type(), 3, kv_cache);
+  KVC_CHECK_TENSOR(value, kv_cache.scalar_type(), 3, kv_cache);
+  KVC_CHECK_TENSOR(slot_mapping, ScalarType::Long, 1, kv_cache);
+  const int64_t tokens = slot_mapping.size(0), heads = kv_cache.size(1), size = key.size(2);
+  KVC_CHECK(key.size(0) >= tokens, "key must have a row per slot");
+  KVC_CHECK(value.size(0) >= tokens, "value must have a row per slot");
+  KVC_CHECK_SIZE(key, 1, heads);
+  KVC_CHECK_SIZE(value, 1, heads);
+  KVC_CHECK_SIZE(value, 2, size);
+  KVC_CHECK_SIZE(kv_cache, 3, 2 * size);
+  KVC_CHECK_LAST_DENSE(key);
+  KVC_CHECK_LAST_DENSE(value);
+  KVC_CHECK_LAST_DENSE(kv_cache);
+  KVC_CHECK_DENSE(slot_mapping);
+  if (tokens == 0 || heads == 0 || size == 0) return;
+  const int64_t element = kv_cache.element_size();
+  const int64_t width =
+      copy_width(element, {key.const_data_ptr(), value.const_data_ptr(), kv_cache.const_data_ptr()},
+                 {size, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+                  kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2)});
+  const int64_t per = width / element;  // elements in a word
+  WriteKvParams p{};
+  p.key = key.const_data_ptr();
+  p.value = value.const_data_ptr();
+  p.cache = kv_cache.mutable_data_ptr();
+  p.slot_mapping = slot_mapping.const_data_ptr<int64_t>();
+  p.key_stride_t = key.stride(0) / per;
+  p.key_stride_h = key.stride(1) / per;
+  p.value_stride_t = value.stride(0) / per;
+  p.value_stride_h = value.stride(1) / per;
+  p.cache_stride_n = kv_cache.stride(0) / per;
+  p.cache_stride_h = kv_cache.stride(1) / per;
+  p.cache_stride_b = kv_cache.stride(2) / per;
+  p.num_heads = static_cast<int32_t>(heads);
+  p.block_size = static_cast<int32_t>(kv_cache.size(2));
+  p.words = static_cast<int32_t>(size / per);
+  const Launch launch(kv_cache);
+  dispatch_width(width, [&](auto word) {
+    write_kv_kernel<decltype(word)>
+        <<<tokens, threads_for(heads * 2 * p.words), 0, launch.stream()>>>(p);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void observe_queries(const Tensor& query, const Tensor& ring_index, const Tensor& ring) {
+  KVC_CHECK_CACHE_DTYPE(ring);
+  KVC_CHECK(ring.dim() == 3, "ring must have 3 dimensions, not ", ring.dim());
+  KVC_CHECK_TENSOR(query, ring.scalar_type(), 3, ring);
+  KVC_CHECK_TENSOR(ring_index, ScalarType::Int, 1, ring);
+  const int64_t tokens = ring_index.size(0), heads = ring.size(1), size = ring.size(2);
+  KVC_CHECK(query.size(0) >= tokens, "query must have a row per index");
+  KVC_CHECK_SIZE(query, 1, heads);
+  KVC_CHECK_SIZE(query, 2, size);
+  KVC_CHECK_LAST_DENSE(query);
+  KVC_CHECK_LAST_DENSE(ring);
+  KVC_CHECK_DENSE(ring_index);
+  if (tokens == 0 || heads == 0 || size == 0) return;
+  const int64_t element = ring.element_size();
+  const int64_t width =
+      copy_width(element, {query.const_data_ptr(), ring.const_data_ptr()},
+                 {size, query.stride(0), query.stride(1), ring.stride(0), ring.stride(1)});
+  const int64_t per = width / element;
+  ObserveParams p{};
+  p.query = query.const_data_ptr();
+  p.ring = ring.mutable_data_ptr();
+  p.ring_index = ring_index.const_data_ptr<int32_t>();
+  p.query_stride_t = query.stride(0) / per;
+  p.query_stride_h = query.stride(1) / per;
+  p.ring_stride_t = ring.stride(0) / per;
+  p.ring_stride_h = ring.stride(1) / per;
+  p.num_heads = static_cast<int32_t>(heads);
+  p.words = static_cast<int32_t>(size / per);
+  const Launch launch(ring);
+  dispatch_width(width, [&](auto word) {
+    observe_queries_kernel<decltype(word)>
+        <<<tokens, threads_for(heads * p.words), 0, launch.stream()>>>(p);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace kvc::gpu

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops.h"
+#include "statistics.h"
+
+namespace kvc::gpu {
+
+Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tensor& block_table,
+                            const Tensor& seq_lens, const Tensor& state_slot,
+                            const Tensor& num_pages, const Tensor& first_page,
+                            const Tensor& covered, const Tensor& observe_slot,
+                            const Tensor& num_queries, const Tensor& new_covered,
+                            const Tensor& page_start, int64_t num_candidate_pages, double scale) {
+  constexpr int kChannels = 4;
+  StatisticsParams p{};
+  p.rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  const int64_t requests = block_table.size(0), heads = num_pages.size(2);
+  const int64_t block_size = p.rows.block_size;
+  p.rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, requests, pages);
+  p.observe_slot = KVC_CHECK_PER_REQUEST(int32_t, observe_slot, requests, pages);
+  p.num_queries = KVC_CHECK_PER_REQUEST(int32_t, num_queries, requests, pages);
+  p.new_covered = KVC_CHECK_PER_REQUEST(int32_t, new_covered, requests, pages);
+  p.page_start = KVC_CHECK_PER_REQUEST(int64_t, page_start, requests, pages);
+  KVC_CHECK_TENSOR(ring, pages.scalar_type(), 5, pages);
+  KVC_CHECK_DENSE(ring);
+  const int64_t query_heads = ring.size(3), head_size = ring.size(4), window = ring.size(2);
+  KVC_CHECK_SIZE(ring, 0, num_pages.size(1));
+  KVC_CHECK_SIZE(pages, 2, 2 * head_size);
+  const int64_t group = query_heads / heads;
+  KVC_CHECK(query_heads % heads == 0 && group >= 1 && group <= 16,
+            "query heads must be 1 to 16 times the KV heads, not ", query_heads, " for ", heads);
+  KVC_CHECK(block_size >= 8 && (block_size & (block_size - 1)) == 0,
+            "the block size must be a power of two from 8 on, not ", block_size);
+  KVC_CHECK(window >= 1 && window <= 1024, "the window must have 1 to 1024 queries, not ", window);
+  KVC_CHECK(requests <= 65535 && p.rows.slots <= 65535, "too many requests or heads");
+  KVC_CHECK(is_aligned(pages.const_data_ptr(), 16) && is_aligned(ring.const_data_ptr(), 16),
+            "pages and ring must be aligned to 16 bytes");
+  KVC_CHECK(num_candidate_pages >= 0, "num_candidate_pages must not be negative");
+  const Tensor out = torch::stable::new_empty(ring, {kChannels, num_candidate_pages, block_size},
+                                              ScalarType::Float);
+  if (out.numel() == 0) return out;
+  p.ring = ring.const_data_ptr();
+  p.pages = pages.const_data_ptr();
+  p.out = out.mutable_data_ptr<float>();
+  p.candidates = num_candidate_pages;
+  p.num_heads = static_cast<int32_t>(heads);
+  p.group = static_cast<int32_t>(group);
+  p.slots_observed = static_cast<int32_t>(ring.size(1));
+  p.window = static_cast<int32_t>(window);
+  p.scale_log2 = static_cast<float>(scale) * kLog2E;
+  const Launch launch(pages);
+  // Places that no head owns are zero, as in the reference.
+  STD_CUDA_CHECK(cudaMemsetAsync(p.out, 0, out.numel() * sizeof(float), launch.stream()));
+  if (requests == 0) return out;
+  // A guess of the longest head, for the grid only: any length is correct.
+  const int64_t most_keys = block_table.size(1) * block_size;
+  dispatch_dtype(pages.scalar_type(), [&](auto type) {
+    launch_statistics<decltype(type)>(launch, pages, p, requests, most_keys, head_size);
+  });
+  return out;
+}
+
+}  // namespace kvc::gpu
