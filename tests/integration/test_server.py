@@ -59,6 +59,8 @@ def serve(tmp_path: Path, *flags: str) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    if "--tensor-parallel-size" not in flags:
+        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # as `make serve`; ten seconds less
     log = tmp_path / "server.log"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL),
                "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny",
