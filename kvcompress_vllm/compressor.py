@@ -55,7 +55,7 @@ class Compressor:
 
         rows = _rows([item.old_blocks for item in due], device)
         state_slot = state.state_slots(rows)
-        tables = (state_slot, state.num_pages, state.first_page, state.covered)
+        tables = (state_slot, *state.tables)
         new_covered = int32(covered)
         page_start = torch.tensor(starts[:-1], device=device)
 

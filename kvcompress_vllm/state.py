@@ -64,6 +64,11 @@ class PackedState:
         return self.ring.shape[2]
 
     @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``num_pages``, ``first_page``, ``covered``: what the ops take after the state slots."""
+        return self.num_pages, self.first_page, self.covered
+
+    @property
     def slots(self) -> dict[int, int]:
         """Live state slots and the first packed block of each."""
         return dict(self._first_block)

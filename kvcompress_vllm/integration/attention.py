@@ -192,7 +192,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             pages, tables = self._standard(kv_cache)
         else:
             state, pages = context.state, context.pages
-            tables = (state.num_pages, state.first_page, state.covered)
+            tables = state.tables
             if meta.ring_index is not None:
                 ring = state.ring[self._layer].flatten(0, 1)
                 ops.observe_queries(query, meta.ring_index, ring)

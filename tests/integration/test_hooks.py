@@ -34,7 +34,9 @@ def test_assignments_to_vllm_are_all_registered() -> None:
     assigned = {
         name
         for path in folder.glob("*.py")
-        for name in re.findall(r"(?:engine_args|kv_cache_manager)\.(\w+) = ", path.read_text())
+        for name in re.findall(
+            r"(?:engine_args|kv_cache_manager|model_state)\.(\w+) = ", path.read_text()
+        )
     }
     fields = {"additional_config", "block_size"}  # plain fields of the EngineArgs instance
     assert assigned - fields == {h.path.rpartition(".")[2] for h in HOOKS if h.patched}
