@@ -23,11 +23,17 @@ def floor_pages(config: KVCompressConfig, block_size: int) -> int:
     return max(1, -(-max(config.sinks + config.recent, config.min_tokens_per_head) // block_size))
 
 
-def packed_blocks(config: KVCompressConfig, num_tokens: int, covered: int, block_size: int) -> int:
+def packed_blocks(
+    config: KVCompressConfig,
+    num_tokens: int,
+    covered: int,
+    block_size: int,
+    ratio: float | None = None,
+) -> int:
     """Blocks C to keep of ``covered`` full blocks of a request of ``num_tokens`` tokens.
 
     Returns ``covered`` itself where there is nothing to gain: a short prompt, ratio 1, or a budget
-    that covers everything.
+    that covers everything. ``ratio`` lowers the budget further, down to the per-head floor.
     """
     if num_tokens < config.min_prompt_tokens:
         return covered
@@ -36,4 +42,6 @@ def packed_blocks(config: KVCompressConfig, num_tokens: int, covered: int, block
     else:
         assert config.ratio is not None
         kept = math.ceil(covered / config.ratio)
+    if ratio is not None:
+        kept = min(kept, math.ceil(covered / ratio))
     return min(covered, max(kept, floor_pages(config, block_size)))

@@ -102,6 +102,19 @@ class KVCompressConfig:
         "blocks by which a generation outgrows its budget before it is compressed again",
         *_integer(1),
     )
+    on_pressure: bool = _option(
+        True,
+        "when the KV cache runs short, compress early rather than have vLLM preempt",
+        "true or false",
+        lambda value: isinstance(value, bool),
+    )
+    max_ratio: float | None = _option(
+        None,
+        "ratio that a request may be compressed to when the KV cache runs short, beyond its budget",
+        "a number >= 1",
+        _ratio,
+        optional=True,
+    )
     pool: int = _option(
         15,
         "width of the max-pooling of scores over neighbouring tokens; 1 is off",

@@ -9,7 +9,8 @@ Life of a compressible request:
 3. due once all of them are computed, until ``compressed`` on a later step; if the pool cannot spare
    the packed blocks it stays due and decodes uncompressed meanwhile;
 4. ``watch`` while it decodes: shortly before it has outgrown its budget by ``interval`` blocks it
-   takes an observation slot again, and goes on at 2;
+   takes an observation slot again, and goes on at 2; when the pool runs short, ``press`` does so
+   earlier for those that can give most back;
 5. ``release`` when it finishes, is aborted or is preempted; a preempted request is admitted anew.
 """
 
@@ -24,6 +25,9 @@ from kvcompress_vllm.plan import Observation
 
 NEVER = 1 << 62
 """Token count at which nothing ever is due."""
+
+LEAST_GAIN = 2
+"""Blocks that an early compression must give back to be worth its while."""
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Tracked:
     """F, full blocks covered by compression so far."""
     kept: int = 0
     """C, blocks they are packed into; 0 until the first compression."""
+    ratio: float | None = None
+    """Of the compression that is under way, where the pool ran short; None: its usual budget."""
 
 
 class CompressionPlanner:
@@ -70,12 +76,22 @@ class CompressionPlanner:
         self._state_slots = list(range(state_slots - 1, -1, -1))
         self._observe_slots = list(range(observe_slots - 1, -1, -1))
         self._released: list[int] = []
+        self._kept: dict[tuple[int, float | None], int] = {}  # asked for every request, every step
         self._first_outgrown = self.outgrown_at()
 
-    def packed_size(self, num_tokens: int) -> tuple[int, int]:
-        """(F, C) of a compression at ``num_tokens`` tokens; C < F if there is anything to gain."""
+    def packed_size(self, num_tokens: int, ratio: float | None = None) -> tuple[int, int]:
+        """(F, C) of a compression at ``num_tokens`` tokens; C < F if there is anything to gain.
+
+        Args:
+            ratio: compress at least so much.
+        """
         covered = num_tokens // self.block_size
-        kept = budget.packed_blocks(self.config, num_tokens, covered, self.block_size)
+        if num_tokens < self.config.min_prompt_tokens:
+            return covered, covered
+        kept = self._kept.get((covered, ratio))
+        if kept is None:
+            kept = budget.packed_blocks(self.config, num_tokens, covered, self.block_size, ratio)
+            self._kept[covered, ratio] = kept
         return covered, kept
 
     def outgrown_at(self, covered: int = 0, kept: int = 0) -> int:
@@ -154,9 +170,55 @@ class CompressionPlanner:
                 continue
             computed = num_computed.get(tracked.request_id, 0)
             if computed >= tracked.due_at - self.config.window:
-                tracked.observe_slot = self._observe_slots.pop()
                 # Late (no slot was free, or a prefill passed the mark): a whole window from now.
-                tracked.due_at = max(tracked.due_at, computed + self.config.window)
+                self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
+
+    def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
+        """When the pool runs short, prepare early compressions, largest gain first.
+
+        Short means: fewer free blocks than the running requests will take until a compression that
+        is prepared now is carried out, and than its copy takes.
+
+        Args:
+            num_computed: computed tokens of the running requests.
+            num_free: free blocks of the pool.
+        """
+        window, size = self.config.window, self.block_size
+        growth = sum((n + window) // size - (n - 1) // size for n in num_computed.values())
+        copy = max((self._budget(n // size) for n in num_computed.values()), default=0)
+        missing = growth + max(copy, self.reserve()) - num_free
+        missing -= sum(
+            self._gain(t, t.due_at, t.ratio)
+            for t in self.requests.values()
+            if t.observe_slot is not None
+        )
+        for ratio in (None, self.config.max_ratio)[: 1 + (self.config.max_ratio is not None)]:
+            if missing <= 0 or not self._observe_slots:
+                return
+            gains = [
+                (self._gain(t, at, ratio), at, t)
+                for t in self.requests.values()
+                if t.observe_slot is None
+                and (at := num_computed.get(t.request_id, 0) + window) > window
+            ]
+            gains = [item for item in gains if item[0] >= LEAST_GAIN]
+            gains.sort(key=lambda item: -item[0])
+            for gain, due_at, tracked in gains[: len(self._observe_slots)]:
+                if missing <= 0:
+                    return
+                self._prepare(tracked, due_at)
+                tracked.ratio = ratio
+                missing -= gain
+
+    def _prepare(self, tracked: Tracked, due_at: int) -> None:
+        """Observe a request from now on, and compress it at ``due_at`` tokens."""
+        tracked.observe_slot = self._observe_slots.pop()
+        tracked.due_at = due_at
+
+    def _gain(self, tracked: Tracked, num_tokens: int, ratio: float | None) -> int:
+        """Blocks that a compression at ``num_tokens`` tokens would give back."""
+        covered, kept = self.packed_size(num_tokens, ratio)
+        return covered - tracked.covered + tracked.kept - kept
 
     def observe(self, request_id: str, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
@@ -193,7 +255,8 @@ class CompressionPlanner:
         self.version += not tracked.kept
         self._observe_slots.append(tracked.observe_slot)
         tracked.observe_slot = None
-        tracked.covered, tracked.kept = self.packed_size(tracked.due_at)
+        tracked.covered, tracked.kept = self.packed_size(tracked.due_at, tracked.ratio)
+        tracked.ratio = None
         tracked.due_at = self.outgrown_at(tracked.covered, tracked.kept)
 
     def release(self, request_id: str) -> None:
@@ -218,7 +281,7 @@ class CompressionPlanner:
 
     def _budget(self, full: int) -> int:
         """C of a compression that covers ``full`` blocks."""
-        return budget.packed_blocks(self.config, full * self.block_size, full, self.block_size)
+        return self.packed_size(full * self.block_size)[1]
 
 
 def num_observe_slots(

@@ -27,6 +27,9 @@ from kvcompress_vllm.scheduling import CompressionPlanner, Tracked
 
 logger = init_logger("vllm.kv_compress")
 
+MARGIN = 8
+"""For every so many requests one block stays free: some compressions come late."""
+
 
 class _KVCompressMixin(Scheduler):
     """Adds a :class:`StepPlan` to every step, as ``SchedulerOutput.kv_compress``."""
@@ -89,9 +92,11 @@ class _KVCompressMixin(Scheduler):
         compressions: list[Compression] = []
         freed: list[KVCacheBlock] = []
         planner.watch(computed)
+        if planner.config.on_pressure:
+            planner.press(computed, manager.block_pool.get_num_free_blocks())
         for tracked in planner.due(computed):
             num_tokens, first = tracked.due_at, not tracked.kept
-            covered, kept = planner.packed_size(num_tokens)
+            covered, kept = planner.packed_size(num_tokens, tracked.ratio)
             if manager.block_pool.get_num_free_blocks() < kept:
                 break
             assert tracked.observe_slot is not None
@@ -157,7 +162,8 @@ class _KVCompressMixin(Scheduler):
         loads = [self._load(r, planner.requests.get(r.request_id)) for r in self.running]
         loads.append(self._load(request, None))
         most = admission.most_blocks(loads, planner.block_size)
-        fits = most + reserve < pool.num_gpu_blocks
+        margin = len(loads) // MARGIN
+        fits = most + reserve + margin < pool.num_gpu_blocks
         self._does_not_fit = None if fits else question
         return fits
 
