@@ -3,8 +3,8 @@
 
     python -m benchmarks.serve --engines stock,1,8 --rates 1,2,4,inf --num-prompts 128
 
-Starts ``vllm serve`` for every engine in turn and loads it with ``vllm bench serve``: random prompts
-that share nothing, Poisson arrivals. Without ``--model`` it serves random weights of the
+Starts ``vllm serve`` for every engine in turn and loads it with ``vllm bench serve``: random
+prompts that share nothing, Poisson arrivals. Without ``--model`` it serves random weights of the
 Llama-3.1-8B shape, with the vocabulary of the bundled model so that its tokenizer fits. One JSON
 line per engine and rate, a table, and with ``--plot`` a figure.
 """

@@ -108,9 +108,17 @@ class KVCompressConfig:
         "true or false",
         lambda value: isinstance(value, bool),
     )
+    min_ratio: float | None = _option(
+        None,
+        "least ratio that a request may ask for",
+        "a number >= 1",
+        _ratio,
+        optional=True,
+    )
     max_ratio: float | None = _option(
         None,
-        "ratio that a request may be compressed to when the KV cache runs short, beyond its budget",
+        "highest ratio that a request may ask for, or be compressed to when the KV cache runs "
+        "short; none: as asked for, and never beyond the budget",
         "a number >= 1",
         _ratio,
         optional=True,
@@ -146,6 +154,13 @@ class KVCompressConfig:
             )
         if self.ratio is not None:
             object.__setattr__(self, "ratio", float(self.ratio))
+        limits = (self.min_ratio or 1.0, self.ratio, self.max_ratio)
+        given = [limit for limit in limits if limit is not None]
+        if given != sorted(given):
+            raise ValueError(
+                f"kv_compress: min_ratio={self.min_ratio!r}, ratio={self.ratio!r} and "
+                f"max_ratio={self.max_ratio!r} must not decrease"
+            )
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> KVCompressConfig:
