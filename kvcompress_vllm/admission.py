@@ -72,21 +72,27 @@ def load(
     return Load(steps, prompt, start, most, planner.config.interval, tokens_left)
 
 
-def most_blocks(loads: Sequence[Load], block_size: int, num_samples: int = 32) -> int:
+HORIZON = 256
+"""Steps that the forecast looks ahead. With a longer look fewer requests are preempted, but memory
+lies idle until then; most of all where few requests fit."""
+
+
+def most_blocks(
+    loads: Sequence[Load], block_size: int, horizon: int = HORIZON, stride: int | None = None
+) -> int:
     """Blocks that the requests will hold together at the worst moment ahead.
 
     Args:
         loads: one per request, the candidate included.
         block_size: tokens per block, B.
-        num_samples: how many moments are looked at; the last is when all but the prefilling ones
-            are done.
+        horizon: steps to look ahead.
+        stride: steps between the moments looked at; None: B.
     """
     if not loads:
         return 0
     prefill, prompt, start, most, interval, left = torch.tensor(loads).T[:, :, None]
-    horizon = int((prefill + left).max())
-    stride = max(1, -(-horizon // num_samples))
-    step = torch.arange(0, horizon, stride)
+    horizon = min(horizon, int((prefill + left).max()))
+    step = torch.arange(0, horizon, stride or block_size)
     decoded = step - prefill
     grown = start + decoded.div(block_size, rounding_mode="floor")
     over = (grown - most).clamp(min=0)

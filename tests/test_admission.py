@@ -42,9 +42,14 @@ LOADS = st.builds(
 def test_the_forecast_is_the_worst_step_ahead(loads: list[Load]) -> None:
     horizon = max(one.prefill_steps + one.tokens_left for one in loads)
     expected = max(sum(held(one, step) for one in loads) for step in range(horizon))
-    assert most_blocks(loads, B, num_samples=horizon) == expected
+    assert most_blocks(loads, B, horizon, stride=1) == expected
     # With fewer samples a peak between two of them is missed, never invented.
-    assert most_blocks(loads, B) <= expected
+    assert most_blocks(loads, B, horizon) <= expected
+
+
+def test_the_forecast_ends_somewhere() -> None:
+    grows = Load(0, 0, 6, UNBOUNDED, 8, 100_000)
+    assert most_blocks([grows], B) == 6 + 256 // B - 1
 
 
 def test_nothing_holds_nothing() -> None:
