@@ -71,12 +71,14 @@ class Compressor:
             new_covered,
             page_start,
             starts[-1],
+            ops.channel_mask(self.policy.channels),
+            1,
             self.scale,
         )
 
         scores = torch.empty(starts[-1], block_size, device=device)
         for begin, end in pairwise(starts):
-            request = statistics[:, begin:end].reshape(ops.NUM_CHANNELS, slots, -1)
+            request = statistics[:, begin:end].reshape(len(statistics), slots, -1)
             scores[begin:end] = self.policy.score(request).view(-1, block_size)
 
         recent = [

@@ -11,6 +11,9 @@ from torch import Tensor
 class Policy(ABC):
     """Scores the candidate keys of one request from what its last queries paid to them."""
 
+    channels: tuple[int, ...]
+    """Channels of the statistics op that ``score`` takes, ascending."""
+
     def __init__(self, pool: int) -> None:
         self.pool = pool
 
@@ -20,8 +23,7 @@ class Policy(ABC):
 
         Args:
             statistics: ``[channels, L * H, n]`` fp32 of one request, all heads with the same n
-                candidate keys in token order; the channels are those of
-                :func:`kvcompress_vllm.ops.reference.attention_statistics`.
+                candidate keys in token order.
 
         Returns:
             ``[L * H, n]`` fp32; higher means keep.

@@ -19,8 +19,10 @@ from kvcompress_vllm.policies.base import Policy
 class KVCompress(Policy):
     """Sum of squared attention over window and group, max-pooled over ``pool`` keys."""
 
+    channels = (ops.SUM_SQUARES,)
+
     def score(self, statistics: Tensor) -> Tensor:
-        squares = statistics[ops.SUM_SQUARES]
+        squares = statistics[0]
         if self.pool == 1:
             return squares
         return max_pool1d(squares, self.pool, stride=1, padding=self.pool // 2)
