@@ -12,9 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import budget, ops, policies
+from kvcompress_vllm import allocation, budget, gather, ops
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Compression
+from kvcompress_vllm.policies import Evidence
 from kvcompress_vllm.state import PackedState
 
 
@@ -35,7 +36,7 @@ class Compressor:
         self.state = state
         self.pages = pages
         self.scale = scale
-        self.policy = policies.create(config.policy, config.pool)
+        self.policy = config.create_policy()
         self.record: dict[str, list[Tensor]] | None = None
         """For tests, when not None: by request id, the kept key indices of every (layer, head)."""
 
@@ -76,24 +77,33 @@ class Compressor:
             self.scale,
         )
 
-        scores = torch.empty(starts[-1], block_size, device=device)
-        for begin, end in pairwise(starts):
-            request = statistics[:, begin:end].reshape(len(statistics), slots, -1)
-            scores[begin:end] = self.policy.score(request).view(-1, block_size)
-
         recent = [
             budget.num_recent(self.config, count, blocks, block_size)
             for count, blocks in zip(num_tokens, covered, strict=True)
         ]
+        floor_pages = budget.floor_pages(self.config, block_size)
+        scores = torch.empty(starts[-1], block_size, device=device)
+        freed = []
+        for index, (begin, end) in enumerate(pairwise(starts)):
+            evidence = self._evidence(
+                due[index], rows[index], statistics[:, begin:end], recent[index]
+            )
+            score = self.policy.score(evidence)
+            scores[begin:end] = score.reshape(-1, block_size)
+            freed.append(
+                allocation.freed_pages(
+                    self.config.allocator, self.policy, evidence, score, block_size, floor_pages
+                )
+            )
         kept_pages, kept_first, kept_keys = ops.select_pages(
             scores,
             page_start,
             *tables,
             new_covered,
-            self._num_freed(covered, kept, layers, heads),
+            torch.stack(freed),
             int32(recent),
             self.config.sinks,
-            budget.floor_pages(self.config, block_size),
+            floor_pages,
             sum(kept) * slots,
         )
         ops.compact_pages(
@@ -117,12 +127,41 @@ class Compressor:
                 heads_of = keys[index * slots : (index + 1) * slots]
                 self.record[item.request_id] = [head.flatten() for head in heads_of]
 
-    def _num_freed(self, covered: list[int], kept: list[int], layers: int, heads: int) -> Tensor:
-        """``[R, A]`` int32 pages to free per group of competing heads."""
-        groups = {"global": 1, "layer": layers, "uniform": layers * heads}[self.config.allocator]
-        freed = torch.tensor(covered, dtype=torch.int32) - torch.tensor(kept, dtype=torch.int32)
-        per_group = freed[:, None] * (layers * heads // groups)
-        return per_group.expand(-1, groups).contiguous().to(self.pages.device)
+    def _evidence(
+        self, item: Compression, row: Tensor, statistics: Tensor, num_recent: int
+    ) -> Evidence:
+        """What the policy may look at; ``statistics`` ``[channels, pages, B]`` are the request's."""
+        state, policy = self.state, self.policy
+        layers, heads = state.num_pages.shape[1:]
+        num_queries = min(state.window, item.num_tokens)
+        if policy.needs_keys and state.slot_of(item.old_blocks) >= 0:
+            raise RuntimeError(
+                f"kv_compress: {item.request_id} is packed already; {type(policy).__name__} reads "
+                "keys by position"
+            )
+        keys, values, queries = gather.readers(
+            self.pages, row, item.num_tokens, heads, state.ring, item.observe_slot, num_queries
+        )
+        return Evidence(
+            layers=layers,
+            heads=heads,
+            group=state.ring.shape[3] // heads,
+            num_keys=item.covered * self.pages.shape[1],
+            num_kept=len(item.new_blocks) * self.pages.shape[1],
+            seq_len=item.num_tokens,
+            num_queries=num_queries,
+            num_sinks=self.config.sinks,
+            num_recent=num_recent,
+            scale=self.scale,
+            device=self.pages.device,
+            statistics={
+                channel: values_of.reshape(layers * heads, -1)
+                for channel, values_of in zip(sorted(policy.channels), statistics, strict=True)
+            },
+            keys=keys,
+            values=values,
+            queries=queries,
+        )
 
 
 def _rows(blocks: list[list[int]], device: torch.device) -> Tensor:
