@@ -130,7 +130,7 @@ class Compressor:
     def _evidence(
         self, item: Compression, row: Tensor, statistics: Tensor, num_recent: int
     ) -> Evidence:
-        """What the policy may look at; ``statistics`` ``[channels, pages, B]`` are the request's."""
+        """What the policy may look at; ``statistics`` ``[channels, pages, B]`` of the request."""
         state, policy = self.state, self.policy
         layers, heads = state.num_pages.shape[1:]
         num_queries = min(state.window, item.num_tokens)

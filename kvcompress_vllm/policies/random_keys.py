@@ -29,9 +29,9 @@ class RandomKeys(Policy):
     defaults = Defaults("uniform", window=1, pool=1)
 
     def score(self, evidence: Evidence) -> Tensor:
-        base = _mix(torch.tensor(self.seed) + 0x9E3779B9 * (evidence.seq_len + 1))
-        slot = torch.arange(evidence.layers * evidence.heads)
-        start = _mix(base + 0x85EBCA77 * (slot + 1)).to(evidence.device)
+        base = int(_mix(torch.tensor(self.seed + 0x9E3779B9 * (evidence.seq_len + 1))))
+        slot = torch.arange(evidence.layers * evidence.heads, device=evidence.device)
+        start = _mix(base + 0x85EBCA77 * (slot + 1))
         position = torch.arange(evidence.num_keys, device=evidence.device)
         scores = torch.empty(len(slot), evidence.num_keys, device=evidence.device)
         for index, first in enumerate(start):  # one head at a time: 64-bit numbers take room
