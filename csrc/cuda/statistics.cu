@@ -21,7 +21,7 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   p.new_covered = KVC_CHECK_PER_REQUEST(int32_t, new_covered, requests, pages);
   p.page_start = KVC_CHECK_PER_REQUEST(int64_t, page_start, requests, pages);
   KVC_CHECK_TENSOR(ring, pages.scalar_type(), 5, pages);
-  KVC_CHECK_DENSE(ring);
+  KVC_CHECK_LAST_DENSE(ring);
   const int64_t query_heads = ring.size(3), head_size = ring.size(4), window = ring.size(2);
   KVC_CHECK_SIZE(ring, 0, num_pages.size(1));
   KVC_CHECK_SIZE(pages, 2, 2 * head_size);
@@ -36,7 +36,10 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   KVC_CHECK(p.rows.slots <= 65535, "num_pages has ", p.rows.slots,
             " layers and heads; the most is 65535");
   KVC_CHECK(is_aligned(pages.const_data_ptr(), 16), "pages must be aligned to 16 bytes");
-  KVC_CHECK(is_aligned(ring.const_data_ptr(), 16), "ring must be aligned to 16 bytes");
+  const int64_t per_word = 16 / (ring.scalar_type() == ScalarType::Float ? 4 : 2);
+  bool aligned = is_aligned(ring.const_data_ptr(), 16);
+  for (int64_t d = 0; d < 4; ++d) aligned = aligned && ring.stride(d) % per_word == 0;
+  KVC_CHECK(aligned, "the queries in ring must be aligned to 16 bytes");
   KVC_CHECK(num_candidate_pages >= 0, "num_candidate_pages is negative");
   const int64_t num_channels = check_observation(channels, query_stride);
   const Tensor out = torch::stable::new_empty(ring, {num_channels, num_candidate_pages, block_size},
@@ -48,7 +51,10 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   p.candidates = num_candidate_pages;
   p.num_heads = static_cast<int32_t>(heads);
   p.group = static_cast<int32_t>(group);
-  p.slots_observed = static_cast<int32_t>(ring.size(1));
+  p.ring_layer = ring.stride(0) / per_word;
+  p.ring_slot = ring.stride(1) / per_word;
+  p.ring_place = ring.stride(2) / per_word;
+  p.ring_head = ring.stride(3) / per_word;
   p.window = static_cast<int32_t>(window);
   p.channels = static_cast<uint32_t>(channels);
   p.query_stride = static_cast<int32_t>(query_stride);

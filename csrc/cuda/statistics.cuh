@@ -22,12 +22,12 @@ struct StatisticsParams {
   int64_t candidates;           // candidate pages
   int32_t num_heads;            // H
   int32_t group;                // G
-  int32_t slots_observed;       // O
-  int32_t window;               // W
-  int32_t query_stride;         // tokens from one observed query to the next
-  uint32_t channels;            // bit mask of Channel
-  float scale_log2;             // scale * log2(e)
-  bool resident;                // all rows of queries fit in shared memory at once
+  int64_t ring_layer, ring_slot, ring_place, ring_head;  // strides in 16 bytes
+  int32_t window;                                        // W
+  int32_t query_stride;  // tokens from one observed query to the next
+  uint32_t channels;     // bit mask of Channel
+  float scale_log2;      // scale * log2(e)
+  bool resident;         // all rows of queries fit in shared memory at once
 };
 
 template <typename T, int kHeadSize>
@@ -53,17 +53,15 @@ __device__ __forceinline__ void load_queries(const StatisticsParams& p, char* sh
   using Math = typename StatisticsMath<T, kHeadSize>::Type;
   constexpr int kWords = kHeadSize * sizeof(T) / 16;
   const int layer = slot / p.num_heads, head = slot % p.num_heads;
-  const int64_t heads = static_cast<int64_t>(p.num_heads) * p.group;
-  const int64_t base =
-      (static_cast<int64_t>(layer) * p.slots_observed + p.observe_slot[r]) * p.window;
+  const uint4* base = static_cast<const uint4*>(p.ring) + layer * p.ring_layer +
+                      p.observe_slot[r] * p.ring_slot + head * p.group * p.ring_head;
   for (int i = threadIdx.x; i < Math::kRows * kWords; i += blockDim.x) {
     const int row = i / kWords, word = i % kWords, q = first + row / p.group;
     uint4 value = make_uint4(0, 0, 0, 0);
     if (row / p.group < chunk && q < n) {
       const int position = seq_len - 1 - (n - 1 - q) * p.query_stride;
-      const int64_t place = (base + position / p.query_stride % p.window) * heads +
-                            static_cast<int64_t>(head) * p.group + row % p.group;
-      value = __ldg(static_cast<const uint4*>(p.ring) + place * kWords + word);
+      const int place = position / p.query_stride % p.window;
+      value = __ldg(base + place * p.ring_place + row % p.group * p.ring_head + word);
     }
     *reinterpret_cast<uint4*>(shared + row * Math::kStride + word * 16) = value;
   }
