@@ -21,6 +21,7 @@ from torch import Tensor
 from kvcompress_vllm import allocation, budget, gather, ops, policies
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.policies import Evidence
+from kvcompress_vllm.state import PackedState
 
 HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE, RATIO = 8, 4, 128, 16, 4
 
@@ -55,8 +56,14 @@ class Prompt:
     def evidence(self, config: KVCompressConfig, ring: Tensor, channels: Tensor) -> Evidence:
         policy = config.create_policy()
         window = min(ring.shape[2], self.tokens)
+        state = PackedState(
+            num_blocks=1, num_layers=self.layers, num_kv_heads=HEADS, num_query_heads=HEADS * GROUP,
+            head_size=HEAD_SIZE, state_slots=1, observe_slots=1, window=ring.shape[2],
+            dtype=ring.dtype, device=self.device,
+        )  # fmt: skip
+        state.ring.copy_(ring)
         keys, values, queries = gather.readers(
-            self.pages, self.row, self.tokens, HEADS, ring, 0, window
+            self.pages, self.row, self.tokens, state, 0, window, None
         )
         kept = budget.packed_blocks(config, self.tokens, self.blocks, BLOCK_SIZE)
         return Evidence(
@@ -124,7 +131,7 @@ def main() -> None:
         def choose(config=config, policy=policy, evidence=evidence, floor=floor) -> Tensor:
             scores = policy.score(evidence)
             return allocation.freed_pages(
-                config.allocator, policy, evidence, scores, BLOCK_SIZE, floor
+                config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
             )
 
         op = timed(lambda ring=ring, mask=mask: prompt.statistics(ring, mask)) if mask else 0.0

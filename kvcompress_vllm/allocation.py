@@ -31,6 +31,8 @@ def freed_pages(
     scores: Tensor,
     block_size: int,
     floor_pages: int,
+    candidate_blocks: int,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Pages that each group of competing heads frees.
 
@@ -39,16 +41,19 @@ def freed_pages(
         scores: ``[L * H, n]`` fp32 from ``policy``.
         block_size: B.
         floor_pages: pages that every head keeps.
+        candidate_blocks: candidate pages that a head has on average.
+        lengths: ``[L, H]`` int32 candidate pages of each head; None: as many as the average.
 
     Returns:
         ``[A]`` int32: a row of the selection op's ``num_freed``. A is the same for all requests of
         one configuration.
 
     Raises:
-        RuntimeError: C is below the floor or above F, or the policy's shares have a wrong shape.
+        RuntimeError: C is below the floor or above what there is, or the policy's shares have a
+            wrong shape.
     """
     layers, heads = evidence.layers, evidence.heads
-    full, kept = evidence.num_keys // block_size, evidence.num_kept // block_size
+    full, kept = candidate_blocks, evidence.num_kept // block_size
     if not floor_pages <= kept <= full:
         raise RuntimeError(
             f"kv_compress: cannot keep {kept} of {full} blocks with {floor_pages} per head at least"
@@ -66,26 +71,21 @@ def freed_pages(
         groups = layers if allocator == "layer" else layers * heads
         each = (full - kept) * layers * heads // groups
         return torch.full((groups,), each, dtype=torch.int32, device=evidence.device)
-    if allocator == "uniform":
-        # In blocks per head, so that the heads of a layer are exactly equal.
-        pages = _layers(shares, evidence, kept * layers, floor_pages, full, base)
-        return (full - pages).repeat_interleave(heads).int()
-    per_layer = _layers(
-        shares, evidence, kept * layers * heads, floor_pages * heads, full * heads, base * heads
-    )
-    if within is None:
-        return (full * heads - per_layer).int()
-    return (full - water_fill(within, per_layer, floor_pages, full, base)).flatten().int()
-
-
-def _layers(
-    shares: Tensor | None, evidence: Evidence, total: int, low: int, high: int, base: float
-) -> Tensor:
-    """``[L]`` int64 parts of ``total`` units."""
-    device = evidence.device
+    if lengths is None:
+        lengths = torch.full((layers, heads), full, dtype=torch.int32, device=evidence.device)
     if shares is None:
-        shares = torch.ones(evidence.layers, device=device)
-    return water_fill(shares, torch.full((), total, device=device), low, high, base)
+        shares = torch.ones(layers, device=evidence.device)
+    if allocator == "uniform":
+        # In blocks per head, so that the heads of a layer are exactly equal, as they always were.
+        total = torch.full((), kept * layers, device=evidence.device)
+        pages = water_fill(shares, total, floor_pages, lengths.amin(-1), base)
+        return (lengths - pages[:, None]).flatten().int()
+    total = torch.full((), kept * layers * heads, device=evidence.device)
+    candidates = lengths.sum(-1)
+    per_layer = water_fill(shares, total, floor_pages * heads, candidates, base * heads)
+    if within is None:
+        return (candidates - per_layer).int()
+    return (lengths - water_fill(within, per_layer, floor_pages, lengths, base)).flatten().int()
 
 
 def _check_shape(name: str, shares: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -95,7 +95,7 @@ def _check_shape(name: str, shares: Tensor | None, shape: tuple[int, ...]) -> No
         )
 
 
-def water_fill(weights: Tensor, total: Tensor, low: int, high: int, base: float) -> Tensor:
+def water_fill(weights: Tensor, total: Tensor, low: int, high: Tensor, base: float) -> Tensor:
     """Divide ``total`` units by weight: ``base + level * weight``, cut to ``[low, high]``.
 
     What cutting adds or takes moves the level for the others, so the sum is exact. Fractions are
@@ -103,8 +103,9 @@ def water_fill(weights: Tensor, total: Tensor, low: int, high: int, base: float)
 
     Args:
         weights: ``[..., A]`` >= 0; all zero, or not finite, means equal.
-        total: ``[...]`` integers in ``[A * low, A * high]``.
-        low, high: bounds of every part; ``base <= low``.
+        total: ``[...]`` integers between the sums of the bounds.
+        low: least of every part; ``base <= low``.
+        high: ``[..., A]`` integers, most of each part.
 
     Returns:
         ``[..., A]`` int64, summing to ``total`` along the last dimension.
@@ -114,11 +115,12 @@ def water_fill(weights: Tensor, total: Tensor, low: int, high: int, base: float)
     weights = torch.where(largest > 0, weights / largest, 1.0)
     # A weight of nothing still takes what no other part has room for.
     weights = weights.clamp(min=1e-9)
-    wanted = total.double()[..., None]
+    wanted, high = total.double()[..., None], high.double()
 
     def filled(level: Tensor) -> Tensor:
         """``[..., K, A]`` for levels ``[..., K]``."""
-        return (base + level[..., None] * weights[..., None, :]).clamp(low, high)
+        parts = (base + level[..., None] * weights[..., None, :]).clamp(min=low)
+        return torch.minimum(parts, high[..., None, :])
 
     # The sum grows with the level and bends where a part leaves `low` or reaches `high`.
     bends = torch.cat([(low - base) / weights, (high - base) / weights], -1).sort(-1).values

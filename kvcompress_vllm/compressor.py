@@ -7,6 +7,7 @@ scheduler has fixed how many blocks each request keeps; this decides which keys 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from kvcompress_vllm import allocation, budget, gather, ops
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Compression
-from kvcompress_vllm.policies import Evidence
+from kvcompress_vllm.policies import Evidence, Policy
 from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.transfer import to_device
 
 
 class Compressor:
@@ -42,23 +44,25 @@ class Compressor:
 
     def run(self, due: list[Compression]) -> None:
         """Compress every due request and describe it in the state tables."""
-        if not due:
-            return
+        for batch in _batches(due, MOST_TOKENS // self.pages.shape[1]):
+            self._run(batch)
+
+    def _run(self, due: list[Compression]) -> None:
         state, device = self.state, self.pages.device
         layers, heads = state.num_pages.shape[1:]
         slots, block_size = layers * heads, self.pages.shape[1]
         covered = [item.covered for item in due]
         kept = [len(item.new_blocks) for item in due]
-        starts = _starts([count * slots for count in covered])
+        starts = _starts([item.candidate_blocks * slots for item in due])
 
         def int32(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+            return to_device(values, torch.int32, device)
 
         rows = _rows([item.old_blocks for item in due], device)
         state_slot = state.state_slots(rows)
         tables = (state_slot, *state.tables)
         new_covered = int32(covered)
-        page_start = torch.tensor(starts[:-1], device=device)
+        page_start = to_device(starts[:-1], torch.int64, device)
 
         num_tokens = [item.num_tokens for item in due]
         statistics = ops.attention_statistics(
@@ -81,20 +85,13 @@ class Compressor:
             budget.num_recent(self.config, count, blocks, block_size)
             for count, blocks in zip(num_tokens, covered, strict=True)
         ]
-        floor_pages = budget.floor_pages(self.config, block_size)
         scores = torch.empty(starts[-1], block_size, device=device)
         freed = []
         for index, (begin, end) in enumerate(pairwise(starts)):
-            evidence = self._evidence(
+            scores[begin:end], groups = self._choose(
                 due[index], rows[index], statistics[:, begin:end], recent[index]
             )
-            score = self.policy.score(evidence)
-            scores[begin:end] = score.reshape(-1, block_size)
-            freed.append(
-                allocation.freed_pages(
-                    self.config.allocator, self.policy, evidence, score, block_size, floor_pages
-                )
-            )
+            freed.append(groups)
         kept_pages, kept_first, kept_keys = ops.select_pages(
             scores,
             page_start,
@@ -103,7 +100,7 @@ class Compressor:
             torch.stack(freed),
             int32(recent),
             self.config.sinks,
-            floor_pages,
+            budget.floor_pages(self.config, block_size),
             sum(kept) * slots,
         )
         ops.compact_pages(
@@ -127,27 +124,77 @@ class Compressor:
                 heads_of = keys[index * slots : (index + 1) * slots]
                 self.record[item.request_id] = [head.flatten() for head in heads_of]
 
-    def _evidence(
+    def _choose(
         self, item: Compression, row: Tensor, statistics: Tensor, num_recent: int
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of one request's candidate keys, and how many pages go.
+
+        Policies see one rectangle of ``covered`` pages per head. Heads that were packed before have
+        fewer: they end with it, so that the latest keys are in line. How long they are only the
+        device knows.
+
+        Args:
+            row: ``[M]`` int32 block ids.
+            statistics: ``[channels, pages, B]`` of this request; heads may differ in length.
+
+        Returns:
+            ``[pages, B]`` fp32, and a row of the selection op's ``num_freed``.
+        """
+        channels, pages, block_size = statistics.shape
+        layers, heads = self.state.num_pages.shape[1:]
+        slots, device = layers * heads, statistics.device
+        lengths = absent = place = None
+        if item.old_kept:
+            fresh = item.covered - item.old_covered
+            lengths = self.state.num_pages[item.state_slot] + fresh
+            first = self.state.first_page[item.state_slot].view(slots, 1)
+            first = first + torch.arange(slots, device=device).unsqueeze(1) * fresh
+            j = torch.arange(item.covered, device=device) - item.covered + lengths.view(slots, 1)
+            place = torch.where(j >= 0, first + j, pages).flatten().long()
+            absent = (j < 0).repeat_interleave(block_size, 1)
+            padded = torch.cat([statistics, statistics.new_zeros(channels, 1, block_size)], dim=1)
+            statistics = padded[:, place]
+        evidence = self._evidence(item, row, statistics, num_recent, absent)
+        scores = self.policy.score(evidence)
+        freed = allocation.freed_pages(
+            self.config.allocator,
+            self.policy,
+            evidence,
+            scores if absent is None else scores.masked_fill(absent, float("-inf")),
+            block_size,
+            budget.floor_pages(self.config, block_size),
+            item.candidate_blocks,
+            lengths,
+        )
+        scores = scores.reshape(-1, block_size)
+        if place is not None:
+            result = torch.empty(pages + 1, block_size, device=device)
+            result[place] = scores
+            scores = result[:pages]
+        return scores, freed
+
+    def _evidence(
+        self,
+        item: Compression,
+        row: Tensor,
+        statistics: Tensor,
+        num_recent: int,
+        absent: Tensor | None,
     ) -> Evidence:
-        """What the policy may look at; ``statistics`` ``[channels, pages, B]`` of the request."""
-        state, policy = self.state, self.policy
+        """What the policy may look at; ``statistics`` ``[channels, L * H * covered, B]``."""
+        state, block_size = self.state, self.pages.shape[1]
         layers, heads = state.num_pages.shape[1:]
         num_queries = min(state.window, item.num_tokens)
-        if policy.needs_keys and state.slot_of(item.old_blocks) >= 0:
-            raise RuntimeError(
-                f"kv_compress: {item.request_id} is packed already; {type(policy).__name__} reads "
-                "keys by position"
-            )
+        packed = gather.Packed(item.state_slot, item.old_covered) if item.old_kept else None
         keys, values, queries = gather.readers(
-            self.pages, row, item.num_tokens, heads, state.ring, item.observe_slot, num_queries
+            self.pages, row, item.num_tokens, state, item.observe_slot, num_queries, packed
         )
         return Evidence(
             layers=layers,
             heads=heads,
             group=state.ring.shape[3] // heads,
-            num_keys=item.covered * self.pages.shape[1],
-            num_kept=len(item.new_blocks) * self.pages.shape[1],
+            num_keys=item.covered * block_size,
+            num_kept=len(item.new_blocks) * block_size,
             seq_len=item.num_tokens,
             num_queries=num_queries,
             num_sinks=self.config.sinks,
@@ -156,19 +203,55 @@ class Compressor:
             device=self.pages.device,
             statistics={
                 channel: values_of.reshape(layers * heads, -1)
-                for channel, values_of in zip(sorted(policy.channels), statistics, strict=True)
+                for channel, values_of in zip(sorted(self.policy.channels), statistics, strict=True)
             },
+            absent=absent,
             keys=keys,
             values=values,
             queries=queries,
         )
 
 
+MOST_TOKENS = 4096
+"""Candidate tokens of a batch of compressions, unless a single request has more. Bounds the memory
+for statistics and scores without making many small compressions wait for each other."""
+
+
+def scratch_bytes(
+    policy: Policy, num_tokens: int, num_layers: int, num_kv_heads: int, head_size: int
+) -> int:
+    """Memory that a compression takes while it runs.
+
+    Args:
+        num_tokens: tokens of the longest request.
+    """
+    # Per candidate key: its statistics, its score, and the policy's temporaries.
+    per_key = 4 * (len(policy.channels) + 5)
+    scores = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads * per_key
+    # One layer of keys or values, as copied, in fp32, and an intermediate of it.
+    copies = 3 * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0
+    return scores + copies
+
+
+def _batches(due: list[Compression], most_blocks: int) -> Iterator[list[Compression]]:
+    """Runs of requests with at most ``most_blocks`` candidate blocks, or of a single request."""
+    batch: list[Compression] = []
+    blocks = 0
+    for item in due:
+        if batch and blocks + item.candidate_blocks > most_blocks:
+            yield batch
+            batch, blocks = [], 0
+        batch.append(item)
+        blocks += item.candidate_blocks
+    if batch:
+        yield batch
+
+
 def _rows(blocks: list[list[int]], device: torch.device) -> Tensor:
     """``[R, M]`` int32, ragged rows padded with the null block."""
     width = max(map(len, blocks))
     padded = [row + [0] * (width - len(row)) for row in blocks]
-    return torch.tensor(padded, dtype=torch.int32, device=device)
+    return to_device(padded, torch.int32, device)
 
 
 def _starts(counts: list[int]) -> list[int]:

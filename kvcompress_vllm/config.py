@@ -95,7 +95,18 @@ class KVCompressConfig:
     recent: int = _option(AUTO, "last prompt tokens that are always kept", *_or_auto(_integer(0)))
     sinks: int = _option(4, "first prompt tokens that are always kept", *_integer(0))
     min_tokens_per_head: int = _option(16, "tokens that every KV head keeps at least", *_integer(0))
-    min_prompt_tokens: int = _option(128, "shorter prompts are never compressed", *_integer(1))
+    min_prompt_tokens: int = _option(128, "shorter requests are never compressed", *_integer(1))
+    decode: bool = _option(
+        True,
+        "compress what is generated, too",
+        "true or false",
+        lambda value: isinstance(value, bool),
+    )
+    interval: int = _option(
+        8,
+        "blocks by which a generation outgrows its budget before it is compressed again",
+        *_integer(1),
+    )
     pool: int = _option(
         AUTO,
         "width of the pooling of scores over neighbouring tokens; 1 is off",

@@ -11,17 +11,25 @@ class Compression(NamedTuple):
     """Compress one request at the start of the step.
 
     ``old_blocks`` is the request's row as far as ``num_tokens`` tokens reach, which is where the
-    observed queries end. The kept K/V of its first ``covered`` blocks (F) go into ``new_blocks``,
-    and the row becomes ``new_blocks``, null blocks up to F, tail.
+    observed queries end. Up to now its first ``old_covered`` blocks are packed into ``old_kept``,
+    both 0 on the first compression. The kept K/V of its first ``covered`` blocks (F) go into
+    ``new_blocks``, and the row becomes ``new_blocks``, null blocks up to F, tail.
     """
 
     request_id: str
     state_slot: int
     observe_slot: int
     num_tokens: int
+    old_covered: int
+    old_kept: int
     covered: int
     old_blocks: list[int]
     new_blocks: list[int]
+
+    @property
+    def candidate_blocks(self) -> int:
+        """Blocks whose K/V compete: those packed before, and those that filled up since."""
+        return self.old_kept + self.covered - self.old_covered
 
 
 class Observation(NamedTuple):

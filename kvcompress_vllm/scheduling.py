@@ -3,20 +3,27 @@
 
 Life of a compressible request:
 
-1. ``admit`` when vLLM starts its prefill: it takes an observation slot and a state slot;
-2. ``observe`` on each step whose tokens reach into the last ``window`` prompt tokens;
-3. due once its whole prompt is computed, until ``compressed`` on a later step; if the pool cannot
-   spare the packed blocks it stays due and decodes uncompressed meanwhile;
-4. ``release`` when it finishes, is aborted or is preempted; a preempted request is admitted anew.
+1. ``admit`` when vLLM starts its prefill: it takes a state slot, and an observation slot if its
+   prompt is to be compressed;
+2. ``observe`` on each step that computes one of the last ``window`` tokens before the compression;
+3. due once all of them are computed, until ``compressed`` on a later step; if the pool cannot spare
+   the packed blocks it stays due and decodes uncompressed meanwhile;
+4. ``watch`` while it decodes: shortly before it has outgrown its budget by ``interval`` blocks it
+   takes an observation slot again, and goes on at 2;
+5. ``release`` when it finishes, is aborted or is preempted; a preempted request is admitted anew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kvcompress_vllm import budget
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Observation
+
+NEVER = 1 << 62
+"""Token count at which nothing ever is due."""
 
 
 @dataclass
@@ -24,15 +31,15 @@ class Tracked:
     """One compressible request, from admission on."""
 
     request_id: str
-    num_tokens: int
-    """Tokens that its prefill computes: the prompt, and the output so far after a preemption."""
-    covered: int
-    """F, full blocks of the prefill."""
-    kept: int
-    """C, blocks they will be packed into."""
     state_slot: int
-    observe_slot: int | None
-    """None once compressed."""
+    due_at: int
+    """Compressed once so many of its tokens are computed."""
+    observe_slot: int | None = None
+    """Held from shortly before a compression until it is carried out."""
+    covered: int = 0
+    """F, full blocks covered by compression so far."""
+    kept: int = 0
+    """C, blocks they are packed into; 0 until the first compression."""
 
 
 class CompressionPlanner:
@@ -43,51 +50,84 @@ class CompressionPlanner:
         block_size: tokens per block.
         state_slots: how many requests can be packed at once.
         observe_slots: how many requests can be observed at once.
+        max_tokens: longest possible request, prompt and output.
     """
 
     def __init__(
-        self, config: KVCompressConfig, block_size: int, state_slots: int, observe_slots: int
+        self,
+        config: KVCompressConfig,
+        block_size: int,
+        state_slots: int,
+        observe_slots: int,
+        max_tokens: int,
     ) -> None:
         self.config = config
         self.block_size = block_size
+        self.max_tokens = max_tokens
         self.requests: dict[str, Tracked] = {}
+        self.version = 0
+        """Changes whenever a request comes, goes or is packed for the first time."""
         self._state_slots = list(range(state_slots - 1, -1, -1))
         self._observe_slots = list(range(observe_slots - 1, -1, -1))
         self._released: list[int] = []
+        self._first_outgrown = self.outgrown_at()
 
     def packed_size(self, num_tokens: int) -> tuple[int, int]:
-        """(F, C) of a prefill of ``num_tokens`` tokens; C < F if it is to be compressed."""
+        """(F, C) of a compression at ``num_tokens`` tokens; C < F if there is anything to gain."""
         covered = num_tokens // self.block_size
         kept = budget.packed_blocks(self.config, num_tokens, covered, self.block_size)
         return covered, kept
 
+    def outgrown_at(self, covered: int = 0, kept: int = 0) -> int:
+        """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
+
+        Args:
+            covered: F so far.
+            kept: C so far.
+        """
+        if not self.config.decode or self.config.ratio == 1:
+            return NEVER
+        # From the shortest compressible request on, the excess grows by at most one block per
+        # block, so these strides cannot miss the place.
+        full = max(covered, -(-self.config.min_prompt_tokens // self.block_size))
+        while (excess := kept + full - covered - self._budget(full)) < self.config.interval:
+            full += self.config.interval - excess
+            if full * self.block_size > self.max_tokens:
+                return NEVER
+        return full * self.block_size
+
     def can_admit(self, num_tokens: int) -> bool:
         """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
         covered, kept = self.packed_size(num_tokens)
-        return kept >= covered or bool(self._state_slots and self._observe_slots)
+        if kept < covered:
+            return bool(self._state_slots and self._observe_slots)
+        return bool(self._state_slots) or self._first_outgrown == NEVER
 
     def admit(self, request_id: str, num_tokens: int) -> None:
-        """Start to track a request; one that is too short to compress is not tracked.
+        """Start to track a request; one that will never be compressed is not tracked.
+
+        Args:
+            num_tokens: tokens that its prefill computes: the prompt, and after a preemption the
+                output so far.
 
         Raises:
             RuntimeError: it is tracked already, or there is no slot (ask ``can_admit`` first).
         """
+        self.version += 1
         covered, kept = self.packed_size(num_tokens)
-        if kept >= covered:
+        at_prefill = kept < covered
+        due_at = num_tokens if at_prefill else self._first_outgrown
+        if due_at == NEVER:
             return
         if request_id in self.requests or not self.can_admit(num_tokens):
             raise RuntimeError(
                 f"kv_compress: cannot admit {request_id}: tracked={request_id in self.requests}, "
                 f"{len(self._state_slots)} state and {len(self._observe_slots)} observation slots"
             )
-        self.requests[request_id] = Tracked(
-            request_id,
-            num_tokens,
-            covered,
-            kept,
-            self._state_slots.pop(),
-            self._observe_slots.pop(),
-        )
+        tracked = Tracked(request_id, self._state_slots.pop(), due_at)
+        if at_prefill:
+            tracked.observe_slot = self._observe_slots.pop()
+        self.requests[request_id] = tracked
 
     def reserve(self, num_tokens: int = 0) -> int:
         """Blocks to keep free so that any one request awaiting compression can be packed.
@@ -95,22 +135,41 @@ class CompressionPlanner:
         Args:
             num_tokens: prefill length of a request about to be admitted, 0 for none.
         """
-        waiting = [t.kept for t in self.requests.values() if t.observe_slot is not None]
+        waiting = [
+            self._budget(t.due_at // self.block_size)
+            for t in self.requests.values()
+            if t.observe_slot is not None
+        ]
         covered, kept = self.packed_size(num_tokens)
         return max([*waiting, kept if kept < covered else 0])
+
+    def watch(self, num_computed: Mapping[str, int]) -> None:
+        """Give observation slots to decoding requests that will soon have outgrown their budget.
+
+        Args:
+            num_computed: computed tokens of the running requests.
+        """
+        for tracked in self.requests.values():
+            if tracked.observe_slot is not None or not self._observe_slots:
+                continue
+            computed = num_computed.get(tracked.request_id, 0)
+            if computed >= tracked.due_at - self.config.window:
+                tracked.observe_slot = self._observe_slots.pop()
+                # Late (no slot was free, or a prefill passed the mark): a whole window from now.
+                tracked.due_at = max(tracked.due_at, computed + self.config.window)
 
     def observe(self, request_id: str, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
         tracked = self.requests.get(request_id)
         if tracked is None or tracked.observe_slot is None:
             return None
-        observe_from = max(0, tracked.num_tokens - self.config.window)
-        if first_token >= tracked.num_tokens or first_token + num_tokens <= observe_from:
+        observe_from = max(0, tracked.due_at - self.config.window)
+        if first_token >= tracked.due_at or first_token + num_tokens <= observe_from:
             return None
         return Observation(request_id, tracked.observe_slot, first_token, observe_from)
 
-    def due(self, num_computed: dict[str, int]) -> list[Tracked]:
-        """Requests whose prefill is complete and which are not packed yet, oldest first.
+    def due(self, num_computed: Mapping[str, int]) -> list[Tracked]:
+        """Requests whose observation is complete, oldest first.
 
         Args:
             num_computed: computed tokens of the running requests.
@@ -119,19 +178,27 @@ class CompressionPlanner:
             tracked
             for request_id, tracked in self.requests.items()
             if tracked.observe_slot is not None
-            and num_computed.get(request_id, 0) >= tracked.num_tokens
+            and num_computed.get(request_id, 0) >= tracked.due_at
         ]
 
     def compressed(self, request_id: str) -> None:
-        """Note that a due request is packed as of this step; its observation slot is free."""
+        """Note that a due request is packed as of this step; its observation slot is free.
+
+        Raises:
+            RuntimeError: the request was not observed.
+        """
         tracked = self.requests[request_id]
         if tracked.observe_slot is None:
-            raise RuntimeError(f"kv_compress: {request_id} is compressed twice")
+            raise RuntimeError(f"kv_compress: {request_id} is compressed without observation")
+        self.version += not tracked.kept
         self._observe_slots.append(tracked.observe_slot)
         tracked.observe_slot = None
+        tracked.covered, tracked.kept = self.packed_size(tracked.due_at)
+        tracked.due_at = self.outgrown_at(tracked.covered, tracked.kept)
 
     def release(self, request_id: str) -> None:
         """Forget a request that finished, was aborted or was preempted; unknown ones are fine."""
+        self.version += 1
         tracked = self.requests.pop(request_id, None)
         if tracked is None:
             return
@@ -145,20 +212,39 @@ class CompressionPlanner:
         released, self._released = self._released, []
         return released
 
-    def packed(self) -> list[Tracked]:
+    def packed(self) -> Iterable[Tracked]:
         """Requests that are packed now."""
-        return [t for t in self.requests.values() if t.observe_slot is None]
+        return (t for t in self.requests.values() if t.kept)
+
+    def _budget(self, full: int) -> int:
+        """C of a compression that covers ``full`` blocks."""
+        return budget.packed_blocks(self.config, full * self.block_size, full, self.block_size)
 
 
-def num_observe_slots(config: KVCompressConfig, max_batched_tokens: int, max_requests: int) -> int:
-    """Observation slots that let every prefill of a step be observed.
+def num_observe_slots(
+    config: KVCompressConfig,
+    max_batched_tokens: int,
+    max_requests: int,
+    cache_tokens: int,
+    group: int,
+) -> int:
+    """Observation slots of an engine; scheduler and workers compute the same number.
 
     At most ``max_batched_tokens / min_prompt_tokens`` prompts can end in one step, and as many may
-    still wait for their packed blocks; prompts that are mostly cached can be more, and then wait.
+    still wait for their packed blocks; requests beyond that wait their turn. The ring must not eat
+    what compression saves: it takes at most a hundredth of the KV cache.
+
+    Args:
+        max_batched_tokens: tokens in a step.
+        max_requests: requests in a step.
+        cache_tokens: tokens that the KV cache holds.
+        group: G, query heads per KV head.
     """
     per_step = -(-max_batched_tokens // config.min_prompt_tokens) + 1
-    return max(1, min(2 * per_step, max_requests, MAX_OBSERVE_SLOTS))
+    # A slot holds window * G queries per KV head; a token of the cache is a K and a V vector.
+    affordable = cache_tokens * 2 // (100 * config.window * group)
+    return max(FEWEST_OBSERVE_SLOTS, min(2 * per_step, max_requests, affordable))
 
 
-MAX_OBSERVE_SLOTS = 64
-"""Bounds the ring: with 8 queries of Llama-3.1-8B a slot takes 2 MiB."""
+FEWEST_OBSERVE_SLOTS = 4
+"""With fewer, prompts would wait for each other even on a tiny cache."""

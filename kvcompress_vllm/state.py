@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm import layout
+from kvcompress_vllm.transfer import to_device
 
 
 class PackedState:
@@ -106,15 +107,16 @@ class PackedState:
                 raise RuntimeError(f"kv_compress: state slot {slot} has no packed block")
             self._first_block[slot] = row[0]
         device = self.owner.device
-        index = torch.tensor(slots, device=device)
+        index = to_device(slots, torch.int64, device)
         self.num_pages[index] = kept_pages
         self.first_page[index] = layout.exclusive_cumsum(kept_pages)
-        self.covered[index] = torch.tensor(covered, dtype=torch.int32, device=device)
-        first = torch.tensor([row[0] for row in blocks], device=device)
+        self.covered[index] = to_device(covered, torch.int32, device)
+        first = to_device([row[0] for row in blocks], torch.int64, device)
         self.owner[first] = index.to(torch.int32)
 
     def release(self, slots: list[int]) -> None:
         """Forget the requests in ``slots``; a slot that holds none is fine."""
         blocks = [self._first_block.pop(slot) for slot in slots if slot in self._first_block]
         if blocks:
-            self.owner[torch.tensor(blocks, device=self.owner.device)] = layout.NOT_PACKED
+            first = to_device(blocks, torch.int64, self.owner.device)
+            self.owner[first] = layout.NOT_PACKED

@@ -16,7 +16,8 @@ LAYERS, HEADS, BLOCK = 3, 2, 16
 
 
 def fill(weights: list[float], total: int, low: int, high: int, base: float = 0.0) -> list[int]:
-    return water_fill(torch.tensor(weights), torch.tensor(total), low, high, base).tolist()
+    most = torch.full((len(weights),), high)
+    return water_fill(torch.tensor(weights), torch.tensor(total), low, most, base).tolist()
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,13 @@ def test_water_fill_is_exact_and_fair(data) -> None:
 
 def test_rows_are_filled_alone() -> None:
     weights = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
-    filled = water_fill(weights, torch.tensor([6, 9]), 0, 9, 0.0)
+    filled = water_fill(weights, torch.tensor([6, 9]), 0, torch.full((2, 2), 9), 0.0)
     assert filled.tolist() == [[2, 4], [6, 3]]
+
+
+def test_every_part_has_its_own_ceiling() -> None:
+    filled = water_fill(torch.ones(3), torch.tensor(12), 1, torch.tensor([2, 9, 9]), 0.0)
+    assert filled.tolist() == [2, 5, 5]
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,17 @@ class Shares(Policy):
         return None if self.heads is None else torch.tensor(self.heads)
 
 
-def freed(allocator: str, policy: Policy, blocks: int = 12, kept: int = 4, floor: int = 1):
+def freed(allocator: str, policy: Policy, blocks: int = 12, kept: int = 4, floor: int = 1,
+          lengths: list[list[int]] | None = None):  # fmt: skip
     evidence = Evidence(
         layers=LAYERS, heads=HEADS, group=1, num_keys=blocks * BLOCK, num_kept=kept * BLOCK,
         seq_len=blocks * BLOCK + 3, num_queries=8, num_sinks=4, num_recent=4, scale=1.0,
         device=torch.device("cpu"),
     )  # fmt: skip
-    pages = freed_pages(allocator, policy, evidence, policy.score(evidence), BLOCK, floor)
+    table = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    pages = freed_pages(
+        allocator, policy, evidence, policy.score(evidence), BLOCK, floor, blocks, table
+    )
     assert pages.dtype == torch.int32 and int(pages.sum()) == (blocks - kept) * LAYERS * HEADS
     return pages.tolist()
 
@@ -116,6 +126,17 @@ def test_floor_and_ceiling() -> None:
     policy = Shares(layers=(0.0, 0.0, 1.0))
     assert freed("uniform", policy, kept=4, floor=2) == [10, 10, 10, 10, 4, 4]
     assert freed("uniform", policy, kept=10, floor=2) == [3, 3, 3, 3, 0, 0]
+
+
+def test_heads_that_were_packed_before_have_lengths_of_their_own() -> None:
+    """Twelve pages on average; none can keep more than it has."""
+    lengths = [[2, 2], [10, 10], [24, 24]]
+    even = Shares(layers=(1.0, 1.0, 1.0))
+    assert freed("uniform", even, kept=10, lengths=lengths) == [0, 0, 0, 0, 6, 6]
+    lengths = [[1, 3], [2, 18], [24, 24]]
+    assert freed("layer", even, kept=10, lengths=lengths) == [0, 0, 12]
+    heads = Shares(layers=(1.0, 1.0, 1.0), heads=((1.0, 1.0),) * 3)
+    assert freed("layer", heads, kept=10, lengths=lengths) == [0, 0, 0, 0, 6, 6]
 
 
 def test_broken_numbers_are_refused() -> None:

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.scheduling import CompressionPlanner, num_observe_slots
+from kvcompress_vllm.scheduling import NEVER, CompressionPlanner, num_observe_slots
+
+B = 16
 
 
 def planner(observe_slots: int = 2, **options: object) -> CompressionPlanner:
     config = KVCompressConfig.from_dict({"ratio": 4, "window": 8, **options})
-    return CompressionPlanner(config, 16, state_slots=4, observe_slots=observe_slots)
+    return CompressionPlanner(
+        config, B, state_slots=4, observe_slots=observe_slots, max_tokens=100_000
+    )
 
 
 def test_life_of_a_request() -> None:
-    p = planner()
+    p = planner(decode=False)
     p.admit("a", 1000)
     assert p.observe("a", 0, 512) is None  # does not reach the window
     first = p.observe("a", 512, 485)  # positions 512..996: the window starts at 992
@@ -20,7 +26,7 @@ def test_life_of_a_request() -> None:
     assert last is not None and last.observe_slot == first.observe_slot
     assert p.due({"a": 999}) == []
     assert [t.request_id for t in p.due({"a": 1000})] == ["a"]
-    assert p.packed() == []
+    assert list(p.packed()) == []
     p.compressed("a")
     assert p.due({"a": 1001}) == [] and [t.request_id for t in p.packed()] == ["a"]
     assert p.observe("a", 1000, 1) is None
@@ -30,12 +36,92 @@ def test_life_of_a_request() -> None:
     assert p.take_released() == [slot] and p.take_released() == []
 
 
-def test_short_requests_are_not_tracked() -> None:
-    p = planner()
-    p.admit("a", 100)
-    assert p.requests == {} and p.reserve() == 0
-    p.release("a")
-    assert p.take_released() == []
+def decode(p: CompressionPlanner, name: str, num_tokens: int, until: int) -> list[tuple[int, int]]:
+    """Generate one token per step; (tokens, blocks held before) of every compression."""
+    compressions = []
+    while num_tokens < until:
+        p.watch({name: num_tokens})
+        for tracked in p.due({name: num_tokens}):
+            blocks = num_tokens // B - tracked.covered + tracked.kept
+            compressions.append((num_tokens, blocks))
+            p.compressed(name)
+        tracked = p.requests[name]
+        seen = p.observe(name, num_tokens, 1)
+        window = range(tracked.due_at - p.config.window, tracked.due_at)
+        assert (seen is not None) == (num_tokens in window)
+        num_tokens += 1
+    return compressions
+
+
+def test_a_generation_is_compressed_whenever_it_has_outgrown_its_budget() -> None:
+    p = planner(budget_tokens=128, ratio=None, interval=4)
+    p.admit("a", 130)  # 8 blocks are the budget: the prompt is left alone
+    assert p.requests["a"].observe_slot is None
+    compressions = decode(p, "a", 130, 8000)
+    # Blocks are counted whole: 8 + 4 of them, every 4 blocks of 16 tokens.
+    assert compressions == [(n, 12) for n in range(12 * B, 8000, 4 * B)]
+
+
+def test_a_ratio_holds_for_prompt_and_generation_together() -> None:
+    p = planner(ratio=4, interval=8)
+    p.admit("a", 1600)
+    p.compressed("a")
+    assert (p.requests["a"].covered, p.requests["a"].kept) == (100, 25)
+    for num_tokens, blocks in decode(p, "a", 1600, 8000):
+        assert blocks - p.packed_size(num_tokens)[1] == 8
+
+
+def test_decode_false_leaves_generations_alone() -> None:
+    p = planner(decode=False)
+    p.admit("short", 100)
+    assert p.requests == {}
+    p.admit("a", 1000)
+    p.compressed("a")
+    assert p.requests["a"].due_at == NEVER
+    p.watch({"a": 90_000})
+    assert p.requests["a"].observe_slot is None
+
+
+def test_ratio_1_tracks_nothing() -> None:
+    p = planner(ratio=1)
+    p.admit("a", 1000)
+    assert p.requests == {} and p.can_admit(10**6)
+
+
+def test_without_a_free_slot_a_decode_compression_comes_later_with_a_whole_window() -> None:
+    p = planner(observe_slots=1, budget_tokens=128, ratio=None, interval=4)
+    p.admit("short", 130)
+    p.admit("long", 1000)  # takes the slot
+    due = p.requests["short"].due_at
+    p.watch({"short": due + 3})
+    assert p.requests["short"].observe_slot is None
+    p.compressed("long")
+    p.watch({"short": due + 5})
+    assert p.requests["short"].observe_slot is not None
+    assert p.requests["short"].due_at == due + 5 + 8
+    assert p.due({"short": due + 12}) == [] and p.due({"short": due + 13})
+
+
+@given(
+    ratio=st.floats(1.01, 100),
+    interval=st.integers(1, 20),
+    prompt=st.integers(0, 3000),
+    min_prompt_tokens=st.integers(1, 400),
+)
+def test_outgrown_at_is_the_first_such_place(
+    ratio: float, interval: int, prompt: int, min_prompt_tokens: int
+) -> None:
+    p = planner(ratio=ratio, interval=interval, min_prompt_tokens=min_prompt_tokens)
+    covered, kept = p.packed_size(prompt)
+    covered, kept = (covered, kept) if kept < covered else (0, 0)
+
+    def excess(full: int) -> int:
+        return kept + full - covered - p.packed_size(full * B)[1]
+
+    at = p.outgrown_at(covered, kept)
+    assert at == NEVER or (at % B == 0 and excess(at // B) >= interval)
+    first = next((f for f in range(covered, p.max_tokens // B) if excess(f) >= interval), None)
+    assert at == (NEVER if first is None else first * B)
 
 
 def test_admission_waits_for_an_observation_slot_but_never_for_short_prompts() -> None:
@@ -44,7 +130,7 @@ def test_admission_waits_for_an_observation_slot_but_never_for_short_prompts() -
     assert not p.can_admit(1000) and p.can_admit(100)
     p.compressed("a")
     assert p.can_admit(1000)
-    with pytest.raises(RuntimeError, match="compressed twice"):
+    with pytest.raises(RuntimeError, match="without observation"):
         p.compressed("a")
 
 
@@ -83,6 +169,8 @@ def test_a_window_longer_than_the_prompt_observes_from_its_start() -> None:
 
 def test_number_of_observation_slots_is_bounded() -> None:
     config = KVCompressConfig()
-    assert num_observe_slots(config, 2048, 256) == 34
-    assert num_observe_slots(config, 2048, 4) == 4
-    assert num_observe_slots(config, 10**6, 1024) == 64
+    assert num_observe_slots(config, 2048, 256, 10**6, 4) == 34
+    assert num_observe_slots(config, 2048, 16, 10**6, 4) == 16
+    # One hundredth of the cache: a slot is 8 queries of 4 heads, 16 tokens' worth of K and V.
+    assert num_observe_slots(config, 2048, 256, 19_200, 4) == 12
+    assert num_observe_slots(config, 2048, 256, 100, 4) == 4

@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from kvcompress_vllm import layout, ops
 from kvcompress_vllm.plan import Observation
 from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.transfer import to_device
 
 
 @dataclass
@@ -105,18 +106,19 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
         window = self.context.state.window
         rows = self.context.request_rows()
         starts = common.query_start_loc_cpu.tolist()
-        index = torch.full((common.num_actual_tokens,), -1, dtype=torch.int32)
+        index = [-1] * common.num_actual_tokens
         for request_id, slot, first_token, observe_from in self.context.observations:
             if request_id not in rows:
                 raise RuntimeError(
                     f"kv_compress: observed request {request_id} is not in the batch"
                 )
             begin, end = starts[rows[request_id]], starts[rows[request_id] + 1]
-            position = torch.arange(first_token, first_token + end - begin, dtype=torch.int32)
-            index[begin:end] = torch.where(
-                position >= observe_from, slot * window + position % window, -1
-            )
-        return index.to(self.device)
+            # Only the last window of a long chunk can be observed at all.
+            for token in range(max(begin, end - window), end):
+                position = first_token + token - begin
+                if position >= observe_from:
+                    index[token] = slot * window + position % window
+        return to_device(index, torch.int32, self.device)
 
 
 class KVCompressImpl(AttentionImpl[KVCompressMetadata]):

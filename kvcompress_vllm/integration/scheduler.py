@@ -7,6 +7,7 @@ so the accounting is exact with async scheduling and with any number of workers.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vllm.logger import init_logger
@@ -17,11 +18,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from kvcompress_vllm import integrity
+from kvcompress_vllm import admission, integrity
 from kvcompress_vllm.integration.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.options import resolved_config
+from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.plan import Compression, PackedRow, StepPlan
-from kvcompress_vllm.scheduling import CompressionPlanner, num_observe_slots
+from kvcompress_vllm.scheduling import CompressionPlanner, Tracked
 
 logger = init_logger("vllm.kv_compress")
 
@@ -45,11 +47,12 @@ class _KVCompressMixin(Scheduler):
             config,
             manager.block_size,
             state_slots=scheduler_config.max_num_seqs,
-            observe_slots=num_observe_slots(
-                config, scheduler_config.max_num_batched_tokens, scheduler_config.max_num_seqs
-            ),
+            observe_slots=observe_slots(self.vllm_config, manager.block_pool.num_gpu_blocks),
+            max_tokens=self.max_model_len,
         )
-        manager.on_release = self.kv_compress_planner.release
+        manager.on_release = self._release
+        self._output_length = admission.OutputLength()
+        self._does_not_fit: tuple[str, int] | None = None
         self._check_integrity = integrity.enabled()
         self._base_watermark = self.kv_cache_manager.watermark_blocks
         self._stock_allocate_slots = self.kv_cache_manager.allocate_slots
@@ -85,31 +88,39 @@ class _KVCompressMixin(Scheduler):
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
         compressions: list[Compression] = []
         freed: list[KVCacheBlock] = []
+        planner.watch(computed)
         for tracked in planner.due(computed):
-            if manager.block_pool.get_num_free_blocks() < tracked.kept:
+            num_tokens, first = tracked.due_at, not tracked.kept
+            covered, kept = planner.packed_size(num_tokens)
+            if manager.block_pool.get_num_free_blocks() < kept:
                 break
             assert tracked.observe_slot is not None
-            row = manager.row(tracked.request_id, -(-tracked.num_tokens // manager.block_size))
-            new, old = manager.pack(tracked.request_id, tracked.covered, tracked.kept)
+            row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
+            new, old = manager.pack(tracked.request_id, covered, kept)
             compressions.append(
                 Compression(
                     tracked.request_id,
                     tracked.state_slot,
                     tracked.observe_slot,
-                    tracked.num_tokens,
+                    num_tokens,
                     tracked.covered,
+                    tracked.kept,
+                    covered,
                     row,
                     new,
                 )
             )
             freed += old
+            before = len(row) - tracked.covered + tracked.kept
             planner.compressed(tracked.request_id)
-            logger.info(
-                "kv_compress: %s: %d prompt tokens, %d -> %d blocks",
+            # A long generation is compressed over and over; at INFO that would drown the log.
+            logger.log(
+                logging.INFO if first else logging.DEBUG,
+                "kv_compress: %s: %d tokens, %d -> %d blocks",
                 tracked.request_id,
-                tracked.num_tokens,
-                len(row),
-                len(row) - tracked.covered + tracked.kept,
+                num_tokens,
+                before,
+                len(row) - covered + kept,
             )
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
@@ -124,13 +135,48 @@ class _KVCompressMixin(Scheduler):
         planner, manager = self.kv_compress_planner, self.kv_cache_manager
         if not planner.can_admit(request.num_tokens):
             return None
+        reserve = planner.reserve(request.num_tokens)
+        if not self._fits(request, reserve):
+            return None
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
         # then stays uncompressed.
-        manager.watermark_blocks = max(self._base_watermark, planner.reserve(request.num_tokens))
+        manager.watermark_blocks = max(self._base_watermark, reserve)
         blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is not None:
             planner.admit(request.request_id, request.num_tokens)
         return blocks
+
+    def _fits(self, request: Request, reserve: int) -> bool:
+        """Whether the pool will hold the running requests and this one without preemption."""
+        pool, planner = self.kv_compress_manager.block_pool, self.kv_compress_planner
+        if not self.running:
+            return True
+        question = request.request_id, planner.version
+        if question == self._does_not_fit:
+            return False  # nothing has changed since: the forecast would not, either
+        loads = [self._load(r, planner.requests.get(r.request_id)) for r in self.running]
+        loads.append(self._load(request, None))
+        most = admission.most_blocks(loads, planner.block_size)
+        fits = most + reserve < pool.num_gpu_blocks
+        self._does_not_fit = None if fits else question
+        return fits
+
+    def _load(self, request: Request, tracked: Tracked | None) -> admission.Load:
+        return admission.load(
+            self.kv_compress_planner,
+            tracked,
+            request.num_computed_tokens,
+            request.num_tokens,
+            self._output_length.left(request.num_output_tokens, request.max_tokens),
+            self.scheduler_config.max_num_batched_tokens,
+        )
+
+    def _release(self, request_id: str) -> None:
+        """Called when a request gives its blocks up."""
+        self.kv_compress_planner.release(request_id)
+        request = self.requests.get(request_id)
+        if request is not None and request.is_finished():
+            self._output_length.finished(request.num_output_tokens)
 
     def _plan(self, output: SchedulerOutput, compressions: list[Compression]) -> StepPlan:
         planner, manager = self.kv_compress_planner, self.kv_compress_manager

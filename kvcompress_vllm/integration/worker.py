@@ -13,15 +13,15 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm import integrity, ops
-from kvcompress_vllm.compressor import Compressor
+from kvcompress_vllm.compressor import Compressor, scratch_bytes
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.integration import backend
 from kvcompress_vllm.integration.attention import KVCompressImpl, StepContext
 from kvcompress_vllm.integration.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.model_runner import RunnerAdapter, adapt
 from kvcompress_vllm.integration.options import resolved_config
+from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.plan import StepPlan
-from kvcompress_vllm.scheduling import num_observe_slots
 from kvcompress_vllm.state import PackedState
 
 logger = init_logger("vllm.kv_compress")
@@ -64,7 +64,7 @@ class KVCompressWorkerMixin(Worker):
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available  # the user sized the cache itself
-        return available - self._extra_bytes()
+        return available - self._extra_bytes(available)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         kv_cache_config = packed_config(kv_cache_config)
@@ -124,7 +124,9 @@ class KVCompressWorkerMixin(Worker):
         if not isinstance(impl, KVCompressImpl):
             raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
         state = PackedState(
-            num_blocks=kv_cache_config.num_blocks, device=self.device, **self._state_shape(impl)
+            num_blocks=kv_cache_config.num_blocks,
+            device=self.device,
+            **self._state_shape(impl, kv_cache_config.num_blocks),
         )
         pages = page_pool(layers[names[0]].kv_cache, len(names))
         context = StepContext(
@@ -141,42 +143,52 @@ class KVCompressWorkerMixin(Worker):
         if message:
             logger.warning("kv_compress: %s", message)
         cache_bytes = pages.numel() * pages.element_size()
+        held, scratch = state.num_bytes(), self._scratch_bytes(state, kv_cache_config.num_blocks)
         logger.info(
-            "kv_compress: %.1f MiB beside the KV cache of %.1f MiB (%.2f%%)",
-            state.num_bytes() / 2**20,
+            "kv_compress: %.1f MiB beside the KV cache of %.1f MiB, and up to %.1f MiB while the "
+            "longest prompt is compressed (%.2f%%)",
+            held / 2**20,
             cache_bytes / 2**20,
-            100 * state.num_bytes() / cache_bytes,
+            scratch / 2**20,
+            100 * (held + scratch) / cache_bytes,
         )
 
-    def _state_shape(self, impl: KVCompressImpl) -> dict[str, Any]:
-        scheduler_config = self.vllm_config.scheduler_config
-        config = self.kv_compress_config
-        max_requests = scheduler_config.max_num_seqs
+    def _state_shape(self, impl: KVCompressImpl, num_blocks: int) -> dict[str, Any]:
         num_layers = self.model_config.get_num_layers(self.parallel_config)
         return {
             "num_layers": num_layers,
             "num_kv_heads": impl.num_kv_heads,
             "num_query_heads": impl.num_heads,
             "head_size": impl.head_size,
-            "state_slots": max_requests,
-            "observe_slots": num_observe_slots(
-                config, scheduler_config.max_num_batched_tokens, max_requests
-            ),
-            "window": config.window,
+            "state_slots": self.vllm_config.scheduler_config.max_num_seqs,
+            "observe_slots": observe_slots(self.vllm_config, num_blocks),
+            "window": self.kv_compress_config.window,
             "dtype": self.model_config.dtype,
         }
 
-    def _extra_bytes(self) -> int:
-        """Memory of the state, without the owner table (four bytes per block)."""
-        layers = self.vllm_config.compilation_config.static_forward_context
+    def _extra_bytes(self, available: int) -> int:
+        """What we allocate beside a KV cache of up to ``available`` bytes."""
+        modules = self.vllm_config.compilation_config.static_forward_context
         impl = next(
             layer.impl
-            for layer in layers.values()
+            for layer in modules.values()
             if isinstance(getattr(layer, "impl", None), KVCompressImpl)
         )
-        return PackedState(
-            num_blocks=1, device=torch.device("meta"), **self._state_shape(impl)
-        ).num_bytes()
+        block_bytes = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
+        num_blocks = available // block_bytes
+        state = PackedState(
+            num_blocks=num_blocks,
+            device=torch.device("meta"),
+            **self._state_shape(impl, num_blocks),
+        )
+        return state.num_bytes() + self._scratch_bytes(state, num_blocks)
+
+    def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
+        """What the largest possible compression takes while it runs."""
+        most = min(self.model_config.max_model_len, num_blocks * self.cache_config.block_size)
+        _, layers, heads = state.num_pages.shape
+        policy = self.kv_compress_config.create_policy()
+        return scratch_bytes(policy, most, layers, heads, state.ring.shape[-1])
 
 
 class KVCompressWorker(KVCompressWorkerMixin, Worker):

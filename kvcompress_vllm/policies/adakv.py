@@ -37,8 +37,8 @@ class AdaKV(SnapKV):
         average = min(evidence.open_kept, evidence.num_open)
         if average <= 0:
             return None
-        end = evidence.num_keys - evidence.num_recent
-        by_layer = scores[:, evidence.num_sinks : end].unflatten(0, (evidence.layers, -1))
+        scores = scores.masked_fill(evidence.shielded(), float("-inf"))
+        by_layer = scores.unflatten(0, (evidence.layers, -1))
         counts = [_top_counts(layer, evidence.heads * average) for layer in by_layer]
         return (1 - self.alpha) * torch.stack(counts) + self.alpha * average
 

@@ -17,9 +17,10 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 class Evidence:
     """What is known of one request's candidate keys when it is compressed.
 
-    All its heads have the same n candidates, the whole blocks of its tokens, in token order:
-    candidate j is the key of position j. The tokens after them (fewer than a block) are the tail,
-    which is kept anyway.
+    All its heads have n columns, the whole blocks of its tokens; column j is the candidate key of
+    position j. The tokens after them (fewer than a block) are the tail, which is kept anyway. A
+    head that was packed before has fewer candidates, in token order, in the last of its columns;
+    ``absent`` marks the others, whose statistics are zero and whose scores nobody reads.
     """
 
     layers: int
@@ -45,8 +46,11 @@ class Evidence:
     device: torch.device
     statistics: Mapping[int, Tensor] = field(default_factory=dict)
     """``[L * H, n]`` fp32 by channel of the statistics op, those that the policy names."""
+    absent: Tensor | None = None
+    """``[L * H, n]`` bool, columns without a key; None: every column has one."""
     keys: Callable[[int], Tensor] | None = None
-    """Gathers ``[H, seq_len, D]``, the keys of one layer after RoPE, in the dtype of the cache."""
+    """Gathers ``[H, seq_len, D]``, the keys of one layer after RoPE, in the dtype of the cache;
+    zeros where a head has none."""
     values: Callable[[int], Tensor] | None = None
     """Gathers ``[H, seq_len, D]``, the values of one layer."""
     queries: Callable[[int], Tensor] | None = None
@@ -66,6 +70,18 @@ class Evidence:
     def open_kept(self) -> int:
         """Candidates without shield that a head keeps on average; negative under a tight budget."""
         return self.num_kept - self.num_sinks - self.num_recent
+
+    def first_columns(self) -> Tensor:
+        """``[L * H, 1]`` or ``[1, 1]`` int64: the first column of each head that has a key."""
+        if self.absent is None:
+            return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        return self.absent.sum(-1, keepdim=True)
+
+    def shielded(self) -> Tensor:
+        """``[L * H, n]`` or ``[1, n]`` bool: columns that scores do not decide about."""
+        column = torch.arange(self.num_keys, device=self.device)
+        sinks = column < self.first_columns() + self.num_sinks
+        return sinks | (column >= self.num_keys - self.num_recent)
 
     def num_observations(self) -> Tensor:
         """``[n]`` fp32: how many of the observed queries see each candidate, at least 1."""
@@ -131,6 +147,9 @@ class Policy(ABC):
 
         With ``keeps_window`` they must be >= 0: the keys of the window count as 0.
         """
+        if evidence.absent is not None:
+            nothing = 0.0 if self.keeps_window or self.pooling == "average" else float("-inf")
+            scores = scores.masked_fill(evidence.absent, nothing)
         if self.keeps_window and evidence.num_window:
             scores = scores.clone()
             scores[:, evidence.num_keys - evidence.num_window :] = 0

@@ -40,23 +40,28 @@ class ExpectedAttention(Policy):
         assert evidence.keys is not None
         assert evidence.values is not None and evidence.queries is not None
         scores = []
+        first = evidence.first_columns() + evidence.num_sinks
+        first = first.expand(evidence.layers * evidence.heads, 1)
         for layer in range(evidence.layers):
             keys, queries = evidence.keys(layer), evidence.queries(layer)
             norms = torch.linalg.vector_norm(evidence.values(layer), dim=-1, dtype=torch.float32)
             for head in range(evidence.heads):
-                expected = self._attention(evidence, keys[head].float(), queries[head].float())
+                left_out = torch.arange(evidence.seq_len, device=evidence.device)
+                left_out = left_out < first[layer * evidence.heads + head]
+                expected = _attention(
+                    keys[head].float(), queries[head].float(), evidence.scale, left_out
+                )
                 scores.append((expected + self.epsilon) * norms[head])
         return self.pooled(evidence, torch.stack(scores)[:, : evidence.num_keys])
 
-    def _attention(self, evidence: Evidence, keys: Tensor, queries: Tensor) -> Tensor:
-        """``[S]`` expected attention to keys ``[S, D]`` from queries ``[G, Q, D]``."""
-        expected = keys.new_zeros(len(keys))
-        open_keys = keys[evidence.num_sinks :]
-        for member in queries:
-            mean = member.mean(0)
-            deviation = member - mean
-            # k Sigma k without Sigma: the mean over queries of (deviation . k)^2.
-            spread = (open_keys @ deviation.T).square().mean(-1)
-            logits = evidence.scale * (open_keys @ mean) + evidence.scale**2 / 2 * spread
-            expected[evidence.num_sinks :] += logits.softmax(-1) / len(queries)
-        return expected
+
+def _attention(keys: Tensor, queries: Tensor, scale: float, left_out: Tensor) -> Tensor:
+    """``[S]`` expected attention to keys ``[S, D]`` from queries ``[G, Q, D]``; 0 if left out."""
+    expected = keys.new_zeros(len(keys))
+    for member in queries:
+        mean = member.mean(0)
+        # k Sigma k without Sigma: the mean over queries of (deviation . k)^2.
+        spread = (keys @ (member - mean).T).square().mean(-1)
+        logits = scale * (keys @ mean) + scale**2 / 2 * spread
+        expected += logits.masked_fill(left_out, float("-inf")).softmax(-1) / len(queries)
+    return expected

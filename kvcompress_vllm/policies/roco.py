@@ -47,8 +47,7 @@ class RoCo(Policy):
         protected = min(int(self.recent_ratio * evidence.num_kept), evidence.num_open)
         if protected == 0:
             return score
-        end = evidence.num_keys - evidence.num_recent
-        unsettled = variance[:, evidence.num_sinks : end].topk(protected).indices
+        unsettled = variance.masked_fill(evidence.shielded(), -1).topk(protected).indices
         # A mean is at most 1: one more puts a key above all that are in the scope.
         top = score.new_ones(1).expand(unsettled.shape)
-        return score.scatter_add(1, unsettled + evidence.num_sinks, top)
+        return score.scatter_add(1, unsettled, top)

@@ -24,8 +24,10 @@ def gpu_engine(options, **arguments):
 
 
 def right(llm, outputs) -> int:
+    """Outputs that start with the answer of their prompt."""
     texts = [llm.get_tokenizer().decode(ids, skip_special_tokens=True) for ids in outputs]
-    return sum(text.strip() == answer for text, (_, answer) in zip(texts, PAIRS, strict=True))
+    pairs = zip(texts, PAIRS, strict=True)
+    return sum(text.strip().startswith(answer) for text, (_, answer) in pairs)
 
 
 def test_ratio_1_gives_the_tokens_of_stock_vllm() -> None:
@@ -36,24 +38,25 @@ def test_ratio_1_gives_the_tokens_of_stock_vllm() -> None:
         assert greedy(llm, PROMPTS, 16) == expected
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-def test_needles_at_ratio_8(eager: bool, asynchronous: bool) -> None:
-    with gpu_engine({"ratio": 8}, enforce_eager=eager, async_scheduling=asynchronous) as llm:
-        assert right(llm, greedy(llm, PROMPTS, 16)) >= 18
-
-
-def test_graphs_and_eager_give_the_same_tokens() -> None:
+def test_graphs_eager_and_synchronous_scheduling_give_the_same_answers() -> None:
+    """Until the end of text: beyond it the text is arbitrary, and the kernels round differently."""
     outputs = []
-    for eager in (False, True):
-        with gpu_engine({"ratio": 8}, enforce_eager=eager) as llm:
-            outputs.append(greedy(llm, PROMPTS, 40, ignore_eos=True))
-    same = sum(a == b for a, b in zip(*outputs, strict=True))
-    # Compiled and eager kernels round differently; past the answer the text is arbitrary.
-    assert [a[:6] for a in outputs[0]] == [b[:6] for b in outputs[1]] and same >= 15
+    for eager, asynchronous in [(False, True), (False, False), (True, True)]:
+        with gpu_engine({"ratio": 8}, enforce_eager=eager, async_scheduling=asynchronous) as llm:
+            outputs.append(greedy(llm, PROMPTS, 16))
+            assert right(llm, outputs[-1]) >= 18
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_life_cycle_with_preemption_in_a_small_pool() -> None:
-    with gpu_engine({"ratio": 4}, num_gpu_blocks_override=260, max_num_seqs=16) as llm:
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_life_cycle_with_preemption_and_decode_compression(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is checked: each block owned once, scheduler and worker agree."""
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
+    options = {"ratio": 4, "interval": 2}
+    arguments = {"num_gpu_blocks_override": 260, "max_num_seqs": 16}
+    with gpu_engine(options, async_scheduling=asynchronous, **arguments) as llm:
         outputs = greedy(llm, PROMPTS, 300, ignore_eos=True)
-    assert all(len(tokens) == 300 for tokens in outputs)
+        assert all(len(tokens) == 300 for tokens in outputs)
+        assert right(llm, outputs) >= 18

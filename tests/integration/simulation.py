@@ -27,8 +27,8 @@ from kvcompress_vllm import integrity, layout, ops
 from kvcompress_vllm.compressor import Compressor
 from kvcompress_vllm.integration.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.options import resolved_config
+from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.plan import StepPlan
-from kvcompress_vllm.scheduling import num_observe_slots
 from kvcompress_vllm.state import PackedState
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
@@ -148,7 +148,7 @@ class Simulation:
             state_slots=max_num_seqs,
             window=config.window,
             dtype=torch.float32,
-            observe_slots=num_observe_slots(config, max_num_batched_tokens, max_num_seqs),
+            observe_slots=observe_slots(self.vllm_config, num_blocks),
             device=torch.device("cpu"),
         )
         pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"))

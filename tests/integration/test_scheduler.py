@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.integration.simulation import B, H, L, Simulation
 
 OPTIONS = {"ratio": 4, "recent": 8, "sinks": 2, "min_tokens_per_head": 8, "window": 4,
-           "min_prompt_tokens": 40}  # fmt: skip
+           "min_prompt_tokens": 40, "interval": 2}  # fmt: skip
 
 
 def prompt(family: int, length: int) -> list[int]:
@@ -27,13 +27,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_batched_tokens=st.sampled_from([16, 48, 64, 200]),
         max_num_seqs=st.integers(1, 8),
         allocator=st.sampled_from(["global", "layer", "uniform"]),
+        decode=st.sampled_from([True, True, False]),
         prefix_caching=st.booleans(),
     )
-    def build(self, num_blocks, max_num_batched_tokens, max_num_seqs, allocator, prefix_caching):
+    def build(
+        self, num_blocks, max_num_batched_tokens, max_num_seqs, allocator, decode, prefix_caching
+    ):
         # check_integrity() runs in every schedule() (the switch is on), contents in every step().
         self.sim = Simulation(
-            num_blocks, {**OPTIONS, "allocator": allocator}, prefix_caching=prefix_caching,
-            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
+            num_blocks, {**OPTIONS, "allocator": allocator, "decode": decode},
+            prefix_caching=prefix_caching, max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
         )  # fmt: skip
         self.added = 0
 
@@ -135,6 +139,20 @@ def test_blocks_really_come_back() -> None:
     assert int(kept.sum()) == 5 * L * H and kept.min() >= 1
     sim.run()
     assert sim.pool.get_num_free_blocks() == 59
+
+
+def test_a_long_generation_holds_a_constant_number_of_blocks() -> None:
+    """1,900 tokens from 128, in a pool that could not hold a third of them."""
+    options = {**OPTIONS, "ratio": None, "budget_tokens": 128, "interval": 4}
+    sim = Simulation(40, options, max_model_len=2048, prefix_caching=False)
+    sim.add("r", prompt(1, 128), 1900)
+    held = []
+    while sim.live:
+        sim.step()
+        held.append(sim.pool.num_gpu_blocks - 1 - sim.pool.get_num_free_blocks())
+    assert len(sim.outputs["r"]) == 1900 and sim.num_preemptions == 0
+    # 8 packed blocks, and 4 more until the next compression.
+    assert max(held) == 12 and sim.num_compressions == 1900 // (4 * B)
 
 
 def test_a_second_request_hits_the_uncompressed_blocks() -> None:

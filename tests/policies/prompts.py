@@ -107,6 +107,8 @@ def compress(
             Compression(
                 request_id=str(index),
                 num_tokens=length,
+                old_covered=0,
+                old_kept=0,
                 covered=length // BLOCK,
                 old_blocks=blocks,
                 new_blocks=[free.pop() for _ in range(numbers.kept)],

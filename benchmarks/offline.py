@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine, several workloads: what the offline benchmarks run in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SHAPE = Path(__file__).parent / "shapes" / "llama-3.1-8b"
+BLOCK_SIZE = 16
+STOCK = "stock"
+"""The name of vLLM without the flag, among the ratios."""
+
+
+class Workload(NamedTuple):
+    """Requests submitted at once."""
+
+    num_prompts: int
+    input_len: int
+    output_len: int
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """Read ``256x6000+500``: prompts, their tokens, and generated tokens.
+
+        Raises:
+            argparse.ArgumentTypeError: it does not have this form.
+        """
+        try:
+            count, lengths = text.split("x")
+            workload = cls(int(count), *map(int, lengths.split("+")))
+        except (ValueError, TypeError):
+            workload = None
+        if workload is None or min(workload) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not PROMPTSxINPUT+OUTPUT, like 256x6000+500"
+            )
+        return workload
+
+    def __str__(self) -> str:
+        return f"{self.num_prompts}x{self.input_len}+{self.output_len}"
+
+
+def options(name: str) -> dict[str, Any] | None:
+    """``kv_compress`` of one engine.
+
+    Args:
+        name: "stock", a ratio, or ``key=value`` options joined by commas.
+    """
+    from kvcompress_vllm.config import parse_spec
+
+    if name == STOCK:
+        return None
+    return parse_spec(name) if "=" in name else {"ratio": float(name)}
+
+
+def build(args: argparse.Namespace, name: str, workloads: list[Workload]) -> Any:
+    """The engine, with vLLM's defaults except for the size of the cache and prefix caching, which
+    is off because no two prompts share anything."""
+    from kvcompress_vllm import LLM
+
+    pool = {}
+    if args.kv_tokens is not None:
+        pool["num_gpu_blocks_override"] = args.kv_tokens // BLOCK_SIZE + 1
+    return LLM(
+        args.model or str(SHAPE),
+        kv_compress=options(name),
+        load_format="auto" if args.model else "dummy",
+        skip_tokenizer_init=True,
+        max_model_len=max(w.input_len + w.output_len for w in workloads) + BLOCK_SIZE,
+        max_num_seqs=args.max_num_seqs,
+        enable_prefix_caching=False,
+        block_size=BLOCK_SIZE,
+        disable_log_stats=False,
+        **pool,
+    )
+
+
+def measure(args: argparse.Namespace, name: str, workloads: list[Workload]) -> None:
+    """Run one engine in this process; print one JSON line per workload and repeat.
+
+    Raises:
+        RuntimeError: a request did not get all of its output.
+    """
+    llm = build(args, name, workloads)
+    choice = random.Random(0)
+    # A short round first: kernels, allocator, first compression.
+    longest = max(workloads, key=lambda w: w.input_len)
+    generate(llm, longest._replace(num_prompts=4, output_len=8), choice)
+    for workload in workloads:
+        for _ in range(args.repeats):
+            print(json.dumps({"engine": name} | generate(llm, workload, choice)), flush=True)
+
+
+def generate(llm: Any, workload: Workload, choice: random.Random) -> dict[str, Any]:
+    """Submit a workload, wait for all of it, and describe the run."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=workload.output_len, ignore_eos=True, detokenize=False
+    )
+    prompts = [
+        TokensPrompt(prompt_token_ids=choice.choices(range(1000, 4000), k=workload.input_len))
+        for _ in range(workload.num_prompts)
+    ]
+    preempted = _metric(llm, "vllm:num_preemptions")
+    with _running(llm) as running:
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+    lengths = {len(output.outputs[0].token_ids) for output in outputs}
+    if len(outputs) != workload.num_prompts or lengths != {workload.output_len}:
+        raise RuntimeError(f"{len(outputs)} requests got outputs of {sorted(lengths)} tokens")
+    total = workload.num_prompts * (workload.input_len + workload.output_len)
+    return {
+        "workload": str(workload),
+        "seconds": seconds,
+        "total_tokens_per_s": total / seconds,
+        "output_tokens_per_s": workload.num_prompts * workload.output_len / seconds,
+        "most_running": max(running, default=0),
+        "preemptions": _metric(llm, "vllm:num_preemptions") - preempted,
+    }
+
+
+def _metric(llm: Any, name: str) -> int:
+    return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == name)
+
+
+@contextmanager
+def _running(llm: Any, interval: float = 0.1) -> Iterator[list[int]]:
+    """Sample how many requests run, every ``interval`` seconds."""
+    samples: list[int] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(interval):
+            samples.append(_metric(llm, "vllm:num_requests_running"))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether one more prompt fits: what every request will hold, not what it holds now.
+
+vLLM admits a prompt when its blocks are free at that moment, and preempts later what has grown too
+large. With compression most requests are small at any moment and will grow, so that rule admits too
+many, and each preempted one is prefilled again. Here the blocks of all running requests are
+forecast. No vLLM types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kvcompress_vllm.scheduling import NEVER, CompressionPlanner, Tracked
+
+UNBOUNDED = 1 << 30
+
+
+class Load(NamedTuple):
+    """What one request holds as time goes on.
+
+    During ``prefill_steps`` it holds ``prompt`` blocks; then ``start`` blocks, and one more every
+    ``block_size`` tokens. Whenever it would exceed ``most`` it falls by ``interval``. It gives
+    everything back after ``tokens_left`` tokens.
+    """
+
+    prefill_steps: int
+    prompt: int
+    start: int
+    most: int
+    interval: int
+    tokens_left: int
+
+
+def load(
+    planner: CompressionPlanner,
+    tracked: Tracked | None,
+    num_computed: int,
+    num_tokens: int,
+    tokens_left: int,
+    max_batched_tokens: int,
+) -> Load:
+    """Describe a running request, or one that would start its prefill now.
+
+    Args:
+        tracked: None for a candidate, and for one that will never be compressed.
+        num_computed: tokens whose K/V is computed.
+        num_tokens: tokens known, prompt and output so far.
+        tokens_left: tokens it will probably still generate.
+        max_batched_tokens: tokens in a step.
+    """
+    block_size = planner.block_size
+    prefill = max(0, num_tokens - 1 - num_computed)
+    if prefill:
+        prompt = -(-num_tokens // block_size)
+        covered, kept = planner.packed_size(num_tokens)
+        due_at = planner.outgrown_at(covered, kept) if kept < covered else planner.outgrown_at()
+        covered, kept = (covered, kept) if kept < covered else (0, 0)
+    else:
+        prompt = -(-num_computed // block_size)
+        covered, kept = (tracked.covered, tracked.kept) if tracked else (0, 0)
+        due_at = tracked.due_at if tracked else NEVER
+    start = prompt - covered + kept
+    most = UNBOUNDED if due_at == NEVER else max(start, due_at // block_size - covered + kept)
+    steps = -(-prefill // max_batched_tokens)
+    return Load(steps, prompt, start, most, planner.config.interval, tokens_left)
+
+
+def most_blocks(loads: Sequence[Load], block_size: int, num_samples: int = 32) -> int:
+    """Blocks that the requests will hold together at the worst moment ahead.
+
+    Args:
+        loads: one per request, the candidate included.
+        block_size: tokens per block, B.
+        num_samples: how many moments are looked at; the last is when all but the prefilling ones
+            are done.
+    """
+    if not loads:
+        return 0
+    prefill, prompt, start, most, interval, left = torch.tensor(loads).T[:, :, None]
+    horizon = int((prefill + left).max())
+    stride = max(1, -(-horizon // num_samples))
+    step = torch.arange(0, horizon, stride)
+    decoded = step - prefill
+    grown = start + decoded.div(block_size, rounding_mode="floor")
+    over = (grown - most).clamp(min=0)
+    # Ceiling division: the first block too many costs a whole interval.
+    held = grown - interval * -(-over).div(interval, rounding_mode="floor")
+    held = torch.where(decoded < 0, prompt, torch.where(decoded < left, held, 0))
+    return int(held.sum(0).max())
+
+
+class OutputLength:
+    """Guesses how many tokens a request will generate, from those that finished.
+
+    ``max_tokens`` is only a bound: clients often send a huge one, or none.
+    """
+
+    PRIOR = 512
+    WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self.mean: float = self.PRIOR
+
+    def finished(self, num_output_tokens: int) -> None:
+        """Learn from a finished request."""
+        self.mean += self.WEIGHT * (num_output_tokens - self.mean)
+
+    def left(self, num_output_tokens: int, max_tokens: int) -> int:
+        """Tokens that a request with ``num_output_tokens`` so far will probably still generate."""
+        # One that has outlived the guess is taken to be good for another quarter.
+        guess = max(self.mean, 1.25 * num_output_tokens) - num_output_tokens
+        return max(1, min(int(guess), max_tokens - num_output_tokens))

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcompress_vllm.admission import UNBOUNDED, Load, OutputLength, load, most_blocks
+from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.scheduling import CompressionPlanner
+
+B = 16
+PLANNER = CompressionPlanner(
+    KVCompressConfig(budget_tokens=128, interval=4), B, 8, 8, max_tokens=10_000
+)
+
+
+def held(one: Load, step: int) -> int:
+    """What a request holds, step by step."""
+    if step < one.prefill_steps:
+        return one.prompt
+    decoded = step - one.prefill_steps
+    if decoded >= one.tokens_left:
+        return 0
+    blocks = one.start
+    for _ in range(decoded // B):
+        blocks += 1
+        if blocks > one.most:
+            blocks -= one.interval
+    return blocks
+
+
+LOADS = st.builds(
+    Load,
+    prefill_steps=st.integers(0, 4),
+    prompt=st.integers(1, 60),
+    start=st.integers(1, 20),
+    most=st.integers(20, 30) | st.just(UNBOUNDED),
+    interval=st.integers(1, 9),
+    tokens_left=st.integers(1, 400),
+)
+
+
+@given(st.lists(LOADS, min_size=1, max_size=6))
+def test_the_forecast_is_the_worst_step_ahead(loads: list[Load]) -> None:
+    horizon = max(one.prefill_steps + one.tokens_left for one in loads)
+    expected = max(sum(held(one, step) for one in loads) for step in range(horizon))
+    assert most_blocks(loads, B, num_samples=horizon) == expected
+    # With fewer samples a peak between two of them is missed, never invented.
+    assert most_blocks(loads, B) <= expected
+
+
+def test_nothing_holds_nothing() -> None:
+    assert most_blocks([], B) == 0
+
+
+def test_a_prompt_is_full_while_it_prefills_and_packed_afterwards() -> None:
+    one = load(PLANNER, None, 0, 6000, 500, max_batched_tokens=2048)
+    assert one == Load(3, 375, 8, 8 + 4, 4, 500)
+
+
+def test_what_is_decoded_grows_from_where_it_is() -> None:
+    PLANNER.admit("a", 1600)
+    PLANNER.compressed("a")
+    one = load(PLANNER, PLANNER.requests["a"], 1640, 1641, 60, max_batched_tokens=2048)
+    assert one == Load(0, 103, 8 + 3, 8 + 4, 4, 60)
+    PLANNER.release("a")
+
+
+def test_without_decode_compression_a_request_grows_without_bound() -> None:
+    planner = CompressionPlanner(KVCompressConfig(decode=False), B, 8, 8, max_tokens=10_000)
+    assert load(planner, None, 0, 1600, 60, 2048) == Load(1, 100, 25, UNBOUNDED, 8, 60)
+    assert load(planner, None, 0, 20, 60, 2048) == Load(1, 2, 2, UNBOUNDED, 8, 60)
+
+
+def test_output_lengths_are_learnt_from_finished_requests() -> None:
+    lengths = OutputLength()
+    assert lengths.left(0, 10_000) == 256 and lengths.left(0, 16) == 16
+    for _ in range(100):
+        lengths.finished(40)
+    assert lengths.left(0, 10_000) == 40 and lengths.left(30, 10_000) == 10
+    assert lengths.left(400, 10_000) == 100  # outlived the guess
+    assert lengths.left(400, 400) == 1
