@@ -160,7 +160,7 @@ class Compressor:
             self.config.allocator,
             self.policy,
             evidence,
-            scores if absent is None else scores.masked_fill(absent, float("-inf")),
+            scores,
             block_size,
             budget.floor_pages(self.config, block_size),
             item.candidate_blocks,

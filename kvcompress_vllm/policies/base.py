@@ -78,7 +78,8 @@ class Evidence:
         return self.absent.sum(-1, keepdim=True)
 
     def shielded(self) -> Tensor:
-        """``[L * H, n]`` or ``[1, n]`` bool: columns that scores do not decide about."""
+        """``[L * H, n]`` or ``[1, n]`` bool: columns that scores do not decide about, absent ones
+        included."""
         column = torch.arange(self.num_keys, device=self.device)
         sinks = column < self.first_columns() + self.num_sinks
         return sinks | (column >= self.num_keys - self.num_recent)
@@ -138,7 +139,7 @@ class Policy(ABC):
         Used by allocator ``layer``; None: its heads compete page by page.
 
         Args:
-            scores: what :meth:`score` returned.
+            scores: what :meth:`score` returned; see :meth:`Evidence.shielded`.
         """
         return None
 

@@ -261,17 +261,16 @@ def keydiff(a: Attention, s: Setting) -> Tensor:
     def score(layer: int, head: int) -> list[float]:
         keys = a.keys[layer, head]
         anchor = sum(key / key.norm() for key in keys) / len(keys)
-        return [
-            -float(key @ anchor / (key.norm() * anchor.norm()))
-            for key in keys[: s.candidates(a.length)]
-        ]
+        unlike = [-float(key @ anchor / (key.norm() * anchor.norm())) for key in keys]
+        return _max_pool(unlike[: s.candidates(a.length)], s.pool)
 
     return _heads(a, score)
 
 
 def knorm(a: Attention, s: Setting) -> Tensor:
     def score(layer: int, head: int) -> list[float]:
-        return [-float(key.norm()) for key in a.keys[layer, head, : s.candidates(a.length)]]
+        norms = a.keys[layer, head, : s.candidates(a.length)].norm(dim=-1)
+        return _max_pool((-norms).tolist(), s.pool)
 
     return _heads(a, score)
 
@@ -290,7 +289,7 @@ def expected_attention(a: Attention, s: Setting, epsilon: float = 0.02) -> Tenso
             expected = expected + z / z.sum() / a.queries.shape[2]
         padded = torch.cat([torch.zeros(s.sinks, dtype=torch.float64), expected])
         result = (padded + epsilon) * a.values[layer, head].norm(dim=-1)
-        return result[: s.candidates(a.length)].tolist()
+        return _max_pool(result[: s.candidates(a.length)].tolist(), s.pool)
 
     return _heads(a, score)
 

@@ -8,6 +8,7 @@ import torch
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.policies import Evidence
 from tests.policies import literal
 from tests.policies.prompts import setting
 from tests.policies.test_parity import SAME_SCORE, assert_same_choice
@@ -27,17 +28,35 @@ def grow(paged: Paged, num_new: int) -> torch.Tensor:
     return torch.randn(W, SLOTS, G, D)
 
 
-def config_of(policy: str, allocator: str, equal: bool = False) -> KVCompressConfig:
+def config_of(
+    policy: str, allocator: str, pool: int | str = "auto", equal: bool = False
+) -> KVCompressConfig:
     options = EQUAL.get(policy, {}) if equal else {}
     return KVCompressConfig.from_dict({
-        "policy": policy, "allocator": allocator, "window": W, "policy_options": options,
+        "policy": policy, "allocator": allocator, "window": W, "pool": pool,
+        "policy_options": options,
     })  # fmt: skip
 
 
+def test_shielded_columns_begin_where_the_head_does() -> None:
+    absent = torch.tensor([[True] * 3 + [False] * 7, [False] * 10])
+    evidence = Evidence(
+        layers=1, heads=2, group=1, num_keys=10, num_kept=5, seq_len=12, num_queries=4,
+        num_sinks=2, num_recent=1, scale=1.0, device=torch.device("cpu"), absent=absent,
+    )  # fmt: skip
+    assert evidence.shielded().int().tolist() == [
+        [1, 1, 1, 1, 1, 0, 0, 0, 0, 1],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0, 1],
+    ]
+    assert (evidence.num_window, evidence.num_open, evidence.open_kept) == (2, 7, 2)
+    assert evidence.num_observations().tolist() == [4.0] * 9 + [3.0]
+
+
+@pytest.mark.parametrize("pool", ["auto", 11])  # reaches over the sinks
 @pytest.mark.parametrize("policy", [name for name in policies.BUILT_IN if name != "random"])
-def test_second_compression_equals_the_literal_one(policy: str) -> None:
+def test_second_compression_equals_the_literal_one(policy: str, pool: int | str) -> None:
     torch.manual_seed(1)
-    config = config_of(policy, "uniform", equal=True)
+    config = config_of(policy, "uniform", pool, equal=True)
     paged = Paged(config)
     paged.compress(grow(paged, 333), 6)
     for num_new, kept in [(150, 5), (203, 7)]:

@@ -52,6 +52,9 @@ CASES = [
     {"policy": "random"},
     {"policy": "random", "policy_options": {"seed": 7}},
 ]
+# Not on the model: where a layer's keys depend on the token alone, all that repeat tie in their
+# norm but for the rounding of RoPE, and pooling makes five ties of one.
+RANDOM_CASES = [*CASES, {"policy": "knorm", "pool": 5}]
 RANDOM = [(213, 1.7), (160, 4), (335, 3)]
 
 
@@ -91,7 +94,7 @@ def case_id(case) -> str:
 
 
 @pytest.mark.parametrize("allocator", ["global", "layer", "uniform"])
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", RANDOM_CASES, ids=case_id)
 def test_random_attention(case, allocator) -> None:
     for seed, (length, ratio) in enumerate(RANDOM):
         config = KVCompressConfig.from_dict({**case, "allocator": allocator, "ratio": ratio})
