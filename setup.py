@@ -34,7 +34,7 @@ MIN_TORCH = (2, 11)
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-lineinfo"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-Xfatbin=-compress-all"]
 
 
 def say(message: str) -> None:

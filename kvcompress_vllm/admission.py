@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvcompress_vllm.budget import Budget
 from kvcompress_vllm.scheduling import NEVER, CompressionPlanner, Tracked
 
 UNBOUNDED = 1 << 30
@@ -42,6 +43,7 @@ def load(
     num_tokens: int,
     tokens_left: int,
     max_batched_tokens: int,
+    own: Budget | None = None,
 ) -> Load:
     """Describe a running request, or one that would start its prefill now.
 
@@ -51,14 +53,15 @@ def load(
         num_tokens: tokens known, prompt and output so far.
         tokens_left: tokens it will probably still generate.
         max_batched_tokens: tokens in a step.
+        own: what the request asked for.
     """
     block_size = planner.block_size
     prefill = max(0, num_tokens - 1 - num_computed)
     if prefill:
         prompt = -(-num_tokens // block_size)
-        covered, kept = planner.packed_size(num_tokens)
-        due_at = planner.outgrown_at(covered, kept) if kept < covered else planner.outgrown_at()
+        covered, kept = planner.packed_size(num_tokens, own)
         covered, kept = (covered, kept) if kept < covered else (0, 0)
+        due_at = planner.outgrown_at(covered, kept, own)
     else:
         prompt = -(-num_computed // block_size)
         covered, kept = (tracked.covered, tracked.kept) if tracked else (0, 0)

@@ -4,8 +4,19 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from kvcompress_vllm.config import KVCompressConfig
+
+
+class Budget(NamedTuple):
+    """What one request asked for instead of the configured budget; one of the two is set."""
+
+    ratio: float | None = None
+    budget_tokens: int | None = None
+
+
+KEEP_ALL = Budget(ratio=1.0)
 
 
 def num_recent(config: KVCompressConfig, num_tokens: int, covered: int, block_size: int) -> int:
@@ -23,17 +34,36 @@ def floor_pages(config: KVCompressConfig, block_size: int) -> int:
     return max(1, -(-max(config.sinks + config.recent, config.min_tokens_per_head) // block_size))
 
 
-def packed_blocks(config: KVCompressConfig, num_tokens: int, covered: int, block_size: int) -> int:
+def packed_blocks(
+    config: KVCompressConfig,
+    num_tokens: int,
+    covered: int,
+    block_size: int,
+    ratio: float | None = None,
+    own: Budget | None = None,
+) -> int:
     """Blocks C to keep of ``covered`` full blocks of a request of ``num_tokens`` tokens.
 
-    Returns ``covered`` itself where there is nothing to gain: a short prompt, ratio 1, or a budget
-    that covers everything.
+    Args:
+        ratio: lowers the budget further, down to the per-head floor.
+        own: what the request asked for, within the limits ``min_ratio`` and ``max_ratio``.
+
+    Returns:
+        ``covered`` itself where there is nothing to gain: a short prompt, ratio 1, or a budget
+        that covers everything.
     """
     if num_tokens < config.min_prompt_tokens:
         return covered
-    if config.budget_tokens is not None:
-        kept = -(-config.budget_tokens // block_size)
+    wanted = own or Budget(config.ratio, config.budget_tokens)
+    if wanted.budget_tokens is not None:
+        kept = -(-wanted.budget_tokens // block_size)
     else:
-        assert config.ratio is not None
-        kept = math.ceil(covered / config.ratio)
+        assert wanted.ratio is not None
+        kept = math.ceil(covered / wanted.ratio)
+    if own is not None:
+        kept = min(kept, math.ceil(covered / (config.min_ratio or 1.0)))
+        if config.max_ratio is not None:
+            kept = max(kept, math.ceil(covered / config.max_ratio))
+    if ratio is not None:
+        kept = min(kept, math.ceil(covered / ratio))
     return min(covered, max(kept, floor_pages(config, block_size)))

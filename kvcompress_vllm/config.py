@@ -107,6 +107,27 @@ class KVCompressConfig:
         "blocks by which a generation outgrows its budget before it is compressed again",
         *_integer(1),
     )
+    on_pressure: bool = _option(
+        True,
+        "when the KV cache runs short, compress early rather than have vLLM preempt",
+        "true or false",
+        lambda value: isinstance(value, bool),
+    )
+    min_ratio: float | None = _option(
+        None,
+        "least ratio that a request may ask for",
+        "a number >= 1",
+        _ratio,
+        optional=True,
+    )
+    max_ratio: float | None = _option(
+        None,
+        "highest ratio that a request may ask for, or be compressed to when the KV cache runs "
+        "short; none: as asked for, and never beyond the budget",
+        "a number >= 1",
+        _ratio,
+        optional=True,
+    )
     pool: int = _option(
         AUTO,
         "width of the pooling of scores over neighbouring tokens; 1 is off",
@@ -139,6 +160,13 @@ class KVCompressConfig:
             )
         if self.ratio is not None:
             object.__setattr__(self, "ratio", float(self.ratio))
+        limits = (self.min_ratio or 1.0, self.ratio, self.max_ratio)
+        given = [limit for limit in limits if limit is not None]
+        if given != sorted(given):
+            raise ValueError(
+                f"kv_compress: min_ratio={self.min_ratio!r}, ratio={self.ratio!r} and "
+                f"max_ratio={self.max_ratio!r} must not decrease"
+            )
         if policy.keeps_window:
             object.__setattr__(self, "recent", max(self.recent, self.window))
         object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))

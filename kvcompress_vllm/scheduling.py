@@ -9,7 +9,8 @@ Life of a compressible request:
 3. due once all of them are computed, until ``compressed`` on a later step; if the pool cannot spare
    the packed blocks it stays due and decodes uncompressed meanwhile;
 4. ``watch`` while it decodes: shortly before it has outgrown its budget by ``interval`` blocks it
-   takes an observation slot again, and goes on at 2;
+   takes an observation slot again, and goes on at 2; when the pool runs short, ``press`` does so
+   earlier for those that can give most back;
 5. ``release`` when it finishes, is aborted or is preempted; a preempted request is admitted anew.
 """
 
@@ -19,11 +20,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kvcompress_vllm import budget
+from kvcompress_vllm.budget import Budget
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Observation
 
 NEVER = 1 << 62
 """Token count at which nothing ever is due."""
+
+LEAST_GAIN = 2
+"""Blocks that an early compression must give back to be worth its while."""
 
 
 @dataclass
@@ -40,6 +45,10 @@ class Tracked:
     """F, full blocks covered by compression so far."""
     kept: int = 0
     """C, blocks they are packed into; 0 until the first compression."""
+    own: Budget | None = None
+    """What the request asked for; None: the configured budget."""
+    ratio: float | None = None
+    """Of the compression that is under way, where the pool ran short; None: its usual budget."""
 
 
 class CompressionPlanner:
@@ -70,77 +79,97 @@ class CompressionPlanner:
         self._state_slots = list(range(state_slots - 1, -1, -1))
         self._observe_slots = list(range(observe_slots - 1, -1, -1))
         self._released: list[int] = []
-        self._first_outgrown = self.outgrown_at()
+        # Asked for every request on every step.
+        self._kept: dict[tuple[int, float | None, Budget | None], int] = {}
+        self._first_outgrown: dict[Budget | None, int] = {}
 
-    def packed_size(self, num_tokens: int) -> tuple[int, int]:
-        """(F, C) of a compression at ``num_tokens`` tokens; C < F if there is anything to gain."""
+    def packed_size(
+        self, num_tokens: int, own: Budget | None = None, ratio: float | None = None
+    ) -> tuple[int, int]:
+        """(F, C) of a compression at ``num_tokens`` tokens; C < F if there is anything to gain.
+
+        Args:
+            own: what the request asked for.
+            ratio: compress at least so much.
+        """
         covered = num_tokens // self.block_size
-        kept = budget.packed_blocks(self.config, num_tokens, covered, self.block_size)
-        return covered, kept
+        if num_tokens < self.config.min_prompt_tokens:
+            return covered, covered
+        key = covered, ratio, own
+        if key not in self._kept:
+            self._kept[key] = budget.packed_blocks(
+                self.config, num_tokens, covered, self.block_size, ratio, own
+            )
+        return covered, self._kept[key]
 
-    def outgrown_at(self, covered: int = 0, kept: int = 0) -> int:
+    def outgrown_at(self, covered: int = 0, kept: int = 0, own: Budget | None = None) -> int:
         """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
 
         Args:
             covered: F so far.
             kept: C so far.
+            own: what the request asked for.
         """
-        if not self.config.decode or self.config.ratio == 1:
+        config, size = self.config, self.block_size
+        if not config.decode:
             return NEVER
         # From the shortest compressible request on, the excess grows by at most one block per
         # block, so these strides cannot miss the place.
-        full = max(covered, -(-self.config.min_prompt_tokens // self.block_size))
-        while (excess := kept + full - covered - self._budget(full)) < self.config.interval:
-            full += self.config.interval - excess
-            if full * self.block_size > self.max_tokens:
-                return NEVER
-        return full * self.block_size
+        full = max(covered, -(-config.min_prompt_tokens // size))
+        while full * size <= self.max_tokens:
+            excess = kept + full - covered - self.packed_size(full * size, own)[1]
+            if excess >= config.interval:
+                return full * size
+            full += config.interval - excess
+        return NEVER
 
-    def can_admit(self, num_tokens: int) -> bool:
+    def can_admit(self, num_tokens: int, own: Budget | None = None) -> bool:
         """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
-        covered, kept = self.packed_size(num_tokens)
+        covered, kept = self.packed_size(num_tokens, own)
         if kept < covered:
             return bool(self._state_slots and self._observe_slots)
-        return bool(self._state_slots) or self._first_outgrown == NEVER
+        return bool(self._state_slots) or self._first_due(own) == NEVER
 
-    def admit(self, request_id: str, num_tokens: int) -> None:
+    def admit(self, request_id: str, num_tokens: int, own: Budget | None = None) -> None:
         """Start to track a request; one that will never be compressed is not tracked.
 
         Args:
             num_tokens: tokens that its prefill computes: the prompt, and after a preemption the
                 output so far.
+            own: what the request asked for.
 
         Raises:
             RuntimeError: it is tracked already, or there is no slot (ask ``can_admit`` first).
         """
         self.version += 1
-        covered, kept = self.packed_size(num_tokens)
+        covered, kept = self.packed_size(num_tokens, own)
         at_prefill = kept < covered
-        due_at = num_tokens if at_prefill else self._first_outgrown
+        due_at = num_tokens if at_prefill else self._first_due(own)
         if due_at == NEVER:
             return
-        if request_id in self.requests or not self.can_admit(num_tokens):
+        if request_id in self.requests or not self.can_admit(num_tokens, own):
             raise RuntimeError(
                 f"kv_compress: cannot admit {request_id}: tracked={request_id in self.requests}, "
                 f"{len(self._state_slots)} state and {len(self._observe_slots)} observation slots"
             )
-        tracked = Tracked(request_id, self._state_slots.pop(), due_at)
+        tracked = Tracked(request_id, self._state_slots.pop(), due_at, own=own)
         if at_prefill:
             tracked.observe_slot = self._observe_slots.pop()
         self.requests[request_id] = tracked
 
-    def reserve(self, num_tokens: int = 0) -> int:
+    def reserve(self, num_tokens: int = 0, own: Budget | None = None) -> int:
         """Blocks to keep free so that any one request awaiting compression can be packed.
 
         Args:
             num_tokens: prefill length of a request about to be admitted, 0 for none.
+            own: what that request asked for.
         """
         waiting = [
-            self._budget(t.due_at // self.block_size)
+            self.packed_size(t.due_at, t.own, t.ratio)[1]
             for t in self.requests.values()
             if t.observe_slot is not None
         ]
-        covered, kept = self.packed_size(num_tokens)
+        covered, kept = self.packed_size(num_tokens, own)
         return max([*waiting, kept if kept < covered else 0])
 
     def watch(self, num_computed: Mapping[str, int]) -> None:
@@ -154,9 +183,61 @@ class CompressionPlanner:
                 continue
             computed = num_computed.get(tracked.request_id, 0)
             if computed >= tracked.due_at - self.config.window:
-                tracked.observe_slot = self._observe_slots.pop()
                 # Late (no slot was free, or a prefill passed the mark): a whole window from now.
-                tracked.due_at = max(tracked.due_at, computed + self.config.window)
+                self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
+
+    def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
+        """When the pool runs short, prepare early compressions, largest gain first.
+
+        Short means: fewer free blocks than the running requests will take until a compression that
+        is prepared now is carried out, and than its copy takes.
+
+        Args:
+            num_computed: computed tokens of the running requests.
+            num_free: free blocks of the pool.
+        """
+        window, size = self.config.window, self.block_size
+        growth = sum((n + window) // size - (n - 1) // size for n in num_computed.values())
+        copy = max(
+            (
+                self.packed_size(num_computed.get(t.request_id, 0), t.own)[1]
+                for t in self.requests.values()
+            ),
+            default=0,
+        )
+        missing = growth + max(copy, self.reserve()) - num_free
+        missing -= sum(
+            self._gain(t, t.due_at, t.ratio)
+            for t in self.requests.values()
+            if t.observe_slot is not None
+        )
+        for ratio in (None, self.config.max_ratio)[: 1 + (self.config.max_ratio is not None)]:
+            if missing <= 0 or not self._observe_slots:
+                return
+            gains = [
+                (self._gain(t, at, ratio), at, t)
+                for t in self.requests.values()
+                if t.observe_slot is None
+                and (at := num_computed.get(t.request_id, 0) + window) > window
+            ]
+            gains = [item for item in gains if item[0] >= LEAST_GAIN]
+            gains.sort(key=lambda item: -item[0])
+            for gain, due_at, tracked in gains[: len(self._observe_slots)]:
+                if missing <= 0:
+                    return
+                self._prepare(tracked, due_at)
+                tracked.ratio = ratio
+                missing -= gain
+
+    def _prepare(self, tracked: Tracked, due_at: int) -> None:
+        """Observe a request from now on, and compress it at ``due_at`` tokens."""
+        tracked.observe_slot = self._observe_slots.pop()
+        tracked.due_at = due_at
+
+    def _gain(self, tracked: Tracked, num_tokens: int, ratio: float | None) -> int:
+        """Blocks that a compression at ``num_tokens`` tokens would give back."""
+        covered, kept = self.packed_size(num_tokens, tracked.own, ratio)
+        return covered - tracked.covered + tracked.kept - kept
 
     def observe(self, request_id: str, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
@@ -193,8 +274,9 @@ class CompressionPlanner:
         self.version += not tracked.kept
         self._observe_slots.append(tracked.observe_slot)
         tracked.observe_slot = None
-        tracked.covered, tracked.kept = self.packed_size(tracked.due_at)
-        tracked.due_at = self.outgrown_at(tracked.covered, tracked.kept)
+        tracked.covered, tracked.kept = self.packed_size(tracked.due_at, tracked.own, tracked.ratio)
+        tracked.ratio = None
+        tracked.due_at = self.outgrown_at(tracked.covered, tracked.kept, tracked.own)
 
     def release(self, request_id: str) -> None:
         """Forget a request that finished, was aborted or was preempted; unknown ones are fine."""
@@ -216,9 +298,11 @@ class CompressionPlanner:
         """Requests that are packed now."""
         return (t for t in self.requests.values() if t.kept)
 
-    def _budget(self, full: int) -> int:
-        """C of a compression that covers ``full`` blocks."""
-        return budget.packed_blocks(self.config, full * self.block_size, full, self.block_size)
+    def _first_due(self, own: Budget | None) -> int:
+        """``outgrown_at`` of a request that is not packed."""
+        if own not in self._first_outgrown:
+            self._first_outgrown[own] = self.outgrown_at(own=own)
+        return self._first_outgrown[own]
 
 
 def num_observe_slots(

@@ -72,7 +72,7 @@ def test_without_decode_compression_a_request_grows_without_bound() -> None:
 
 def test_output_lengths_are_learnt_from_finished_requests() -> None:
     lengths = OutputLength()
-    assert lengths.left(0, 10_000) == 256 and lengths.left(0, 16) == 16
+    assert lengths.left(0, 10_000) == 512 and lengths.left(0, 16) == 16
     for _ in range(100):
         lengths.finished(40)
     assert lengths.left(0, 10_000) == 40 and lengths.left(30, 10_000) == 10

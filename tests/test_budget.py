@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm import budget
+from kvcompress_vllm.budget import KEEP_ALL, Budget
 from kvcompress_vllm.config import KVCompressConfig
 
 B = 16
@@ -52,3 +53,23 @@ def test_what_is_kept_always_holds_the_shields(
     assert budget.floor_pages(config, block_size) * block_size >= max(sinks + shielded, floor)
     # The tail and the shielded candidates together are the recent window.
     assert shielded == max(0, recent - (num_tokens - covered * block_size))
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "kept"),
+    [
+        ({}, Budget(ratio=10), 10),
+        ({}, Budget(budget_tokens=320), 20),
+        ({}, KEEP_ALL, 100),
+        ({"min_ratio": 2}, KEEP_ALL, 50),  # the operator's limits win
+        ({"min_ratio": 2}, Budget(budget_tokens=10**6), 50),
+        ({"max_ratio": 8}, Budget(ratio=20), 13),
+        ({"max_ratio": 8}, Budget(budget_tokens=16), 13),
+        ({"max_ratio": 8}, Budget(ratio=6), 17),
+    ],
+)
+def test_a_request_may_ask_within_the_limits(options: dict, own: Budget, kept: int) -> None:
+    config = KVCompressConfig.from_dict({"ratio": 4, **options})
+    assert budget.packed_blocks(config, 1600, 100, B, own=own) == kept
+    # Pressure goes below what was asked for, never above.
+    assert budget.packed_blocks(config, 1600, 100, B, ratio=20, own=own) == min(kept, 5)

@@ -82,6 +82,55 @@ def test_decode_false_leaves_generations_alone() -> None:
     assert p.requests["a"].observe_slot is None
 
 
+def pressed(p: CompressionPlanner, free: int, **lengths: int) -> list[str]:
+    """Requests that begin to be observed when so many blocks are free."""
+    before = {n for n, t in p.requests.items() if t.observe_slot is not None}
+    p.press(lengths, free)
+    return sorted({n for n, t in p.requests.items() if t.observe_slot is not None} - before)
+
+
+def grown(observe_slots: int, **options: object) -> tuple[CompressionPlanner, dict[str, int]]:
+    """Three packed requests that have generated 100, 60 and 10 tokens since: 6, 3 and 0 blocks."""
+    p = planner(observe_slots, ratio=None, budget_tokens=128, interval=20, **options)
+    lengths = {"a": 1700, "b": 1660, "c": 1610}
+    for name in lengths:
+        p.admit(name, 1600)
+        p.compressed(name)
+    return p, lengths
+
+
+def test_pressure_takes_first_what_gives_back_most() -> None:
+    p, lengths = grown(3)
+    assert pressed(p, 100, **lengths) == []
+    # Until 9 tokens on, "a" takes no block (1709 of 1712), "b" and "c" one each; a copy takes 8.
+    assert pressed(p, 2 + 8, **lengths) == []
+    assert pressed(p, 2 + 8 - 1, **lengths) == ["a"]
+    a = p.requests["a"]
+    assert a.due_at == 1708 and p.due({"a": 1708}) == [a]
+    # What is under way counts: "a" will give 6 blocks back.
+    assert pressed(p, 2 + 8 - 6, **lengths) == []
+    assert pressed(p, 2 + 8 - 7, **lengths) == ["b"]
+    assert pressed(p, 0, **lengths) == []  # nothing worth it is left in "c"
+    p.compressed("a")
+    assert (a.covered, a.kept) == (106, 8)
+
+
+def test_pressure_goes_beyond_the_budget_only_where_it_may() -> None:
+    p, lengths = grown(1)
+    assert pressed(p, 0, c=lengths["c"]) == []
+    p, lengths = grown(1, max_ratio=20)
+    assert pressed(p, 0, c=lengths["c"]) == ["c"]
+    p.compressed("c")
+    c = p.requests["c"]
+    assert (c.covered, c.kept) == (101, 6)  # 101 / 20 blocks, not the 8 of the budget
+    assert c.ratio is None and c.due_at == p.outgrown_at(101, 6)  # the usual budget again
+
+
+def test_pressure_never_takes_more_slots_than_there_are() -> None:
+    p, lengths = grown(1)
+    assert pressed(p, -100, **lengths) == ["a"]
+
+
 def test_ratio_1_tracks_nothing() -> None:
     p = planner(ratio=1)
     p.admit("a", 1000)

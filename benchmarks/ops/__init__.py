@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the native ops against the reference on hostile inputs, then time them."""
+"""Check the CUDA ops, then time them."""

@@ -1,85 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check every native op against the reference on hostile inputs, then time it.
+"""Check the CUDA ops, then time them: ``python -m benchmarks.ops [--only NAME] [--out FOLDER]``.
 
-    python -m benchmarks.ops [--device cuda|cpu] [--only NAME] [--no-bench]
-
-Nothing is timed unless every check passed; the CPU ops are checked, not timed.
+Runs the op tests first (``tests/ops``, all of them on CUDA), and every timed decode batch is
+compared with plain PyTorch. Prints a JSON line per case, a table at the end, and leaves
+``results.jsonl`` and ``decode.png`` in the folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from benchmarks.ops import benches, checks, cuda_checks
-from benchmarks.ops.checker import Checker
-from benchmarks.ops.timing import Table, copy_bandwidth
+from benchmarks.ops.compression import bench_compression
+from benchmarks.ops.copies import bench_copies
+from benchmarks.ops.decode import bench_decode, bench_prefill
+from benchmarks.ops.plot import plot_decode
+from benchmarks.ops.timing import Report, copy_bandwidth
 from kvcompress_vllm import ops
 
-CHECKS: dict[str, Callable[[Checker], None]] = {
-    "copies": checks.check_copies,
-    "attention": checks.check_attention,
-    "statistics": checks.check_statistics,
-    "selection": checks.check_selection,
+BENCHES: dict[str, Callable[[Report, torch.device], None]] = {
+    "decode": bench_decode,
+    "prefill": bench_prefill,
+    "compression": bench_compression,
+    "copies": bench_copies,
 }
-CUDA_CHECKS: dict[str, Callable[[Checker], None]] = {
-    "graph": cuda_checks.check_graph,
-    "large_pool": cuda_checks.check_large_pool,
-}
-# Each with the checks that it relies on.
-BENCHES: tuple[tuple[set[str], Callable[[Table, torch.device], None]], ...] = (
-    ({"copies"}, benches.bench_copies),
-    ({"attention"}, benches.bench_decode),
-    ({"attention"}, benches.bench_prefill),
-    ({"statistics", "selection"}, benches.bench_compression),
-)
 
 
-def verify(device: torch.device, names: list[str]) -> bool:
-    """Run the checks; a crash fails a check, and the others still run."""
-    run = Checker(device)
-    for name in names:
-        torch.manual_seed(0)
-        begin = time.perf_counter()
-        try:
-            (CHECKS | CUDA_CHECKS)[name](run)
-        except Exception:
-            run.check(name, False, traceback.format_exc())
-        print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
-    print(f"{run.passed} checks passed, {len(run.failed)} failed", flush=True)
-    return not run.failed
+def verify() -> None:
+    """The op tests, in a process of their own."""
+    tests = Path(__file__).parents[2] / "tests" / "ops"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-x", str(tests)]
+    if subprocess.run(command).returncode:
+        sys.exit("the op tests fail: nothing is timed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--only", choices=(*CHECKS, *CUDA_CHECKS), help="one part")
-    parser.add_argument("--no-bench", action="store_true", help="only check")
+    parser.add_argument("--only", choices=BENCHES, help="one part")
+    parser.add_argument("--no-tests", action="store_true", help="the op tests have just passed")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks/ops"))
     options = parser.parse_args()
-    cuda = options.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu checks the CPU ops")
-    if options.only in CUDA_CHECKS and not cuda:
-        parser.error(f"--only {options.only} needs --device cuda")
-    if missing := ops.missing_kernels(options.device):
-        parser.exit(1, f"nothing to check: {missing}\n")
-    names = [options.only] if options.only else [*CHECKS, *(CUDA_CHECKS if cuda else ())]
-    device = torch.device(options.device)
-    if not verify(device, names):
-        sys.exit(1)
-    wanted = [bench for needs, bench in BENCHES if needs & set(names)]
-    if not cuda or options.no_bench or not wanted:
-        return
-    table = Table(copy_bandwidth(device))
-    for bench in wanted:
-        bench(table, device)
-        torch.cuda.empty_cache()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device")
+    if missing := ops.missing_kernels("cuda"):
+        parser.exit(1, f"nothing to time: {missing}\n")
+    if not options.no_tests:
+        verify()
+    device = torch.device("cuda")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "results.jsonl").open("w") as file:
+        report = Report(copy_bandwidth(device), file)
+        for name in [options.only] if options.only else BENCHES:
+            BENCHES[name](report, device)
+            torch.cuda.empty_cache()
+    print(report.table())
+    if decodes := [row for row in report.rows if row["op"] == "decode"]:
+        plot_decode(decodes, options.out / "decode.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decode batch over ragged heads, for us and for FlashAttention 3."""
+"""``paged_attention``: decode over even and ragged heads next to FlashAttention 3, and prefill."""
 
 from __future__ import annotations
 
@@ -9,112 +9,83 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.ops.timing import seconds
-from kvcompress_vllm import layout, ops
+from benchmarks.ops.batch import GROUP, HEAD_SIZE, HEADS, SCALE, Decode
+from benchmarks.ops.timing import Report, seconds
+from kvcompress_vllm import ops
 
-HEAD_SIZE, BLOCK_SIZE, HEADS, GROUP = 128, 16, 8, 4
-SCALE = HEAD_SIZE**-0.5
+# Requests, mean keys per head, spread of their logarithm.
+DECODES = (
+    *((requests, mean, 1) for mean in (96, 750) for requests in (64, 256, 1024)),
+    *((64, mean, 0) for mean in (96, 750, 6000)),
+    (64, 6000, 1),
+    (256, 3000, 1),
+    (1, 6000, 1),
+    (8, 1500, 1),
+    (16, 30000, 1),
+)
 
 
-def random_pages(count: int, device: torch.device) -> Tensor:
-    """``[count, B, 2 * D]`` bf16."""
-    shape = (count, BLOCK_SIZE, 2 * HEAD_SIZE)
-    return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_()
+def bench_decode(report: Report, device: torch.device) -> None:
+    flash = load_flash()
+    for requests, mean, sigma in DECODES:
+        torch.cuda.empty_cache()
+        batch = Decode(requests, mean, sigma, device)
+        batch.check()
+        report.add(
+            "decode",
+            f"{requests} x {mean} keys, sigma {sigma}",
+            seconds(batch.steps()),
+            batch.bytes,
+            requests=requests,
+            mean=mean,
+            sigma=sigma,
+            flash_us=None if flash is None else round(flash_time(batch, flash) * 1e6, 2),
+        )
+        del batch
 
 
-class Decode:
-    """Heads hold log-normal numbers of packed pages, ``mean`` keys on average.
-
-    It has as many layers as it takes for the keys to be several times the L2 cache.
-    """
-
-    def __init__(
-        self,
-        requests: int,
-        mean: int,
-        sigma: float,
-        device: torch.device,
-        least_bytes: int = 1 << 30,
-    ) -> None:
-        torch.manual_seed(requests + mean)
-        self.requests, self.device = requests, device
-        per_layer = requests * HEADS * mean * 4 * HEAD_SIZE
-        self.layers = max(1, min(32, -(-least_bytes // per_layer)))
-        slots = self.layers * HEADS
-        spread = (torch.randn(requests, slots) * sigma - sigma**2 / 2).exp()
-        target = (spread * mean / BLOCK_SIZE).round().clamp(1, 8192).int()
-        blocks = -(-target.sum(1) // slots)
-        target[:, -1] += (blocks * slots - target.sum(1)).int()
-        self.num_pages = target.view(requests, self.layers, HEADS)
-        self.first_page = layout.exclusive_cumsum(self.num_pages)
-        self.covered = blocks.int()
-        tail = torch.randint(1, BLOCK_SIZE + 1, (requests,))
-        self.keys = self.num_pages * BLOCK_SIZE + tail.view(-1, 1, 1)
-        self.bytes = int(self.keys.sum()) * 4 * HEAD_SIZE / self.layers
-        total = int(blocks.sum()) + requests + 1
-        order = (torch.randperm(total - 1) + 1).int()
-        self.table = torch.zeros(requests, int(blocks.max()) + 1, dtype=torch.int32)
-        for row, part in zip(self.table, order.split((blocks + 1).tolist()), strict=True):
-            row[: len(part)] = part
-        self.pages = random_pages(total * slots, device)
-        seq_lens = (blocks * BLOCK_SIZE + tail).int()
-        state_slot = torch.arange(requests, dtype=torch.int32)
-        state = (state_slot, self.num_pages, self.first_page, self.covered)
-        self.rows = [t.to(device) for t in (self.table, seq_lens, *state)]
-        self.start = torch.arange(requests + 1, dtype=torch.int32, device=device)
-        shape = (requests, HEADS * GROUP, HEAD_SIZE)
-        self.query = torch.randn(shape, device=device).bfloat16()
-        self.out = torch.empty_like(self.query)
-
-    def run(self, layer: int) -> None:
-        ops.paged_attention(self.query, self.pages, *self.rows, self.start, layer, SCALE, self.out)
-
-    def steps(self) -> list[Callable[[], None]]:
-        return [partial(self.run, layer) for layer in range(self.layers)]
-
-    def sequences(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Page table and lengths of the layer when every (request, head) is a sequence."""
-        slots = self.layers * HEADS
-        num_pages = self.num_pages[:, layer].reshape(-1, 1)
-        first = self.first_page[:, layer].reshape(-1, 1)
-        j = torch.arange(int(num_pages.max()) + 1).view(1, -1)
-        row = torch.arange(self.requests).repeat_interleave(HEADS).view(-1, 1)
-        head = (layer * HEADS + torch.arange(HEADS)).repeat(self.requests).view(-1, 1)
-        packed = j < num_pages
-        index = torch.where(packed, (first + j) // slots, self.covered[row])
-        slot = torch.where(packed, (first + j) % slots, head)
-        table = self.table[row, index.long().clamp_max(self.table.shape[1] - 1)] * slots + slot
-        lengths = self.keys[:, layer].reshape(-1)
-        return table.int().to(self.device), lengths.int().to(self.device)
+def bench_prefill(report: Report, device: torch.device) -> None:
+    """One request prefills a chunk beside one that decodes."""
+    chunk = 2048
+    batch = Decode(2, 6000, 1, device)
+    query = torch.randn(chunk + 1, HEADS * GROUP, HEAD_SIZE, device=device).bfloat16()
+    start = torch.tensor([0, chunk, chunk + 1], dtype=torch.int32, device=device)
+    out = torch.empty_like(query)
+    step = partial(ops.paged_attention, query, batch.pages, *batch.rows, start, 0, SCALE, out)
+    time = seconds([step])
+    keys = int(batch.keys[0, 0].sum())
+    flops = 4 * HEAD_SIZE * GROUP * chunk * (keys - HEADS * chunk / 2)
+    case = f"{chunk} tokens over {keys // HEADS} keys"
+    report.add("prefill", case, time, tflops=round(flops / time / 1e12))
 
 
 def load_flash() -> Callable[..., Tensor] | None:
     """vLLM's FlashAttention 3; None where it is missing or does not run."""
     try:
         from vllm.vllm_flash_attn import flash_attn_interface as interface
-    except ImportError:
+    except ImportError as error:
+        print(f"no FlashAttention to compare with: {error}", flush=True)
         return None
     if not interface.is_fa_version_supported(3):
+        print("no FlashAttention to compare with: it does not support this device", flush=True)
         return None
     return partial(interface.flash_attn_varlen_func, fa_version=3)
 
 
-def compare_flash(case: Decode, flash: Callable[..., Tensor]) -> str:
-    """Time of FlashAttention on the same pages, and how far its output is from ours."""
-    query = case.query.view(-1, GROUP, HEAD_SIZE)
+def flash_time(batch: Decode, flash: Callable[..., Tensor]) -> float:
+    """On the same pages, each (request, KV head) a sequence; its tables are made beforehand."""
+    query = batch.query.view(-1, GROUP, HEAD_SIZE)
+    keys, values = batch.pages[..., :HEAD_SIZE], batch.pages[..., HEAD_SIZE:]
+    start = torch.arange(query.shape[0] + 1, dtype=torch.int32, device=batch.device)
     out = torch.empty_like(query)
-    keys = case.pages[..., :HEAD_SIZE].unsqueeze(2)
-    values = case.pages[..., HEAD_SIZE:].unsqueeze(2)
-    start = torch.arange(query.shape[0] + 1, dtype=torch.int32, device=case.device)
-    layers = min(case.layers, 8)
     steps = []
-    for layer in range(layers):
-        table, lengths = case.sequences(layer)
+    for layer in range(batch.layers):
+        table, lengths = batch.sequences(layer)
         step = partial(
             flash,
             query,
-            keys,
-            values,
+            keys.unsqueeze(2),
+            values.unsqueeze(2),
             max_seqlen_q=1,
             cu_seqlens_q=start,
             max_seqlen_k=int(lengths.max()),
@@ -126,7 +97,4 @@ def compare_flash(case: Decode, flash: Callable[..., Tensor]) -> str:
             num_splits=1 if query.shape[0] > 992 else 0,  # it balances splits up to here
         )
         steps.append(step)
-    time = seconds(steps, 7)
-    case.run(layers - 1)
-    error = float((out.view_as(case.out).float() - case.out.float()).abs().max())
-    return f"FA3 {time * 1e6:.1f} us, differs by {error:.0e}"
+    return seconds(steps)

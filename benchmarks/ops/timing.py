@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, TextIO
 
 import torch
 
@@ -30,7 +32,7 @@ def seconds(steps: Sequence[Step], repeats: int = 15) -> float:
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times[warm_up:]) / len(steps)
+    return float(statistics.median(times[warm_up:])) / len(steps)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -49,23 +51,35 @@ def copy_bandwidth(device: torch.device) -> float:
     return max(speeds.values())
 
 
-class Table:
-    """Prints one row per measurement."""
+class Report:
+    """A JSON line per measurement, as it comes, and a table of them all."""
 
-    ROW = "{:<20} {:<44} {:>9} {:>7} {:>6}  {}"
+    ROW = "{:<20} {:<46} {:>9} {:>7} {:>6} {:>9}"
 
-    def __init__(self, bandwidth: float) -> None:
-        self.bandwidth = bandwidth
-        print(self.ROW.format("op", "case", "us", "GB/s", "share", "").rstrip(), flush=True)
+    def __init__(self, bandwidth: float, file: TextIO) -> None:
+        self.bandwidth, self.file = bandwidth, file
+        self.rows: list[dict[str, Any]] = []
 
     def add(
-        self, op: str, case: str, time: float, num_bytes: float | None = None, note: str = ""
+        self, op: str, case: str, time: float, num_bytes: float | None = None, **details: Any
     ) -> None:
         """``num_bytes``: what the op must at least move; the share is of the copy bandwidth."""
-        speed, share = "-", "-"
+        row: dict[str, Any] = {"op": op, "case": case, "us": round(time * 1e6, 2)}
         if num_bytes is not None:
-            speed = f"{num_bytes / time / 1e9:.0f}"
-            share = f"{num_bytes / time / self.bandwidth:.2f}"
-        print(
-            self.ROW.format(op, case, f"{time * 1e6:.1f}", speed, share, note).rstrip(), flush=True
-        )
+            row["bytes"] = round(num_bytes)
+            row["share"] = round(num_bytes / time / self.bandwidth, 4)
+        self.rows.append(row | details)
+        line = json.dumps(self.rows[-1])
+        print(line, flush=True)
+        print(line, file=self.file, flush=True)
+
+    def table(self) -> str:
+        lines = [self.ROW.format("op", "case", "us", "GB/s", "share", "FA3 us")]
+        for row in self.rows:
+            speed = f"{row['bytes'] / row['us'] / 1e3:.0f}" if "bytes" in row else ""
+            share = f"{row['share']:.2f}" if "share" in row else ""
+            flash = f"{row['flash_us']:.1f}" if row.get("flash_us") else ""
+            lines.append(
+                self.ROW.format(row["op"], row["case"], f"{row['us']:.1f}", speed, share, flash)
+            )
+        return "\n".join(line.rstrip() for line in lines)

@@ -2,6 +2,7 @@
 // torch.ops.kvcompress_vllm.compact_pages on the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include "../op_checks.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -85,23 +86,10 @@ void compact_pages(Tensor pages, const Tensor& block_table, const Tensor& state_
                    const Tensor& num_pages, const Tensor& first_page, const Tensor& covered,
                    const Tensor& kept_pages, const Tensor& kept_first, const Tensor& kept_keys,
                    const Tensor& new_blocks) {
-  const PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  const PagedRows rows =
+      check_compact_pages(pages, block_table, state_slot, num_pages, first_page, covered,
+                          kept_pages, kept_first, kept_keys, new_blocks);
   const int64_t requests = block_table.size(0);
-  KVC_CHECK_TENSOR(kept_pages, ScalarType::Int, 3, pages);
-  KVC_CHECK_TENSOR(kept_first, ScalarType::Int, 3, pages);
-  KVC_CHECK_TENSOR(kept_keys, ScalarType::Int, 2, pages);
-  KVC_CHECK_TENSOR(new_blocks, ScalarType::Int, 2, pages);
-  KVC_CHECK_DENSE(kept_pages);
-  KVC_CHECK_DENSE(kept_first);
-  KVC_CHECK_DENSE(kept_keys);
-  KVC_CHECK_LAST_DENSE(new_blocks);
-  for (int64_t d = 0; d < 3; ++d) {
-    const int64_t expected = d == 0 ? requests : num_pages.size(d);
-    KVC_CHECK_SIZE(kept_pages, d, expected);
-    KVC_CHECK_SIZE(kept_first, d, expected);
-  }
-  KVC_CHECK_SIZE(kept_keys, 1, pages.size(1));
-  KVC_CHECK_SIZE(new_blocks, 0, requests);
   const Call call{rows,
                   kept_pages.const_data_ptr<int32_t>(),
                   kept_first.const_data_ptr<int32_t>(),

@@ -2,25 +2,15 @@
 // torch.ops.kvcompress_vllm.observe_queries on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
+#include "../op_checks.h"
 #include "parallel.h"
 
 namespace kvc {
 namespace {
 
 void observe_queries(const Tensor& query, const Tensor& ring_index, Tensor ring) {
-  KVC_CHECK_CACHE_DTYPE(ring);
-  KVC_CHECK_TENSOR(ring, ring.scalar_type(), 3, ring);     // [O * W, H * G, D]
-  KVC_CHECK_TENSOR(query, ring.scalar_type(), 3, ring);    // [>= T, H * G, D]
-  KVC_CHECK_TENSOR(ring_index, ScalarType::Int, 1, ring);  // [T]
-  KVC_CHECK_LAST_DENSE(ring);
-  KVC_CHECK_LAST_DENSE(query);
-  KVC_CHECK_DENSE(ring_index);
+  check_observe_queries(query, ring_index, ring);
   const int64_t num_tokens = ring_index.size(0), heads = ring.size(1);
-  KVC_CHECK_SIZE(query, 1, heads);
-  KVC_CHECK_SIZE(query, 2, ring.size(2));
-  KVC_CHECK(query.size(0) >= num_tokens, "query holds ", query.size(0), " tokens, ring_index ",
-            num_tokens);
   const int32_t* index = ring_index.const_data_ptr<int32_t>();
   for (int64_t t = 0; t < num_tokens; ++t) {
     KVC_CHECK(index[t] < ring.size(0), "ring_index names place ", index[t], " of ", ring.size(0));

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "../op_checks.h"
 #include "attention_tile.h"
 #include "rows.h"
 
@@ -158,25 +159,12 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
                      const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
                      const Tensor& first_page, const Tensor& covered, const Tensor& query_start,
                      int64_t layer, double scale, Tensor out) {
-  const int64_t num_requests = block_table.size(0);
-  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
-  rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, num_requests, pages);
-  KVC_CHECK_TENSOR(query, pages.scalar_type(), 3, pages);
-  KVC_CHECK_TENSOR(out, pages.scalar_type(), 3, pages);
-  KVC_CHECK_LAST_DENSE(query);
-  KVC_CHECK_LAST_DENSE(out);
-  KVC_CHECK_TENSOR(query_start, ScalarType::Int, 1, pages);
-  KVC_CHECK_DENSE(query_start);
-  KVC_CHECK_SIZE(query_start, 0, num_requests + 1);
-  const int64_t heads = num_pages.size(2), head_size = query.size(2);
+  const PagedRows rows =
+      check_paged_attention(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
+                            covered, query_start, layer, out);
+  const int64_t num_requests = block_table.size(0), heads = num_pages.size(2);
+  const int64_t head_size = query.size(2);
   check_head_size(head_size);
-  KVC_CHECK_SIZE(pages, 2, 2 * head_size);
-  KVC_CHECK(query.size(1) > 0 && query.size(1) % heads == 0, "query has ", query.size(1),
-            " heads, not a multiple of the ", heads, " KV heads of num_pages");
-  KVC_CHECK_SIZE(out, 1, query.size(1));
-  KVC_CHECK_SIZE(out, 2, head_size);
-  KVC_CHECK(0 <= layer && layer < num_pages.size(1), "layer must be in [0, ", num_pages.size(1),
-            "), not ", layer);
 
   Call call{rows,
             query_start.const_data_ptr<int32_t>(),

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../op_checks.h"
 #include "parallel.h"
 
 namespace kvc {
@@ -170,24 +170,16 @@ std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tens
                                                 const Tensor& new_covered, const Tensor& num_freed,
                                                 const Tensor& num_recent, int64_t num_sinks,
                                                 int64_t floor_pages, int64_t num_kept_pages) {
-  KVC_CHECK_TENSOR(scores, ScalarType::Float, 2, scores);
-  KVC_CHECK_DENSE(scores);
-  KVC_CHECK_TENSOR(num_freed, ScalarType::Int, 2, scores);
-  KVC_CHECK_DENSE(num_freed);
+  const PagedRows rows = check_select_pages(scores, page_start, state_slot, num_pages, first_page,
+                                            covered, new_covered, num_freed, num_recent, num_sinks,
+                                            floor_pages, num_kept_pages);
   const int64_t requests = num_freed.size(0), groups = num_freed.size(1);
-  const PagedRows rows =
-      check_state(state_slot, num_pages, first_page, covered, requests, scores.size(1), scores);
-  KVC_CHECK(scores.size(1) > 0, "scores must hold at least one key per page");
-  KVC_CHECK(groups > 0 && rows.slots % groups == 0, "num_freed has ", groups, " groups for ",
-            rows.slots, " heads");
-  KVC_CHECK(num_sinks >= 0 && floor_pages >= 0 && num_kept_pages >= 0,
-            "num_sinks, floor_pages and num_kept_pages must not be negative");
   const Call call{rows,
                   scores.const_data_ptr<float>(),
-                  KVC_CHECK_PER_REQUEST(int64_t, page_start, requests, scores),
-                  KVC_CHECK_PER_REQUEST(int32_t, new_covered, requests, scores),
+                  page_start.const_data_ptr<int64_t>(),
+                  new_covered.const_data_ptr<int32_t>(),
                   num_freed.const_data_ptr<int32_t>(),
-                  KVC_CHECK_PER_REQUEST(int32_t, num_recent, requests, scores),
+                  num_recent.const_data_ptr<int32_t>(),
                   requests,
                   groups,
                   num_sinks,

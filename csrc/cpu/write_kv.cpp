@@ -2,30 +2,16 @@
 // torch.ops.kvcompress_vllm.write_kv on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
+#include "../op_checks.h"
 #include "parallel.h"
 
 namespace kvc {
 namespace {
 
 void write_kv(const Tensor& key, const Tensor& value, Tensor kv_cache, const Tensor& slot_mapping) {
-  KVC_CHECK_CACHE_DTYPE(kv_cache);
-  KVC_CHECK_TENSOR(kv_cache, kv_cache.scalar_type(), 4, kv_cache);  // [N, H, B, 2 * D]
-  KVC_CHECK_TENSOR(key, kv_cache.scalar_type(), 3, kv_cache);       // [>= T, H, D]
-  KVC_CHECK_TENSOR(value, kv_cache.scalar_type(), 3, kv_cache);
-  KVC_CHECK_TENSOR(slot_mapping, ScalarType::Long, 1, kv_cache);  // [T]
-  KVC_CHECK_LAST_DENSE(kv_cache);
-  KVC_CHECK_LAST_DENSE(key);
-  KVC_CHECK_LAST_DENSE(value);
-  KVC_CHECK_DENSE(slot_mapping);
+  check_write_kv(key, value, kv_cache, slot_mapping);
   const int64_t num_tokens = slot_mapping.size(0), heads = kv_cache.size(1);
   const int64_t head_size = key.size(2), block_size = kv_cache.size(2);
-  KVC_CHECK_SIZE(kv_cache, 3, 2 * head_size);
-  KVC_CHECK_SIZE(key, 1, heads);
-  KVC_CHECK_SIZE(value, 1, heads);
-  KVC_CHECK_SIZE(value, 2, head_size);
-  KVC_CHECK(key.size(0) >= num_tokens && value.size(0) >= num_tokens, "key and value hold ",
-            key.size(0), " and ", value.size(0), " tokens, slot_mapping ", num_tokens);
   const int64_t num_slots = kv_cache.size(0) * block_size;
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < num_tokens; ++t) {

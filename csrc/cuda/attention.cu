@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <climits>
 
+#include "../op_checks.h"
 #include "attention.h"
 #include "ops.h"
 
@@ -13,30 +15,15 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
                      const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
                      const Tensor& first_page, const Tensor& covered, const Tensor& query_start,
                      int64_t layer, double scale, const Tensor& out) {
-  const PagedRows state =
-      check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  const PagedRows rows =
+      check_paged_attention(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
+                            covered, query_start, layer, out);
   const int64_t requests = block_table.size(0), heads = num_pages.size(2);
-  PagedRows rows = state;
-  rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, requests, pages);
-  KVC_CHECK_TENSOR(query, pages.scalar_type(), 3, pages);
-  KVC_CHECK_TENSOR(out, pages.scalar_type(), 3, pages);
-  KVC_CHECK_TENSOR(query_start, ScalarType::Int, 1, pages);
-  KVC_CHECK_DENSE(query_start);
-  KVC_CHECK_SIZE(query_start, 0, requests + 1);
-  KVC_CHECK_LAST_DENSE(query);
-  KVC_CHECK_LAST_DENSE(out);
-  const int64_t tokens = query.size(0), query_heads = query.size(1), head_size = query.size(2);
-  KVC_CHECK(out.size(0) >= tokens, "out must have a row per query");
-  KVC_CHECK_SIZE(out, 1, query_heads);
-  KVC_CHECK_SIZE(out, 2, head_size);
-  KVC_CHECK_SIZE(pages, 2, 2 * head_size);
-  KVC_CHECK(layer >= 0 && layer < num_pages.size(1), "layer must be below ", num_pages.size(1),
-            ", not ", layer);
-  const int64_t group = query_heads / heads, block_size = rows.block_size;
-  KVC_CHECK(query_heads % heads == 0 && group >= 1 && group <= 16,
-            "query heads must be 1 to 16 times the KV heads, not ", query_heads, " for ", heads);
+  const int64_t tokens = std::min(query.size(0), out.size(0)), head_size = query.size(2);
+  const int64_t group = query.size(1) / heads, block_size = rows.block_size;
+  KVC_CHECK(group <= 16, "query must have 1 to 16 heads per KV head on CUDA, not ", group);
   KVC_CHECK(block_size >= 8 && (block_size & (block_size - 1)) == 0,
-            "the block size must be a power of two from 8 on, not ", block_size);
+            "pages must hold a power of two of tokens from 8 on, not ", block_size);
   KVC_CHECK(is_aligned(pages.const_data_ptr(), 16), "pages must be aligned to 16 bytes");
   if (requests == 0 || tokens == 0) return;
 
@@ -55,11 +42,10 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   p.num_heads = static_cast<int32_t>(heads);
   p.group = static_cast<int32_t>(group);
   p.layer = static_cast<int32_t>(layer);
-  p.least_units = 4;
-  p.head_size = static_cast<int32_t>(head_size);
-  p.element_size = static_cast<int32_t>(query.element_size());
+  p.least_units = 1;
   p.scale_log2 = static_cast<float>(scale) * kLog2E;
-  p.aligned = is_aligned(p.query, 4) && p.query_stride_t % 2 == 0 && p.query_stride_h % 2 == 0;
+  p.aligned = is_aligned(p.query, 16) && p.query_stride_t % 8 == 0 && p.query_stride_h % 8 == 0;
+  p.aligned_pages = heads % 4 == 0 && is_aligned(rows.num_pages, 16);
   const bool decode_all = tokens <= requests || pages.scalar_type() == ScalarType::Float;
   p.most_tokens = decode_all ? INT_MAX : 1;
   dispatch_dtype(pages.scalar_type(),

@@ -1,58 +1,69 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+
 #include "attention.h"
 #include "decode.cuh"
 
 namespace kvc::gpu {
 
-// Blocks of the decode kernel that run at once on this device. Asked once: the answer is the same
-// for every call, and the grid of a captured graph must be.
+// A grid of the decode kernel that runs at once on this device.
+struct DecodeGrid {
+  int blocks, warps, shared;
+};
+
+// Asked once per group size: the answer is the same for every call, and the grid of a captured
+// graph must be.
 template <typename T, int kHeadSize, int kTiles>
-int decode_blocks(const Launch& launch) {
+DecodeGrid decode_grid(const Launch& launch, int group, int query_bytes) {
   using Shape = DecodeShape<T, kHeadSize>;
-  constexpr int kMostDevices = 64;
-  static std::atomic<int> known[kMostDevices];
+  constexpr int kMostDevices = 64, kMostGroup = 16;
+  static std::atomic<int> known[kMostDevices][kMostGroup + 1];
   KVC_CHECK(launch.device() < kMostDevices, "more than ", kMostDevices, " devices");
-  std::atomic<int>& blocks = known[launch.device()];
+  const int per_warp = Shape::kStages * (Shape::kStage + query_bytes);
+  // 1 KB for what is not dynamic.
+  const int room = launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
+  const int warps = std::min(room / per_warp, Shape::kMostWarps);
+  KVC_CHECK(warps > 0, "this head size does not fit the shared memory of this device");
+  std::atomic<int>& blocks = known[launch.device()][group];
   if (blocks == 0) {
     const auto kernel = decode_kernel<T, kHeadSize, kTiles>;
-    launch.reserve_shared(kernel, Shape::kShared);
+    launch.reserve_shared(kernel, room);
     int per_processor = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &per_processor, kernel, Shape::kWarps * kWarp, Shape::kShared));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel,
+                                                                 warps * kWarp, warps * per_warp));
     KVC_CHECK(per_processor > 0, "the decode kernel does not fit this device");
     blocks = per_processor * launch.attribute(cudaDevAttrMultiProcessorCount);
   }
-  return blocks;
+  return {blocks, warps, warps * per_warp};
+}
+
+// Where the results of `count` workers or blocks lie in scratch memory; returns its end.
+inline float* place_partials(float* scratch, int64_t count, int group, int head_size,
+                             Partials* partials) {
+  partials->out = scratch;
+  partials->stats = reinterpret_cast<float2*>(scratch + count * 2 * group * head_size);
+  return scratch + count * 2 * group * (head_size + 2);
 }
 
 template <typename T, int kHeadSize, int kTiles>
 void launch_decode_shape(const Launch& launch, const Tensor& like, DecodeParams p) {
-  using Shape = DecodeShape<T, kHeadSize>;
   constexpr int kCombineThreads = 256;
-  const int blocks = decode_blocks<T, kHeadSize, kTiles>(launch);
-  const int64_t workers = static_cast<int64_t>(blocks) * Shape::kWarps;
-  KVC_CHECK((p.num_requests + 1 + kWarp) * sizeof(int) <= Shape::kShared,
+  p.query_bytes = sizeof(T) == 2 ? p.group * kHeadSize * 2 : 0;
+  const auto [blocks, warps, shared] =
+      decode_grid<T, kHeadSize, kTiles>(launch, p.group, p.query_bytes);
+  const int64_t workers = static_cast<int64_t>(blocks) * warps;
+  KVC_CHECK(p.num_requests * sizeof(int) <= static_cast<size_t>(shared),
             "too many requests in a batch: ", p.num_requests);
   const Tensor scratch = torch::stable::new_empty(
-      like, {workers * (4 + 2 * p.group * (2 + kHeadSize))}, ScalarType::Float);
+      like, {blocks * 4 + (workers + blocks) * 2 * p.group * (2 + kHeadSize)}, ScalarType::Float);
   p.cut = static_cast<int4*>(scratch.mutable_data_ptr());
-  p.partial_out = reinterpret_cast<float*>(p.cut + workers);  // 16-byte aligned, as cut is
-  p.partial_stats = reinterpret_cast<float2*>(p.partial_out + workers * 2 * p.group * kHeadSize);
-  decode_kernel<T, kHeadSize, kTiles>
-      <<<blocks, Shape::kWarps * kWarp, Shape::kShared, launch.stream()>>>(p);
-
-  cudaLaunchAttribute early{};  // combine_kernel waits by itself for the decode kernel
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(workers));
-  config.blockDim = dim3(kCombineThreads);
-  config.stream = launch.stream();
-  config.attrs = &early;
-  config.numAttrs = launch.attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, combine_kernel<T, kHeadSize, kCombineThreads>, p));
+  float* place = reinterpret_cast<float*>(p.cut + blocks);  // 16-byte aligned, as cut is
+  place = place_partials(place, workers, p.group, kHeadSize, &p.of_workers);
+  place_partials(place, blocks, p.group, kHeadSize, &p.of_blocks);
+  launch.chained(decode_kernel<T, kHeadSize, kTiles>, blocks, warps * kWarp, shared, p);
+  launch.chained(combine_kernel<T, kHeadSize, kCombineThreads>, blocks, kCombineThreads, 0, p);
 }
 
 template <typename T>

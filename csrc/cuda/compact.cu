@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "../op_checks.h"
 #include "compact.cuh"
 #include "launch.h"
 #include "ops.h"
@@ -11,24 +12,9 @@ void compact_pages(const Tensor& pages, const Tensor& block_table, const Tensor&
                    const Tensor& new_blocks) {
   constexpr int kThreads = 128;
   CompactParams p{};
-  p.rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  p.rows = check_compact_pages(pages, block_table, state_slot, num_pages, first_page, covered,
+                               kept_pages, kept_first, kept_keys, new_blocks);
   const int64_t requests = block_table.size(0);
-  KVC_CHECK_TENSOR(kept_pages, ScalarType::Int, 3, pages);
-  KVC_CHECK_TENSOR(kept_first, ScalarType::Int, 3, pages);
-  KVC_CHECK_TENSOR(kept_keys, ScalarType::Int, 2, pages);
-  KVC_CHECK_TENSOR(new_blocks, ScalarType::Int, 2, pages);
-  for (int dim = 1; dim < 3; ++dim) {
-    KVC_CHECK_SIZE(kept_pages, dim, num_pages.size(dim));
-    KVC_CHECK_SIZE(kept_first, dim, num_pages.size(dim));
-  }
-  KVC_CHECK_SIZE(kept_pages, 0, requests);
-  KVC_CHECK_SIZE(kept_first, 0, requests);
-  KVC_CHECK_SIZE(kept_keys, 1, pages.size(1));
-  KVC_CHECK_SIZE(new_blocks, 0, requests);
-  KVC_CHECK_DENSE(kept_pages);
-  KVC_CHECK_DENSE(kept_first);
-  KVC_CHECK_DENSE(kept_keys);
-  KVC_CHECK_LAST_DENSE(new_blocks);
   const int64_t bytes = pages.size(2) * pages.element_size();
   KVC_CHECK(bytes % 16 == 0 && is_aligned(pages.const_data_ptr(), 16),
             "pages must be aligned to 16 bytes, and so must every K/V pair");

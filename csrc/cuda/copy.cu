@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "../op_checks.h"
 #include "copy.cuh"
 #include "launch.h"
 #include "ops.h"
@@ -37,22 +38,8 @@ int threads_for(int64_t words) {
 
 void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
               const Tensor& slot_mapping) {
-  KVC_CHECK_CACHE_DTYPE(kv_cache);
-  KVC_CHECK(kv_cache.dim() == 4, "kv_cache must have 4 dimensions, not ", kv_cache.dim());
-  KVC_CHECK_TENSOR(key, kv_cache.scalar_type(), 3, kv_cache);
-  KVC_CHECK_TENSOR(value, kv_cache.scalar_type(), 3, kv_cache);
-  KVC_CHECK_TENSOR(slot_mapping, ScalarType::Long, 1, kv_cache);
+  check_write_kv(key, value, kv_cache, slot_mapping);
   const int64_t tokens = slot_mapping.size(0), heads = kv_cache.size(1), size = key.size(2);
-  KVC_CHECK(key.size(0) >= tokens, "key must have a row per slot");
-  KVC_CHECK(value.size(0) >= tokens, "value must have a row per slot");
-  KVC_CHECK_SIZE(key, 1, heads);
-  KVC_CHECK_SIZE(value, 1, heads);
-  KVC_CHECK_SIZE(value, 2, size);
-  KVC_CHECK_SIZE(kv_cache, 3, 2 * size);
-  KVC_CHECK_LAST_DENSE(key);
-  KVC_CHECK_LAST_DENSE(value);
-  KVC_CHECK_LAST_DENSE(kv_cache);
-  KVC_CHECK_DENSE(slot_mapping);
   if (tokens == 0 || heads == 0 || size == 0) return;
   const int64_t element = kv_cache.element_size();
   const int64_t width =
@@ -77,24 +64,13 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
   p.words = static_cast<int32_t>(size / per);
   const Launch launch(kv_cache);
   dispatch_width(width, [&](auto word) {
-    write_kv_kernel<decltype(word)>
-        <<<tokens, threads_for(heads * 2 * p.words), 0, launch.stream()>>>(p);
+    launch.chained(write_kv_kernel<decltype(word)>, tokens, threads_for(heads * 2 * p.words), 0, p);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void observe_queries(const Tensor& query, const Tensor& ring_index, const Tensor& ring) {
-  KVC_CHECK_CACHE_DTYPE(ring);
-  KVC_CHECK(ring.dim() == 3, "ring must have 3 dimensions, not ", ring.dim());
-  KVC_CHECK_TENSOR(query, ring.scalar_type(), 3, ring);
-  KVC_CHECK_TENSOR(ring_index, ScalarType::Int, 1, ring);
+  check_observe_queries(query, ring_index, ring);
   const int64_t tokens = ring_index.size(0), heads = ring.size(1), size = ring.size(2);
-  KVC_CHECK(query.size(0) >= tokens, "query must have a row per index");
-  KVC_CHECK_SIZE(query, 1, heads);
-  KVC_CHECK_SIZE(query, 2, size);
-  KVC_CHECK_LAST_DENSE(query);
-  KVC_CHECK_LAST_DENSE(ring);
-  KVC_CHECK_DENSE(ring_index);
   if (tokens == 0 || heads == 0 || size == 0) return;
   const int64_t element = ring.element_size();
   const int64_t width =
@@ -113,10 +89,9 @@ void observe_queries(const Tensor& query, const Tensor& ring_index, const Tensor
   p.words = static_cast<int32_t>(size / per);
   const Launch launch(ring);
   dispatch_width(width, [&](auto word) {
-    observe_queries_kernel<decltype(word)>
-        <<<tokens, threads_for(heads * p.words), 0, launch.stream()>>>(p);
+    launch.chained(observe_queries_kernel<decltype(word)>, tokens, threads_for(heads * p.words), 0,
+                   p);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace kvc::gpu

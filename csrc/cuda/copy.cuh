@@ -22,6 +22,8 @@ struct WriteKvParams {
 
 template <typename V>
 __global__ void write_kv_kernel(WriteKvParams p) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const int64_t slot = p.slot_mapping[blockIdx.x];
   if (slot < 0) return;
   const int64_t token = blockIdx.x;
@@ -47,6 +49,8 @@ struct ObserveParams {
 
 template <typename V>
 __global__ void observe_queries_kernel(ObserveParams p) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const int64_t token = blockIdx.x, index = p.ring_index[blockIdx.x];
   if (index < 0) return;
   const V* query = static_cast<const V*>(p.query) + token * p.query_stride_t;

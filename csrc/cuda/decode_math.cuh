@@ -14,17 +14,17 @@ class TensorDecode {
  public:
   static constexpr int kStride = 2 * kHeadSize * sizeof(T) + 16;  // odd in 16 bytes: no conflicts
 
-  // query [G, D] of the KV head, strided.
-  __device__ __forceinline__ void start(const T* query, int64_t stride_h, int group, bool aligned) {
+  // `staged`: the query heads of the KV head, [G, D] in shared memory.
+  __device__ __forceinline__ void start(uint32_t staged, const T*, int64_t, int group) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int g = n * 8 + lane / 4;
-      const T* row = query + g * stride_h + lane % 4 * 2;
+      const uint32_t row = staged + (g * kHeadSize + lane % 4 * 2) * static_cast<int>(sizeof(T));
 #pragma unroll
       for (int k = 0; k < kHeadSize / 16; ++k) {
-        query_[k][n][0] = g < group ? load_pair(row + k * 16, aligned) : 0;
-        query_[k][n][1] = g < group ? load_pair(row + k * 16 + 8, aligned) : 0;
+        query_[k][n][0] = g < group ? load_shared(row + k * 32) : 0;
+        query_[k][n][1] = g < group ? load_shared(row + k * 32 + 16) : 0;
       }
     }
 #pragma unroll
@@ -142,13 +142,14 @@ class TensorDecode {
   float max_[kTiles][2], sum_[kTiles][2];  // of columns 2 * (lane % 4) and the next
 };
 
-// fp32: two lanes share a key for the logits, every lane owns D / 32 output dimensions.
+// fp32: two lanes share a key for the logits, every lane owns every 32nd output dimension.
 template <int kHeadSize, int kTiles>
 class PlainDecode {
  public:
   static constexpr int kStride = 2 * kHeadSize * sizeof(float) + 16;
 
-  __device__ __forceinline__ void start(const float* query, int64_t stride_h, int group, bool) {
+  // `query` [G, D] stays where it is.
+  __device__ __forceinline__ void start(uint32_t, const float* query, int64_t stride_h, int group) {
     query_ = query;
     stride_ = stride_h;
     group_ = group;
@@ -157,7 +158,7 @@ class PlainDecode {
       max_[g] = -kInfinity;
       sum_[g] = 0.f;
 #pragma unroll
-      for (int d = 0; d < kHeadSize / kWarp; ++d) out_[g][d] = 0.f;
+      for (int d = 0; d < kParts; ++d) out_[g][d] = 0.f;
     }
   }
 
@@ -184,13 +185,15 @@ class PlainDecode {
       max_[g] = top;
       sum_[g] = sum_[g] * scale + lanes_sum<16, 2>(p);
 #pragma unroll
-      for (int d = 0; d < kHeadSize / kWarp; ++d) out_[g][d] *= scale;
-#pragma unroll
+      for (int d = 0; d < kParts; ++d) out_[g][d] *= scale;
+#pragma unroll 1  // short code matters more here than speed
       for (int j = 0; j < kUnit; ++j) {
         const float weight = __shfl_sync(kAllLanes, p, 2 * j);
         const float* v = reinterpret_cast<const float*>(base + j * kStride) + kHeadSize + lane;
 #pragma unroll
-        for (int d = 0; d < kHeadSize / kWarp; ++d) out_[g][d] += weight * v[d * kWarp];
+        for (int d = 0; d < kParts; ++d) {
+          if (owns(d)) out_[g][d] += weight * v[d * kWarp];
+        }
       }
     }
   }
@@ -202,8 +205,8 @@ class PlainDecode {
       if (g >= group) continue;
       const float factor = divide ? 1.f / sum_[g] : 1.f;
 #pragma unroll
-      for (int d = 0; d < kHeadSize / kWarp; ++d) {
-        f(g, d * kWarp + static_cast<int>(threadIdx.x % kWarp), out_[g][d] * factor);
+      for (int d = 0; d < kParts; ++d) {
+        if (owns(d)) f(g, d * kWarp + static_cast<int>(threadIdx.x % kWarp), out_[g][d] * factor);
       }
     }
   }
@@ -217,11 +220,17 @@ class PlainDecode {
   }
 
  private:
-  static constexpr int kMost = 8 * kTiles;
+  static constexpr int kMost = 8 * kTiles, kParts = ceil_div(kHeadSize, kWarp);
+
+  // Whether part d of this lane is within the head.
+  static __device__ __forceinline__ bool owns(int d) {
+    return kHeadSize % kWarp == 0 || d * kWarp + static_cast<int>(threadIdx.x % kWarp) < kHeadSize;
+  }
+
   const float* query_;
   int64_t stride_;
   int group_;
-  float out_[kMost][kHeadSize / kWarp], max_[kMost], sum_[kMost];
+  float out_[kMost][kParts], max_[kMost], sum_[kMost];
 };
 
 template <typename T, int kHeadSize, int kTiles>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How decode work is shared. All keys of all (request, token, KV head) form one line of 16-key
 // units; every warp of the grid takes an equal stretch of it, whatever the lengths of the heads
-// are. A head that is cut by a border leaves partial sums, which combine_kernel adds up.
+// are. What is left of heads that are cut by a border: decode_partial.cuh.
 #pragma once
 
 #include "../paged_layout.h"
@@ -11,15 +11,22 @@ namespace kvc::gpu {
 
 constexpr int kUnit = 16;  // keys
 
+// Unnormalized results of stretches of a head, two rows of G per worker or block: of the head that
+// it found begun, and of the one that it began and left unfinished.
+struct Partials {
+  float* out;     // [workers, 2, G, D]
+  float2* stats;  // [workers, 2, G] maximum (base 2) and sum
+};
+
 struct DecodeParams {
   PagedRows rows;
   const void* query;           // [>= T, H * G, D]
   const void* pages;           // [P, B, 2 * D]
   void* out;                   // like query
   const int32_t* query_start;  // [R + 1]
-  float* partial_out;          // [workers, 2, G, D] of a head's later stretch, and of its first
-  float2* partial_stats;       // [workers, 2, G] maximum (base 2) and sum
-  int4* cut;                   // [workers] query row, KV head, workers that follow; -1: none
+  Partials of_workers;         // by warp
+  Partials of_blocks;          // by block
+  int4* cut;                   // [blocks] query row, KV head, blocks that follow; -1: none
   int64_t query_stride_t, query_stride_h, out_stride_t, out_stride_h;
   int32_t num_requests;  // R
   int32_t num_heads;     // H
@@ -27,9 +34,10 @@ struct DecodeParams {
   int32_t layer;
   int32_t most_tokens;  // rows with more query tokens are left to the prefill kernel
   int32_t least_units;  // smallest stretch, so that short batches are not cut too fine
-  int32_t head_size, element_size;
-  float scale_log2;  // scale * log2(e): softmax in base 2
-  bool aligned;      // pairs of query elements may be loaded at once
+  int32_t query_bytes;  // of the query heads of one KV head in a stage, 0 if they are not staged
+  float scale_log2;     // scale * log2(e): softmax in base 2
+  bool aligned;         // query rows may be copied 16 bytes at once
+  bool aligned_pages;   // num_pages may be loaded four heads at once
 };
 
 // Query tokens of a row that decode serves.
@@ -38,65 +46,66 @@ __device__ __forceinline__ int decode_tokens(const DecodeParams& p, int r) {
   return tokens <= p.most_tokens && p.rows.seq_lens[r] > 0 ? max(tokens, 0) : 0;
 }
 
-// The heads of a request in the layer at hand, looked up one by one.
-struct RequestHeads {
-  HeadPages head;         // what counting keys needs of it
-  const int32_t* packed;  // [H], null if the request is not packed
-  int seq_len;
-
-  __device__ __forceinline__ int units(int h) {
-    if (packed != nullptr) head.packed = packed[h];
+// 16-key units of all heads of request r in the layer at hand.
+__device__ __forceinline__ int request_units(const DecodeParams& p, int r, int slot) {
+  const int seq_len = p.rows.seq_lens[r];
+  HeadPages head{};
+  head.block_size = p.rows.block_size;
+  const auto units = [&](int packed) {
+    head.packed = packed;
     return ceil_div(max(head.num_keys(seq_len), 0), kUnit);
+  };
+  if (slot < 0) return p.num_heads * units(0);
+  head.covered = p.rows.covered[slot];
+  const int32_t* packed =
+      p.rows.num_pages + static_cast<int64_t>(slot) * p.rows.slots + p.layer * p.num_heads;
+  int sum = 0;
+  if (p.aligned_pages) {
+#pragma unroll 2
+    for (int h = 0; h < p.num_heads; h += 4) {
+      const int4 four = *reinterpret_cast<const int4*>(packed + h);
+      sum += units(four.x) + units(four.y) + units(four.z) + units(four.w);
+    }
+  } else {
+#pragma unroll 4
+    for (int h = 0; h < p.num_heads; ++h) sum += units(packed[h]);
   }
-};
-
-__device__ __forceinline__ RequestHeads request_heads(const DecodeParams& p, int r, int slot) {
-  RequestHeads heads{};
-  heads.head.block_size = p.rows.block_size;
-  heads.seq_len = p.rows.seq_lens[r];
-  if (slot >= 0) {
-    heads.head.covered = p.rows.covered[slot];
-    heads.packed =
-        p.rows.num_pages + static_cast<int64_t>(slot) * p.rows.slots + p.layer * p.num_heads;
-  }
-  return heads;
+  return sum;
 }
 
-// Units of all requests, as an exclusive prefix sum in `sums` [R]; returns the total.
-template <int kThreads>
+// Units of all requests, as an exclusive prefix sum in `sums` [R]; returns the total. `warps` holds
+// an int per warp.
 __device__ __forceinline__ int sum_units(const DecodeParams& p, int* sums, int* warps) {
-  // Several requests per thread at a time, so that their loads overlap: with keys and values
-  // passing through the L2 cache, each of the dependent loads takes about a microsecond.
-  constexpr int kTogether = 6;
-  for (int start = threadIdx.x; start < p.num_requests; start += kTogether * kThreads) {
-    RequestHeads heads[kTogether];
-    int tokens[kTogether], units[kTogether];
+  // Several requests per thread at a time, so that their loads overlap: each of the dependent
+  // loads takes up to a microsecond.
+  constexpr int kTogether = 4;
+  const int threads = blockDim.x;
+  for (int start = threadIdx.x; start < p.num_requests; start += kTogether * threads) {
+    int tokens[kTogether], slot[kTogether], units[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int r = min(start + i * kThreads, p.num_requests - 1);
-      const int slot = p.rows.state_slot[r];
+      const int r = min(start + i * threads, p.num_requests - 1);
       tokens[i] = decode_tokens(p, r);
-      heads[i] = request_heads(p, r, tokens[i] > 0 ? slot : -1);
-      units[i] = 0;
-    }
-#pragma unroll 8
-    for (int h = 0; h < p.num_heads; ++h) {
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) units[i] += heads[i].units(h);
+      slot[i] = p.rows.state_slot[r];
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int r = start + i * kThreads;
+      const int r = start + i * threads;
+      units[i] = r < p.num_requests && tokens[i] > 0 ? request_units(p, r, slot[i]) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int r = start + i * threads;
       if (r < p.num_requests) sums[r] = units[i] * tokens[i];
     }
   }
   __syncthreads();
-  const int per_thread = ceil_div(p.num_requests, kThreads);
+  const int per_thread = ceil_div(p.num_requests, threads);
   const int begin = min(threadIdx.x * per_thread, p.num_requests);
   const int end = min(begin + per_thread, p.num_requests);
   int mine = 0, total;
   for (int r = begin; r < end; ++r) mine += sums[r];
-  int before = block_exclusive_sum<kThreads>(mine, warps, &total);
+  int before = block_exclusive_sum(mine, threads / kWarp, warps, &total);
   for (int r = begin; r < end; ++r) {
     const int units = sums[r];
     sums[r] = before;

@@ -15,48 +15,101 @@ struct StepTask {
 };
 enum TaskFlags { kFirst = 1, kLast = 2, kWhole = 4, kBeginsHead = 8 };
 
-// A warp's place on the line of units, loading side.
+template <typename T>
+__device__ __forceinline__ const T* query_rows(const DecodeParams& p, int query_row, int head) {
+  return static_cast<const T*>(p.query) + query_row * p.query_stride_t +
+         static_cast<int64_t>(head) * p.group * p.query_stride_h;
+}
+
+// The query heads of one KV head, [G, D], to shared memory.
+template <int kHeadSize, typename T>
+__device__ __forceinline__ void copy_query(const DecodeParams& p, int query_row, int head,
+                                           uint32_t shared) {
+  const T* rows = query_rows<T>(p, query_row, head);
+  if (p.aligned) {
+    constexpr int kWords = kHeadSize * sizeof(T) / 16, kPer = 16 / sizeof(T);
+    for (int i = threadIdx.x % kWarp; i < p.group * kWords; i += kWarp) {
+      copy_async(shared + i * 16, rows + i / kWords * p.query_stride_h + i % kWords * kPer, true);
+    }
+  } else {
+    for (int i = threadIdx.x % kWarp; i < p.group * kHeadSize / 2; i += kWarp) {
+      const int g = i / (kHeadSize / 2), d = i % (kHeadSize / 2) * 2;
+      asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared + i * 4),
+                   "r"(load_pair(rows + g * p.query_stride_h + d, false))
+                   : "memory");
+    }
+  }
+}
+
+// Tokens of rows without any cache, which padding may have, become zero. The warps of the grid
+// share the rows.
+template <typename T>
+__device__ __forceinline__ void fill_keyless(const DecodeParams& p, int64_t worker, int64_t workers,
+                                             int head_size) {
+  for (int64_t r = worker; r < p.num_requests; r += workers) {
+    if (p.rows.seq_lens[r] > 0) continue;
+    const int heads = p.num_heads * p.group;
+    for (int token = p.query_start[r]; token < p.query_start[r + 1]; ++token) {
+      for (int i = threadIdx.x % kWarp; i < heads * head_size; i += kWarp) {
+        static_cast<T*>(
+            p.out)[token * p.out_stride_t + i / head_size * p.out_stride_h + i % head_size] =
+            from_float<T>(0.f);
+      }
+    }
+  }
+}
+
+// A warp's place on the line of units, loading side. With keys and values filling the memory
+// system, a load takes as long as the whole ring: what leads to the keys is loaded ahead, the state
+// slot two requests, the heads one request, the page ids one head before they are needed.
 class WorkCursor {
  public:
   // Moves to unit `skip` of request r, with `share` units to go.
   __device__ __forceinline__ void seek(const DecodeParams& p, int r, int skip, int share) {
     left_ = share;
     policy_ = evict_first();
-    enter_request(p, r);
+    next_request_ = look_up_request(p, r);
+    next_ = look_up_heads(p, next_request_, r, 0);
+    next_request_ = look_up_request(p, r + 1);
+    enter_request(p);
     while (true) {
-      const int units = lane_units_ * tokens_;
+      const int units = ceil_div(here_.keys(p), kUnit) * tokens_;
       const int up_to = lanes_inclusive_sum(units);
       const int total = __shfl_sync(kAllLanes, up_to, kWarp - 1);
       if (skip < total) {
         const int index = __popc(__ballot_sync(kAllLanes, up_to <= skip));
         skip -= __shfl_sync(kAllLanes, up_to - units, index);
-        h_ = lane_base_ + index;
+        h_ = here_.base + index;
         break;
       }
       skip -= total;
-      load_heads(p, lane_base_ + kWarp);
+      load_more_heads(p);
     }
-    look_ahead(p, h_);
+    next_ids_ = look_up_ids(p, here_, h_);
     enter_head(p);
     token_ = skip / units_;
     unit_ = skip % units_;
-    enter_stretch(p);
+    enter_stretch();
   }
 
   __device__ __forceinline__ bool done() const { return left_ == 0; }
 
-  // Copies the unit at hand to `stage` and moves on.
+  // Copies the unit at hand to `stage`, the query behind it if it is a stretch's first, and moves
+  // on.
   template <int kHeadSize, int kStride, typename T>
-  __device__ __forceinline__ void load(const DecodeParams& p, uint32_t stage) {
+  __device__ __forceinline__ void load(const DecodeParams& p, uint32_t stage, int stage_bytes) {
     constexpr int kPair = 2 * kHeadSize * sizeof(T);
     const int lane = threadIdx.x % kWarp, first = unit_ * kUnit;
     copy_keys<kUnit, kPair / 16, kStride, kPair, kWarp>(
         stage, static_cast<const char*>(p.pages), pages_, &ids_, first, num_keys_, lane, policy_);
+    if (unit_ == begin_ && p.query_bytes > 0) {
+      copy_query<kHeadSize, T>(p, here_.query_row + token_, h_, stage + stage_bytes);
+    }
     const bool last = unit_ + 1 == end_;
     if (lane == 0) {
       // In the padding of the first key: it travels with the stage and needs no room of its own.
       asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(stage + kPair),
-                   "r"(query_row_ + token_), "r"(h_),
+                   "r"(here_.query_row + token_), "r"(h_),
                    "r"(num_keys_ - (tokens_ - 1 - token_) - first),
                    "r"((unit_ == begin_ ? kFirst : 0) | (last ? kLast : 0) | stretch_)
                    : "memory");
@@ -66,61 +119,98 @@ class WorkCursor {
     if (last && left_ > 0) next_head(p);
   }
 
-  // For the record of a cut head: the units of the head behind this stretch, once it is loaded.
-  __device__ __forceinline__ int units_behind() const {
-    return stretch_ == kBeginsHead ? units_ - end_ : 0;
-  }
-  __device__ __forceinline__ int query_row() const { return query_row_ + token_; }
+  // Once all is loaded: the last head, and its units behind this worker's share.
+  __device__ __forceinline__ int units_behind() const { return units_ - end_; }
+  __device__ __forceinline__ int query_row() const { return here_.query_row + token_; }
   __device__ __forceinline__ int head() const { return h_; }
 
  private:
-  __device__ __forceinline__ void enter_request(const DecodeParams& p, int r) {
-    r_ = r;
-    tokens_ = decode_tokens(p, r);
-    query_row_ = p.query_start[r];
-    load_heads(p, 0);
+  // Nothing below is computed from what was loaded before it is needed: a use waits for the load.
+  struct Request {
+    int slot, seq_len, start, end;
+  };
+  // Heads [base, base + 32) of a request, one per lane.
+  struct Heads {
+    int r, base, seq_len, query_row, query_end;
+    int covered, packed, first;
+
+    __device__ __forceinline__ int tokens(const DecodeParams& p) const {
+      const int tokens = query_end - query_row;
+      return r < p.num_requests && tokens <= p.most_tokens && seq_len > 0 ? max(tokens, 0) : 0;
+    }
+    __device__ __forceinline__ int keys(const DecodeParams& p) const {
+      const bool exists = base + static_cast<int>(threadIdx.x % kWarp) < p.num_heads;
+      return exists ? max(of_lane(p, packed, first, 0).num_keys(seq_len), 0) : 0;
+    }
+    __device__ __forceinline__ int keys_of(const DecodeParams& p, int h) const {
+      return __shfl_sync(kAllLanes, keys(p), h - base);
+    }
+    __device__ __forceinline__ HeadPages pages_of(const DecodeParams& p, int h) const {
+      return of_lane(p, __shfl_sync(kAllLanes, packed, h - base),
+                     __shfl_sync(kAllLanes, first, h - base), h);
+    }
+
+   private:
+    __device__ __forceinline__ HeadPages of_lane(const DecodeParams& p, int packed_pages,
+                                                 int first_page, int h) const {
+      HeadPages head;
+      head.row = p.rows.block_table + r * p.rows.block_table_stride;
+      head.covered = covered;
+      head.packed = packed_pages;
+      head.first = first_page;
+      head.head_slot = p.layer * p.num_heads + h;
+      head.slots = p.rows.slots;
+      head.block_size = p.rows.block_size;
+      return head;
+    }
+  };
+
+  static __device__ __forceinline__ Request look_up_request(const DecodeParams& p, int r) {
+    r = min(r, p.num_requests - 1);
+    return {p.rows.state_slot[r], p.rows.seq_lens[r], p.query_start[r], p.query_start[r + 1]};
   }
-  // Every lane looks up one head: the dependent loads are paid once per 32 heads.
-  __device__ __forceinline__ void load_heads(const DecodeParams& p, int base) {
-    lane_base_ = base;
-    const int h = base + static_cast<int>(threadIdx.x % kWarp);
-    lane_pages_ = head_pages(p.rows, r_, p.layer * p.num_heads + min(h, p.num_heads - 1));
-    lane_keys_ = h < p.num_heads ? max(lane_pages_.num_keys(p.rows.seq_lens[r_]), 0) : 0;
-    lane_units_ = ceil_div(lane_keys_, kUnit);
+  static __device__ __forceinline__ Heads look_up_heads(const DecodeParams& p,
+                                                        const Request& request, int r, int base) {
+    Heads heads{r, base, request.seq_len, request.start, request.end, 0, 0, 0};
+    // The slot of a padded row may be anything.
+    if (request.slot >= 0 && request.end > request.start && request.seq_len > 0) {
+      const int h = min(base + static_cast<int>(threadIdx.x % kWarp), p.num_heads - 1);
+      const int64_t index =
+          static_cast<int64_t>(request.slot) * p.rows.slots + p.layer * p.num_heads + h;
+      heads.covered = p.rows.covered[request.slot];
+      heads.packed = p.rows.num_pages[index];
+      heads.first = p.rows.first_page[index];
+    }
+    return heads;
   }
-  // The head among those that the lanes hold.
-  __device__ __forceinline__ HeadPages held_head(const DecodeParams& p, int h) const {
-    HeadPages head = lane_pages_;
-    head.packed = __shfl_sync(kAllLanes, lane_pages_.packed, h - lane_base_);
-    head.first = __shfl_sync(kAllLanes, lane_pages_.first, h - lane_base_);
-    head.head_slot = p.layer * p.num_heads + h;
-    return head;
+  static __device__ __forceinline__ int look_up_ids(const DecodeParams& p, const Heads& heads,
+                                                    int h) {
+    return PageIds::look_up(heads.pages_of(p, h), heads.keys_of(p, h));
   }
-  // Starts to look up the first pages of head h.
-  __device__ __forceinline__ void look_ahead(const DecodeParams& p, int h) {
-    if (h >= min(p.num_heads, lane_base_ + kWarp)) return;
-    next_ids_ =
-        PageIds::look_up(held_head(p, h), __shfl_sync(kAllLanes, lane_keys_, h - lane_base_));
+
+  // To the request that was looked up ahead.
+  __device__ __forceinline__ void enter_request(const DecodeParams& p) {
+    here_ = next_;
+    tokens_ = here_.tokens(p);
+    next_ = look_up_heads(p, next_request_, here_.r + 1, 0);
+    next_request_ = look_up_request(p, here_.r + 2);
+  }
+  // More than 32 heads: the next ones of this request.
+  __device__ __forceinline__ void load_more_heads(const DecodeParams& p) {
+    here_ = look_up_heads(p, look_up_request(p, here_.r), here_.r, here_.base + kWarp);
   }
   __device__ __forceinline__ void enter_head(const DecodeParams& p) {
-    pages_ = held_head(p, h_);
-    num_keys_ = __shfl_sync(kAllLanes, lane_keys_, h_ - lane_base_);
+    pages_ = here_.pages_of(p, h_);
+    num_keys_ = here_.keys_of(p, h_);
     units_ = ceil_div(num_keys_, kUnit);
     ids_.reset(pages_, num_keys_, next_ids_);
-    look_ahead(p, h_ + 1);
-  }
-  // Into the L2 cache, some steps before the first product.
-  __device__ __forceinline__ void prefetch_query(const DecodeParams& p) const {
-    const int lane = threadIdx.x % kWarp, g = lane / 2, d = lane % 2 * 64;
-    if (g < p.group && d < p.head_size) {
-      const int64_t head = static_cast<int64_t>(h_) * p.group + g;
-      const int64_t element =
-          (query_row_ + token_) * p.query_stride_t + head * p.query_stride_h + d;
-      prefetch(static_cast<const char*>(p.query) + element * p.element_size);
+    if (h_ + 1 == p.num_heads) {
+      if (next_.tokens(p) > 0) next_ids_ = look_up_ids(p, next_, 0);
+    } else if (h_ + 1 < here_.base + kWarp) {
+      next_ids_ = look_up_ids(p, here_, h_ + 1);
     }
   }
-  __device__ __forceinline__ void enter_stretch(const DecodeParams& p) {
-    prefetch_query(p);
+  __device__ __forceinline__ void enter_stretch() {
     begin_ = unit_;
     end_ = min(units_, unit_ + left_);
     stretch_ = (begin_ == 0 ? kBeginsHead : 0) | (begin_ == 0 && end_ == units_ ? kWhole : 0);
@@ -132,26 +222,30 @@ class WorkCursor {
       do {
         if (++h_ == p.num_heads) {
           h_ = 0;
-          do {
-            enter_request(p, r_ + 1);
-          } while (tokens_ == 0);
-          look_ahead(p, h_);
-        } else if (h_ == lane_base_ + kWarp) {
-          load_heads(p, h_);
-          look_ahead(p, h_);
+          enter_request(p);
+          if (tokens_ == 0) {
+            do {
+              enter_request(p);
+            } while (tokens_ == 0);
+            next_ids_ = look_up_ids(p, here_, 0);
+          }
+        } else if (h_ == here_.base + kWarp) {
+          load_more_heads(p);
+          next_ids_ = look_up_ids(p, here_, h_);
         }
         enter_head(p);
       } while (units_ == 0);
     }
-    enter_stretch(p);
+    enter_stretch();
   }
 
-  HeadPages lane_pages_, pages_;  // of head lane_base_ + lane, and of the head at hand
+  Request next_request_;  // behind next_
+  Heads here_, next_;     // the request at hand, and the one behind it
+  HeadPages pages_;       // of the head at hand
   PageIds ids_;
   uint64_t policy_;
-  int next_ids_ = 0;  // first page ids of the head behind the one at hand
-  int lane_base_, lane_keys_, lane_units_;
-  int r_, h_, token_, tokens_, query_row_;
+  int next_ids_;  // first page ids of the head behind the one at hand
+  int h_, token_, tokens_;
   int num_keys_, units_, unit_;  // of the head at hand
   int begin_, end_, stretch_;    // of this warp's stretch of it
   int left_;                     // units until the warp is done

@@ -46,17 +46,33 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, 
       : "memory");
 }
 
-__device__ __forceinline__ void prefetch(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
-}
-
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// From sm_90 on, a kernel launched with programmatic stream serialization may start before the one
+// in front of it is done, as soon as all of that one's blocks have called the first of these; it
+// must call the second before it touches memory.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
 }
 
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t shared) {
+  uint32_t bits;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(bits) : "r"(shared) : "memory");
+  return bits;
 }
 
 // Four 8x8 tiles of 16-bit elements; lane 8 i + j gives the address of row j of tile i.
@@ -176,22 +192,26 @@ __device__ __forceinline__ int lanes_inclusive_sum(int x) {
   return x;
 }
 
-// Exclusive prefix sum over the block; `warps` holds one int per warp and is free to reuse after
-// the next __syncthreads().
-template <int kThreads>
-__device__ __forceinline__ int block_exclusive_sum(int x, int* warps, int* total) {
+// Exclusive prefix sum over a block of `num_warps` warps; `warps` holds one int per warp and is
+// free to reuse after the next __syncthreads().
+__device__ __forceinline__ int block_exclusive_sum(int x, int num_warps, int* warps, int* total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int inclusive = lanes_inclusive_sum(x);
   if (lane == kWarp - 1) warps[warp] = inclusive;
   __syncthreads();
   int below = 0, sum = 0;
 #pragma unroll
-  for (int i = 0; i < kThreads / kWarp; ++i) {
+  for (int i = 0; i < num_warps; ++i) {
     if (i < warp) below += warps[i];
     sum += warps[i];
   }
   *total = sum;
   return below + inclusive - x;
+}
+
+template <int kThreads>
+__device__ __forceinline__ int block_exclusive_sum(int x, int* warps, int* total) {
+  return block_exclusive_sum(x, kThreads / kWarp, warps, total);
 }
 
 }  // namespace kvc::gpu

@@ -39,6 +39,24 @@ class Launch {
     return value;
   }
 
+  // Launches a kernel that waits by itself for the one before it (wait_for_kernel_before()), so
+  // that starting it costs no time where the device can do that.
+  template <typename Params>
+  void chained(void (*kernel)(Params), int64_t blocks, int threads, int shared,
+               const Params& params) const {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    config.attrs = &early;
+    config.numAttrs = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+  }
+
   // Lets `kernel` use `bytes` of dynamic shared memory.
   template <typename Kernel>
   void reserve_shared(Kernel kernel, int bytes) const {
@@ -74,16 +92,27 @@ void dispatch_dtype(torch::headeronly::ScalarType dtype, F&& f) {
 template <typename F>
 void dispatch_head_size(int64_t head_size, F&& f) {
   switch (head_size) {
+    case 32:
+      return f(std::integral_constant<int, 32>{});
     case 64:
       return f(std::integral_constant<int, 64>{});
+    case 80:
+      return f(std::integral_constant<int, 80>{});
     case 96:
       return f(std::integral_constant<int, 96>{});
+    case 112:
+      return f(std::integral_constant<int, 112>{});
     case 128:
       return f(std::integral_constant<int, 128>{});
+    case 160:
+      return f(std::integral_constant<int, 160>{});
+    case 192:
+      return f(std::integral_constant<int, 192>{});
     case 256:
       return f(std::integral_constant<int, 256>{});
     default:
-      KVC_CHECK(false, "head size must be 64, 96, 128 or 256 on CUDA, not ", head_size);
+      KVC_CHECK(false, "head size must be 32, 64, 80, 96, 112, 128, 160, 192 or 256 on CUDA, not ",
+                head_size);
   }
 }
 

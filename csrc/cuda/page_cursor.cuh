@@ -8,20 +8,21 @@
 namespace kvc::gpu {
 
 // Page ids of 32 consecutive pages of a head, one per lane: the divisions and the dependent load
-// of a page id are paid once per 32 pages.
+// of a page id are paid once per 32 pages. The next 32 are looked up ahead.
 class PageIds {
  public:
   // Forgets what is held; the head may have changed.
   __device__ __forceinline__ void reset(const HeadPages& head, int num_keys) {
     last_ = ceil_div(num_keys, head.block_size) - 1;
-    begin_ = -kWarp;
+    begin_ = -2 * kWarp;
   }
 
   // The same, with the first pages looked up already.
   __device__ __forceinline__ void reset(const HeadPages& head, int num_keys, int first_ids) {
-    reset(head, num_keys);
+    last_ = ceil_div(num_keys, head.block_size) - 1;
     begin_ = 0;
     ids_ = first_ids;
+    look_ahead(head);
   }
 
   // What to hand to reset() later: the load may take its time until then.
@@ -32,10 +33,10 @@ class PageIds {
 
   // Makes pages [first, first + count) available, count <= 32. Called by the whole warp.
   __device__ __forceinline__ void prepare(const HeadPages& head, int first, int count) {
-    if (first < begin_ || min(first + count - 1, last_) >= begin_ + kWarp) {
-      begin_ = first;
-      ids_ = head.page_id(min(first + static_cast<int>(threadIdx.x % kWarp), last_));
-    }
+    if (first >= begin_ && min(first + count - 1, last_) < begin_ + kWarp) return;
+    ids_ = first == begin_ + kWarp ? ahead_ : page_of_lane(head, first);
+    begin_ = first;
+    look_ahead(head);
   }
 
   // Id of page j; pages behind the last one count as the last. Called by the whole warp.
@@ -44,7 +45,14 @@ class PageIds {
   }
 
  private:
-  int ids_ = 0, begin_ = -kWarp, last_ = -1;
+  __device__ __forceinline__ int page_of_lane(const HeadPages& head, int first) const {
+    return head.page_id(min(first + static_cast<int>(threadIdx.x % kWarp), last_));
+  }
+  __device__ __forceinline__ void look_ahead(const HeadPages& head) {
+    if (begin_ + kWarp <= last_) ahead_ = page_of_lane(head, begin_ + kWarp);
+  }
+
+  int ids_ = 0, ahead_ = 0, begin_ = -2 * kWarp, last_ = -1;
 };
 
 // Copies keys [first, first + kKeys) of a head, `kWords` 16-byte words of each (K, or K and V),

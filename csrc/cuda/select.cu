@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "../op_checks.h"
 #include "launch.h"
 #include "ops.h"
 #include "select.cuh"
@@ -17,24 +18,12 @@ std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tens
                                                 int64_t floor_pages, int64_t num_kept_pages) {
   constexpr int kThreads = 512;
   static_assert(kThreads >= kBins);
-  KVC_CHECK_TENSOR(scores, ScalarType::Float, 2, scores);
-  KVC_CHECK_DENSE(scores);
-  KVC_CHECK(scores.size(1) > 0, "scores must have at least one key per page");
-  const int64_t requests = num_freed.size(0);
   SelectParams p{};
-  p.rows =
-      check_state(state_slot, num_pages, first_page, covered, requests, scores.size(1), scores);
-  p.page_start = KVC_CHECK_PER_REQUEST(int64_t, page_start, requests, scores);
-  p.new_covered = KVC_CHECK_PER_REQUEST(int32_t, new_covered, requests, scores);
-  p.num_recent = KVC_CHECK_PER_REQUEST(int32_t, num_recent, requests, scores);
-  KVC_CHECK_TENSOR(num_freed, ScalarType::Int, 2, scores);
-  KVC_CHECK_DENSE(num_freed);
-  const int64_t groups = num_freed.size(1), slots = p.rows.slots, heads = requests * slots;
-  KVC_CHECK(groups > 0 && slots % groups == 0,
-            "num_freed must have a number of groups that divides L * H = ", slots, ", not ",
-            groups);
-  KVC_CHECK(num_sinks >= 0 && floor_pages >= 0 && num_kept_pages >= 0,
-            "num_sinks, floor_pages and num_kept_pages must not be negative");
+  p.rows = check_select_pages(scores, page_start, state_slot, num_pages, first_page, covered,
+                              new_covered, num_freed, num_recent, num_sinks, floor_pages,
+                              num_kept_pages);
+  const int64_t requests = num_freed.size(0), groups = num_freed.size(1);
+  const int64_t slots = p.rows.slots, heads = requests * slots;
   const int64_t layers = num_pages.size(1);
   using torch::stable::new_empty;
   const Tensor kept_pages = new_empty(scores, {requests, layers, slots / layers}, ScalarType::Int);
@@ -52,6 +41,9 @@ std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tens
   p.lost_pages = reinterpret_cast<int32_t*>(p.head_pages + heads);
   int32_t* ties = p.lost_pages + heads;
   p.scores = scores.const_data_ptr<float>();
+  p.page_start = page_start.const_data_ptr<int64_t>();
+  p.new_covered = new_covered.const_data_ptr<int32_t>();
+  p.num_recent = num_recent.const_data_ptr<int32_t>();
   p.num_freed = num_freed.const_data_ptr<int32_t>();
   p.kept_pages = kept_pages.mutable_data_ptr<int32_t>();
   p.kept_first = kept_first.mutable_data_ptr<int32_t>();

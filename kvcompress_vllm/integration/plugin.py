@@ -39,6 +39,7 @@ def register() -> None:
     setattr(EngineArgs, _PATCHED, True)
     _patch_arguments(EngineArgs)
     _patch_engine_config(EngineArgs)
+    _patch_requests()
 
 
 def _patch_arguments(engine_args: Any) -> None:
@@ -77,3 +78,22 @@ def _patch_engine_config(engine_args: Any) -> None:
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config
+
+
+def _patch_requests() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    stock = InputProcessor.process_inputs
+
+    @functools.wraps(stock)
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from kvcompress_vllm.integration.options import resolved_config
+        from kvcompress_vllm.integration.requests import check_request
+
+        if resolved_config(self.vllm_config) is not None:
+            check_request(params, kwargs.get("resumable", False))
+        return stock(self, request_id, prompt, params, *args, **kwargs)
+
+    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

@@ -21,11 +21,15 @@ from vllm.v1.request import Request, RequestStatus
 from kvcompress_vllm import admission, integrity
 from kvcompress_vllm.integration.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.options import resolved_config
+from kvcompress_vllm.integration.requests import request_budget
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.plan import Compression, PackedRow, StepPlan
 from kvcompress_vllm.scheduling import CompressionPlanner, Tracked
 
 logger = init_logger("vllm.kv_compress")
+
+MARGIN = 8
+"""For every so many requests one block stays free: some compressions come late."""
 
 
 class _KVCompressMixin(Scheduler):
@@ -89,9 +93,11 @@ class _KVCompressMixin(Scheduler):
         compressions: list[Compression] = []
         freed: list[KVCacheBlock] = []
         planner.watch(computed)
+        if planner.config.on_pressure:
+            planner.press(computed, manager.block_pool.get_num_free_blocks())
         for tracked in planner.due(computed):
             num_tokens, first = tracked.due_at, not tracked.kept
-            covered, kept = planner.packed_size(num_tokens)
+            covered, kept = planner.packed_size(num_tokens, tracked.own, tracked.ratio)
             if manager.block_pool.get_num_free_blocks() < kept:
                 break
             assert tracked.observe_slot is not None
@@ -133,9 +139,10 @@ class _KVCompressMixin(Scheduler):
         if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         planner, manager = self.kv_compress_planner, self.kv_cache_manager
-        if not planner.can_admit(request.num_tokens):
+        own = request_budget(request.sampling_params)
+        if not planner.can_admit(request.num_tokens, own):
             return None
-        reserve = planner.reserve(request.num_tokens)
+        reserve = planner.reserve(request.num_tokens, own)
         if not self._fits(request, reserve):
             return None
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
@@ -143,7 +150,7 @@ class _KVCompressMixin(Scheduler):
         manager.watermark_blocks = max(self._base_watermark, reserve)
         blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is not None:
-            planner.admit(request.request_id, request.num_tokens)
+            planner.admit(request.request_id, request.num_tokens, own)
         return blocks
 
     def _fits(self, request: Request, reserve: int) -> bool:
@@ -157,7 +164,8 @@ class _KVCompressMixin(Scheduler):
         loads = [self._load(r, planner.requests.get(r.request_id)) for r in self.running]
         loads.append(self._load(request, None))
         most = admission.most_blocks(loads, planner.block_size)
-        fits = most + reserve < pool.num_gpu_blocks
+        margin = len(loads) // MARGIN
+        fits = most + reserve + margin < pool.num_gpu_blocks
         self._does_not_fit = None if fits else question
         return fits
 
@@ -169,6 +177,7 @@ class _KVCompressMixin(Scheduler):
             request.num_tokens,
             self._output_length.left(request.num_output_tokens, request.max_tokens),
             self.scheduler_config.max_num_batched_tokens,
+            request_budget(request.sampling_params),
         )
 
     def _release(self, request_id: str) -> None:

@@ -35,7 +35,8 @@ def test_assignments_to_vllm_are_all_registered() -> None:
         name
         for path in folder.glob("*.py")
         for name in re.findall(
-            r"(?:engine_args|kv_cache_manager|model_state)\.(\w+) = ", path.read_text()
+            r"(?:engine_args|kv_cache_manager|model_state|InputProcessor)\.(\w+) = ",
+            path.read_text(),
         )
     }
     fields = {"additional_config", "block_size"}  # plain fields of the EngineArgs instance

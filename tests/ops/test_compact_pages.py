@@ -131,6 +131,7 @@ def test_bad_argument_is_named(device, name, index, change):
     ],
 )
 def test_bad_value_is_refused_on_the_cpu(name, index, change):
+    """CUDA does not look: reading a value would wait for the GPU."""
     if not ops.backends()["CPU"]["compact_pages"]:
         pytest.skip("no native CPU kernels are built")
     args = arguments([Request(tail=96)], [6], [[2, 2, 2, 2]], 16, 32, torch.float32)

@@ -52,6 +52,7 @@ def test_bad_argument_is_named(device, name, change):
 
 
 def test_index_beyond_the_ring_is_refused_on_the_cpu():
+    """CUDA does not look: reading a value would wait for the GPU, and cannot be captured."""
     if not ops.backends()["CPU"]["observe_queries"]:
         pytest.skip("no native CPU kernels are built")
     with pytest.raises(RuntimeError, match="ring_index names place 8 of 8"):

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from cases import (
+    CUDA_HEAD_SIZES,
     DTYPES,
     POISON_ID,
     Request,
@@ -45,6 +46,15 @@ def check(args, what="attention"):
     assert (args[-1][num_tokens:] == 7).all()
 
 
+def check_or_refused(args, limit):
+    """``limit``: what CUDA says it cannot do with these arguments; None: nothing."""
+    if limit is None or args[0].device.type != "cuda":
+        check(args)
+        return
+    with pytest.raises(RuntimeError, match=limit):
+        ops.paged_attention(*args)
+
+
 def hostile(block_size):
     """Every kind of row at once."""
     return [
@@ -69,11 +79,13 @@ def test_hostile_batch(device, dtype, group, head_size, block_size):
     check(arguments(batch, group, head_size, dtype, device))
 
 
-@pytest.mark.parametrize("head_size", [8, 40, 72, 96, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_head_sizes(device, head_size, dtype):
+@pytest.mark.parametrize("head_size", [8, 40, 72, 96, 112, 160, 192, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [3, 16])
+def test_other_head_sizes(device, head_size, dtype, group):
     batch = make_batch(hostile(16), LAYERS, HEADS, 16, head_size, dtype)
-    check(arguments(batch, 3, head_size, dtype, device))
+    limit = None if head_size in CUDA_HEAD_SIZES else f"head size must be .* not {head_size}"
+    check_or_refused(arguments(batch, group, head_size, dtype, device), limit)
 
 
 @pytest.mark.parametrize("queries", [1, 3, "all"])
@@ -90,7 +102,8 @@ def test_lengths_at_edges(device, tail, queries):
 def test_blocks_that_do_not_divide_a_tile(device, block_size):
     rows = [Request(300, 200), Request(200, 1, packed=uneven(SLOTS, SLOTS), covered=2)]
     batch = make_batch(rows, LAYERS, HEADS, block_size, 32, torch.float32)
-    check(arguments(batch, 2, 32, torch.float32, device))
+    limit = None if block_size == 128 else "pages must hold a power of two of tokens from 8 on"
+    check_or_refused(arguments(batch, 2, 32, torch.float32, device), limit)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
@@ -107,7 +120,8 @@ def test_one_layer_one_head(device):
 
 def test_large_group_fills_a_tile_with_one_token(device):
     batch = make_batch([Request(40, 3), Request(70, 70)], 1, 1, 16, 32, torch.float32)
-    check(arguments(batch, 200, 32, torch.float32, device, layer=0))
+    limit = "query must have 1 to 16 heads per KV head on CUDA, not 200"
+    check_or_refused(arguments(batch, 200, 32, torch.float32, device, layer=0), limit)
 
 
 @pytest.mark.parametrize("scale", [0.0, 20.0])
@@ -115,6 +129,32 @@ def test_flat_and_peaked_softmax(device, scale):
     """Logits from none to +-500: the running maximum is needed, and is followed."""
     batch = make_batch(hostile(16), LAYERS, HEADS, 16, 32, torch.float32)
     check(arguments(batch, 2, 32, torch.float32, device, scale=scale), "peaked attention")
+
+
+MANY = [(37 * r) % 199 + 1 for r in range(300)]
+SHARED_OUT = {
+    # Tokens of each request (0: a padded row), KV heads. On CUDA the keys form one line that is cut
+    # wherever the share of a warp ends; some of these are short, some span many warps and blocks.
+    "one key": ([1], 1),
+    "a few long heads": ([9000, 1, 2500], 2),
+    "many short heads": (MANY, 8),
+    "padded rows between": ([0, 0, 700, 0, 3, 0, 0, 0, 90, 1, 0], 3),
+    "more heads than a warp has lanes": ([100, 5, 33], 40),
+}
+
+
+@pytest.mark.parametrize("case", SHARED_OUT)
+@pytest.mark.parametrize("packed", [False, True])
+def test_decode_work_of_any_shape(device, case, packed):
+    tails, heads = SHARED_OUT[case]
+    rows = []
+    for i, tail in enumerate(tails):
+        request = Request(tail, min(tail, 1))
+        if packed and tail and i % 3 != 1:
+            request.packed, request.covered = uneven((1 + i % 4) * heads, heads), 4 + i % 5
+        rows.append(request)
+    batch = make_batch(rows, 1, heads, 16, 64, torch.bfloat16)
+    check(arguments(batch, 4, 64, torch.bfloat16, device, layer=0))
 
 
 @pytest.mark.parametrize("rows", [[], [Request(0, 0)], [Request(0, 0), Request(0, 0)]])
@@ -244,6 +284,7 @@ def test_bad_argument_is_named(device, name, index, change):
     ],
 )
 def test_bad_value_is_refused_on_the_cpu(name, index, change):
+    """CUDA does not look: reading a value would wait for the GPU, and cannot be captured."""
     if not ops.backends()["CPU"]["paged_attention"]:
         pytest.skip("no native CPU kernels are built")
     batch = make_batch([Request(20), Request(33)], LAYERS, HEADS, 16, 32, torch.float32)

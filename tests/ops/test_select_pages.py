@@ -295,18 +295,57 @@ def test_poison_between_requests_does_not_matter(device):
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize(
-    ("freed", "kept_error"),
-    [([[13, 0]], 0), ([[-1, 1]], 0), ([[0, 13]], 0), ([[2, 2]], 1), ([[2, 2]], -1)],
-)
-def test_infeasible_request_is_refused(device, freed, kept_error):
+# num_freed per group of 12 pages that can be freed, and how far num_kept_pages is off.
+INFEASIBLE = [
+    ([13, 0], 0), ([-1, 1], 0), ([0, 13], 0), ([2, 2], 1), ([2, 2], -1), ([2, 2], -16),
+]  # fmt: skip
+
+
+def infeasible(freed, kept_error):
     args = problem([(None, 0, 5)], 2, 3, 8, 2, distributions(8)["random"], floor=1)
-    args[7] = torch.tensor(freed, dtype=torch.int32)
-    args[-1] = 30 - sum(freed[0]) + kept_error
+    args[7] = torch.tensor([freed], dtype=torch.int32)
+    args[-1] = 30 - sum(freed) + kept_error
+    return args
+
+
+@pytest.mark.parametrize(("freed", "kept_error"), INFEASIBLE)
+def test_infeasible_request_is_refused_on_the_cpu(freed, kept_error):
+    """On CUDA num_freed lies on the device, and reading it would wait for the GPU: see the next
+    test for what happens there."""
+    args = infeasible(freed, kept_error)
     with pytest.raises(RuntimeError):
         reference.select_pages(*args)
+    if not ops.backends()["CPU"]["select_pages"]:
+        pytest.skip("no native CPU kernels are built")
     with pytest.raises(RuntimeError):
-        run(device, args)
+        run("cpu", args)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("freed", "kept_error"), INFEASIBLE)
+def test_infeasible_request_is_clamped_on_cuda(freed, kept_error):
+    """A group frees what it can; keys are written as far as ``num_kept_pages`` allows, and nothing
+    behind."""
+    if not ops.backends()["CUDA"]["select_pages"]:
+        pytest.skip("no native CUDA kernels are built")
+    args = infeasible(freed, kept_error)
+    possible = list(args)
+    possible[7] = args[7].clamp(0, 12)
+    possible[-1] = 30 - int(possible[7].sum())
+    expected = reference.select_pages(*possible)
+    moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+    # Small results land in the gaps between these; with an error of -16, what must not be written
+    # is longer than what the allocator rounds up.
+    guards = [torch.full((512,), 7, dtype=torch.uint8, device="cuda") for _ in range(64)]
+    del guards[::2]
+    kept_pages, kept_first, kept_keys = ops.select_pages(*moved)
+    assert all((guard == 7).all() for guard in guards)
+    assert torch.equal(kept_pages.cpu(), expected[0])
+    assert torch.equal(kept_first.cpu(), expected[1])
+    n = min(args[-1], possible[-1])  # what is behind stays undefined
+    assert kept_keys.shape[0] == args[-1]
+    assert torch.equal(kept_keys[:n].cpu(), expected[2][:n])
 
 
 BAD = [
@@ -331,9 +370,10 @@ BAD = [
 @pytest.mark.parametrize(("name", "index", "change"), BAD)
 def test_bad_argument_is_named(device, name, index, change):
     args = problem([(None, 0, 5)], 2, 3, 8, 1, distributions(8)["random"])
+    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
     args[index] = change(args[index])
     with pytest.raises(RuntimeError, match=name):
-        run(device, args)
+        ops.select_pages(*args)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +388,7 @@ def test_bad_argument_is_named(device, name, index, change):
     ],
 )
 def test_bad_value_is_refused_on_the_cpu(name, index, change):
+    """CUDA does not look: reading a value would wait for the GPU."""
     if not ops.backends()["CPU"]["select_pages"]:
         pytest.skip("no native CPU kernels are built")
     args = problem([(None, 0, 5)], 2, 3, 8, 1, distributions(8)["random"])

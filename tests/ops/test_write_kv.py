@@ -92,6 +92,7 @@ def test_bad_argument_is_named(device, name, change):
 
 
 def test_slot_beyond_the_cache_is_refused_on_the_cpu():
+    """CUDA does not look: reading a value would wait for the GPU, and cannot be captured."""
     if not ops.backends()["CPU"]["write_kv"]:
         pytest.skip("no native CPU kernels are built")
     zeros = torch.zeros(1, 2, 32)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of the engine benchmarks, from their JSON lines.
+
+python -m benchmarks.plots throughput|serve RESULTS.jsonl FIGURE.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from benchmarks.offline import STOCK
+
+Runs = list[dict[str, Any]]
+
+
+def plot_throughput(runs: Runs, path: Path) -> None:
+    """Total throughput of every engine, one panel per workload; whiskers span the repeats."""
+    workloads = _unique(run["workload"] for run in runs)
+    figure, axes = plt.subplots(
+        1, len(workloads), figsize=(1.5 + 4.5 * len(workloads), 3.5), squeeze=False
+    )
+    for axis, workload in zip(axes[0], workloads, strict=True):
+        rates: dict[str, list[float]] = {}
+        for run in runs:
+            if run["workload"] == workload:
+                rates.setdefault(run["engine"], []).append(run["total_tokens_per_s"])
+        for place, (name, values) in enumerate(rates.items()):
+            median = statistics.median(values)
+            whiskers = [[median - min(values)], [max(values) - median]]
+            color = "tab:gray" if name == STOCK else "tab:blue"
+            axis.bar(place, median, yerr=whiskers, color=color, capsize=4)
+            if STOCK in rates and name != STOCK:
+                times = median / statistics.median(rates[STOCK])
+                axis.annotate(f"{times:.2f}x", (place, median), ha="center", va="bottom")
+        axis.set_xticks(range(len(rates)), [_label(name) for name in rates])
+        axis.set_title(f"{workload} tokens")
+        axis.margins(y=0.12)
+    axes[0][0].set_ylabel("prompt and output tokens per second")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def plot_serve(runs: Runs, path: Path) -> None:
+    """Time to first token, inter-token latency and throughput against the request rate."""
+    rates = _unique(run["rate"] for run in runs)
+    place = {rate: index for index, rate in enumerate(rates)}
+    panels = [
+        ("median_ttft_ms", "p99_ttft_ms", "time to first token, ms"),
+        ("median_itl_ms", "p99_itl_ms", "inter-token latency, ms"),
+        ("total_token_throughput", None, "prompt and output tokens per second"),
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.8))
+    for axis, (key, tail, title) in zip(axes, panels, strict=True):
+        for name in _unique(run["engine"] for run in runs):
+            mine = [run for run in runs if run["engine"] == name]
+            x = [place[run["rate"]] for run in mine]
+            (line,) = axis.plot(x, [run[key] for run in mine], marker="o", label=_label(name))
+            if tail:
+                axis.plot(x, [run[tail] for run in mine], ":", color=line.get_color())
+                axis.set_yscale("log")
+        axis.set_xticks(range(len(rates)), ["all at once" if math.isinf(r) else r for r in rates])
+        axis.set_xlabel("requests per second")
+        axis.set_title(title + (" (dotted: p99)" if tail else ""))
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def _label(name: str) -> str:
+    return name if name == STOCK or "=" in name else f"ratio {name}"
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+PLOTS = {"throughput": plot_throughput, "serve": plot_serve}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("kind", choices=PLOTS)
+    parser.add_argument("results", type=Path, help="JSON lines that the benchmark wrote")
+    parser.add_argument("figure", type=Path)
+    args = parser.parse_args()
+    lines = args.results.read_text().splitlines()
+    PLOTS[args.kind]([json.loads(line) for line in lines], args.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request may ask for, and what it is told otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm import SamplingParams
+
+from kvcompress_vllm.budget import KEEP_ALL, Budget
+from kvcompress_vllm.integration.requests import check_request, request_budget
+
+
+def ask(**extra_args: Any) -> Budget | None:
+    return request_budget(SamplingParams(extra_args=extra_args))
+
+
+def test_accepted() -> None:
+    assert request_budget(None) is None and request_budget(SamplingParams()) is None
+    assert ask(other_plugin=3) is None
+    assert ask(kv_compress=True) is None and ask(kv_compress=1) is None
+    assert ask(kv_compress=False) == ask(kv_compress=0) == KEEP_ALL
+    assert ask(kv_compress_ratio=8) == Budget(ratio=8.0)
+    assert ask(kv_compress=1, kv_compress_ratio=2.5) == Budget(ratio=2.5)
+    assert ask(kv_compress_budget_tokens=512) == Budget(budget_tokens=512)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        ({"kv_compress": "no"}, "kv_compress='no' is not accepted; it must be true or false"),
+        ({"kv_compress_ratio": 0.5}, "kv_compress_ratio=0.5 is not accepted; .* number >= 1"),
+        ({"kv_compress_ratio": "8"}, "kv_compress_ratio='8' is not accepted"),
+        ({"kv_compress_ratio": float("nan")}, "kv_compress_ratio=nan is not accepted"),
+        ({"kv_compress_budget_tokens": 0}, "kv_compress_budget_tokens=0 .* integer >= 1"),
+        ({"kv_compress_window": 3}, "unknown kv_compress_window=3; the keys are kv_compress, "),
+        ({"kv_compress_ratio": 2, "kv_compress_budget_tokens": 5}, "exclude each other"),
+        ({"kv_compress": 0, "kv_compress_ratio": 2}, "kv_compress_ratio=2 needs kv_compress=true"),
+    ],
+)
+def test_refused(extra_args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask(**extra_args)
+
+
+def test_resumable_sessions_are_refused() -> None:
+    check_request(SamplingParams(), resumable=False)
+    with pytest.raises(ValueError, match="resumable"):
+        check_request(SamplingParams(), resumable=True)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5
+)
+KEYS = st.sampled_from(
+    ["kv_compress", "kv_compress_ratio", "kv_compress_budget_tokens", "kv_compress_"]
+)
+
+
+@given(st.dictionaries(KEYS | st.text(max_size=3), JSON))
+def test_anything_else_is_a_value_error(extra_args: dict[str, Any]) -> None:
+    try:
+        budget = ask(**{str(key): value for key, value in extra_args.items()})
+    except ValueError:
+        return
+    assert budget is None or isinstance(budget, Budget)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only exists on CUDA: captured decode steps, and pools whose offsets need 64 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Batch, Request, assert_close, assert_same_bits, make_batch, uneven
+
+from kvcompress_vllm import ops
+from kvcompress_vllm.ops import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        not all(ops.backends()["CUDA"].values()), reason="no native CUDA kernels are built"
+    ),
+]
+
+LAYERS, HEADS, GROUP, BLOCK_SIZE, HEAD_SIZE = 2, 4, 4, 16, 128
+SLOTS, LAYER, SCALE = LAYERS * HEADS, 1, HEAD_SIZE**-0.5
+ROWS = 9
+
+
+def decode_batch(lengths: list[int], blocks: int) -> Batch:
+    """Rows of one new token, every other one packed, in a pool of ``blocks`` blocks; behind them
+    as many padded rows as make ``ROWS``."""
+    requests = [
+        Request(tail, packed=uneven(SLOTS * (1 + i), SLOTS), covered=2 + i) if i % 2 else
+        Request(tail)
+        for i, tail in enumerate(lengths)
+    ] + [Request(0, 0)] * (ROWS - len(lengths))  # fmt: skip
+    batch = make_batch(requests, LAYERS, HEADS, BLOCK_SIZE, HEAD_SIZE, torch.bfloat16)
+    spare = blocks * SLOTS - len(batch.pages)
+    pages = torch.cat([batch.pages, batch.pages[:1].expand(spare, -1, -1)])
+    states = torch.zeros(ROWS, LAYERS, HEADS, dtype=torch.int32)
+    wide = torch.zeros(ROWS, 40, dtype=torch.int32)
+    batch.num_pages, old = states.clone(), batch.num_pages
+    batch.num_pages[: len(old)] = old[:ROWS]
+    batch.first_page, old = states.clone(), batch.first_page
+    batch.first_page[: len(old)] = old[:ROWS]
+    batch.covered, old = states[:, 0, 0].clone(), batch.covered
+    batch.covered[: len(old)] = old[:ROWS]
+    batch.block_table, old = wide, batch.block_table
+    batch.block_table[:, : old.shape[1]] = old
+    batch.pages = pages
+    return batch
+
+
+def test_captured_step_serves_any_batch():
+    """One graph of a decode step, replayed for batches of other lengths, numbers and states."""
+    tensors = ("pages", "block_table", "seq_lens", "state_slot", "num_pages", "first_page",
+               "covered", "query_start")  # fmt: skip
+    device = {name: getattr(decode_batch([5], 100), name).cuda() for name in tensors}
+    query = torch.randn(ROWS, HEADS * GROUP, HEAD_SIZE, device="cuda").bfloat16()
+    key, value = torch.randn(2, ROWS, HEADS, HEAD_SIZE, device="cuda").bfloat16()
+    slots = torch.full((ROWS,), -1, device="cuda")
+    index = torch.full((ROWS,), -1, device="cuda", dtype=torch.int32)
+    ring = torch.zeros(3 * ROWS, HEADS * GROUP, HEAD_SIZE, device="cuda").bfloat16()
+    out = torch.zeros_like(query)
+    pages = device.pop("pages")
+    cache = pages.view(-1, LAYERS, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)[:, LAYER]
+
+    def step():
+        ops.write_kv(key, value, cache, slots)
+        ops.observe_queries(query, index, ring)
+        ops.paged_attention(query, pages, *device.values(), LAYER, SCALE, out)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lengths in ([1, 33, 300, 16, 7], [40], [17, 2, 65, 200, 31, 1, 90, 5, 15]):
+        batch = decode_batch(lengths, 100)
+        pages.copy_(batch.pages)
+        for name, tensor in device.items():
+            tensor.copy_(getattr(batch, name))
+        query.normal_()
+        last = batch.seq_lens - 1
+        new = torch.full((ROWS,), -1)
+        for r in range(len(lengths)):
+            block = int(batch.block_table[r, last[r] // BLOCK_SIZE])
+            new[r] = block * BLOCK_SIZE + last[r] % BLOCK_SIZE
+        slots.copy_(new)
+        index.copy_(torch.arange(ROWS).int() * 3)
+        out.fill_(7)
+        graph.replay()
+        on_cpu = batch.pages.view(-1, LAYERS, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+        reference.write_kv(key.cpu(), value.cpu(), on_cpu[:, LAYER], new)
+        assert_same_bits(pages, batch.pages)
+        assert_same_bits(ring[::3], query)
+        expected = torch.full_like(out, 7, device="cpu")
+        reference.paged_attention(query.cpu(), batch.pages, *batch.rows(), batch.query_start, LAYER,
+                                  SCALE, expected)  # fmt: skip
+        assert_close("attention", out, expected)
+        assert (out[len(lengths) :] == 7).all()
+
+
+def test_pool_with_64_bit_offsets():
+    """The last blocks of a pool of more than 2^32 elements, against a small pool."""
+    small = make_batch(
+        [Request(40), Request(100, packed=uneven(3 * SLOTS, SLOTS), covered=9), Request(7)],
+        LAYERS, HEADS, BLOCK_SIZE, HEAD_SIZE, torch.bfloat16, spare_blocks=9,
+    )  # fmt: skip
+    elements = (1 << 32) + (1 << 24)
+    per_block = SLOTS * BLOCK_SIZE * 2 * HEAD_SIZE
+    if torch.cuda.mem_get_info()[0] < 3 * elements:
+        pytest.skip("needs 13 GB of free GPU memory")
+    blocks = elements // per_block
+    used = len(small.pages) // SLOTS
+    pool = torch.empty(blocks * SLOTS, *small.pages.shape[1:], dtype=torch.bfloat16, device="cuda")
+    pool[(blocks - used) * SLOTS :] = small.pages.cuda()
+    b = small.to("cuda")
+    table = torch.where(b.block_table < used, b.block_table + blocks - used, b.block_table)
+    query = torch.randn(3, HEADS * GROUP, HEAD_SIZE, device="cuda").bfloat16()
+    results = []
+    for pages, rows in ((b.pages, b.block_table), (pool, table)):
+        out = torch.empty_like(query)
+        ops.paged_attention(query, pages, rows, *b.rows()[1:], b.query_start, LAYER, SCALE, out)
+        results.append(out)
+    assert_same_bits(*results)
+
+    kept = torch.ones(3, LAYERS, HEADS, dtype=torch.int32, device="cuda")
+    kept[2] = 0
+    first = torch.arange(3 * SLOTS, dtype=torch.int32, device="cuda").view_as(kept)
+    first[2] = 2 * SLOTS
+    keys = torch.arange(BLOCK_SIZE, dtype=torch.int32, device="cuda").repeat(2 * SLOTS, 1)
+    new = torch.tensor([[small.free_blocks[i]] for i in range(3)], dtype=torch.int32).cuda()
+    for pages, rows, blocks_of in (
+        (b.pages, b.block_table, new),
+        (pool, table, new + blocks - used),
+    ):
+        ops.compact_pages(pages, rows, *b.state(), kept, first, keys, blocks_of)
+    assert_same_bits(pool[(blocks - used) * SLOTS :], b.pages)
