@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "channels.h"
 #include "dispatch.h"
 #include "paged_layout.h"
 
@@ -97,6 +98,17 @@ inline PagedRows check_rows(const Tensor& pages, const Tensor& block_table,
   rows.block_table = block_table.const_data_ptr<int32_t>();
   rows.block_table_stride = block_table.stride(0);
   return rows;
+}
+
+// What attention_statistics is asked for; returns how many channels.
+inline int64_t check_observation(int64_t channels, int64_t query_stride) {
+  KVC_CHECK(0 <= channels && channels < int64_t{1} << kNumChannels, "channels is ", channels,
+            ", not a mask of ", kNumChannels, " bits");
+  KVC_CHECK(1 <= query_stride && query_stride <= INT32_MAX,
+            "query_stride must be a positive 32-bit number, not ", query_stride);
+  int64_t selected = 0;
+  for (int bit = 0; bit < kNumChannels; ++bit) selected += channels >> bit & 1;
+  return selected;
 }
 
 // Head sizes that the attention kernels take.

@@ -13,9 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import budget, ops, policies
+from kvcompress_vllm import allocation, budget, gather, ops
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Compression
+from kvcompress_vllm.policies import Evidence, Policy
 from kvcompress_vllm.state import PackedState
 from kvcompress_vllm.transfer import to_device
 
@@ -37,7 +38,7 @@ class Compressor:
         self.state = state
         self.pages = pages
         self.scale = scale
-        self.policy = policies.create(config.policy, config.pool)
+        self.policy = config.create_policy()
         self.record: dict[str, list[Tensor]] | None = None
         """For tests, when not None: by request id, the kept key indices of every (layer, head)."""
 
@@ -75,23 +76,28 @@ class Compressor:
             new_covered,
             page_start,
             starts[-1],
+            ops.channel_mask(self.policy.channels),
+            1,
             self.scale,
         )
-
-        scores = torch.empty(starts[-1], block_size, device=device)
-        for item, (begin, end) in zip(due, pairwise(starts), strict=True):
-            scores[begin:end] = self._score(item, statistics[:, begin:end])
 
         recent = [
             budget.num_recent(self.config, count, blocks, block_size)
             for count, blocks in zip(num_tokens, covered, strict=True)
         ]
+        scores = torch.empty(starts[-1], block_size, device=device)
+        freed = []
+        for index, (begin, end) in enumerate(pairwise(starts)):
+            scores[begin:end], groups = self._choose(
+                due[index], rows[index], statistics[:, begin:end], recent[index]
+            )
+            freed.append(groups)
         kept_pages, kept_first, kept_keys = ops.select_pages(
             scores,
             page_start,
             *tables,
             new_covered,
-            self._num_freed(due, layers, heads),
+            torch.stack(freed),
             int32(recent),
             self.config.sinks,
             budget.floor_pages(self.config, block_size),
@@ -118,43 +124,92 @@ class Compressor:
                 heads_of = keys[index * slots : (index + 1) * slots]
                 self.record[item.request_id] = [head.flatten() for head in heads_of]
 
-    def _score(self, item: Compression, statistics: Tensor) -> Tensor:
-        """Scores of one request's candidate keys.
+    def _choose(
+        self, item: Compression, row: Tensor, statistics: Tensor, num_recent: int
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of one request's candidate keys, and how many pages go.
+
+        Policies see one rectangle of ``covered`` pages per head. Heads that were packed before have
+        fewer: they end with it, so that the latest keys are in line. How long they are only the
+        device knows.
 
         Args:
+            row: ``[M]`` int32 block ids.
             statistics: ``[channels, pages, B]`` of this request; heads may differ in length.
 
         Returns:
-            ``[pages, B]`` fp32.
+            ``[pages, B]`` fp32, and a row of the selection op's ``num_freed``.
         """
         channels, pages, block_size = statistics.shape
         layers, heads = self.state.num_pages.shape[1:]
-        slots = layers * heads
-        if not item.old_kept:  # all heads have the same length
-            scores = self.policy.score(statistics.reshape(channels, slots, -1))
-            return scores.view(pages, block_size)
-        # Policies see one rectangle, shorter heads filled up with keys that nobody attends to. How
-        # long the longest head is only the device knows: no longer than before it was packed.
-        fresh = item.covered - item.old_covered
-        width = item.covered
-        device = statistics.device
-        lengths = self.state.num_pages[item.state_slot].view(slots, 1) + fresh
-        first = self.state.first_page[item.state_slot].view(slots, 1)
-        first = first + torch.arange(slots, device=device).unsqueeze(1) * fresh
-        j = torch.arange(width, device=device)
-        place = torch.where(j < lengths, first + j, pages).flatten().long()
-        padded = torch.cat([statistics, statistics.new_zeros(channels, 1, block_size)], dim=1)
-        scores = self.policy.score(padded[:, place].reshape(channels, slots, width * block_size))
-        result = torch.empty(pages + 1, block_size, device=device)
-        result[place] = scores.view(-1, block_size)
-        return result[:pages]
+        slots, device = layers * heads, statistics.device
+        lengths = absent = place = None
+        if item.old_kept:
+            fresh = item.covered - item.old_covered
+            lengths = self.state.num_pages[item.state_slot] + fresh
+            first = self.state.first_page[item.state_slot].view(slots, 1)
+            first = first + torch.arange(slots, device=device).unsqueeze(1) * fresh
+            j = torch.arange(item.covered, device=device) - item.covered + lengths.view(slots, 1)
+            place = torch.where(j >= 0, first + j, pages).flatten().long()
+            absent = (j < 0).repeat_interleave(block_size, 1)
+            padded = torch.cat([statistics, statistics.new_zeros(channels, 1, block_size)], dim=1)
+            statistics = padded[:, place]
+        evidence = self._evidence(item, row, statistics, num_recent, absent)
+        scores = self.policy.score(evidence)
+        freed = allocation.freed_pages(
+            self.config.allocator,
+            self.policy,
+            evidence,
+            scores,
+            block_size,
+            budget.floor_pages(self.config, block_size),
+            item.candidate_blocks,
+            lengths,
+        )
+        scores = scores.reshape(-1, block_size)
+        if place is not None:
+            result = torch.empty(pages + 1, block_size, device=device)
+            result[place] = scores
+            scores = result[:pages]
+        return scores, freed
 
-    def _num_freed(self, due: list[Compression], layers: int, heads: int) -> Tensor:
-        """``[R, A]`` int32 pages to free per group of competing heads."""
-        groups = {"global": 1, "layer": layers, "uniform": layers * heads}[self.config.allocator]
-        pages = layers * heads // groups
-        freed = [[(item.candidate_blocks - len(item.new_blocks)) * pages] * groups for item in due]
-        return to_device(freed, torch.int32, self.pages.device)
+    def _evidence(
+        self,
+        item: Compression,
+        row: Tensor,
+        statistics: Tensor,
+        num_recent: int,
+        absent: Tensor | None,
+    ) -> Evidence:
+        """What the policy may look at; ``statistics`` ``[channels, L * H * covered, B]``."""
+        state, block_size = self.state, self.pages.shape[1]
+        layers, heads = state.num_pages.shape[1:]
+        num_queries = min(state.window, item.num_tokens)
+        packed = gather.Packed(item.state_slot, item.old_covered) if item.old_kept else None
+        keys, values, queries = gather.readers(
+            self.pages, row, item.num_tokens, state, item.observe_slot, num_queries, packed
+        )
+        return Evidence(
+            layers=layers,
+            heads=heads,
+            group=state.ring.shape[3] // heads,
+            num_keys=item.covered * block_size,
+            num_kept=len(item.new_blocks) * block_size,
+            seq_len=item.num_tokens,
+            num_queries=num_queries,
+            num_sinks=self.config.sinks,
+            num_recent=num_recent,
+            scale=self.scale,
+            device=self.pages.device,
+            statistics={
+                channel: values_of.reshape(layers * heads, -1)
+                for channel, values_of in zip(sorted(self.policy.channels), statistics, strict=True)
+            },
+            absent=absent,
+            keys=keys,
+            values=values,
+            queries=queries,
+        )
 
 
 MOST_TOKENS = 4096
@@ -162,18 +217,20 @@ MOST_TOKENS = 4096
 for statistics and scores without making many small compressions wait for each other."""
 
 
-BYTES_PER_KEY = 4 * (ops.NUM_CHANNELS + 5)
-"""Scratch per candidate key: its statistics, its score, and the policy's temporaries."""
-
-
-def scratch_bytes(num_tokens: int, num_heads: int) -> int:
+def scratch_bytes(
+    policy: Policy, num_tokens: int, num_layers: int, num_kv_heads: int, head_size: int
+) -> int:
     """Memory that a compression takes while it runs.
 
     Args:
         num_tokens: tokens of the longest request.
-        num_heads: L * H.
     """
-    return max(num_tokens, MOST_TOKENS) * num_heads * BYTES_PER_KEY
+    # Per candidate key: its statistics, its score, and the policy's temporaries.
+    per_key = 4 * (len(policy.channels) + 5)
+    scores = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads * per_key
+    # One layer of keys or values, as copied, in fp32, and an intermediate of it.
+    copies = 3 * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0
+    return scores + copies
 
 
 def _batches(due: list[Compression], most_blocks: int) -> Iterator[list[Compression]]:

@@ -9,6 +9,7 @@ the key, the value and what is accepted.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,28 +18,15 @@ from typing import Any
 import yaml
 
 from kvcompress_vllm import policies
+from kvcompress_vllm.allocation import ALLOCATORS
+from kvcompress_vllm.validation import Rule, refusal
+from kvcompress_vllm.validation import integer as _integer
 
-ALLOCATORS = ("global", "layer", "uniform")
 DEFAULT_RATIO = 4.0
-
-
-def _integer(
-    low: int, high: int | None = None, odd: bool = False
-) -> tuple[str, Callable[[Any], bool]]:
-    accepted = f"an {'odd ' if odd else ''}integer >= {low}" + (
-        "" if high is None else f" and <= {high}"
-    )
-
-    def accepts(value: Any) -> bool:
-        return (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and value >= low
-            and (high is None or value <= high)
-            and (not odd or value % 2 == 1)
-        )
-
-    return accepted, accepts
+AUTO = "auto"
+GENERAL = {"window": 8, "recent": 16, "pool": 15, "allocator": "global"}
+"""What ``auto`` stands for where the policy names nothing else."""
+POLICY_OPTIONS = "policy_options"
 
 
 def _ratio(value: Any) -> bool:
@@ -48,6 +36,11 @@ def _ratio(value: Any) -> bool:
         and math.isfinite(value)
         and value >= 1
     )
+
+
+def _or_auto(rule: Rule) -> Rule:
+    accepted, accepts = rule
+    return f"{accepted}, or {AUTO}", lambda value: value == AUTO or accepts(value)
 
 
 def _option(
@@ -62,6 +55,7 @@ class KVCompressConfig:
     """What to keep, and how to choose it. Immutable; validated when built.
 
     Exactly one of ``ratio`` and ``budget_tokens`` is set; if neither is given, ``ratio`` is 4.
+    What is given as ``auto`` is what the policy prefers; the built object holds the values.
 
     Raises:
         ValueError: a value is not accepted, or both ``ratio`` and ``budget_tokens`` are given.
@@ -70,8 +64,17 @@ class KVCompressConfig:
     policy: str = _option(
         "kv_compress",
         "how keys are scored",
-        f"one of {', '.join(policies.names())}",
-        lambda value: value in policies.names(),
+        f"one of {', '.join(policies.BUILT_IN)}, or a policy of another installed package",
+        lambda value: isinstance(value, str),
+    )
+    policy_options: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "options of the policy itself, see docs/policies.md",
+            "accepted": "a mapping of option names to values, on the command line name=value,...",
+            "accepts": lambda value: isinstance(value, Mapping),
+            "optional": False,
+        },
     )
     ratio: float | None = _option(
         None,
@@ -86,8 +89,10 @@ class KVCompressConfig:
         *_integer(1),
         optional=True,
     )
-    window: int = _option(8, "how many of the last prompt queries are observed", *_integer(1, 512))
-    recent: int = _option(16, "last prompt tokens that are always kept", *_integer(0))
+    window: int = _option(
+        AUTO, "how many of the last prompt queries are observed", *_or_auto(_integer(1, 512))
+    )
+    recent: int = _option(AUTO, "last prompt tokens that are always kept", *_or_auto(_integer(0)))
     sinks: int = _option(4, "first prompt tokens that are always kept", *_integer(0))
     min_tokens_per_head: int = _option(16, "tokens that every KV head keeps at least", *_integer(0))
     min_prompt_tokens: int = _option(128, "shorter requests are never compressed", *_integer(1))
@@ -124,18 +129,22 @@ class KVCompressConfig:
         optional=True,
     )
     pool: int = _option(
-        15,
-        "width of the max-pooling of scores over neighbouring tokens; 1 is off",
-        *_integer(1, odd=True),
+        AUTO,
+        "width of the pooling of scores over neighbouring tokens; 1 is off",
+        *_or_auto(_integer(1, odd=True)),
     )
     allocator: str = _option(
-        "global",
+        AUTO,
         "which heads compete for the budget: all of the request, those of a layer, or none",
-        f"one of {', '.join(ALLOCATORS)}",
-        lambda value: value in ALLOCATORS,
+        *_or_auto((f"one of {', '.join(ALLOCATORS)}", lambda value: value in ALLOCATORS)),
     )
 
     def __post_init__(self) -> None:
+        policy = policies.find(self.policy)
+        for name, general in GENERAL.items():
+            if getattr(self, name) == AUTO:
+                preferred = getattr(policy.defaults, name)
+                object.__setattr__(self, name, general if preferred is None else preferred)
         if self.ratio is None and self.budget_tokens is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         for option in fields(self):
@@ -143,10 +152,7 @@ class KVCompressConfig:
             if value is None and option.metadata["optional"]:
                 continue
             if not option.metadata["accepts"](value):
-                raise ValueError(
-                    f"kv_compress: {option.name}={value!r} is not accepted; "
-                    f"it must be {option.metadata['accepted']}"
-                )
+                raise refusal(option.name, value, option.metadata["accepted"])
         if self.ratio is not None and self.budget_tokens is not None:
             raise ValueError(
                 f"kv_compress: ratio={self.ratio!r} and budget_tokens={self.budget_tokens!r} "
@@ -161,6 +167,14 @@ class KVCompressConfig:
                 f"kv_compress: min_ratio={self.min_ratio!r}, ratio={self.ratio!r} and "
                 f"max_ratio={self.max_ratio!r} must not decrease"
             )
+        if policy.keeps_window:
+            object.__setattr__(self, "recent", max(self.recent, self.window))
+        object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))
+        self.create_policy()
+
+    def create_policy(self) -> policies.Policy:
+        """The policy with its options."""
+        return policies.create(self.policy, self.pool, self.policy_options)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> KVCompressConfig:
@@ -171,17 +185,20 @@ class KVCompressConfig:
         """
         if not isinstance(options, Mapping):
             raise ValueError(f"kv_compress: {options!r} is not a mapping of options; {_known()}")
-        unknown = [key for key in options if key not in OPTIONS]
+        unknown = [key for key in options if not _is_key(key)]
         if unknown:
             raise ValueError(f"kv_compress: unknown key {unknown[0]!r}; {_known()}")
-        return cls(**options)
+        return cls(**_nested(options))
 
     def to_dict(self) -> dict[str, Any]:
         """The set options, JSON-serialisable; ``from_dict`` of it is an equal object."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value not in (None, {})}
 
     def __str__(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.to_dict().items())
+        options = self.to_dict()
+        for name, value in options.pop(POLICY_OPTIONS, {}).items():
+            options[f"{POLICY_OPTIONS}.{name}"] = value
+        return " ".join(f"{key}={value}" for key, value in options.items())
 
 
 OPTIONS = {option.name: option for option in fields(KVCompressConfig)}
@@ -191,6 +208,8 @@ def default_text(name: str) -> str:
     """The default of an option, for help texts."""
     if name == "ratio":
         return f"{DEFAULT_RATIO:g} unless budget_tokens is given"
+    if name in GENERAL:
+        return f"{AUTO}, which is {GENERAL[name]} unless the policy prefers another value"
     default = OPTIONS[name].default
     return "none" if default is None or default is MISSING else str(default)
 
@@ -199,18 +218,32 @@ def parse_value(name: str, text: str) -> Any:
     """Read one option value from the command line; types as in YAML.
 
     Raises:
-        ValueError: the text is not a scalar.
+        ValueError: the text is not a scalar, or for ``policy_options`` not name=value,...
     """
+    if name == POLICY_OPTIONS:
+        return {key: parse_value(f"{name}.{key}", value) for key, value in _pairs(text, name)}
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        value = float(value)  # YAML 1.1 takes 1e-2 for a word
     if value is None or isinstance(value, list | dict):
-        raise ValueError(
-            f"kv_compress: {name}={text!r} is not accepted; "
-            f"it must be {OPTIONS[name].metadata['accepted']}"
-        )
+        accepted = OPTIONS[name].metadata["accepted"] if name in OPTIONS else "a number or a word"
+        raise refusal(name, text, accepted)
     return value
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Refuse what no further option can mend, while flags are still being read.
+
+    Raises:
+        ValueError: as :meth:`KVCompressConfig.from_dict`; but whose options ``policy_options`` are
+            is only known once ``policy`` is given.
+    """
+    if "policy" not in options:
+        options = {k: v for k, v in options.items() if k.split(".")[0] != POLICY_OPTIONS}
+    KVCompressConfig.from_dict(options)
 
 
 def parse_spec(spec: str) -> dict[str, Any]:
@@ -226,19 +259,44 @@ def parse_spec(spec: str) -> dict[str, Any]:
     if spec.endswith((".yaml", ".yml")):
         return _read_yaml(Path(spec))
     options: dict[str, Any] = {}
+    for name, text in _pairs(spec, "--kv-compress"):
+        if not _is_key(name):
+            raise ValueError(f"kv_compress: unknown key {name!r}; {_known()}")
+        options[name] = parse_value(name, text)
+    return options
+
+
+def _pairs(spec: str, flag: str) -> list[tuple[str, str]]:
+    """The names and values of ``name=value,name=value``."""
+    pairs: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in spec.split(","))):
         name, equals, text = (part.strip() for part in item.partition("="))
+        if not equals and flag == POLICY_OPTIONS:
+            raise refusal(flag, spec, OPTIONS[flag].metadata["accepted"])
         if not equals:
             raise ValueError(
                 f"kv_compress: {item!r} is neither key=value nor a .yaml file; give options as "
                 "--kv-compress ratio=8,window=16, and the model before --kv-compress"
             )
-        if name not in OPTIONS:
-            raise ValueError(f"kv_compress: unknown key {name!r}; {_known()}")
-        if name in options:
+        if name in pairs:
             raise ValueError(f"kv_compress: {name} is given twice in {spec!r}")
-        options[name] = parse_value(name, text)
-    return options
+        pairs[name] = text
+    return list(pairs.items())
+
+
+def _is_key(key: Any) -> bool:
+    """Whether it names an option, or as ``policy_options.NAME`` one of a policy."""
+    return key in OPTIONS or (isinstance(key, str) and key.startswith(f"{POLICY_OPTIONS}."))
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``policy_options.NAME`` moved into the mapping ``policy_options``."""
+    prefix = f"{POLICY_OPTIONS}."
+    plain = {key: value for key, value in options.items() if not key.startswith(prefix)}
+    dotted = {key[len(prefix) :]: options[key] for key in options if key.startswith(prefix)}
+    if dotted and isinstance(plain.get(POLICY_OPTIONS, {}), Mapping):
+        plain[POLICY_OPTIONS] = {**plain.get(POLICY_OPTIONS, {}), **dotted}
+    return plain
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -37,13 +37,13 @@ NOT_PACKED = -1
 def page_id(
     row: Tensor,
     covered: int,
-    num_pages: int,
-    first_page: int,
-    head_slot: int,
+    num_pages: int | Tensor,
+    first_page: int | Tensor,
+    head_slot: int | Tensor,
     slots: int,
     j: Tensor,
 ) -> Tensor:
-    """Page ids of the pages ``j`` of one head.
+    """Page ids of the pages ``j`` of one head, or of several with tensors that broadcast.
 
     Args:
         row: ``[M]`` block ids of the request.

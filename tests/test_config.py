@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress_vllm.config import OPTIONS, KVCompressConfig, parse_spec
+from kvcompress_vllm import policies
+from kvcompress_vllm.config import OPTIONS, KVCompressConfig, check, parse_spec, parse_value
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -41,6 +42,9 @@ def test_budget_tokens_replaces_the_default_ratio() -> None:
         ({"min_prompt_tokens": 0}, "min_prompt_tokens", "0", "an integer >= 1"),
         ({"pool": 4}, "pool", "4", "an odd integer >= 1"),
         ({"allocator": "pyramid"}, "allocator", "'pyramid'", "global, layer, uniform"),
+        ({"policy": 3}, "policy", "3", "kv_compress"),
+        ({"policy_options": [3]}, "policy_options", "[3]", "a mapping"),
+        ({"window": "all"}, "window", "'all'", "or auto"),
         ({"policy": "best"}, "policy", "'best'", "kv_compress"),
     ],
 )
@@ -73,9 +77,38 @@ def test_spec_text() -> None:
     }
 
 
+def test_policy_options_are_written_in_three_ways(tmp_path: Path) -> None:
+    wanted = KVCompressConfig.from_dict(
+        {"policy": "cake", "policy_options": {"gamma": 100, "tau1": 0.01}}
+    )
+    dotted = "policy=cake, policy_options.gamma=100, policy_options.tau1=1e-2"
+    path = tmp_path / "cake.yaml"
+    path.write_text("policy: cake\npolicy_options:\n  gamma: 100\n  tau1: 0.01\n")
+    for spec in (dotted, str(path)):
+        assert KVCompressConfig.from_dict(parse_spec(spec)) == wanted
+    flag = parse_value("policy_options", "gamma=100, tau1=1e-2")
+    assert flag == wanted.policy_options
+    # What is given for one option later leaves the others alone.
+    later = {"policy": "cake", "policy_options": flag, "policy_options.gamma": 5}
+    assert KVCompressConfig.from_dict(later).policy_options == {"gamma": 5, "tau1": 0.01}
+    assert "policy_options.gamma=100" in str(wanted)
+
+
+def test_options_of_a_policy_may_come_before_its_name() -> None:
+    check({"policy_options.gamma": 5})
+    check({"policy_options": {"gamma": 5}, "policy": "cake"})
+    with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='roco'"):
+        check({"policy_options.gamma": 5, "policy": "roco"})
+    with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='kv_compress'"):
+        KVCompressConfig.from_dict({"policy_options.gamma": 5})
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("policy_options=3", "policy_options='3' is not accepted; it must be a mapping"),
+        ("policy_options.gamma=", "policy_options.gamma='' is not accepted"),
+        ("policy=cake,policy_options.=1", "unknown policy_options. for"),
         ("ratio", "neither key=value"),
         ("./some/model", "the model before --kv-compress"),
         ("ratio=2,ratio=3", "given twice"),
@@ -105,8 +138,10 @@ def test_shipped_configs_are_valid(path: Path) -> None:
     KVCompressConfig.from_dict(parse_spec(str(path)))
 
 
-def test_there_are_shipped_configs() -> None:
-    assert CONFIGS
+def test_every_paper_has_a_preset() -> None:
+    presets = {KVCompressConfig.from_dict(parse_spec(str(path))).policy for path in CONFIGS}
+    # mean_attention is RoCo without its scope, and random has no paper.
+    assert presets == set(policies.BUILT_IN) - {"mean_attention", "random"}
 
 
 @given(st.text(max_size=60))

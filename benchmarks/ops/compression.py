@@ -71,9 +71,11 @@ def _compression(
         each(full),
         page_start,
         candidates,
+        ops.channel_mask([ops.SUM_SQUARES]),
+        1,
         SCALE,
     )
-    scores = statistics()[ops.SUM].clone()
+    scores = statistics()[0].clone()
     sinks, floor = 4, -(-(4 + window) // BLOCK_SIZE)
     select = partial(
         ops.select_pages,

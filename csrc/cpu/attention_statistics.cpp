@@ -2,6 +2,7 @@
 // torch.ops.kvcompress_vllm.attention_statistics on the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -11,8 +12,6 @@
 namespace kvc {
 namespace {
 
-constexpr int64_t kNumChannels = 4;
-
 struct Call {
   PagedRows rows;
   const int32_t* observe_slot;                           // [R]
@@ -21,6 +20,7 @@ struct Call {
   const int64_t* page_start;                             // [R]
   int64_t ring_layer, ring_slot, ring_place, ring_head;  // strides in elements
   int64_t window, heads, group, head_size;               // W, H, G, D
+  int64_t channels, query_stride;                        // bit mask; tokens between queries
   int64_t channel_size;                                  // output elements per channel
   float scale;                                           // in units of log 2
 };
@@ -38,6 +38,7 @@ class Runner {
         logits_(call.group * max_panels_ * kTileKeys * kPanel),
         maximum_(call.group * max_panels_ * kPanel),
         inverse_(call.group * max_panels_ * kPanel),
+        log2_inverse_(call.group * max_panels_ * kPanel),
         uniform_(max_panels_ * kPanel),
         seen_(max_panels_ * kPanel),
         visible_(max_panels_ * kPanel),
@@ -57,23 +58,32 @@ class Runner {
       tile_.load(simd, head, pages, begin, count, false);
       for (int64_t i = 0; i < call_.group * panels_; ++i) logits(simd, i, count);
       for (int64_t q = 0; q < panels_ * kPanel; ++q) visible_[q] = seen_[q] - begin;
+      StatisticsTile tile{logits_,
+                          panels_ * kTileKeys * kPanel,
+                          kTileKeys * kPanel,
+                          call_.group,
+                          panels_,
+                          call_.num_queries[request],
+                          count,
+                          maximum_,
+                          inverse_,
+                          log2_inverse_,
+                          uniform_,
+                          visible_,
+                          {}};
       float* result = out + begin;
-      simd.statistics({logits_,
-                       panels_ * kTileKeys * kPanel,
-                       kTileKeys * kPanel,
-                       call_.group,
-                       panels_,
-                       count,
-                       maximum_,
-                       inverse_,
-                       uniform_,
-                       visible_,
-                       {result, result + call_.channel_size, result + 2 * call_.channel_size,
-                        result + 3 * call_.channel_size}});
+      for (int channel = 0; channel < kNumChannels; ++channel) {
+        if (!wants(channel)) continue;
+        tile.out[channel] = result;
+        result += call_.channel_size;
+      }
+      simd.statistics(tile);
     }
   }
 
  private:
+  bool wants(int channel) const { return call_.channels >> channel & 1; }
+
   // Queries as columns, [G, panels, D, 16]; idle lanes see no key and count nowhere.
   void load_queries(const Simd& simd, int64_t request, int64_t head_slot, int32_t num_keys,
                     const T* ring) {
@@ -82,11 +92,12 @@ class Runner {
     panels_ = ceil_div(count, kPanel);
     ring += layer * call_.ring_layer + call_.observe_slot[request] * call_.ring_slot;
     for (int64_t q = 0; q < panels_ * kPanel; ++q) {
-      const int64_t unseen = count - 1 - q;
+      const int64_t unseen = (count - 1 - q) * call_.query_stride;
       seen_[q] = q < count ? static_cast<int32_t>(std::max<int64_t>(0, num_keys - unseen)) : 0;
       uniform_[q] = seen_[q] > 0 ? 1.0f / static_cast<float>(seen_[q]) : 0.0f;
       if (q >= count) continue;
-      const int64_t place = (call_.rows.seq_lens[request] - 1 - unseen) % call_.window;
+      const int64_t position = call_.rows.seq_lens[request] - 1 - unseen;
+      const int64_t place = position / call_.query_stride % call_.window;
       for (int64_t g = 0; g < call_.group; ++g) {
         to_float(simd, ring + place * call_.ring_place + (head * call_.group + g) * call_.ring_head,
                  row_.data(), call_.head_size);
@@ -119,12 +130,14 @@ class Runner {
       }
     }
     for (int64_t i = 0; i < lanes; ++i) inverse_[i] = inverse_[i] != 0 ? 1.0f / inverse_[i] : 0.0f;
+    if (!wants(kEntropy)) return;
+    for (int64_t i = 0; i < lanes; ++i) log2_inverse_[i] = std::log2(inverse_[i]);
   }
 
   const Call& call_;
   int64_t max_panels_, panels_ = 0;  // panels of queries per member of the group
   KeyTile tile_;
-  Scratch<float> queries_, logits_, maximum_, inverse_, uniform_;
+  Scratch<float> queries_, logits_, maximum_, inverse_, log2_inverse_, uniform_;
   Scratch<int32_t> seen_, visible_;
   std::vector<float> row_;
 };
@@ -152,7 +165,8 @@ std::vector<int64_t> live_rows(const Call& call, int64_t num_requests, int64_t t
     const HeadPages last = head_pages(call.rows, r, static_cast<int32_t>(slots - 1));
     const int64_t first = last.first_candidate(call.new_covered[r]);
     const int64_t end = call.page_start[r] + first + last.candidate_pages(call.new_covered[r]);
-    KVC_CHECK(n <= seq_len, "num_queries of row ", r, " is ", n, ", seq_lens ", seq_len);
+    KVC_CHECK((n - 1) * call.query_stride < seq_len, "num_queries of row ", r, " is ", n,
+              " with query_stride ", call.query_stride, ", seq_lens ", seq_len);
     KVC_CHECK(0 <= call.observe_slot[r] && call.observe_slot[r] < num_slots, "observe_slot of row ",
               r, " is ", call.observe_slot[r], " of ", num_slots);
     KVC_CHECK(covered <= call.new_covered[r] && call.new_covered[r] * block_size <= seq_len,
@@ -170,7 +184,8 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
                             const Tensor& num_pages, const Tensor& first_page,
                             const Tensor& covered, const Tensor& observe_slot,
                             const Tensor& num_queries, const Tensor& new_covered,
-                            const Tensor& page_start, int64_t num_candidate_pages, double scale) {
+                            const Tensor& page_start, int64_t num_candidate_pages, int64_t channels,
+                            int64_t query_stride, double scale) {
   PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
   const int64_t num_requests = block_table.size(0);
   rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, num_requests, pages);
@@ -183,9 +198,10 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   KVC_CHECK(ring.size(3) > 0 && ring.size(3) % heads == 0, "ring has ", ring.size(3),
             " heads, not a multiple of the ", heads, " KV heads of num_pages");
   KVC_CHECK(num_candidate_pages >= 0, "num_candidate_pages is negative");
+  const int64_t num_channels = check_observation(channels, query_stride);
 
   const int64_t block_size = pages.size(1);
-  Tensor out = torch::stable::new_zeros(ring, {kNumChannels, num_candidate_pages, block_size},
+  Tensor out = torch::stable::new_zeros(ring, {num_channels, num_candidate_pages, block_size},
                                         ScalarType::Float);
   const Call call{rows,
                   KVC_CHECK_PER_REQUEST(int32_t, observe_slot, num_requests, pages),
@@ -200,11 +216,14 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
                   heads,
                   ring.size(3) / heads,
                   head_size,
+                  channels,
+                  query_stride,
                   num_candidate_pages * block_size,
                   static_cast<float>(scale) * kLog2E};
   const std::vector<int64_t> live =
       live_rows(call, num_requests, block_table.size(1), num_pages.size(0),
                 pages.size(0) / rows.slots, ring.size(1), num_candidate_pages);
+  if (num_channels == 0) return out;
   float* result = out.mutable_data_ptr<float>();
   const Simd& best = simd();
   dispatch_cache_dtype(pages.scalar_type(), [&](auto type) {

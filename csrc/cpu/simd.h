@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../channels.h"
+
 namespace kvc {
 
 // Rows or columns handled side by side by every function below, whatever the vector width.
@@ -36,17 +38,19 @@ struct SoftmaxPanel {
 
 // Column sums over one tile of probabilities, see the attention_statistics op.
 struct StatisticsTile {
-  float* logits;           // [group, query_panels, num_keys, 16], replaced by probabilities
-  int64_t group_stride;    // elements
-  int64_t panel_stride;    // elements
-  int64_t group;           // G
-  int64_t query_panels;    // panels of 16 observed queries
-  int64_t num_keys;        // in this tile
-  const float* maximum;    // [group, query_panels, 16] final
-  const float* inverse;    // [group, query_panels, 16] 1 / sum of exponentials
-  const float* uniform;    // [query_panels, 16] 1 / keys that the query sees
-  const int32_t* visible;  // [query_panels, 16] keys of this tile that the query sees
-  float* out[4];           // [num_keys] each: the four channels
+  float* logits;              // [group, query_panels, num_keys, 16], replaced by probabilities
+  int64_t group_stride;       // elements
+  int64_t panel_stride;       // elements
+  int64_t group;              // G
+  int64_t query_panels;       // panels of 16 observed queries
+  int64_t num_queries;        // at least 1; lanes from here on are idle
+  int64_t num_keys;           // in this tile
+  const float* maximum;       // [group, query_panels, 16] final
+  const float* inverse;       // [group, query_panels, 16] 1 / sum of exponentials
+  const float* log2_inverse;  // [group, query_panels, 16] its logarithm; for kEntropy alone
+  const float* uniform;       // [query_panels, 16] 1 / keys that the query sees
+  const int32_t* visible;     // [query_panels, 16] keys of this tile that the query sees
+  float* out[kNumChannels];   // [num_keys] each, by Channel; nullptr: not wanted
 };
 
 struct Simd {

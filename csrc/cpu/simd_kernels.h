@@ -170,39 +170,79 @@ inline void scale(float* values, int64_t count, float factor) {
   for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 
-inline void statistics(const StatisticsTile& s) {
-  const Vec group = Vec{} + static_cast<float>(s.group);
-  for (int64_t k = 0; k < s.num_keys; ++k) {
-    const IntVec key = IntVec{} + static_cast<int32_t>(k);
-    float* row = s.logits + k * kPanel;
-    float total = 0, head_squares = 0;
-    Vec squares = {}, low = {};
-    for (int64_t g = 0; g < s.group; ++g) {
-      Vec head = {};
-      for (int64_t i = 0; i < s.query_panels * kPanel; i += KVC_LANES) {
-        float* lanes = row + g * s.group_stride + i / kPanel * s.panel_stride + i % kPanel;
-        const int64_t query = g * s.query_panels * kPanel + i;
-        const Vec x = exp2_negative(load(lanes) - load(s.maximum + query));
-        const Vec p = key < load(s.visible + i) ? x * load(s.inverse + query) : Vec{};
-        store(lanes, p);
-        head += p;
-        squares += p * p;
+// Turns the logits of key k into probabilities and adds up what one member of the group or one
+// query needs no other for.
+template <bool kEntropies>
+inline void statistics_of_heads(const StatisticsTile& s, int64_t k) {
+  const IntVec key = IntVec{} + static_cast<int32_t>(k);
+  const bool by_head = s.out[kHeadSumSquares] != nullptr;
+  float head_squares = 0;
+  Vec total = {}, squares = {}, entropy = {};
+  for (int64_t g = 0; g < s.group; ++g) {
+    Vec head = {};
+    for (int64_t i = 0; i < s.query_panels * kPanel; i += KVC_LANES) {
+      float* lanes =
+          s.logits + k * kPanel + g * s.group_stride + i / kPanel * s.panel_stride + i % kPanel;
+      const int64_t query = g * s.query_panels * kPanel + i;
+      const Vec exponent = load(lanes) - load(s.maximum + query);
+      const IntVec seen = key < load(s.visible + i);
+      const Vec p = seen ? exp2_negative(exponent) * load(s.inverse + query) : Vec{};
+      store(lanes, p);
+      head += p;
+      squares += p * p;
+      if (kEntropies) {
+        // log2 p without a logarithm per key; p is 0 below the bound, so any finite number does.
+        const Vec lowest = Vec{} - 127.0f;
+        const Vec log2 = (exponent < lowest ? lowest : exponent) + load(s.log2_inverse + query);
+        entropy -= seen ? p * log2 : Vec{};
       }
+    }
+    total += head;
+    if (by_head) {
       const float sum = add_lanes(head);
-      total += sum;
       head_squares += sum * sum;
     }
-    for (int64_t i = 0; i < s.query_panels * kPanel; i += KVC_LANES) {
-      const float* lanes = row + i / kPanel * s.panel_stride + i % kPanel;
-      Vec over_group = {};
-      for (int64_t g = 0; g < s.group; ++g) over_group += load(lanes + g * s.group_stride);
-      const Vec is_low = over_group / group < load(s.uniform + i) ? Vec{} + 1.0f : Vec{};
-      low += key < load(s.visible + i) ? is_low : Vec{};
+  }
+  if (s.out[kSum]) s.out[kSum][k] = add_lanes(total);
+  if (s.out[kSumSquares]) s.out[kSumSquares][k] = add_lanes(squares);
+  if (by_head) s.out[kHeadSumSquares][k] = head_squares;
+  if (kEntropies) s.out[kEntropy][k] = add_lanes(entropy) / kLog2E;
+}
+
+// What needs the mean over the group, from the probabilities.
+inline void statistics_of_queries(const StatisticsTile& s, int64_t k) {
+  const IntVec key = IntVec{} + static_cast<int32_t>(k);
+  const Vec group = Vec{} + static_cast<float>(s.group);
+  Vec low = {}, squares = {};
+  for (int64_t i = 0; i < s.query_panels * kPanel; i += KVC_LANES) {
+    const float* lanes = s.logits + k * kPanel + i / kPanel * s.panel_stride + i % kPanel;
+    Vec over_group = {};
+    for (int64_t g = 0; g < s.group; ++g) over_group += load(lanes + g * s.group_stride);
+    const Vec mean = over_group / group;
+    const Vec is_low = mean < load(s.uniform + i) ? Vec{} + 1.0f : Vec{};
+    low += key < load(s.visible + i) ? is_low : Vec{};
+    squares += mean * mean;
+  }
+  if (s.out[kLowCount]) s.out[kLowCount][k] = add_lanes(low);
+  if (s.out[kMeanSquares]) s.out[kMeanSquares][k] = add_lanes(squares);
+}
+
+inline void statistics(const StatisticsTile& s) {
+  const bool by_query = s.out[kLowCount] || s.out[kMeanSquares];
+  const int64_t last = s.num_queries - 1;
+  const float* last_lane = s.logits + last / kPanel * s.panel_stride + last % kPanel;
+  for (int64_t k = 0; k < s.num_keys; ++k) {
+    if (s.out[kEntropy]) {
+      statistics_of_heads<true>(s, k);
+    } else {
+      statistics_of_heads<false>(s, k);
     }
-    s.out[0][k] = total;
-    s.out[1][k] = add_lanes(squares);
-    s.out[2][k] = head_squares;
-    s.out[3][k] = add_lanes(low);
+    if (by_query) statistics_of_queries(s, k);
+    if (s.out[kLast]) {
+      float p = 0;
+      for (int64_t g = 0; g < s.group; ++g) p += last_lane[k * kPanel + g * s.group_stride];
+      s.out[kLast][k] = p;
+    }
   }
 }
 

@@ -26,7 +26,8 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
                             const Tensor& num_pages, const Tensor& first_page,
                             const Tensor& covered, const Tensor& observe_slot,
                             const Tensor& num_queries, const Tensor& new_covered,
-                            const Tensor& page_start, int64_t num_candidate_pages, double scale);
+                            const Tensor& page_start, int64_t num_candidate_pages, int64_t channels,
+                            int64_t query_stride, double scale);
 
 std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tensor& page_start,
                                                 const Tensor& state_slot, const Tensor& num_pages,

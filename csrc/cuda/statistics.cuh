@@ -18,14 +18,16 @@ struct StatisticsParams {
   const int32_t* new_covered;   // [R]
   const int64_t* page_start;    // [R]
   float2* partial;              // [R, L * H, splits, W * G] maximum (base 2) and sum
-  float* out;                   // [4, candidates, B]
+  float* out;                   // [selected channels, candidates, B]
   int64_t candidates;           // candidate pages
   int32_t num_heads;            // H
   int32_t group;                // G
-  int32_t slots_observed;       // O
-  int32_t window;               // W
-  float scale_log2;             // scale * log2(e)
-  bool resident;                // all rows of queries fit in shared memory at once
+  int64_t ring_layer, ring_slot, ring_place, ring_head;  // strides in 16 bytes
+  int32_t window;                                        // W
+  int32_t query_stride;  // tokens from one observed query to the next
+  uint32_t channels;     // bit mask of Channel
+  float scale_log2;      // scale * log2(e)
+  bool resident;         // all rows of queries fit in shared memory at once
 };
 
 template <typename T, int kHeadSize>
@@ -51,16 +53,15 @@ __device__ __forceinline__ void load_queries(const StatisticsParams& p, char* sh
   using Math = typename StatisticsMath<T, kHeadSize>::Type;
   constexpr int kWords = kHeadSize * sizeof(T) / 16;
   const int layer = slot / p.num_heads, head = slot % p.num_heads;
-  const int64_t heads = static_cast<int64_t>(p.num_heads) * p.group;
-  const int64_t base =
-      (static_cast<int64_t>(layer) * p.slots_observed + p.observe_slot[r]) * p.window;
+  const uint4* base = static_cast<const uint4*>(p.ring) + layer * p.ring_layer +
+                      p.observe_slot[r] * p.ring_slot + head * p.group * p.ring_head;
   for (int i = threadIdx.x; i < Math::kRows * kWords; i += blockDim.x) {
     const int row = i / kWords, word = i % kWords, q = first + row / p.group;
     uint4 value = make_uint4(0, 0, 0, 0);
     if (row / p.group < chunk && q < n) {
-      const int64_t place = (base + (seq_len - n + q) % p.window) * heads +
-                            static_cast<int64_t>(head) * p.group + row % p.group;
-      value = __ldg(static_cast<const uint4*>(p.ring) + place * kWords + word);
+      const int position = seq_len - 1 - (n - 1 - q) * p.query_stride;
+      const int place = position / p.query_stride % p.window;
+      value = __ldg(base + place * p.ring_place + row % p.group * p.ring_head + word);
     }
     *reinterpret_cast<uint4*>(shared + row * Math::kStride + word * 16) = value;
   }
@@ -125,13 +126,14 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
         const float2 other = row[s * p.window * group];
         merged.y += other.y * rescale(other.x, merged.x);
       }
-      merged.y = 1.f / merged.y;
+      // A query older than every key that the head still has counts nowhere.
+      merged = merged.y > 0.f ? make_float2(merged.x, 1.f / merged.y) : make_float2(0.f, 0.f);
     }
     state[i] = merged;
   }
-  if constexpr (!kFirstPass) {
+  if (!kFirstPass && has_channel(p.channels, kLowCount)) {
     for (int q = threadIdx.x; q < n; q += kThreads) {
-      const int visible = max(num_keys - n + q + 1, 1);
+      const int visible = max(num_keys - (n - 1 - q) * p.query_stride, 1);
       thresholds[q / chunk_queries * Math::kRows + q % chunk_queries] =
           low_threshold(visible, group);
     }
@@ -161,23 +163,27 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
         load_queries<T, kHeadSize>(p, chunk, r, slot, seq_len, n, c * chunk_queries, chunk_queries);
         __syncthreads();
       }
-      const ChunkRows view{group, num_keys - n + c * chunk_queries,
-                           min(chunk_queries, n - c * chunk_queries), tile * kKeys};
+      const int first_query = c * chunk_queries;
+      const ChunkRows view{group, num_keys - 1 - (n - 1 - first_query) * p.query_stride,
+                           p.query_stride, min(chunk_queries, n - first_query), tile * kKeys};
       math.logits(chunk, p.scale_log2, view);
       if constexpr (kFirstPass) {
         math.accumulate(state + (threadIdx.x / kWarp * chunks + c) * Math::kRows);
       } else {
         math.weights(state + c * Math::kRows, weights);
         __syncthreads();
-        key_statistics.add<Math::kRows, kKeys, kKeys + 8>(weights, thresholds + c * Math::kRows,
-                                                          view, head_sums, c == 0, c + 1 == chunks);
+        key_statistics.add<Math::kRows, kKeys, kKeys + 8>(p.channels, weights,
+                                                          thresholds + c * Math::kRows, view,
+                                                          head_sums, c == 0, c + 1 == chunks);
         __syncthreads();
       }
     }
     if constexpr (!kFirstPass) {
       const int key = tile * kKeys + threadIdx.x % kKeys;
       const int64_t place = out_first + key;
-      if (key < counted && place < plane) key_statistics.write<kKeys>(p.out + place, plane);
+      if (key < counted && place < plane) {
+        key_statistics.write<kKeys>(p.channels, p.out + place, plane, group);
+      }
     }
   }
   if constexpr (kFirstPass) {

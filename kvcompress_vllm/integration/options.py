@@ -11,7 +11,14 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvcompress_vllm.config import OPTIONS, KVCompressConfig, default_text, parse_spec, parse_value
+from kvcompress_vllm.config import (
+    OPTIONS,
+    KVCompressConfig,
+    check,
+    default_text,
+    parse_spec,
+    parse_value,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -127,5 +134,5 @@ class _MergeOption(argparse.Action):
 
 def _merge(namespace: argparse.Namespace, options: dict[str, Any]) -> None:
     merged = {**getattr(namespace, KEY, {}), **options}
-    KVCompressConfig.from_dict(merged)
+    check(merged)
     setattr(namespace, KEY, merged)

@@ -187,7 +187,8 @@ class KVCompressWorkerMixin(Worker):
         """What the largest possible compression takes while it runs."""
         most = min(self.model_config.max_model_len, num_blocks * self.cache_config.block_size)
         _, layers, heads = state.num_pages.shape
-        return scratch_bytes(most, layers * heads)
+        policy = self.kv_compress_config.create_policy()
+        return scratch_bytes(policy, most, layers, heads, state.ring.shape[-1])
 
 
 class KVCompressWorker(KVCompressWorkerMixin, Worker):

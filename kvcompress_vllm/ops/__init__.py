@@ -17,11 +17,15 @@ from torch import Tensor
 
 from kvcompress_vllm.ops import reference
 from kvcompress_vllm.ops.reference import (
+    CHANNELS,
+    ENTROPY,
     HEAD_SUM_SQUARES,
+    LAST,
     LOW_COUNT,
-    NUM_CHANNELS,
+    MEAN_SQUARES,
     SUM,
     SUM_SQUARES,
+    channel_mask,
 )
 
 _ROWS = "Tensor block_table, Tensor seq_lens, "
@@ -35,7 +39,8 @@ SCHEMAS = {
     ),
     "attention_statistics": (
         f"(Tensor ring, Tensor pages, {_ROWS}{_STATE}Tensor observe_slot, Tensor num_queries, "
-        "Tensor new_covered, Tensor page_start, int num_candidate_pages, float scale) -> Tensor"
+        "Tensor new_covered, Tensor page_start, int num_candidate_pages, int channels, "
+        "int query_stride, float scale) -> Tensor"
     ),
     "select_pages": (
         f"(Tensor scores, Tensor page_start, {_STATE}Tensor new_covered, Tensor num_freed, "
@@ -76,8 +81,8 @@ def _load(library: str) -> None:
 
 
 def _fake_statistics(ring: Tensor, pages: Tensor, *rest: Any) -> Tensor:
-    num_candidate_pages = rest[-2]
-    shape = (NUM_CHANNELS, num_candidate_pages, pages.shape[1])
+    num_candidate_pages, channels = rest[-4:-2]
+    shape = (channels.bit_count(), num_candidate_pages, pages.shape[1])
     return ring.new_empty(shape, dtype=torch.float32)
 
 
@@ -111,14 +116,18 @@ select_pages = torch.ops.kvcompress_vllm.select_pages
 compact_pages = torch.ops.kvcompress_vllm.compact_pages
 
 __all__ = [
+    "CHANNELS",
+    "ENTROPY",
     "HEAD_SUM_SQUARES",
+    "LAST",
     "LOW_COUNT",
-    "NUM_CHANNELS",
+    "MEAN_SQUARES",
     "SCHEMAS",
     "SUM",
     "SUM_SQUARES",
     "attention_statistics",
     "backends",
+    "channel_mask",
     "compact_pages",
     "missing_kernels",
     "observe_queries",

@@ -14,14 +14,29 @@ Several ops describe the same rows, always by the same six tensors:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from kvcompress_vllm import layout
 
-SUM, SUM_SQUARES, HEAD_SUM_SQUARES, LOW_COUNT = range(4)
-"""Channels of :func:`attention_statistics`."""
-NUM_CHANNELS = 4
+CHANNELS = (
+    "SUM",
+    "SUM_SQUARES",
+    "HEAD_SUM_SQUARES",
+    "LOW_COUNT",
+    "MEAN_SQUARES",
+    "ENTROPY",
+    "LAST",
+)
+"""Names of the channels of :func:`attention_statistics`; channel c is bit ``1 << c``."""
+SUM, SUM_SQUARES, HEAD_SUM_SQUARES, LOW_COUNT, MEAN_SQUARES, ENTROPY, LAST = range(7)
+
+
+def channel_mask(channels: Iterable[int]) -> int:
+    """The ``channels`` argument of :func:`attention_statistics` that asks for these."""
+    return sum(1 << channel for channel in set(channels))
 
 
 def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -114,9 +129,11 @@ def attention_statistics(
     new_covered: Tensor,
     page_start: Tensor,
     num_candidate_pages: int,
+    channels: int,
+    query_stride: int,
     scale: float,
 ) -> Tensor:
-    """What the last queries of each request paid to each key, over all layers and heads.
+    """What observed queries of each request paid to each key, over all layers and heads.
 
     With ``p[q, g, k]`` the causal softmax of observed query q of group member g over all keys of
     the head (tail included), per candidate key:
@@ -125,27 +142,43 @@ def attention_statistics(
         SUM_SQUARES       sum over q, g of p^2
         HEAD_SUM_SQUARES  sum over g of (sum over q of p)^2
         LOW_COUNT         how many q have mean over g of p < 1 / (keys that q sees)
+        MEAN_SQUARES      sum over q of (mean over g of p)^2
+        ENTROPY           sum over q, g of -p log p, in nats
+        LAST              sum over g of p, for the last query alone
 
     Candidates are the whole pages up to ``new_covered``: packed pages, then full tail pages. Those
     of (r, l, h) start at output page ``page_start[r] + first_page + (l * H + h) * (new_covered -
     covered)``.
 
     Args:
-        ring: ``[L, O, W, H * G, D]``; the query of position x is at ``[:, slot, x % W]``.
+        ring: ``[L, O, W, H * G, D]``; the query of position x is at ``[:, slot, (x // query_stride)
+            % W]``. Positions a stride apart are neighbours there, so W of them never collide.
         observe_slot: ``[R]`` int32.
-        num_queries: ``[R]`` int32, n <= W: the queries at positions ``seq_lens - n`` on.
+        num_queries: ``[R]`` int32, n <= W: query i of n is the one at position
+            ``seq_lens - 1 - (n - 1 - i) * query_stride``, which is never negative.
         new_covered: ``[R]`` int32, F after this compression, in blocks.
         page_start: ``[R]`` int64, first output page of every request.
         num_candidate_pages: output pages in all.
+        channels: bit mask of :data:`CHANNELS`; the others are not computed.
+        query_stride: tokens from one observed query to the next; 1 observes the last n.
 
     Returns:
-        ``[4, num_candidate_pages, B]`` fp32.
+        ``[selected channels, num_candidate_pages, B]`` fp32, channels in ascending order. Zero
+        where no request has a candidate.
+
+    Raises:
+        RuntimeError: a bit of ``channels`` has no channel, or ``query_stride`` is not positive.
     """
     layers, _, window, _, head_size = ring.shape
     heads = num_pages.shape[2]
     block_size = pages.shape[1]
-    result = torch.zeros(NUM_CHANNELS, num_candidate_pages, block_size, device=ring.device)
-    flat = result.view(NUM_CHANNELS, -1)
+    if not 0 <= channels < 1 << len(CHANNELS):
+        raise RuntimeError(f"channels is {channels}, not a mask of {len(CHANNELS)} bits")
+    if query_stride < 1:
+        raise RuntimeError(f"query_stride must be at least 1, not {query_stride}")
+    selected = [channel for channel in range(len(CHANNELS)) if channels >> channel & 1]
+    result = torch.zeros(len(selected), num_candidate_pages, block_size, device=ring.device)
+    flat = result.flatten(1)
     rows = zip(
         seq_lens.tolist(),
         state_slot.tolist(),
@@ -156,7 +189,8 @@ def attention_statistics(
         strict=True,
     )
     for r, (seq_len, slot, observe, n, new_f, start) in enumerate(rows):
-        positions = torch.arange(seq_len - n, seq_len, device=ring.device) % window
+        unseen = torch.arange(n - 1, -1, -1, device=ring.device) * query_stride
+        positions = (seq_len - 1 - unseen) // query_stride % window
         for layer in range(layers):
             queries = ring[layer, observe, positions].unflatten(1, (heads, -1)).float()
             for head in range(heads):
@@ -172,22 +206,19 @@ def attention_statistics(
                     head,
                 )
                 logits = torch.einsum("qgd,kd->gqk", queries[:, head], keys[:, :head_size].float())
-                hidden = _hidden(n, keys.shape[0], ring.device)
+                key = torch.arange(keys.shape[0], device=ring.device)
+                hidden = key >= keys.shape[0] - unseen[:, None]
                 p = (logits * scale).masked_fill_(hidden, float("-inf")).softmax(-1)
                 # A query older than every key that the head still has would leave NaN everywhere.
                 p.masked_fill_(hidden, 0.0)
-                visible = (~hidden).sum(-1, keepdim=True)
                 packed, old_f = _packed(slot, num_pages, covered, layer, head)
                 fresh = new_f - old_f
                 first = 0 if slot < 0 else int(first_page[slot, layer, head])
                 begin = (start + first + (layer * heads + head) * fresh) * block_size
                 count = (packed + fresh) * block_size
                 span = slice(begin, begin + count)
-                flat[SUM, span] = p.sum((0, 1))[:count]
-                flat[SUM_SQUARES, span] = p.square().sum((0, 1))[:count]
-                flat[HEAD_SUM_SQUARES, span] = p.sum(1).square().sum(0)[:count]
-                low = (p.mean(0) < 1.0 / visible) & ~hidden
-                flat[LOW_COUNT, span] = low.sum(0)[:count].float()
+                for place, channel in enumerate(selected):
+                    flat[place, span] = _channel(channel, p, hidden)[:count]
     return result
 
 
@@ -366,6 +397,24 @@ def _keys(
     j = torch.arange(-(-n // pages.shape[1]), device=pages.device)
     ids = layout.page_id(row, old_f, packed, first, layer * heads + head, layers * heads, j)
     return pages[ids].flatten(0, 1)[:n]
+
+
+def _channel(channel: int, p: Tensor, hidden: Tensor) -> Tensor:
+    """``[n]`` fp32: one of :data:`CHANNELS` of probabilities ``[G, Q, n]``."""
+    if channel == SUM:
+        return p.sum((0, 1))
+    if channel == SUM_SQUARES:
+        return p.square().sum((0, 1))
+    if channel == HEAD_SUM_SQUARES:
+        return p.sum(1).square().sum(0)
+    if channel == LOW_COUNT:
+        visible = (~hidden).sum(-1, keepdim=True)
+        return ((p.mean(0) < 1.0 / visible) & ~hidden).sum(0).float()
+    if channel == MEAN_SQUARES:
+        return p.mean(0).square().sum(0)
+    if channel == ENTROPY:
+        return p.xlogy(p).sum((0, 1)).neg()
+    return p[:, -1:].sum((0, 1))
 
 
 def _hidden(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

@@ -48,7 +48,7 @@ def example(op: str, device: str = "cpu", scale: int = 1) -> list[Any]:
     elif op == "attention_statistics":
         args = [ring, batch.pages, *batch.rows(), torch.tensor([2, 0, 1], dtype=torch.int32),
                 torch.tensor([WINDOW, 9, 0], dtype=torch.int32), new_covered, page_start,
-                int(total.sum()), HEAD_SIZE**-0.5]  # fmt: skip
+                int(total.sum()), 127, 2, HEAD_SIZE**-0.5]  # fmt: skip
     elif op == "select_pages":
         freed = torch.tensor([[8 * scale], [12 * scale], [0]], dtype=torch.int32)
         args = [torch.randn(int(total.sum()), BLOCK_SIZE), page_start, *batch.state(), new_covered,

@@ -36,12 +36,12 @@ def compress(batch: Batch, kept_blocks: list[int], device: str) -> tuple[Batch, 
     statistics = ops.attention_statistics(
         ring, b.pages, *b.rows(), torch.arange(requests, dtype=torch.int32, device=device),
         torch.full((requests,), WINDOW, dtype=torch.int32, device=device), new_covered, start,
-        int(total.sum()), SCALE,
+        int(total.sum()), ops.channel_mask([ops.SUM]), 1, SCALE,
     )  # fmt: skip
     freed = (total - kept).int().view(-1, 1).to(device)
     recent = torch.full((requests,), 4, dtype=torch.int32, device=device)
     kept_pages, kept_first, kept_keys = ops.select_pages(
-        statistics[ops.SUM], start, *b.state(), new_covered, freed, recent, 4, 1, int(kept.sum())
+        statistics[0], start, *b.state(), new_covered, freed, recent, 4, 1, int(kept.sum())
     )
     new_blocks = torch.zeros(requests, max(kept_blocks), dtype=torch.int32)
     for r, count in enumerate(kept_blocks):

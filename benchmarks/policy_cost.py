@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each policy costs per compression: the statistics op, and scores with allocation.
+
+    python -m benchmarks.policy_cost                       # on the GPU, shape of Llama-3.1-8B
+    python -m benchmarks.policy_cost --device cpu --layers 4 --tokens 2000
+
+One prompt of random bf16 keys. Milliseconds are medians; those per 1,000 tokens are for all layers
+of the shape. The first rows are the op alone, by channels at window 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcompress_vllm import allocation, budget, gather, ops, policies
+from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.policies import Evidence
+from kvcompress_vllm.state import PackedState
+
+HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE, RATIO = 8, 4, 128, 16, 4
+
+
+class Prompt:
+    """A prompt in shuffled blocks."""
+
+    def __init__(self, layers: int, tokens: int, device: torch.device) -> None:
+        self.layers, self.tokens, self.device = layers, tokens, device
+        self.blocks, count = tokens // BLOCK_SIZE, -(-tokens // BLOCK_SIZE)
+        shape = ((count + 1) * layers * HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+        self.pages = torch.empty(shape, device=device, dtype=torch.bfloat16).normal_()
+        self.row = (torch.randperm(count) + 1).int().to(device)
+        tables = torch.zeros(2, layers, HEADS, dtype=torch.int32, device=device)
+        self.state = (self.ints(-1), tables, tables, tables[:, 0, 0].contiguous())
+
+    def ints(self, value: int) -> Tensor:
+        return torch.tensor([value], dtype=torch.int32, device=self.device)
+
+    def ring(self, window: int) -> Tensor:
+        shape = (self.layers, 1, window, HEADS * GROUP, HEAD_SIZE)
+        return torch.empty(shape, device=self.device, dtype=torch.bfloat16).normal_().mul_(2)
+
+    def statistics(self, ring: Tensor, channels: int) -> Tensor:
+        window = min(ring.shape[2], self.tokens)
+        return ops.attention_statistics(
+            ring, self.pages, self.row[None], self.ints(self.tokens), *self.state, self.ints(0),
+            self.ints(window), self.ints(self.blocks), self.ints(0).long(),
+            self.blocks * self.layers * HEADS, channels, 1, HEAD_SIZE**-0.5,
+        )  # fmt: skip
+
+    def evidence(self, config: KVCompressConfig, ring: Tensor, channels: Tensor) -> Evidence:
+        policy = config.create_policy()
+        window = min(ring.shape[2], self.tokens)
+        state = PackedState(
+            num_blocks=1, num_layers=self.layers, num_kv_heads=HEADS, num_query_heads=HEADS * GROUP,
+            head_size=HEAD_SIZE, state_slots=1, observe_slots=1, window=ring.shape[2],
+            dtype=ring.dtype, device=self.device,
+        )  # fmt: skip
+        state.ring.copy_(ring)
+        keys, values, queries = gather.readers(
+            self.pages, self.row, self.tokens, state, 0, window, None
+        )
+        kept = budget.packed_blocks(config, self.tokens, self.blocks, BLOCK_SIZE)
+        return Evidence(
+            layers=self.layers, heads=HEADS, group=GROUP, num_keys=self.blocks * BLOCK_SIZE,
+            num_kept=kept * BLOCK_SIZE, seq_len=self.tokens, num_queries=window,
+            num_sinks=config.sinks,
+            num_recent=budget.num_recent(config, self.tokens, self.blocks, BLOCK_SIZE),
+            scale=HEAD_SIZE**-0.5, device=self.device, keys=keys, values=values, queries=queries,
+            statistics={
+                channel: part.view(self.layers * HEADS, -1)
+                for channel, part in zip(policy.channels, channels, strict=True)
+            },
+        )  # fmt: skip
+
+
+def milliseconds(step: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median, from an idle device until it is idle again."""
+    times = []
+    for _ in range(repeats + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times[2:])
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=6000)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--policies", default=",".join(policies.BUILT_IN))
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    prompt = Prompt(arguments.layers, arguments.tokens, device)
+    per_thousand = arguments.tokens / 1000
+
+    def timed(step: Callable[[], object]) -> float:
+        return milliseconds(step, device, arguments.repeats)
+
+    ring = prompt.ring(8)
+    print(f"{'channels at window 8':<50} {'ms':>8}")
+    first_four = range(4)
+    for channels in ([], *([c] for c in range(len(ops.CHANNELS))), first_four,
+                     range(len(ops.CHANNELS))):  # fmt: skip
+        mask = ops.channel_mask(channels)
+        took = timed(lambda mask=mask: prompt.statistics(ring, mask))
+        print(f"{' '.join(ops.CHANNELS[c] for c in channels):<50.50} {took:8.3f}", flush=True)
+
+    print(f"\n{'policy':<20} {'window':>6} {'op, ms':>9} {'score, ms':>9} {'ms per 1,000':>12}")
+    for name in arguments.policies.split(","):
+        config = KVCompressConfig.from_dict({"policy": name, "ratio": RATIO})
+        policy, ring = config.create_policy(), prompt.ring(config.window)
+        mask, floor = ops.channel_mask(policy.channels), budget.floor_pages(config, BLOCK_SIZE)
+        evidence = prompt.evidence(config, ring, prompt.statistics(ring, mask))
+
+        def choose(config=config, policy=policy, evidence=evidence, floor=floor) -> Tensor:
+            scores = policy.score(evidence)
+            return allocation.freed_pages(
+                config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
+            )
+
+        op = timed(lambda ring=ring, mask=mask: prompt.statistics(ring, mask)) if mask else 0.0
+        score = timed(choose)
+        total = (op + score) / per_thousand
+        print(f"{name:<20} {config.window:>6} {op:9.3f} {score:9.3f} {total:12.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
