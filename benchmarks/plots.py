@@ -78,7 +78,7 @@ def plot_serve(runs: Runs, path: Path) -> None:
 
 
 def _label(name: str) -> str:
-    return name if name == STOCK or "=" in name else f"ratio {name}"
+    return name.replace(",", "\n") if name == STOCK or "=" in name else f"ratio {name}"
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
