@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvcompress_vllm.budget import Budget
+from kvcompress_vllm.budget import Wish
 from kvcompress_vllm.scheduling import NEVER, CompressionPlanner, Tracked
 
 UNBOUNDED = 1 << 30
@@ -43,7 +43,7 @@ def load(
     num_tokens: int,
     tokens_left: int,
     max_batched_tokens: int,
-    own: Budget | None = None,
+    own: Wish | None = None,
 ) -> Load:
     """Describe a running request, or one that would start its prefill now.
 

@@ -9,14 +9,15 @@ from typing import NamedTuple
 from kvcompress_vllm.config import KVCompressConfig
 
 
-class Budget(NamedTuple):
-    """What one request asked for instead of the configured budget; one of the two is set."""
+class Wish(NamedTuple):
+    """What one request asked for; None: as configured. Not both a ratio and a budget."""
 
     ratio: float | None = None
     budget_tokens: int | None = None
+    policy: str | None = None
 
 
-KEEP_ALL = Budget(ratio=1.0)
+KEEP_ALL = Wish(ratio=1.0)
 
 
 def num_recent(config: KVCompressConfig, num_tokens: int, covered: int, block_size: int) -> int:
@@ -40,7 +41,7 @@ def packed_blocks(
     covered: int,
     block_size: int,
     ratio: float | None = None,
-    own: Budget | None = None,
+    own: Wish | None = None,
 ) -> int:
     """Blocks C to keep of ``covered`` full blocks of a request of ``num_tokens`` tokens.
 
@@ -54,7 +55,9 @@ def packed_blocks(
     """
     if num_tokens < config.min_prompt_tokens:
         return covered
-    wanted = own or Budget(config.ratio, config.budget_tokens)
+    if own is not None and own.ratio is own.budget_tokens is None:
+        own = None
+    wanted = own or Wish(config.ratio, config.budget_tokens)
     if wanted.budget_tokens is not None:
         kept = -(-wanted.budget_tokens // block_size)
     else:

@@ -34,18 +34,29 @@ class Compressor:
     def __init__(
         self, config: KVCompressConfig, state: PackedState, pages: Tensor, scale: float
     ) -> None:
-        self.config = config
+        self._configured = config
         self.state = state
         self.pages = pages
         self.scale = scale
-        self.policy = config.create_policy()
+        self._policies: dict[str | None, tuple[KVCompressConfig, Policy]] = {}
+        self.config, self.policy = self._use(None)
         self.record: dict[str, list[Tensor]] | None = None
         """For tests, when not None: by request id, the kept key indices of every (layer, head)."""
 
     def run(self, due: list[Compression]) -> None:
         """Compress every due request and describe it in the state tables."""
-        for batch in _batches(due, MOST_TOKENS // self.pages.shape[1]):
-            self._run(batch)
+        for policy in dict.fromkeys(item.policy for item in due):
+            self.config, self.policy = self._use(policy)
+            mine = [item for item in due if item.policy == policy]
+            for batch in _batches(mine, MOST_TOKENS // self.pages.shape[1]):
+                self._run(batch)
+
+    def _use(self, name: str | None) -> tuple[KVCompressConfig, Policy]:
+        """Configuration and policy for the requests that chose ``name``."""
+        if name not in self._policies:
+            config = self._configured.with_policy(name)
+            self._policies[name] = config, config.create_policy()
+        return self._policies[name]
 
     def _run(self, due: list[Compression]) -> None:
         state, device = self.state, self.pages.device
@@ -72,7 +83,7 @@ class Compressor:
             int32(num_tokens),
             *tables,
             int32([item.observe_slot for item in due]),
-            int32([min(state.window, count) for count in num_tokens]),
+            int32([min(self.config.window, count) for count in num_tokens]),
             new_covered,
             page_start,
             starts[-1],
@@ -184,7 +195,7 @@ class Compressor:
         """What the policy may look at; ``statistics`` ``[channels, L * H * covered, B]``."""
         state, block_size = self.state, self.pages.shape[1]
         layers, heads = state.num_pages.shape[1:]
-        num_queries = min(state.window, item.num_tokens)
+        num_queries = min(self.config.window, item.num_tokens)
         packed = gather.Packed(item.state_slot, item.old_covered) if item.old_kept else None
         keys, values, queries = gather.readers(
             self.pages, row, item.num_tokens, state, item.observe_slot, num_queries, packed

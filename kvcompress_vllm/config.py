@@ -24,7 +24,7 @@ from kvcompress_vllm.validation import integer as _integer
 
 DEFAULT_RATIO = 4.0
 AUTO = "auto"
-GENERAL = {"window": 8, "recent": 16, "pool": 15, "allocator": "global"}
+GENERAL: dict[str, Any] = {"window": 8, "recent": 16, "pool": 15, "allocator": "global"}
 """What ``auto`` stands for where the policy names nothing else."""
 POLICY_OPTIONS = "policy_options"
 
@@ -88,6 +88,12 @@ class KVCompressConfig:
         "tokens kept per KV head on average, instead of a ratio",
         *_integer(1),
         optional=True,
+    )
+    allow_policies: bool = _option(
+        False,
+        "requests may choose another policy",
+        "true or false",
+        lambda value: isinstance(value, bool),
     )
     window: int = _option(
         AUTO, "how many of the last prompt queries are observed", *_or_auto(_integer(1, 512))
@@ -175,6 +181,21 @@ class KVCompressConfig:
     def create_policy(self) -> policies.Policy:
         """The policy with its options."""
         return policies.create(self.policy, self.pool, self.policy_options)
+
+    def with_policy(self, name: str | None) -> KVCompressConfig:
+        """The same for a request that chose its policy: at what that one prefers, except that no
+        more queries are observed than this configuration has room for.
+
+        Raises:
+            ValueError: the policy is unknown.
+        """
+        if name in (None, self.policy):
+            return self
+        assert name is not None
+        preferred = policies.find(name).defaults.window or GENERAL["window"]
+        own = {"policy", POLICY_OPTIONS, *GENERAL}
+        options = {key: value for key, value in self.to_dict().items() if key not in own}
+        return KVCompressConfig(policy=name, window=min(preferred, self.window), **options)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> KVCompressConfig:

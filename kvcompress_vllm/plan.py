@@ -25,6 +25,8 @@ class Compression(NamedTuple):
     covered: int
     old_blocks: list[int]
     new_blocks: list[int]
+    policy: str | None = None
+    """What the request chose; None: the configured one."""
 
     @property
     def candidate_blocks(self) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kvcompress_vllm import budget
-from kvcompress_vllm.budget import Budget
+from kvcompress_vllm.budget import Wish
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Observation
 
@@ -45,7 +45,7 @@ class Tracked:
     """F, full blocks covered by compression so far."""
     kept: int = 0
     """C, blocks they are packed into; 0 until the first compression."""
-    own: Budget | None = None
+    own: Wish | None = None
     """What the request asked for; None: the configured budget."""
     ratio: float | None = None
     """Of the compression that is under way, where the pool ran short; None: its usual budget."""
@@ -80,11 +80,11 @@ class CompressionPlanner:
         self._observe_slots = list(range(observe_slots - 1, -1, -1))
         self._released: list[int] = []
         # Asked for every request on every step.
-        self._kept: dict[tuple[int, float | None, Budget | None], int] = {}
-        self._first_outgrown: dict[Budget | None, int] = {}
+        self._kept: dict[tuple[int, float | None, Wish | None], int] = {}
+        self._first_outgrown: dict[Wish | None, int] = {}
 
     def packed_size(
-        self, num_tokens: int, own: Budget | None = None, ratio: float | None = None
+        self, num_tokens: int, own: Wish | None = None, ratio: float | None = None
     ) -> tuple[int, int]:
         """(F, C) of a compression at ``num_tokens`` tokens; C < F if there is anything to gain.
 
@@ -97,12 +97,13 @@ class CompressionPlanner:
             return covered, covered
         key = covered, ratio, own
         if key not in self._kept:
+            config = self.config.with_policy(own.policy if own else None)
             self._kept[key] = budget.packed_blocks(
-                self.config, num_tokens, covered, self.block_size, ratio, own
+                config, num_tokens, covered, self.block_size, ratio, own
             )
         return covered, self._kept[key]
 
-    def outgrown_at(self, covered: int = 0, kept: int = 0, own: Budget | None = None) -> int:
+    def outgrown_at(self, covered: int = 0, kept: int = 0, own: Wish | None = None) -> int:
         """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
 
         Args:
@@ -123,14 +124,14 @@ class CompressionPlanner:
             full += config.interval - excess
         return NEVER
 
-    def can_admit(self, num_tokens: int, own: Budget | None = None) -> bool:
+    def can_admit(self, num_tokens: int, own: Wish | None = None) -> bool:
         """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
         covered, kept = self.packed_size(num_tokens, own)
         if kept < covered:
             return bool(self._state_slots and self._observe_slots)
         return bool(self._state_slots) or self._first_due(own) == NEVER
 
-    def admit(self, request_id: str, num_tokens: int, own: Budget | None = None) -> None:
+    def admit(self, request_id: str, num_tokens: int, own: Wish | None = None) -> None:
         """Start to track a request; one that will never be compressed is not tracked.
 
         Args:
@@ -157,7 +158,7 @@ class CompressionPlanner:
             tracked.observe_slot = self._observe_slots.pop()
         self.requests[request_id] = tracked
 
-    def reserve(self, num_tokens: int = 0, own: Budget | None = None) -> int:
+    def reserve(self, num_tokens: int = 0, own: Wish | None = None) -> int:
         """Blocks to keep free so that any one request awaiting compression can be packed.
 
         Args:
@@ -298,7 +299,7 @@ class CompressionPlanner:
         """Requests that are packed now."""
         return (t for t in self.requests.values() if t.kept)
 
-    def _first_due(self, own: Budget | None) -> int:
+    def _first_due(self, own: Wish | None) -> int:
         """``outgrown_at`` of a request that is not packed."""
         if own not in self._first_outgrown:
             self._first_outgrown[own] = self.outgrown_at(own=own)

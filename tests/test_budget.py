@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm import budget
-from kvcompress_vllm.budget import KEEP_ALL, Budget
+from kvcompress_vllm.budget import KEEP_ALL, Wish
 from kvcompress_vllm.config import KVCompressConfig
 
 B = 16
@@ -58,17 +58,17 @@ def test_what_is_kept_always_holds_the_shields(
 @pytest.mark.parametrize(
     ("options", "own", "kept"),
     [
-        ({}, Budget(ratio=10), 10),
-        ({}, Budget(budget_tokens=320), 20),
+        ({}, Wish(ratio=10), 10),
+        ({}, Wish(budget_tokens=320), 20),
         ({}, KEEP_ALL, 100),
         ({"min_ratio": 2}, KEEP_ALL, 50),  # the operator's limits win
-        ({"min_ratio": 2}, Budget(budget_tokens=10**6), 50),
-        ({"max_ratio": 8}, Budget(ratio=20), 13),
-        ({"max_ratio": 8}, Budget(budget_tokens=16), 13),
-        ({"max_ratio": 8}, Budget(ratio=6), 17),
+        ({"min_ratio": 2}, Wish(budget_tokens=10**6), 50),
+        ({"max_ratio": 8}, Wish(ratio=20), 13),
+        ({"max_ratio": 8}, Wish(budget_tokens=16), 13),
+        ({"max_ratio": 8}, Wish(ratio=6), 17),
     ],
 )
-def test_a_request_may_ask_within_the_limits(options: dict, own: Budget, kept: int) -> None:
+def test_a_request_may_ask_within_the_limits(options: dict, own: Wish, kept: int) -> None:
     config = KVCompressConfig.from_dict({"ratio": 4, **options})
     assert budget.packed_blocks(config, 1600, 100, B, own=own) == kept
     # Pressure goes below what was asked for, never above.

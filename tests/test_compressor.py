@@ -147,6 +147,33 @@ def test_compressing_again_and_again_equals_the_literal_algorithm(
             assert int(pages.sum()) == kept * SLOTS and not pages.eq(kept).all()
 
 
+def two_requests(config: KVCompressConfig, policies: list[str | None]) -> torch.Tensor:
+    """Packed pages of two requests of the same content that choose these policies."""
+    torch.manual_seed(5)
+    state = Paged(config).state
+    pages = torch.randn(200 * SLOTS, B, 2 * D)
+    compressor = Compressor(config, state, pages, D**-0.5)
+    state.ring.normal_()
+    due = [
+        Compression(
+            "ab"[slot], slot, slot, 900, 0, 0, 56, list(range(1, 58)), list(range(new, new + 3)),
+            policy,
+        )
+        for slot, new, policy in zip([0, 1], [100, 110], policies, strict=True)
+    ]  # fmt: skip
+    state.ring[:, 1] = state.ring[:, 0]
+    compressor.run(due)
+    return torch.stack([pages[first * SLOTS : (first + 3) * SLOTS] for first in (100, 110)])
+
+
+def test_requests_of_one_step_may_use_different_policies() -> None:
+    config = KVCompressConfig(window=W, ratio=20, allow_policies=True)
+    mixed = two_requests(config, ["tova", None])
+    assert mixed[1].equal(two_requests(config, [None, None])[1])
+    assert mixed[0].equal(two_requests(config.with_policy("tova"), [None, None])[0])
+    assert not mixed[0].equal(mixed[1])
+
+
 def test_many_compressions_at_once_equal_each_on_its_own() -> None:
     """Batches are bounded in memory; where they are cut must not matter."""
     torch.manual_seed(4)

@@ -92,8 +92,9 @@ def _patch_requests() -> None:
         from kvcompress_vllm.integration.options import resolved_config
         from kvcompress_vllm.integration.requests import check_request
 
-        if resolved_config(self.vllm_config) is not None:
-            check_request(params, kwargs.get("resumable", False))
+        config = resolved_config(self.vllm_config)
+        if config is not None:
+            check_request(config, params, kwargs.get("resumable", False))
         return stock(self, request_id, prompt, params, *args, **kwargs)
 
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 from kvcompress_vllm import admission, integrity
 from kvcompress_vllm.integration.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.options import resolved_config
-from kvcompress_vllm.integration.requests import request_budget
+from kvcompress_vllm.integration.requests import request_wish
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.plan import Compression, PackedRow, StepPlan
 from kvcompress_vllm.scheduling import CompressionPlanner, Tracked
@@ -114,6 +114,7 @@ class _KVCompressMixin(Scheduler):
                     covered,
                     row,
                     new,
+                    tracked.own.policy if tracked.own else None,
                 )
             )
             freed += old
@@ -139,7 +140,7 @@ class _KVCompressMixin(Scheduler):
         if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         planner, manager = self.kv_compress_planner, self.kv_cache_manager
-        own = request_budget(request.sampling_params)
+        own = request_wish(request.sampling_params)
         if not planner.can_admit(request.num_tokens, own):
             return None
         reserve = planner.reserve(request.num_tokens, own)
@@ -177,7 +178,7 @@ class _KVCompressMixin(Scheduler):
             request.num_tokens,
             self._output_length.left(request.num_output_tokens, request.max_tokens),
             self.scheduler_config.max_num_batched_tokens,
-            request_budget(request.sampling_params),
+            request_wish(request.sampling_params),
         )
 
     def _release(self, request_id: str) -> None:

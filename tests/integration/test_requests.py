@@ -10,22 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm import SamplingParams
 
-from kvcompress_vllm.budget import KEEP_ALL, Budget
-from kvcompress_vllm.integration.requests import check_request, request_budget
+from kvcompress_vllm.budget import KEEP_ALL, Wish
+from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.integration.requests import check_request, request_wish
 
 
-def ask(**extra_args: Any) -> Budget | None:
-    return request_budget(SamplingParams(extra_args=extra_args))
+def ask(**extra_args: Any) -> Wish | None:
+    return request_wish(SamplingParams(extra_args=extra_args))
 
 
 def test_accepted() -> None:
-    assert request_budget(None) is None and request_budget(SamplingParams()) is None
+    assert request_wish(None) is None and request_wish(SamplingParams()) is None
     assert ask(other_plugin=3) is None
     assert ask(kv_compress=True) is None and ask(kv_compress=1) is None
     assert ask(kv_compress=False) == ask(kv_compress=0) == KEEP_ALL
-    assert ask(kv_compress_ratio=8) == Budget(ratio=8.0)
-    assert ask(kv_compress=1, kv_compress_ratio=2.5) == Budget(ratio=2.5)
-    assert ask(kv_compress_budget_tokens=512) == Budget(budget_tokens=512)
+    assert ask(kv_compress_ratio=8) == Wish(ratio=8.0)
+    assert ask(kv_compress=1, kv_compress_ratio=2.5) == Wish(ratio=2.5)
+    assert ask(kv_compress_budget_tokens=512) == Wish(budget_tokens=512)
+    assert ask(kv_compress_policy="cake", kv_compress_ratio=3) == Wish(ratio=3.0, policy="cake")
 
 
 @pytest.mark.parametrize(
@@ -47,16 +49,28 @@ def test_refused(extra_args: dict[str, Any], message: str) -> None:
 
 
 def test_resumable_sessions_are_refused() -> None:
-    check_request(SamplingParams(), resumable=False)
+    check_request(KVCompressConfig(), SamplingParams(), resumable=False)
     with pytest.raises(ValueError, match="resumable"):
-        check_request(SamplingParams(), resumable=True)
+        check_request(KVCompressConfig(), SamplingParams(), resumable=True)
+
+
+def test_policies_are_the_operators_to_allow() -> None:
+    asked = SamplingParams(extra_args={"kv_compress_policy": "snapkv"})
+    with pytest.raises(ValueError, match=r"'snapkv' is not accepted; .*'kv_compress' only"):
+        check_request(KVCompressConfig(), asked, resumable=False)
+    check_request(KVCompressConfig(policy="snapkv"), asked, resumable=False)
+    allowing = KVCompressConfig(allow_policies=True)
+    check_request(allowing, asked, resumable=False)
+    unknown = SamplingParams(extra_args={"kv_compress_policy": "nap"})
+    with pytest.raises(ValueError, match=r"policy='nap' is not accepted; .*snapkv"):
+        check_request(allowing, unknown, resumable=False)
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5
 )
 KEYS = st.sampled_from(
-    ["kv_compress", "kv_compress_ratio", "kv_compress_budget_tokens", "kv_compress_"]
+    ["kv_compress", "kv_compress_ratio", "kv_compress_budget_tokens", "kv_compress_policy"]
 )
 
 
@@ -66,4 +80,4 @@ def test_anything_else_is_a_value_error(extra_args: dict[str, Any]) -> None:
         budget = ask(**{str(key): value for key, value in extra_args.items()})
     except ValueError:
         return
-    assert budget is None or isinstance(budget, Budget)
+    assert budget is None or isinstance(budget, Wish)
