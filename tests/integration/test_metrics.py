@@ -49,7 +49,7 @@ def test_a_prompt_and_its_generation() -> None:
     }
 
 
-def test_pressure_and_refusals() -> None:
+def test_pressure() -> None:
     """The load of test_pressure_compresses_before_vllm_preempts."""
     sim = Simulation(46, {**OPTIONS, "interval": 8}, max_num_seqs=12, prefix_caching=False)
     for i in range(30):
