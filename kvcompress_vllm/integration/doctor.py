@@ -8,7 +8,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
-from kvcompress_vllm import __version__, policies
+import torch
+
+from kvcompress_vllm import __version__, ops, policies
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.integration import hooks
 
@@ -56,9 +58,13 @@ def render(report: dict[str, Any]) -> str:
         "GPUs: "
         + (", ".join(f"{g['name']} (sm_{g['capability']})" for g in report["gpus"]) or "none"),
     ]
-    for device, ops in kernels.items():
-        native = [op for op, has in ops.items() if has]
-        which = f"all {len(ops)} ops" if len(native) == len(ops) else ", ".join(native) or "none"
+    for device, kernel_of in kernels.items():
+        native = [op for op, has in kernel_of.items() if has]
+        which = (
+            f"all {len(native)} ops"
+            if len(native) == len(kernel_of)
+            else ", ".join(native) or "none"
+        )
         isa = f", {report['cpu_instruction_set']}" if device == "CPU" and native else ""
         lines.append(f"native {device} kernels: {which}{isa}")
     if checked is not None:
@@ -85,8 +91,6 @@ def _version(package: str) -> str | None:
 
 
 def _examine_torch(report: dict[str, Any]) -> None:
-    import torch
-
     report["versions"]["cuda"] = torch.version.cuda
     report["gpus"] = []
     if torch.cuda.is_available():
@@ -96,14 +100,6 @@ def _examine_torch(report: dict[str, Any]) -> None:
             report["gpus"].append({"name": name, "capability": f"{major}{minor}"})
     # Our kernels choose by the rule that PyTorch's go by, ATEN_CPU_CAPABILITY included.
     report["cpu_instruction_set"] = torch.backends.cpu.get_cpu_capability()
-    report["kernels"] = {}
-    try:
-        from kvcompress_vllm import ops
-    except (ImportError, OSError, RuntimeError) as error:
-        report["problems"].append(
-            f"the kernels were built for another torch, reinstall kvcompress_vllm: {error}"
-        )
-        return
     report["kernels"] = ops.backends()
     for device in ["cpu"] + ["cuda"] * bool(report["gpus"]):
         missing = ops.missing_kernels(device)
