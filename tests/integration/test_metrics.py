@@ -101,7 +101,7 @@ def refusals(sim: Simulation) -> Counter[str]:
 
 def test_refused_by_the_forecast() -> None:
     """A second prompt would fit now, but not beside the first one once that has grown."""
-    sim = Simulation(41, {**OPTIONS, "decode": False}, prefix_caching=False)
+    sim = Simulation(34, {**OPTIONS, "decode": False}, prefix_caching=False)
     sim.add("first", prompt(1, 100), 400)
     sim.step()
     sim.add("second", prompt(2, 100), 400)
