@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
+
+Trigger = Literal["prefill", "decode", "pressure"]
+"""A complete prompt, an outgrown budget, or a pool that runs short."""
+
+TRIGGERS: tuple[Trigger, ...] = get_args(Trigger)
 
 
 class Compression(NamedTuple):
@@ -27,6 +32,7 @@ class Compression(NamedTuple):
     new_blocks: list[int]
     policy: str | None = None
     """What the request chose; None: the configured one."""
+    trigger: Trigger = "prefill"
 
     @property
     def candidate_blocks(self) -> int:

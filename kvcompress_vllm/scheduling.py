@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from kvcompress_vllm import budget
 from kvcompress_vllm.budget import Wish
 from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.plan import Observation
+from kvcompress_vllm.plan import Observation, Trigger
 
 NEVER = 1 << 62
 """Token count at which nothing ever is due."""
@@ -49,6 +49,8 @@ class Tracked:
     """What the request asked for; None: the configured budget."""
     ratio: float | None = None
     """Of the compression that is under way, where the pool ran short; None: its usual budget."""
+    trigger: Trigger = "decode"
+    """Of the compression that comes next."""
 
 
 class CompressionPlanner:
@@ -76,6 +78,7 @@ class CompressionPlanner:
         self.requests: dict[str, Tracked] = {}
         self.version = 0
         """Changes whenever a request comes, goes or is packed for the first time."""
+        self.observe_slots = observe_slots
         self._state_slots = list(range(state_slots - 1, -1, -1))
         self._observe_slots = list(range(observe_slots - 1, -1, -1))
         self._released: list[int] = []
@@ -156,6 +159,7 @@ class CompressionPlanner:
         tracked = Tracked(request_id, self._state_slots.pop(), due_at, own=own)
         if at_prefill:
             tracked.observe_slot = self._observe_slots.pop()
+            tracked.trigger = "prefill"
         self.requests[request_id] = tracked
 
     def reserve(self, num_tokens: int = 0, own: Wish | None = None) -> int:
@@ -227,7 +231,7 @@ class CompressionPlanner:
                 if missing <= 0:
                     return
                 self._prepare(tracked, due_at)
-                tracked.ratio = ratio
+                tracked.ratio, tracked.trigger = ratio, "pressure"
                 missing -= gain
 
     def _prepare(self, tracked: Tracked, due_at: int) -> None:
@@ -276,7 +280,7 @@ class CompressionPlanner:
         self._observe_slots.append(tracked.observe_slot)
         tracked.observe_slot = None
         tracked.covered, tracked.kept = self.packed_size(tracked.due_at, tracked.own, tracked.ratio)
-        tracked.ratio = None
+        tracked.ratio, tracked.trigger = None, "decode"
         tracked.due_at = self.outgrown_at(tracked.covered, tracked.kept, tracked.own)
 
     def release(self, request_id: str) -> None:
@@ -289,6 +293,10 @@ class CompressionPlanner:
             self._observe_slots.append(tracked.observe_slot)
         self._state_slots.append(tracked.state_slot)
         self._released.append(tracked.state_slot)
+
+    def observe_slots_used(self) -> int:
+        """Observation slots that are taken now."""
+        return self.observe_slots - len(self._observe_slots)
 
     def take_released(self) -> list[int]:
         """State slots released since the last call."""

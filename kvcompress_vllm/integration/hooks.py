@@ -58,6 +58,20 @@ HOOKS = (
          "compresses what is due, then attaches the plan to the step", "scheduler_cls is public"),
     Hook(f"{_SCHEDULER}.__init__", ("self", "vllm_config", "kv_cache_config"),
          "built through scheduler_cls with keywords", "scheduler_cls is public"),
+    Hook(f"{_SCHEDULER}.make_stats", ("self",), "adds our report to the step's statistics",
+         "scheduler_cls is public"),
+    Hook("vllm.v1.metrics.stats:SchedulerStats", ("num_running_reqs",),
+         "subclassed with a field for our report", "vLLM's statistics have a field for plugins"),
+    Hook("vllm.v1.engine:EngineCoreOutputs", ("scheduler_stats",),
+         "declares the subclass, so that the front end decodes our report",
+         "vLLM's statistics have a field for plugins", patched=True),
+    Hook("vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+         ("self", "vllm_config", "engine_idxs", "custom_stat_loggers"),
+         "adds our metrics where vLLM keeps statistics of a compressed engine",
+         "a stat logger plugin leaves --disable-log-stats alone", patched=True),
+    Hook("vllm.v1.metrics.loggers:StatLoggerBase.record",
+         ("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+         "overridden to export our report", "stat loggers are public"),
     Hook("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.__init__", ("self",),
          "its single_type_managers hold our block manager", "the registry hands managers out"),
     Hook(f"{_MANAGER}.pop_blocks_for_free", ("self", "request_id"),
@@ -122,7 +136,7 @@ def _problem(hook: Hook) -> str | None:
         for part in name.split("."):
             target = getattr(target, part)
         found = list(inspect.signature(inspect.unwrap(target)).parameters)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is that a broken vLLM raises on import
         return f"{hook.path}: {error} (we use it: {hook.reason})"
     positions = [found.index(p) if p in found else -1 for p in hook.parameters]
     if -1 in positions or positions != sorted(positions):

@@ -74,7 +74,10 @@ def _patch_engine_config(engine_args: Any) -> None:
         config = wire(self)
         vllm_config = stock(self, *args, **kwargs)
         if config is not None:
+            from kvcompress_vllm.integration import prometheus
+
             check(vllm_config)
+            prometheus.install()
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config

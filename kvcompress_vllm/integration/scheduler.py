@@ -16,6 +16,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm import admission, integrity
@@ -23,6 +24,8 @@ from kvcompress_vllm.integration.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.options import resolved_config
 from kvcompress_vllm.integration.requests import request_wish
 from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.stats import KVCompressSchedulerStats
+from kvcompress_vllm.metrics import Recorder
 from kvcompress_vllm.plan import Compression, PackedRow, StepPlan
 from kvcompress_vllm.scheduling import CompressionPlanner, Tracked
 
@@ -54,6 +57,7 @@ class _KVCompressMixin(Scheduler):
             observe_slots=observe_slots(self.vllm_config, manager.block_pool.num_gpu_blocks),
             max_tokens=self.max_model_len,
         )
+        self._recorder = Recorder(self.log_stats)
         manager.on_release = self._release
         self._output_length = admission.OutputLength()
         self._does_not_fit: tuple[str, int] | None = None
@@ -70,6 +74,16 @@ class _KVCompressMixin(Scheduler):
         if self._check_integrity:
             self.check_integrity()
         return output
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is None:
+            return None
+        planner = self.kv_compress_planner
+        report = self._recorder.take(
+            self.kv_compress_manager.packed, planner.observe_slots_used(), planner.observe_slots
+        )
+        return KVCompressSchedulerStats.of(stats, report)
 
     def check_integrity(self) -> None:
         """Check the whole pool; see :mod:`kvcompress_vllm.integrity`.
@@ -99,6 +113,7 @@ class _KVCompressMixin(Scheduler):
             num_tokens, first = tracked.due_at, not tracked.kept
             covered, kept = planner.packed_size(num_tokens, tracked.own, tracked.ratio)
             if manager.block_pool.get_num_free_blocks() < kept:
+                self._recorder.reserve_wait()
                 break
             assert tracked.observe_slot is not None
             row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
@@ -115,6 +130,7 @@ class _KVCompressMixin(Scheduler):
                     row,
                     new,
                     tracked.own.policy if tracked.own else None,
+                    tracked.trigger,
                 )
             )
             freed += old
@@ -142,9 +158,11 @@ class _KVCompressMixin(Scheduler):
         planner, manager = self.kv_compress_planner, self.kv_cache_manager
         own = request_wish(request.sampling_params)
         if not planner.can_admit(request.num_tokens, own):
+            self._recorder.refused("slots")
             return None
         reserve = planner.reserve(request.num_tokens, own)
         if not self._fits(request, reserve):
+            self._recorder.refused("forecast")
             return None
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
         # then stays uncompressed.
@@ -187,6 +205,8 @@ class _KVCompressMixin(Scheduler):
         request = self.requests.get(request_id)
         if request is not None and request.is_finished():
             self._output_length.finished(request.num_output_tokens)
+        if request is None or request.is_finished():
+            self._recorder.finished(request_id)
 
     def _plan(self, output: SchedulerOutput, compressions: list[Compression]) -> StepPlan:
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
@@ -195,6 +215,8 @@ class _KVCompressMixin(Scheduler):
             # A request that was compressed and then preempted in the same step owns nothing.
             compressions=[c for c in compressions if c.request_id in manager.packed],
         )
+        for item in plan.compressions:
+            self._recorder.compressed(item)
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             first_token = self.requests[request_id].num_computed_tokens - num_tokens
             observation = planner.observe(request_id, first_token, num_tokens)

@@ -28,6 +28,7 @@ from kvcompress_vllm.compressor import Compressor
 from kvcompress_vllm.integration.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.options import resolved_config
 from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.metrics import StepReport
 from kvcompress_vllm.plan import StepPlan
 from kvcompress_vllm.state import PackedState
 
@@ -113,6 +114,7 @@ class Simulation:
         max_num_seqs: int = 8,
         max_model_len: int = 512,
         prefix_caching: bool = True,
+        log_stats: bool = True,
     ) -> None:
         args = EngineArgs(
             str(MODEL),
@@ -137,7 +139,7 @@ class Simulation:
             kv_cache_config=cache,
             block_size=B,
             structured_output_manager=StructuredOutputManager(self.vllm_config),
-            log_stats=True,
+            log_stats=log_stats,
         )
         state = PackedState(
             num_blocks=num_blocks,
@@ -157,6 +159,7 @@ class Simulation:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(B, hash_function) if prefix_caching else None
         self.outputs: dict[str, list[int]] = {}
+        self.reports: list[StepReport] = []
         self.num_steps = 0
         self.most_running = 0
         self.num_compressions = 0
@@ -206,6 +209,8 @@ class Simulation:
             sampled.append([(sum(tokens[rid]) * 7 + len(tokens[rid])) % 1000 + 3] if done else [])
         result = ModelRunnerOutput(ids, {rid: i for i, rid in enumerate(ids)}, sampled)
         for outputs in self.scheduler.update_from_output(output, result).values():
+            if outputs.scheduler_stats is not None:
+                self.reports.append(outputs.scheduler_stats.kv_compress)
             for item in outputs.outputs:
                 self.outputs[item.request_id] += item.new_token_ids
 

@@ -32,12 +32,13 @@ def test_assignments_to_vllm_are_all_registered() -> None:
     """Each patch in the source (an attribute of a vLLM class or object set) has its hook."""
     folder = Path(hooks.__file__).parent
     assigned = {
-        name
+        attribute or annotated
         for path in folder.glob("*.py")
-        for name in re.findall(
-            r"(?:engine_args|kv_cache_manager|model_state|InputProcessor)\.(\w+) = ",
+        for attribute, annotated in re.findall(
+            r"(?:engine_args|kv_cache_manager|model_state|InputProcessor|StatLoggerManager)"
+            r"\.(\w+) = |(\w+)\.__annotations__\[",
             path.read_text(),
         )
     }
     fields = {"additional_config", "block_size"}  # plain fields of the EngineArgs instance
-    assert assigned - fields == {h.path.rpartition(".")[2] for h in HOOKS if h.patched}
+    assert assigned - fields == {re.split("[.:]", h.path)[-1] for h in HOOKS if h.patched}

@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration.engines import samples
 from tests.integration.simulation import MODEL
@@ -46,6 +47,17 @@ class Server:
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.url}/metrics").text
         return float(re.search(rf"^{name}{{[^}}]*}} (\S+)$", text, re.M)[1])
+
+    def ours(self) -> dict[str, float]:
+        """Our metrics, as ``name`` or ``name label``."""
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
+            for name, labels, value, *_ in family.samples:
+                if name.startswith("kv_compress:") and not name.endswith("_created"):
+                    assert labels.pop("model_name") == "tiny" and labels.pop("engine") == "0"
+                    own = " ".join([name, *(labels[key] for key in sorted(labels))])
+                    found[own.removeprefix("kv_compress:")] = value
+        return found
 
     def used_blocks(self) -> int:
         text = httpx.get(f"{self.url}/metrics").text
@@ -180,6 +192,44 @@ def test_openai_features_and_bad_requests(tmp_path: Path) -> None:
 
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 0, "Ctrl-C ends it in order"
+
+
+def test_metrics(tmp_path: Path) -> None:
+    """What /metrics shows of three compressions, and of none of them without the flag."""
+    pairs = samples("single", LENGTH, 3, offset=1300)
+    with serve(tmp_path, "--kv-compress", "ratio=8") as server:
+        ours = server.ours()
+        assert len(ours) > 20 and set(ours.values()) == {0}, "every series is there from the start"
+        for prompt, _ in pairs:
+            complete(server, prompt)
+        ours = server.ours()
+        assert ours["compressed_requests_total"] == ours["compressions_total prefill"] == 3
+        assert ours["compressions_total decode"] == 0
+        below, above = (ours[f"kept_ratio_bucket {bound} prefill"] for bound in (0.1, 0.15))
+        assert (below, above) == (0, 3)
+        lines = re.findall(r"tokens, (\d+) -> (\d+) blocks", server.log.read_text())
+        before, after = (sum(map(int, blocks)) for blocks in zip(*lines, strict=True))
+        assert len(lines) == 3 and ours["freed_blocks_total"] == before - after
+        assert (ours["blocks_before_total"], ours["blocks_after_total"]) == (before, after)
+        assert ours["packed_requests"] == ours["saved_blocks"] == 0 < ours["observation_slots"]
+
+        stream = server.client.completions.create(
+            model="tiny", prompt=pairs[0][0], max_tokens=400, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        for count, _ in enumerate(stream):
+            if count == 40:
+                break
+        ours = server.ours()
+        assert ours["packed_requests"] == 1 and ours["saved_blocks"] >= 70
+        stream.close()
+    for flags in ([], ["--disable-log-stats"]):
+        flags = [*flags, *(["--kv-compress"] if flags else [])]
+        with serve(tmp_path, *flags) as server:
+            assert complete(server, pairs[0][0])
+            text = httpx.get(f"{server.url}/metrics").text
+            assert "kv_compress" not in text and server.ours() == {}
+            assert ("vllm:num_requests_running" in text) == (not flags)
 
 
 def test_bad_flag_ends_the_command(tmp_path: Path) -> None:

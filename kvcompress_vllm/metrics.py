@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What operators can see of compression: the metrics, and what a step reports towards them.
+
+The scheduler records; :class:`StepReport` travels to the front end with vLLM's own statistics;
+``integration/prometheus.py`` turns it into the metrics of :data:`METRICS`. No vLLM types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from kvcompress_vllm.plan import TRIGGERS, Compression
+
+REFUSALS = ("forecast", "slots")
+"""Why a waiting request is kept out although vLLM would admit it."""
+
+
+class Metric(NamedTuple):
+    """One metric as Prometheus sees it; all carry vLLM's labels ``model_name`` and ``engine``.
+
+    Attributes:
+        name: with the ``_total`` of counters.
+        kind: Prometheus type.
+        help: one sentence.
+        label: one more label, and ``values`` all that it can be.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    label: str | None = None
+    values: tuple[str, ...] = ()
+
+
+COMPRESSED_REQUESTS = "kv_compress:compressed_requests_total"
+COMPRESSIONS = "kv_compress:compressions_total"
+KEPT_RATIO = "kv_compress:kept_ratio"
+FREED_BLOCKS = "kv_compress:freed_blocks_total"
+BLOCKS_BEFORE = "kv_compress:blocks_before_total"
+BLOCKS_AFTER = "kv_compress:blocks_after_total"
+RESERVE_WAITS = "kv_compress:reserve_waits_total"
+ADMISSION_REFUSALS = "kv_compress:admission_refusals_total"
+PACKED_REQUESTS = "kv_compress:packed_requests"
+SAVED_BLOCKS = "kv_compress:saved_blocks"
+OBSERVATION_SLOTS_USED = "kv_compress:observation_slots_used"
+OBSERVATION_SLOTS = "kv_compress:observation_slots"
+
+METRICS = (
+    Metric(COMPRESSED_REQUESTS, "counter", "Requests compressed at least once."),
+    Metric(COMPRESSIONS, "counter", "Compressions carried out, by what called for them.",
+           "trigger", TRIGGERS),
+    Metric(KEPT_RATIO, "histogram", "Kept blocks per candidate block of each compression.",
+           "trigger", TRIGGERS),
+    Metric(FREED_BLOCKS, "counter", "Blocks that compressions gave back, net of the packed ones."),
+    Metric(BLOCKS_BEFORE, "counter", "Blocks that compressed requests held before, summed."),
+    Metric(BLOCKS_AFTER, "counter", "Blocks that compressed requests held afterwards, summed."),
+    Metric(RESERVE_WAITS, "counter",
+           "Steps on which a due compression waited for free blocks to pack into."),
+    Metric(ADMISSION_REFUSALS, "counter",
+           "Steps on which a waiting request was kept out: by the forecast of what all requests "
+           "will hold, or for want of slots.", "reason", REFUSALS),
+    Metric(PACKED_REQUESTS, "gauge", "Requests that are packed now."),
+    Metric(SAVED_BLOCKS, "gauge", "Blocks that packed requests would hold in addition if kept."),
+    Metric(OBSERVATION_SLOTS_USED, "gauge", "Observation slots in use."),
+    Metric(OBSERVATION_SLOTS, "gauge", "Observation slots of the engine."),
+)  # fmt: skip
+
+KEPT_RATIO_BUCKETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+class Compressed(NamedTuple):
+    """One compression, in blocks. ``first``: of its request."""
+
+    trigger: str
+    first: bool
+    candidates: int
+    kept: int
+    before: int
+    after: int
+
+
+@dataclass
+class StepReport:
+    """Events since the report before, and the state now; decoded by the types declared here."""
+
+    compressions: list[Compressed] = field(default_factory=list)
+    reserve_waits: int = 0
+    refusals: dict[str, int] = field(default_factory=dict)
+    """By one of :data:`REFUSALS`."""
+    packed_requests: int = 0
+    saved_blocks: int = 0
+    observation_slots_used: int = 0
+    observation_slots: int = 0
+
+
+class Recorder:
+    """Collects one engine's events between two reports.
+
+    Args:
+        enabled: False records nothing: where vLLM keeps no statistics, nobody takes reports.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._report = StepReport()
+        self._known: set[str] = set()
+
+    def compressed(self, item: Compression) -> None:
+        """Note a compression that the workers will carry out."""
+        if not self.enabled:
+            return
+        row, kept = len(item.old_blocks), len(item.new_blocks)
+        self._report.compressions.append(
+            Compressed(
+                item.trigger,
+                item.request_id not in self._known,
+                item.candidate_blocks,
+                kept,
+                row - item.old_covered + item.old_kept,
+                row - item.covered + kept,
+            )
+        )
+        self._known.add(item.request_id)
+
+    def reserve_wait(self) -> None:
+        """Note that a due compression found too few free blocks on this step."""
+        self._report.reserve_waits += 1
+
+    def refused(self, reason: str) -> None:
+        """Note that a waiting request was kept out on this step, by one of :data:`REFUSALS`."""
+        self._report.refusals[reason] = self._report.refusals.get(reason, 0) + 1
+
+    def finished(self, request_id: str) -> None:
+        """Forget a request. A preempted one stays known: it may be compressed a second time."""
+        self._known.discard(request_id)
+
+    def take(
+        self, packed: Mapping[str, tuple[int, int]], slots_used: int, slots: int
+    ) -> StepReport:
+        """The events since the last call, with the state now.
+
+        Args:
+            packed: (F, C) of every packed request.
+            slots_used: observation slots in use.
+            slots: observation slots of the engine.
+        """
+        report, self._report = self._report, StepReport()
+        report.packed_requests = len(packed)
+        report.saved_blocks = sum(covered - kept for covered, kept in packed.values())
+        report.observation_slots_used, report.observation_slots = slots_used, slots
+        return report

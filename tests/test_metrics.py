@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documents about the metrics name all that there are, and no others."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from kvcompress_vllm import metrics
+from kvcompress_vllm.metrics import METRICS, Compressed, StepReport
+from kvcompress_vllm.plan import Compression
+
+DOCS = Path(__file__).parents[1] / "docs"
+BY_NAME = {metric.name: metric for metric in METRICS}
+NAME = r"kv_compress:\w+"
+
+
+def dashboard() -> dict[str, Any]:
+    return json.loads((DOCS / "grafana" / "kv-compress.json").read_text())
+
+
+def expressions() -> list[str]:
+    return [t["expr"] for panel in dashboard()["panels"] for t in panel.get("targets", ())]
+
+
+def series(name: str) -> metrics.Metric | None:
+    """The metric that exports the series ``name``."""
+    histogram = BY_NAME.get(name.removesuffix("_bucket"))
+    if histogram is not None and histogram.kind == "histogram":
+        return histogram
+    return BY_NAME.get(name)
+
+
+def test_the_dashboard_shows_what_we_export() -> None:
+    shown = {name for text in expressions() for name in re.findall(NAME, text)}
+    assert {name for name in shown if series(name) is None} == set()
+    assert {series(name) for name in shown} == set(METRICS), "every metric has its panel"
+    everywhere = set(re.findall(NAME, json.dumps(dashboard())))
+    assert everywhere == shown
+
+
+def test_the_dashboard_asks_for_labels_that_exist() -> None:
+    for text in expressions():
+        for name, selector in re.findall(rf"({NAME}){{(.*?)}}", text):
+            metric = series(name)
+            assert metric is not None
+            labels = set(re.findall(r"(\w+)=~?\"", selector)) - {"model_name", "engine"}
+            assert labels <= {metric.label}
+            for label, value in re.findall(r'(\w+)="([^"]*)"', selector):
+                assert label == metric.label and value in metric.values
+        # Rates of counters and histograms, plain gauges.
+        for prefix, name in re.findall(rf"(rate\()?({NAME})", text):
+            metric = series(name)
+            assert metric is not None and bool(prefix) == (metric.kind != "gauge"), text
+
+
+def test_the_dashboard_is_laid_out() -> None:
+    board = dashboard()
+    assert {"uid", "title", "schemaVersion", "templating", "time", "panels"} <= board.keys()
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(ids) == len(set(ids))
+    variables = {v["name"] for v in board["templating"]["list"]}
+    used = set(re.findall(r"\$\{?([a-z]\w+)", json.dumps(board)))
+    assert used - {"__rate_interval", "__all"} <= variables | {"__rate_interval", "__all"}
+    places = [panel["gridPos"] for panel in board["panels"]]
+    assert all(p["x"] >= 0 and p["x"] + p["w"] <= 24 for p in places)
+    for a, b in combinations(places, 2):
+        beside = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+        below = a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
+        assert beside or below, (a, b)
+
+
+def test_the_table_is_complete() -> None:
+    text = (DOCS / "metrics.md").read_text()
+    rows = re.findall(rf"^\| `({NAME})` \| (\w+) \|(.*?)\| .+ \|$", text, re.M)
+    assert [row[0] for row in rows] == [metric.name for metric in METRICS]
+    for name, kind, label in rows:
+        metric = BY_NAME[name]
+        assert kind == metric.kind
+        expected = [metric.label, *metric.values] if metric.label else []
+        assert re.findall(r"`(\w+)`", label) == expected
+    assert {name for name in re.findall(NAME, text) if series(name) is None} == set()
+
+
+def test_what_a_compression_is_worth() -> None:
+    """A second compression of a row of 20 blocks: 4 packed for 16, and 4 full ones since."""
+    recorder = metrics.Recorder()
+    row = [*range(1, 5), *[0] * 12, *range(5, 9)]
+    recorder.compressed(Compression("r", 0, 0, 320, 16, 4, 20, row, [9] * 5, "decode"))
+    (item,) = recorder.take({"r": (20, 5)}, 0, 4).compressions
+    assert item == Compressed("decode", True, 8, 5, 8, 5)
+    assert recorder.take({}, 0, 4) == StepReport(observation_slots=4)
