@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from kvcompress_vllm import ops
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.integration import backend
 from kvcompress_vllm.integration.options import KEY, user_options
@@ -143,3 +144,21 @@ def check(vllm_config: VllmConfig) -> None:
                 f"kv_compress: {refusal.feature} is not supported together with "
                 f"--kv-compress ({refusal.setting})"
             )
+    if current_platform.is_cuda():
+        check_kernels(vllm_config)
+
+
+def check_kernels(vllm_config: VllmConfig) -> None:
+    """Refuse shapes that the CUDA kernels are not built for.
+
+    Raises:
+        ValueError: naming the shape and what is accepted.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    problem = ops.cuda_problem(
+        model.get_head_size(),
+        model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel),
+        vllm_config.cache_config.block_size or 16,
+    )
+    if problem is not None:
+        raise ValueError(f"kv_compress: {problem} is not supported together with --kv-compress")

@@ -75,6 +75,28 @@ def missing_kernels(device_type: str) -> str | None:
     )
 
 
+CUDA_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256)
+"""As in ``csrc/cuda/launch.h``."""
+
+
+def cuda_problem(head_size: int, group: int, block_size: int) -> str | None:
+    """What the CUDA kernels cannot do of a model's shape, as one line; None: they can do it.
+
+    Args:
+        head_size: D.
+        group: G, query heads per KV head.
+        block_size: B.
+    """
+    if head_size not in CUDA_HEAD_SIZES:
+        sizes = ", ".join(map(str, CUDA_HEAD_SIZES))
+        return f"head size {head_size} on a GPU (it must be one of {sizes})"
+    if group > 16:
+        return f"{group} query heads per KV head on a GPU (at most 16)"
+    if block_size < 8 or block_size & (block_size - 1):
+        return f"block size {block_size} on a GPU (it must be a power of two from 8 on)"
+    return None
+
+
 def _load(library: str) -> None:
     for path in Path(__file__).parents[1].glob(f"{library}.*so"):
         torch.ops.load_library(str(path))
@@ -117,6 +139,7 @@ compact_pages = torch.ops.kvcompress_vllm.compact_pages
 
 __all__ = [
     "CHANNELS",
+    "CUDA_HEAD_SIZES",
     "ENTROPY",
     "HEAD_SUM_SQUARES",
     "LAST",
@@ -129,6 +152,7 @@ __all__ = [
     "backends",
     "channel_mask",
     "compact_pages",
+    "cuda_problem",
     "missing_kernels",
     "observe_queries",
     "paged_attention",

@@ -2,6 +2,7 @@
 """Unsupported models and features are refused at startup, by name; the README lists them all."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from kvcompress_vllm.integration.wiring import REFUSALS, check
+from kvcompress_vllm import ops
+from kvcompress_vllm.integration.wiring import REFUSALS, check, check_kernels
 from tests.integration.simulation import MODEL
 
 README = (MODEL.parents[1] / "README.md").read_text()
@@ -95,3 +97,29 @@ def test_resolved_settings(part: str, field: str, value: Any, feature: str) -> N
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)
 def test_readme_lists_every_refusal(refusal: Any) -> None:
     assert refusal.feature in README
+
+
+@pytest.mark.parametrize(
+    ("changes", "block_size", "message"),
+    [
+        ({}, 16, None),
+        ({"head_dim": 72}, 16, "head size 72 on a GPU .*32, 64, 80"),
+        ({"num_attention_heads": 64, "num_key_value_heads": 2}, 16, "32 query heads per KV head"),
+        ({}, 48, "block size 48 on a GPU .*power of two"),
+    ],
+)
+def test_shapes_without_cuda_kernels(
+    tmp_path: Path, changes: dict[str, Any], block_size: int, message: str | None
+) -> None:
+    config = EngineArgs(model_like(tmp_path, **changes), block_size=block_size)
+    vllm_config = config.create_engine_config()
+    if message is None:
+        check_kernels(vllm_config)
+        return
+    with pytest.raises(ValueError, match=f"kv_compress: {message}.* not supported"):
+        check_kernels(vllm_config)
+
+
+def test_head_sizes_are_those_that_the_kernels_are_built_for() -> None:
+    source = (MODEL.parents[1] / "csrc/cuda/launch.h").read_text()
+    assert tuple(map(int, re.findall(r"case (\d+):", source))) == ops.CUDA_HEAD_SIZES
