@@ -89,7 +89,7 @@ def test_what_a_compression_is_worth() -> None:
     """A second compression of a row of 20 blocks: 4 packed for 16, and 4 full ones since."""
     recorder = metrics.Recorder()
     row = [*range(1, 5), *[0] * 12, *range(5, 9)]
-    recorder.compressed(Compression("r", 0, 0, 320, 16, 4, 20, row, [9] * 5, "decode"))
+    recorder.compressed(Compression("r", 0, 0, 320, 16, 4, 20, row, [9] * 5, trigger="decode"))
     (item,) = recorder.take({"r": (20, 5)}, 0, 4).compressions
     assert item == Compressed("decode", True, 8, 5, 8, 5)
     assert recorder.take({}, 0, 4) == StepReport(observation_slots=4)

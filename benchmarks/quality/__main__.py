@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.quality import cells as grid
 from benchmarks.quality.cells import Cell
+from benchmarks.quality.measure import engine_of
 from benchmarks.quality.report import plot, print_table
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
@@ -66,8 +67,7 @@ def main() -> None:
         "first_seed": args.first_seed, "enforce_eager": args.enforce_eager,
     }  # fmt: skip
     with tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="cell") as bar:
-        for key, group in groupby(missing, key=lambda cell: cell[:2]):
-            bar.set_description(" ".join(key))
+        for _, group in groupby(sorted(missing, key=engine_of), key=engine_of):
             run_engine(list(group), settings, args.output, bar)
     results = grid.load(args.output)
     shown = [results[cell] for cell in wanted]
@@ -93,12 +93,14 @@ def run_engine(cells: list[Cell], settings: dict[str, object], output: Path, bar
             if line.startswith('{"policy"'):
                 with output.open("a") as file:
                     file.write(line)
+                result = json.loads(line)
+                bar.set_description(f"{result['policy']} {result['ratio']:g} {result['task']}")
                 found += 1
                 bar.update()
         if process.wait() or found != len(cells):
             log.seek(0)
             print(log.read()[-4000:], file=sys.stderr)
-            sys.exit(f"{cells[0].policy}: the engine ended with status {process.returncode}")
+            sys.exit(f"the engine ended with status {process.returncode}; {found} results kept")
 
 
 if __name__ == "__main__":

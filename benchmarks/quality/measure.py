@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine answers the questions of all cells that share policy and allocator."""
+"""One engine answers the questions of many cells."""
 
 from __future__ import annotations
 
@@ -15,22 +15,30 @@ from benchmarks.retrieval import TaskGen
 
 MAX_ANSWER = 160
 """Tokens; the longest answers are copied passages of 90."""
+WIDEST = 64
+"""The widest window that a policy prefers: room for it lets one engine serve them all."""
+
+
+def engine_of(cell: Cell) -> tuple[str, str]:
+    """Cells with the same answer can share an engine.
+
+    Ratio and policy can be each request's own; an allocator other than the policy's cannot.
+    """
+    return ("", "auto") if cell.allocator == "auto" else (cell.policy, cell.allocator)
 
 
 def measure(args: argparse.Namespace, cells: list[Cell]) -> Iterator[dict[str, Any]]:
-    """Start an engine, ask it, and yield one result per cell.
-
-    The ratio is each request's own, so that one engine serves them all.
-    """
+    """Start an engine, ask it, and yield one result per cell."""
     from transformers import AutoTokenizer
     from vllm import SamplingParams
 
     from kvcompress_vllm import LLM
 
-    policy, allocator = cells[0].policy, cells[0].allocator
-    options: dict[str, Any] | None = None
-    if policy != FULL:
-        options = {"policy": policy, "allocator": allocator, "ratio": 4, **args.options}
+    policy, allocator = engine_of(cells[0])
+    # A policy's own window is used as far as there is room, which the base policy makes.
+    shared = {"policy": "streaming", "window": WIDEST, "allow_policies": True}
+    choice = {"policy": policy} if policy else shared
+    options = {"ratio": 4, "allocator": allocator, **choice, **args.options}
     generator = TaskGen.load(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     llm = LLM(
@@ -45,7 +53,10 @@ def measure(args: argparse.Namespace, cells: list[Cell]) -> Iterator[dict[str, A
     for cell in cells:
         seeds = range(args.first_seed, args.first_seed + args.samples)
         pairs = [generator.task(cell.task, cell.length, seed) for seed in seeds]
-        extra = None if policy == FULL else {"kv_compress_ratio": cell.ratio}
+        if cell.policy == FULL:
+            extra: dict[str, Any] = {"kv_compress": False}
+        else:
+            extra = {"kv_compress_ratio": cell.ratio, "kv_compress_policy": cell.policy}
         sampling = [
             SamplingParams(
                 temperature=0,
