@@ -264,6 +264,9 @@ def check(options: Mapping[str, Any]) -> None:
     """
     if "policy" not in options:
         options = {k: v for k, v in options.items() if k.split(".")[0] != POLICY_OPTIONS}
+    if not {"ratio", "budget_tokens"} & options.keys():
+        # The default ratio may still be replaced: a limit below it is not yet wrong.
+        options = {**options, "budget_tokens": 1}
     KVCompressConfig.from_dict(options)
 
 

@@ -178,3 +178,14 @@ def test_another_policy_brings_its_own_preferences() -> None:
     assert config.with_policy("tova").window == 1
     with pytest.raises(ValueError, match="policy='nap' is not accepted"):
         config.with_policy("nap")
+
+
+def test_limits_may_be_given_before_the_ratio() -> None:
+    check({"max_ratio": 3})
+    check({"max_ratio": 3, "ratio": 2})
+    with pytest.raises(ValueError, match="must not decrease"):
+        check({"max_ratio": 3, "min_ratio": 5})
+    with pytest.raises(ValueError, match="must not decrease"):
+        KVCompressConfig(max_ratio=3)  # in the end the default ratio is 4
+    with pytest.raises(ValueError, match=r"max_ratio=0.5 is not accepted"):
+        check({"max_ratio": 0.5})
