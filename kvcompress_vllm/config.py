@@ -104,7 +104,7 @@ class KVCompressConfig:
     min_prompt_tokens: int = _option(128, "shorter requests are never compressed", *_integer(1))
     decode: bool = _option(
         True,
-        "compress what is generated, too",
+        "compress what is generated, too, whenever it has outgrown the budget",
         "true or false",
         lambda value: isinstance(value, bool),
     )
