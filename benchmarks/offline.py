@@ -48,6 +48,43 @@ class Workload(NamedTuple):
         return f"{self.num_prompts}x{self.input_len}+{self.output_len}"
 
 
+def engine_parser(module: str, description: str | None, engines: str) -> argparse.ArgumentParser:
+    """The options that benchmarks of whole engines share.
+
+    Args:
+        module: name under ``benchmarks``.
+        description: the module's docstring.
+        engines: default of ``--engines``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="default: random weights of the Llama-3.1-8B shape")
+    parser.add_argument(
+        "--engines",
+        type=engine_names,
+        default=engines,
+        help="comma-separated ratios, 'stock' for vLLM without the flag; separate by ';' instead "
+        "to give options, like 'stock;ratio=8,decode=false'",
+    )
+    parser.add_argument("--kv-tokens", type=int, help="size of the KV cache; default: all memory")
+    parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
+    parser.add_argument("--plot", type=Path, help="draw the results into this file")
+    return parser
+
+
+def engine_names(text: str) -> list[str]:
+    """The names of ``--engines``."""
+    return text.split(";" if ";" in text else ",")
+
+
+def pool_blocks(kv_tokens: int) -> int:
+    """Blocks of a KV cache for so many tokens; vLLM keeps one for itself."""
+    return kv_tokens // BLOCK_SIZE + 1
+
+
 def options(name: str) -> dict[str, Any] | None:
     """``kv_compress`` of one engine.
 
@@ -68,7 +105,7 @@ def build(args: argparse.Namespace, name: str, workloads: list[Workload]) -> Any
 
     pool = {}
     if args.kv_tokens is not None:
-        pool["num_gpu_blocks_override"] = args.kv_tokens // BLOCK_SIZE + 1
+        pool["num_gpu_blocks_override"] = pool_blocks(args.kv_tokens)
     return LLM(
         args.model or str(SHAPE),
         kv_compress=options(name),

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.offline import BLOCK_SIZE, SHAPE, STOCK
+from benchmarks.offline import BLOCK_SIZE, SHAPE, STOCK, engine_parser, pool_blocks
 
 TOKENIZER = Path(__file__).parents[1] / "models" / "tiny"
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
@@ -38,29 +38,15 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", help="default: random weights of the Llama-3.1-8B shape")
-    parser.add_argument(
-        "--engines",
-        default=f"{STOCK},1,8",
-        help="comma-separated ratios, 'stock' for vLLM without the flag; separate by ';' instead "
-        "to give options, like 'stock;ratio=8,window=16'",
-    )
+    parser = engine_parser("serve", __doc__, engines=f"{STOCK},1,8")
     parser.add_argument("--rates", default="1,2,4,inf", help="requests per second, comma-separated")
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--input-len", type=int, default=6000, help="tokens")
     parser.add_argument("--output-len", type=int, default=500, help="tokens")
-    parser.add_argument("--kv-tokens", type=int, help="size of the KV cache; default: all memory")
     parser.add_argument("--port", type=int, default=8123)
-    parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
-    parser.add_argument("--plot", type=Path, help="draw the results into this file")
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
-    for name in args.engines.split(";" if ";" in args.engines else ","):
+    for name in args.engines:
         with server(args, name):
             for rate in args.rates.split(","):
                 run = {"engine": name, "rate": float(rate)} | load(args, rate)
@@ -88,7 +74,7 @@ def server(args: argparse.Namespace, name: str) -> Iterator[None]:
         command += ["--load-format", "dummy", "--tokenizer", str(TOKENIZER)]
         command += ["--hf-overrides", '{"vocab_size": 4096}']
     if args.kv_tokens is not None:
-        command += ["--num-gpu-blocks-override", str(args.kv_tokens // BLOCK_SIZE + 1)]
+        command += ["--num-gpu-blocks-override", str(pool_blocks(args.kv_tokens))]
     if name != STOCK:
         command += ["--kv-compress", name if "=" in name else f"ratio={name}"]
     with tempfile.TemporaryFile("w+") as log:

@@ -16,19 +16,13 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks.offline import STOCK, Workload, measure
+from benchmarks.offline import STOCK, Workload, engine_parser, measure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", help="default: random weights of the Llama-3.1-8B shape")
+    parser = engine_parser("throughput", __doc__, engines=f"{STOCK},1,8,64")
     parser.add_argument(
         "--workloads",
         type=Workload.parse,
@@ -37,24 +31,15 @@ def main() -> None:
         metavar="PROMPTSxINPUT+OUTPUT",
         help="default: 256x6000+500",
     )
-    parser.add_argument("--kv-tokens", type=int, help="size of the KV cache; default: all memory")
     parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument(
-        "--engines",
-        default=f"{STOCK},1,8,64",
-        help="comma-separated ratios, 'stock' for vLLM without the flag; separate by ';' instead "
-        "to give options, like 'stock;ratio=64,decode=false'",
-    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
-    parser.add_argument("--plot", type=Path, help="draw the results into this file")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only is not None:
         measure(args, args.only, args.workloads)
         return
     runs: list[dict[str, Any]] = []
-    for name in args.engines.split(";" if ";" in args.engines else ","):
+    for name in args.engines:
         lines = run_alone(name)
         print(*lines, sep="\n", flush=True)
         if args.output:

@@ -216,7 +216,8 @@ class CompressionPlanner:
             for t in self.requests.values()
             if t.observe_slot is not None
         )
-        for ratio in (None, self.config.max_ratio)[: 1 + (self.config.max_ratio is not None)]:
+        beyond = self.config.max_ratio
+        for ratio in [None] if beyond is None else [None, beyond]:
             if missing <= 0 or not self._observe_slots:
                 return
             gains = [

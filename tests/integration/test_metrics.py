@@ -18,7 +18,7 @@ from kvcompress_vllm.integration.prometheus import KVCompressStatLogger
 from kvcompress_vllm.integration.stats import KVCompressSchedulerStats
 from kvcompress_vllm.metrics import METRICS, Compressed, StepReport
 from tests.integration.simulation import Simulation
-from tests.integration.test_scheduler import OPTIONS, prompt
+from tests.integration.test_scheduler import OPTIONS, outgrow_the_forecast, prompt
 
 
 def compressions(sim: Simulation) -> list[Compressed]:
@@ -52,12 +52,7 @@ def test_a_prompt_and_its_generation() -> None:
 def test_pressure() -> None:
     """The load of test_pressure_compresses_before_vllm_preempts."""
     sim = Simulation(46, {**OPTIONS, "interval": 8}, max_num_seqs=12, prefix_caching=False)
-    for i in range(30):
-        sim.add(f"short{i}", prompt(i, 10), 2)
-    sim.run()
-    for i in range(7):
-        sim.add(f"r{i}", prompt(i, 100), 120)
-    sim.run()
+    outgrow_the_forecast(sim)
     triggers = Counter(item.trigger for item in compressions(sim))
     assert triggers["prefill"] == 7 and triggers["pressure"] > 0
     assert triggers.total() == sim.num_compressions
@@ -67,12 +62,7 @@ def test_pressure() -> None:
 def test_a_preempted_request_counts_once() -> None:
     sim = Simulation(46, {**OPTIONS, "interval": 8, "on_pressure": False}, max_num_seqs=12,
                      prefix_caching=False)  # fmt: skip
-    for i in range(30):
-        sim.add(f"short{i}", prompt(i, 10), 2)
-    sim.run()
-    for i in range(7):
-        sim.add(f"r{i}", prompt(i, 100), 120)
-    sim.run()
+    outgrow_the_forecast(sim)
     assert sim.num_preemptions > 0
     prefills = [item for item in compressions(sim) if item.trigger == "prefill"]
     assert len(prefills) > 7 and sum(item.first for item in compressions(sim)) == 7

@@ -155,17 +155,21 @@ def test_a_long_generation_holds_a_constant_number_of_blocks() -> None:
     assert max(held) == 12 and sim.num_compressions == 1900 // (4 * B)
 
 
-@pytest.mark.parametrize("on_pressure", [True, False])
-def test_pressure_compresses_before_vllm_preempts(on_pressure: bool) -> None:
-    """More generation than the forecast could know of: outputs outlive the short ones it learnt."""
-    options = {**OPTIONS, "interval": 8, "on_pressure": on_pressure}
-    sim = Simulation(46, options, max_num_seqs=12, prefix_caching=False)
+def outgrow_the_forecast(sim: Simulation) -> None:
+    """More generation than it could know of: outputs outlive the short ones that it learnt from."""
     for i in range(30):
         sim.add(f"short{i}", prompt(i, 10), 2)
     sim.run()
     for i in range(7):
         sim.add(f"r{i}", prompt(i, 100), 120)
     sim.run()
+
+
+@pytest.mark.parametrize("on_pressure", [True, False])
+def test_pressure_compresses_before_vllm_preempts(on_pressure: bool) -> None:
+    options = {**OPTIONS, "interval": 8, "on_pressure": on_pressure}
+    sim = Simulation(46, options, max_num_seqs=12, prefix_caching=False)
+    outgrow_the_forecast(sim)
     assert all(len(sim.outputs[f"r{i}"]) == 120 for i in range(7))
     assert (sim.num_preemptions == 0) == on_pressure
 
