@@ -58,18 +58,20 @@ def load(
     block_size = planner.block_size
     prefill = max(0, num_tokens - 1 - num_computed)
     if prefill:
-        prompt = -(-num_tokens // block_size)
+        held = whole = -(-num_tokens // block_size)
         covered, kept = planner.packed_size(num_tokens, own)
         covered, kept = (covered, kept) if kept < covered else (0, 0)
         due_at = planner.outgrown_at(covered, kept, own)
+        if covered and planner.peak_blocks is not None:
+            held = min(whole, planner.peak_blocks + planner.peak_blocks // 2)
     else:
-        prompt = -(-num_computed // block_size)
+        held = whole = -(-num_computed // block_size)
         covered, kept = (tracked.covered, tracked.kept) if tracked else (0, 0)
         due_at = tracked.due_at if tracked else NEVER
-    start = prompt - covered + kept
+    start = whole - covered + kept
     most = UNBOUNDED if due_at == NEVER else max(start, due_at // block_size - covered + kept)
     steps = -(-prefill // max_batched_tokens)
-    return Load(steps, prompt, start, most, planner.config.interval, tokens_left)
+    return Load(steps, held, start, most, planner.config.interval, tokens_left)
 
 
 HORIZON = 256

@@ -15,6 +15,16 @@ class Wish(NamedTuple):
     ratio: float | None = None
     budget_tokens: int | None = None
     policy: str | None = None
+    context_tokens: int | None = None
+    """Compress once so many tokens are computed, before the rest of the prompt is read."""
+    protect: tuple[tuple[int, int], ...] = ()
+    """Positions ``[start, end)`` that are never evicted: ascending, apart from each other."""
+
+    def num_protected(self, num_sinks: int, num_keys: int) -> int:
+        """Protected ones of the candidate keys of positions ``[num_sinks, num_keys)``."""
+        return sum(
+            max(0, min(end, num_keys) - max(start, num_sinks)) for start, end in self.protect
+        )
 
 
 KEEP_ALL = Wish(ratio=1.0)
@@ -30,9 +40,19 @@ def num_recent(config: KVCompressConfig, num_tokens: int, covered: int, block_si
     return min(max(0, config.recent - tail), covered * block_size)
 
 
-def floor_pages(config: KVCompressConfig, block_size: int) -> int:
-    """Pages that every head keeps: enough for the shields and for ``min_tokens_per_head``."""
-    return max(1, -(-max(config.sinks + config.recent, config.min_tokens_per_head) // block_size))
+def floor_pages(
+    config: KVCompressConfig, block_size: int, covered: int = 0, own: Wish | None = None
+) -> int:
+    """Pages that every head keeps: enough for the shields and for ``min_tokens_per_head``.
+
+    Args:
+        covered: full blocks that compete.
+        own: what the request asked for; its protected positions are a shield, too.
+    """
+    shields = config.sinks + config.recent
+    if own is not None and own.protect:
+        shields += own.num_protected(config.sinks, covered * block_size)
+    return max(1, -(-max(shields, config.min_tokens_per_head) // block_size))
 
 
 def packed_blocks(
@@ -55,6 +75,7 @@ def packed_blocks(
     """
     if num_tokens < config.min_prompt_tokens:
         return covered
+    floor = floor_pages(config, block_size, covered, own)
     if own is not None and own.ratio is own.budget_tokens is None:
         own = None
     wanted = own or Wish(config.ratio, config.budget_tokens)
@@ -69,4 +90,4 @@ def packed_blocks(
             kept = max(kept, math.ceil(covered / config.max_ratio))
     if ratio is not None:
         kept = min(kept, math.ceil(covered / ratio))
-    return min(covered, max(kept, floor_pages(config, block_size)))
+    return min(covered, max(kept, floor))

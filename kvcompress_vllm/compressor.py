@@ -17,6 +17,7 @@ from kvcompress_vllm import allocation, budget, gather, ops
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Compression
 from kvcompress_vllm.policies import Evidence, Policy
+from kvcompress_vllm.protection import Protected
 from kvcompress_vllm.state import PackedState
 from kvcompress_vllm.transfer import to_device
 
@@ -40,14 +41,17 @@ class Compressor:
         self.scale = scale
         self._policies: dict[str | None, tuple[KVCompressConfig, Policy]] = {}
         self.config, self.policy = self._use(None)
+        self._floor = budget.floor_pages(config, pages.shape[1])
+        self._protected = Protected(state)
         self.record: dict[str, list[Tensor]] | None = None
         """For tests, when not None: by request id, the kept key indices of every (layer, head)."""
 
     def run(self, due: list[Compression]) -> None:
         """Compress every due request and describe it in the state tables."""
-        for policy in dict.fromkeys(item.policy for item in due):
+        for policy, floor in dict.fromkeys((item.policy, item.floor_pages) for item in due):
             self.config, self.policy = self._use(policy)
-            mine = [item for item in due if item.policy == policy]
+            self._floor = floor or budget.floor_pages(self.config, self.pages.shape[1])
+            mine = [item for item in due if (item.policy, item.floor_pages) == (policy, floor)]
             for batch in _batches(mine, MOST_TOKENS // self.pages.shape[1]):
                 self._run(batch)
 
@@ -111,7 +115,7 @@ class Compressor:
             torch.stack(freed),
             int32(recent),
             self.config.sinks,
-            budget.floor_pages(self.config, block_size),
+            self._floor,
             sum(kept) * slots,
         )
         ops.compact_pages(
@@ -123,6 +127,11 @@ class Compressor:
             kept_keys,
             _rows([item.new_blocks for item in due], device),
         )
+        for index, item in enumerate(due):
+            if item.protect:
+                begin = sum(kept[:index]) * slots
+                own = kept_keys[begin : begin + kept[index] * slots]
+                self._protected.moved(item, own, kept_pages[index])
         state.install(
             [item.state_slot for item in due],
             [item.new_blocks for item in due],
@@ -167,13 +176,15 @@ class Compressor:
             statistics = padded[:, place]
         evidence = self._evidence(item, row, statistics, num_recent, absent)
         scores = self.policy.score(evidence)
+        if item.protect:
+            scores = self._protected.shield(item, scores)
         freed = allocation.freed_pages(
             self.config.allocator,
             self.policy,
             evidence,
             scores,
             block_size,
-            budget.floor_pages(self.config, block_size),
+            self._floor,
             item.candidate_blocks,
             lengths,
         )

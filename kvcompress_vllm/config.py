@@ -119,6 +119,13 @@ class KVCompressConfig:
         "true or false",
         lambda value: isinstance(value, bool),
     )
+    prefill_peak_tokens: int | None = _option(
+        None,
+        "tokens of KV cache that a prompt may hold while it is read; a longer one is compressed "
+        "in between; none: the whole prompt",
+        *_integer(256),
+        optional=True,
+    )
     min_ratio: float | None = _option(
         None,
         "least ratio that a request may ask for",

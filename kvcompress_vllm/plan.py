@@ -33,6 +33,10 @@ class Compression(NamedTuple):
     policy: str | None = None
     """What the request chose; None: the configured one."""
     trigger: Trigger = "prefill"
+    floor_pages: int | None = None
+    """Pages that every head keeps; None: as configured."""
+    protect: tuple[tuple[int, int], ...] = ()
+    """Positions ``[start, end)`` that are kept whatever their score; the floor has room."""
 
     @property
     def candidate_blocks(self) -> int:
@@ -70,10 +74,16 @@ class StepPlan:
     """State slots whose request gave its packed blocks back."""
     compressions: list[Compression] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
+    packed_prefills: list[str] = field(default_factory=list)
+    """Packed requests that compute several tokens in this step."""
     expected: list[PackedRow] | None = None
     """Every packed request after the compressions, when integrity is checked."""
 
     def __bool__(self) -> bool:
         return bool(
-            self.released or self.compressions or self.observations or self.expected is not None
+            self.released
+            or self.compressions
+            or self.observations
+            or self.packed_prefills
+            or self.expected is not None
         )

@@ -4,7 +4,8 @@
 Life of a compressible request:
 
 1. ``admit`` when vLLM starts its prefill: it takes a state slot, and an observation slot if its
-   prompt is to be compressed;
+   prompt is to be compressed: at its end, and before where it asked for that or exceeds
+   ``prefill_peak_tokens``; ``chunk`` ends the prefill's steps there;
 2. ``observe`` on each step that computes one of the last ``window`` tokens before the compression;
 3. due once all of them are computed, until ``compressed`` on a later step; if the pool cannot spare
    the packed blocks it stays due and decodes uncompressed meanwhile;
@@ -30,6 +31,9 @@ NEVER = 1 << 62
 LEAST_GAIN = 2
 """Blocks that an early compression must give back to be worth its while."""
 
+MOST_REMEMBERED = 100_000
+"""Sizes that are kept at hand; requests may come with any number of different wishes."""
+
 
 @dataclass
 class Tracked:
@@ -39,6 +43,8 @@ class Tracked:
     state_slot: int
     due_at: int
     """Compressed once so many of its tokens are computed."""
+    prefill_end: int = 0
+    """Tokens that its prefill computes."""
     observe_slot: int | None = None
     """Held from shortly before a compression until it is carried out."""
     covered: int = 0
@@ -85,6 +91,15 @@ class CompressionPlanner:
         # Asked for every request on every step.
         self._kept: dict[tuple[int, float | None, Wish | None], int] = {}
         self._first_outgrown: dict[Wish | None, int] = {}
+        peak = config.prefill_peak_tokens
+        self.peak_blocks = None if peak is None else peak // block_size
+        """Blocks that a request may hold during its prefill; None: all of them."""
+        if self.peak_blocks is not None and self.peak_blocks // 2 < self.floor():
+            raise ValueError(
+                f"kv_compress: prefill_peak_tokens={peak} is too small: half of it must hold the "
+                f"{self.floor() * block_size} tokens that every head keeps (sinks, recent, "
+                "min_tokens_per_head)"
+            )
 
     def packed_size(
         self, num_tokens: int, own: Wish | None = None, ratio: float | None = None
@@ -100,6 +115,8 @@ class CompressionPlanner:
             return covered, covered
         key = covered, ratio, own
         if key not in self._kept:
+            if len(self._kept) > MOST_REMEMBERED:
+                self._kept.clear()
             config = self.config.with_policy(own.policy if own else None)
             self._kept[key] = budget.packed_blocks(
                 config, num_tokens, covered, self.block_size, ratio, own
@@ -127,12 +144,59 @@ class CompressionPlanner:
             full += config.interval - excess
         return NEVER
 
+    def floor(self, covered: int = 0, own: Wish | None = None) -> int:
+        """Pages that every head of a request keeps of ``covered`` blocks."""
+        config = self.config.with_policy(own.policy if own else None)
+        return budget.floor_pages(config, self.block_size, covered, own)
+
+    def target(self, tracked: Tracked) -> tuple[int, int]:
+        """(F, C) of the compression that a request awaits."""
+        return self._size_at(tracked.due_at, tracked.prefill_end, tracked.own, tracked.ratio)
+
+    def _size_at(
+        self, due_at: int, prefill_end: int, own: Wish | None, ratio: float | None = None
+    ) -> tuple[int, int]:
+        """As ``packed_size``; for one that interrupts the prefill, within half of the peak."""
+        covered, kept = self.packed_size(due_at, own, ratio)
+        if self.peak_blocks is None or due_at >= prefill_end:
+            return covered, kept
+        if own is None or own.context_tokens != due_at:
+            # What the whole prompt may keep need not go yet.
+            kept = max(kept, self.packed_size(prefill_end, own, ratio)[1])
+        return covered, min(
+            covered, max(min(kept, self.peak_blocks // 2), self.floor(covered, own))
+        )
+
+    def first_due(self, num_tokens: int, own: Wish | None = None) -> int:
+        """Tokens at which a request whose prefill computes ``num_tokens`` is compressed first."""
+        interrupted_at = self._interrupted_at(0, 0, 0, num_tokens, own)
+        if interrupted_at < num_tokens:
+            return interrupted_at
+        covered, kept = self.packed_size(num_tokens, own)
+        return num_tokens if kept < covered else self._first_due(own)
+
+    def chunk(self, request_id: str, first_token: int, num_tokens: int, due_at: int = 0) -> int:
+        """How many of ``num_tokens`` tokens from position ``first_token`` on the next step may
+        compute: none beyond a compression that is due in the middle of a prefill.
+
+        Args:
+            due_at: ``first_due`` of a request that is not admitted yet.
+        """
+        tracked = self.requests.get(request_id)
+        if tracked is not None:
+            due_at = tracked.due_at if tracked.observe_slot is not None else 0
+        return min(num_tokens, due_at - first_token) if first_token < due_at else num_tokens
+
+    def bounds_peak(self, num_tokens: int) -> bool:
+        """Whether a prefill of ``num_tokens`` tokens never holds them all at once."""
+        return self.peak_blocks is not None and num_tokens > self.peak_blocks * self.block_size
+
     def can_admit(self, num_tokens: int, own: Wish | None = None) -> bool:
         """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
-        covered, kept = self.packed_size(num_tokens, own)
-        if kept < covered:
+        due_at = self.first_due(num_tokens, own)
+        if due_at <= num_tokens:
             return bool(self._state_slots and self._observe_slots)
-        return bool(self._state_slots) or self._first_due(own) == NEVER
+        return bool(self._state_slots) or due_at == NEVER
 
     def admit(self, request_id: str, num_tokens: int, own: Wish | None = None) -> None:
         """Start to track a request; one that will never be compressed is not tracked.
@@ -146,9 +210,7 @@ class CompressionPlanner:
             RuntimeError: it is tracked already, or there is no slot (ask ``can_admit`` first).
         """
         self.version += 1
-        covered, kept = self.packed_size(num_tokens, own)
-        at_prefill = kept < covered
-        due_at = num_tokens if at_prefill else self._first_due(own)
+        due_at = self.first_due(num_tokens, own)
         if due_at == NEVER:
             return
         if request_id in self.requests or not self.can_admit(num_tokens, own):
@@ -156,8 +218,8 @@ class CompressionPlanner:
                 f"kv_compress: cannot admit {request_id}: tracked={request_id in self.requests}, "
                 f"{len(self._state_slots)} state and {len(self._observe_slots)} observation slots"
             )
-        tracked = Tracked(request_id, self._state_slots.pop(), due_at, own=own)
-        if at_prefill:
+        tracked = Tracked(request_id, self._state_slots.pop(), due_at, num_tokens, own=own)
+        if due_at <= num_tokens:
             tracked.observe_slot = self._observe_slots.pop()
             tracked.trigger = "prefill"
         self.requests[request_id] = tracked
@@ -169,13 +231,11 @@ class CompressionPlanner:
             num_tokens: prefill length of a request about to be admitted, 0 for none.
             own: what that request asked for.
         """
-        waiting = [
-            self.packed_size(t.due_at, t.own, t.ratio)[1]
-            for t in self.requests.values()
-            if t.observe_slot is not None
-        ]
-        covered, kept = self.packed_size(num_tokens, own)
-        return max([*waiting, kept if kept < covered else 0])
+        waiting = [self.target(t)[1] for t in self.requests.values() if t.observe_slot is not None]
+        due_at = self.first_due(num_tokens, own) if num_tokens else NEVER
+        if due_at <= num_tokens:
+            waiting.append(self._size_at(due_at, num_tokens, own)[1])
+        return max(waiting, default=0)
 
     def watch(self, num_computed: Mapping[str, int]) -> None:
         """Give observation slots to decoding requests that will soon have outgrown their budget.
@@ -212,7 +272,7 @@ class CompressionPlanner:
         )
         missing = growth + max(copy, self.reserve()) - num_free
         missing -= sum(
-            self._gain(t, t.due_at, t.ratio)
+            _given_back(t, *self.target(t))
             for t in self.requests.values()
             if t.observe_slot is not None
         )
@@ -242,8 +302,7 @@ class CompressionPlanner:
 
     def _gain(self, tracked: Tracked, num_tokens: int, ratio: float | None) -> int:
         """Blocks that a compression at ``num_tokens`` tokens would give back."""
-        covered, kept = self.packed_size(num_tokens, tracked.own, ratio)
-        return covered - tracked.covered + tracked.kept - kept
+        return _given_back(tracked, *self.packed_size(num_tokens, tracked.own, ratio))
 
     def observe(self, request_id: str, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
@@ -278,11 +337,14 @@ class CompressionPlanner:
         if tracked.observe_slot is None:
             raise RuntimeError(f"kv_compress: {request_id} is compressed without observation")
         self.version += not tracked.kept
+        tracked.covered, tracked.kept = self.target(tracked)
+        tracked.ratio = None
+        tracked.due_at = self._next_due(tracked)
+        if tracked.due_at <= tracked.prefill_end:
+            return  # its prefill goes on, observed
+        tracked.trigger = "decode"
         self._observe_slots.append(tracked.observe_slot)
         tracked.observe_slot = None
-        tracked.covered, tracked.kept = self.packed_size(tracked.due_at, tracked.own, tracked.ratio)
-        tracked.ratio, tracked.trigger = None, "decode"
-        tracked.due_at = self.outgrown_at(tracked.covered, tracked.kept, tracked.own)
 
     def release(self, request_id: str) -> None:
         """Forget a request that finished, was aborted or was preempted; unknown ones are fine."""
@@ -308,11 +370,79 @@ class CompressionPlanner:
         """Requests that are packed now."""
         return (t for t in self.requests.values() if t.kept)
 
+    def _interrupted_at(
+        self, covered: int, kept: int, now: int, prefill_end: int, own: Wish | None
+    ) -> int:
+        """Tokens at which a compression interrupts a prefill after ``now`` tokens; may be NEVER."""
+        marks = []
+        context = own.context_tokens if own is not None else None
+        if context is not None:
+            marks.append(context)
+        whole, final = self.packed_size(prefill_end, own)
+        if self.peak_blocks is not None and final < whole:
+            marks.append((self.peak_blocks + covered - kept) * self.block_size)
+        return min(
+            (
+                mark
+                for mark in marks
+                if now < mark < prefill_end
+                and self._size_at(mark, prefill_end, own)[1]
+                < mark // self.block_size - covered + kept
+            ),
+            default=NEVER,
+        )
+
+    def _next_due(self, tracked: Tracked) -> int:
+        """When a request that was just compressed is compressed again."""
+        covered, kept, own = tracked.covered, tracked.kept, tracked.own
+        now, end = tracked.due_at, tracked.prefill_end
+        if now < end:
+            interrupted_at = self._interrupted_at(covered, kept, now, end, own)
+            if interrupted_at < end:
+                return interrupted_at
+            if self._gain(tracked, end, None) >= self.config.interval:
+                return end
+        return self.outgrown_at(covered, kept, own)
+
     def _first_due(self, own: Wish | None) -> int:
         """``outgrown_at`` of a request that is not packed."""
+        if len(self._first_outgrown) > MOST_REMEMBERED:
+            self._first_outgrown.clear()
         if own not in self._first_outgrown:
             self._first_outgrown[own] = self.outgrown_at(own=own)
         return self._first_outgrown[own]
+
+
+def _given_back(tracked: Tracked, covered: int, kept: int) -> int:
+    """Blocks that compressing to (F, C) gives back."""
+    return covered - tracked.covered + tracked.kept - kept
+
+
+def most_held(
+    config: KVCompressConfig, num_tokens: int, block_size: int, own: Wish | None = None
+) -> int:
+    """Blocks that a request of up to ``num_tokens`` tokens can hold at most, its copy included.
+
+    Less than all only where prompts are bounded by ``prefill_peak_tokens`` and generations by
+    ``decode``.
+
+    Args:
+        own: what the request asked for.
+    """
+    covered = num_tokens // block_size
+    everything = -(-num_tokens // block_size)
+    kept = budget.packed_blocks(config, num_tokens, covered, block_size, own=own)
+    if config.prefill_peak_tokens is None or not config.decode or kept == covered:
+        return everything
+    peak = config.prefill_peak_tokens // block_size
+    observed = -(-config.window // block_size)
+    return min(
+        everything, max(peak + peak // 2, 2 * kept + config.interval + observed) + SLACK_BLOCKS
+    )
+
+
+SLACK_BLOCKS = 2
+"""For ends of tokens that do not fill a block."""
 
 
 def num_observe_slots(

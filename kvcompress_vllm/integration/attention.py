@@ -45,6 +45,8 @@ class StepContext:
     """Row of every request in the current batch."""
     observations: list[Observation] = field(default_factory=list)
     """Of the step that is about to run."""
+    packed_prefills: list[str] = field(default_factory=list)
+    """Packed requests that compute several tokens in the step that is about to run."""
 
 
 @dataclass

@@ -3,15 +3,16 @@
 
 vLLM puts decode rows (one new token) first. They may be packed, and run on ``ops.paged_attention``,
 whose launch shapes are static and which therefore sits inside full CUDA graphs. The other rows are
-prefills, which are never packed: a request is compressed only once its whole prompt is computed,
-and a preempted one starts over. They run on vLLM's FlashAttention over the layer's own view.
+prefills. They run on vLLM's FlashAttention over the layer's own view, except for those that were
+compressed in the middle of their prompt: these run on our kernel, too.
 
 Everything a decode graph reads lives in persistent buffers that ``build`` refills.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import ClassVar
 
 import torch
@@ -35,9 +36,11 @@ from kvcompress_vllm.integration.attention import (
 
 @dataclass
 class PrefillRows:
-    """The rows after the decode rows; tokens counted from the first of them."""
+    """A run of rows after the decode rows, all packed or none; tokens counted from its first."""
 
+    packed: bool
     first_token: int
+    num_tokens: int
     query_start: Tensor
     seq_lens: Tensor
     block_table: Tensor
@@ -51,7 +54,7 @@ class KVCompressCudaMetadata(KVCompressMetadata):
     """One step's batch, split into decode rows (the base fields) and prefill rows."""
 
     num_decode_tokens: int = 0
-    prefill: PrefillRows | None = None
+    prefills: list[PrefillRows] = field(default_factory=list)
 
 
 class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
@@ -74,7 +77,6 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
         self._state_slot = torch.full(
             (scheduler.max_num_seqs,), layout.NOT_PACKED, dtype=torch.int32, device=device
         )
-        self._unpacked = torch.full_like(self._state_slot, layout.NOT_PACKED)
         # A prompt's last token can come alone, in a step that runs as a full decode graph, and
         # must be observed there too; so the graphs always look here, and mostly find -1.
         self._ring_index = torch.full(
@@ -95,18 +97,6 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
         if self.context is not None and decodes:
             owner = self.context.state.owner
             torch.index_select(owner, 0, block_table[:decodes, 0], out=state_slot)
-        prefill = None
-        if prefills:
-            start = common.query_start_loc[decodes:]
-            prefill = PrefillRows(
-                decode_tokens,
-                start - decode_tokens,
-                common.seq_lens[decodes:],
-                block_table[decodes:],
-                self._unpacked[:prefills],
-                common.max_query_len,
-                common.max_seq_len,
-            )
         return KVCompressCudaMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start=common.query_start_loc[: decodes + 1],
@@ -116,7 +106,46 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
             state_slot=state_slot,
             ring_index=self._fill_ring_index(common),
             num_decode_tokens=decode_tokens,
-            prefill=prefill,
+            prefills=[
+                self._prefill_rows(common, begin, end, packed)
+                for begin, end, packed in self._runs(decodes, decodes + prefills)
+            ],
+        )
+
+    def _runs(self, begin: int, end: int) -> list[tuple[int, int, bool]]:
+        """Neighbouring rows of ``[begin, end)`` that are packed alike: (first, end, packed)."""
+        if begin == end:
+            return []
+        packed_rows: set[int] = set()
+        if self.context is not None and self.context.packed_prefills:
+            rows = self.context.request_rows()
+            packed_rows = {rows[request_id] for request_id in self.context.packed_prefills}
+        runs: list[tuple[int, int, bool]] = []
+        for packed, group in groupby(range(begin, end), key=packed_rows.__contains__):
+            run = list(group)
+            runs.append((run[0], run[-1] + 1, packed))
+        return runs
+
+    def _prefill_rows(
+        self, common: CommonAttentionMetadata, begin: int, end: int, packed: bool
+    ) -> PrefillRows:
+        starts, block_table = common.query_start_loc_cpu, common.block_table_tensor[begin:end]
+        first, last = int(starts[begin]), int(starts[end])
+        if packed:
+            assert self.context is not None
+            state_slot = self.context.state.state_slots(block_table)
+        else:
+            state_slot = torch.full_like(common.seq_lens[begin:end], layout.NOT_PACKED)
+        return PrefillRows(
+            packed,
+            first,
+            last - first,
+            common.query_start_loc[begin : end + 1] - first,
+            common.seq_lens[begin:end],
+            block_table,
+            state_slot,
+            common.max_query_len,
+            common.max_seq_len,
         )
 
     def _fill_ring_index(self, common: CommonAttentionMetadata) -> Tensor:
@@ -169,15 +198,14 @@ class KVCompressCudaImpl(KVCompressImpl):
                 self.scale,
                 out[: meta.num_decode_tokens],
             )
-        if meta.prefill is not None:
-            self._prefill(query, kv_cache, meta.prefill, meta.num_actual_tokens, out)
+        for rows in meta.prefills:
+            self._prefill(query, kv_cache, rows, out)
         return output
 
-    def _prefill(
-        self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, num_tokens: int, out: Tensor
-    ) -> None:
-        span = slice(rows.first_token, num_tokens)
-        if self._fa_version is None:  # no FlashAttention for this GPU: our kernel is slower here
+    def _prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, out: Tensor) -> None:
+        span = slice(rows.first_token, rows.first_token + rows.num_tokens)
+        # Without FlashAttention for this GPU our kernel serves all rows, slower.
+        if rows.packed or self._fa_version is None:
             assert self._context is not None
             state = self._context.state
             ops.paged_attention(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -19,7 +20,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
+from kvcompress_vllm.integration.options import resolved_config
 from kvcompress_vllm.integrity import Block, check_pool
+from kvcompress_vllm.scheduling import most_held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,14 @@ class KVCompressSpec(FullAttentionSpec):
     """
 
     window: int = 1
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        # What vLLM demands of the pool, so that the longest request fits alone.
+        stock: int = super().max_memory_usage_bytes(vllm_config)
+        config, longest = resolved_config(vllm_config), vllm_config.model_config.max_model_len
+        if config is None:
+            return stock
+        return min(stock, most_held(config, longest, self.block_size) * self.page_size_bytes)
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, window: int) -> KVCompressSpec:

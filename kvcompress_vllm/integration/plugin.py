@@ -93,11 +93,14 @@ def _patch_requests() -> None:
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         from kvcompress_vllm.integration.options import resolved_config
-        from kvcompress_vllm.integration.requests import check_request
+        from kvcompress_vllm.integration.requests import check_length, check_request
 
         config = resolved_config(self.vllm_config)
         if config is not None:
             check_request(config, params, kwargs.get("resumable", False))
-        return stock(self, request_id, prompt, params, *args, **kwargs)
+        request = stock(self, request_id, prompt, params, *args, **kwargs)
+        if config is not None:
+            check_length(config, self.vllm_config, request)
+        return request
 
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

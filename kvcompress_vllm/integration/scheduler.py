@@ -65,6 +65,12 @@ class _KVCompressMixin(Scheduler):
         self._base_watermark = self.kv_cache_manager.watermark_blocks
         self._stock_allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_slots  # type: ignore[method-assign]
+        self._stock_computed_blocks = self.kv_cache_manager.get_computed_blocks
+        self.kv_cache_manager.get_computed_blocks = (  # type: ignore[method-assign]
+            self._get_computed_blocks
+        )
+        # Makes vLLM ask how long a chunk may be.
+        self.need_mamba_block_aligned_split = True
         _log_banner(self)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -110,8 +116,8 @@ class _KVCompressMixin(Scheduler):
         if planner.config.on_pressure:
             planner.press(computed, manager.block_pool.get_num_free_blocks())
         for tracked in planner.due(computed):
-            num_tokens, first = tracked.due_at, not tracked.kept
-            covered, kept = planner.packed_size(num_tokens, tracked.own, tracked.ratio)
+            num_tokens, first, own = tracked.due_at, not tracked.kept, tracked.own
+            covered, kept = planner.target(tracked)
             if manager.block_pool.get_num_free_blocks() < kept:
                 self._recorder.reserve_wait()
                 break
@@ -129,8 +135,10 @@ class _KVCompressMixin(Scheduler):
                     covered,
                     row,
                     new,
-                    tracked.own.policy if tracked.own else None,
+                    own.policy if own else None,
                     tracked.trigger,
+                    planner.floor(covered, own),
+                    own.protect if own else (),
                 )
             )
             freed += old
@@ -167,10 +175,42 @@ class _KVCompressMixin(Scheduler):
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
         # then stays uncompressed.
         manager.watermark_blocks = max(self._base_watermark, reserve)
+        if planner.bounds_peak(request.num_tokens):
+            kwargs["full_sequence_must_fit"] = False
         blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is not None:
             planner.admit(request.request_id, request.num_tokens, own)
         return blocks
+
+    def _get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+        """vLLM's prefix cache lookup, except that what a compression observes is computed."""
+        blocks, num_tokens, boundary = self._stock_computed_blocks(request)
+        planner = self.kv_compress_planner
+        due_at = planner.first_due(request.num_tokens, request_wish(request.sampling_params))
+        first_observed = max(0, due_at - planner.config.window)
+        if num_tokens <= first_observed or due_at > request.num_tokens:
+            return blocks, num_tokens, boundary
+        usable = first_observed // planner.block_size
+        cut = self.kv_cache_manager.create_kv_cache_blocks(
+            tuple(group[:usable] for group in blocks.blocks)
+        )
+        return cut, usable * planner.block_size, boundary
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        # vLLM asks this of models with Mamba layers, which we refuse; a chunk of ours ends where a
+        # compression is due.
+        planner, due_at = self.kv_compress_planner, 0
+        if request.request_id not in planner.requests and request.num_computed_tokens == 0:
+            own = request_wish(request.sampling_params)
+            due_at = planner.first_due(request.num_tokens, own)
+        first_token = request.num_computed_tokens + num_new_local_computed_tokens
+        return planner.chunk(request.request_id, first_token, num_new_tokens, due_at)
 
     def _fits(self, request: Request, reserve: int) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
@@ -222,6 +262,8 @@ class _KVCompressMixin(Scheduler):
             observation = planner.observe(request_id, first_token, num_tokens)
             if observation is not None:
                 plan.observations.append(observation)
+            if num_tokens > 1 and request_id in manager.packed:
+                plan.packed_prefills.append(request_id)
         if self._check_integrity:
             plan.expected = [
                 PackedRow(t.request_id, t.state_slot, t.covered, manager.row(t.request_id, t.kept))

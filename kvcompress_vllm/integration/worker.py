@@ -81,6 +81,7 @@ class KVCompressWorkerMixin(Worker):
         finally:
             if self.kv_compress_context is not None:
                 self.kv_compress_context.observations = []
+                self.kv_compress_context.packed_prefills = []
 
     def kv_compress_record(self, on: bool = True) -> dict[str, list[list[int]]]:
         """Record which keys compressions keep, for tests; returns and clears the record.
@@ -105,6 +106,7 @@ class KVCompressWorkerMixin(Worker):
             nulls = [0] * (item.covered - len(item.new_blocks))
             self.kv_compress_runner.write_row_prefix(item.request_id, item.new_blocks + nulls)
         context.observations = plan.observations
+        context.packed_prefills = plan.packed_prefills
         if plan.expected is not None:
             integrity.check_state(context.state, plan.expected)
 

@@ -174,9 +174,12 @@ class Simulation:
     def live(self) -> list[str]:
         return list(self.scheduler.requests)
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
+    def add(self, request_id: str, prompt: list[int], max_tokens: int, **extra_args) -> None:
         params = SamplingParams(
-            max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=extra_args or None,
         )
         params.update_from_generation_config({}, 2)
         request = Request(request_id, prompt, params, None, block_hasher=self._hasher)

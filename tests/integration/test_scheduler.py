@@ -29,21 +29,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         allocator=st.sampled_from(["global", "layer", "uniform"]),
         decode=st.sampled_from([True, True, False]),
         prefix_caching=st.booleans(),
+        peak=st.sampled_from([{}, {}, {"prefill_peak_tokens": 256}]),
     )
     def build(
-        self, num_blocks, max_num_batched_tokens, max_num_seqs, allocator, decode, prefix_caching
-    ):
+        self, num_blocks, max_num_batched_tokens, max_num_seqs, allocator, decode, prefix_caching,
+        peak,
+    ):  # fmt: skip
         # check_integrity() runs in every schedule() (the switch is on), contents in every step().
         self.sim = Simulation(
-            num_blocks, {**OPTIONS, "allocator": allocator, "decode": decode},
+            num_blocks, {**OPTIONS, "allocator": allocator, "decode": decode, **peak},
             prefix_caching=prefix_caching, max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
         )  # fmt: skip
         self.added = 0
 
-    @rule(family=st.integers(0, 2), length=st.integers(1, 400), max_tokens=st.integers(1, 80))
-    def add(self, family, length, max_tokens):
-        self.sim.add(f"r{self.added}", prompt(family, length), max_tokens)
+    @rule(
+        family=st.integers(0, 2),
+        length=st.integers(1, 400),
+        max_tokens=st.integers(1, 80),
+        asked=st.fixed_dictionaries(
+            {},
+            optional={
+                "kv_compress_context_tokens": st.integers(1, 400),
+                "kv_compress_protect": st.sampled_from(["0:30", "10:20,90:140", "300:500"]),
+            },
+        ),
+    )
+    def add(self, family, length, max_tokens, asked):
+        self.sim.add(f"r{self.added}", prompt(family, length), max_tokens, **asked)
         self.added += 1
 
     @rule(steps=st.integers(1, 20))
