@@ -7,18 +7,18 @@ scheduler has fixed how many blocks each request keeps; this decides which keys 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import allocation, budget, gather, ops
+from kvcompress_vllm import allocation, budget, gather, layout, ops
 from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.plan import Compression
+from kvcompress_vllm.plan import Accumulation, Compression, Observed
 from kvcompress_vllm.policies import Evidence, Policy
 from kvcompress_vllm.protection import Protected
-from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.state import RUNNING, PackedState
 from kvcompress_vllm.transfer import to_device
 
 
@@ -48,12 +48,112 @@ class Compressor:
 
     def run(self, due: list[Compression]) -> None:
         """Compress every due request and describe it in the state tables."""
-        for policy, floor in dict.fromkeys((item.policy, item.floor_pages) for item in due):
+
+        def kind(item: Compression) -> tuple[str | None, int | None, int]:
+            return item.policy, item.floor_pages, item.observed.stride if item.observed else 0
+
+        for policy, floor, stride in dict.fromkeys(map(kind, due)):
             self.config, self.policy = self._use(policy)
             self._floor = floor or budget.floor_pages(self.config, self.pages.shape[1])
-            mine = [item for item in due if (item.policy, item.floor_pages) == (policy, floor)]
+            mine = [item for item in due if kind(item) == (policy, floor, stride)]
             for batch in _batches(mine, MOST_TOKENS // self.pages.shape[1]):
                 self._run(batch)
+
+    def accumulate(self, chunks: list[Accumulation]) -> None:
+        """Add what was observed to the running statistics."""
+        for policy in dict.fromkeys(item.policy for item in chunks):
+            self.config, self.policy = self._use(policy)
+            for item in chunks:
+                if item.policy == policy:
+                    rows = _rows([item.old_blocks], self.pages.device)
+                    statistics = self._statistics([item], rows)
+                    self._count(item, rows[0], statistics)
+
+    def _statistics(self, items: Sequence[Compression | Accumulation], rows: Tensor) -> Tensor:
+        """``[channels, pages, B]`` of the candidates of ``items``, one after the other.
+
+        Args:
+            rows: ``[R, M]`` int32 block ids.
+        """
+        device, observed = self.pages.device, items[0].observed
+        layers, heads = self.state.num_pages.shape[1:]
+        starts = _starts([item.candidate_blocks * layers * heads for item in items])
+        num_queries = [
+            item.observed.num_queries if item.observed else min(self.config.window, item.num_tokens)
+            for item in items
+        ]
+        statistics: Tensor = ops.attention_statistics(
+            self.state.ring,
+            self.pages,
+            rows,
+            to_device([item.num_tokens for item in items], torch.int32, device),
+            self.state.state_slots(rows),
+            *self.state.tables,
+            to_device([item.observe_slot for item in items], torch.int32, device),
+            to_device(num_queries, torch.int32, device),
+            to_device([item.covered for item in items], torch.int32, device),
+            to_device(starts[:-1], torch.int64, device),
+            starts[-1],
+            ops.channel_mask(self.policy.channels),
+            observed.stride if observed else 1,
+            self.scale,
+        )
+        return statistics
+
+    def _count(self, item: Compression | Accumulation, row: Tensor, statistics: Tensor) -> Tensor:
+        """Add the statistics of the observed queries to the running ones.
+
+        Args:
+            row: ``[M]`` int32 block ids.
+            statistics: ``[channels, pages, B]`` of this request; become the sums.
+
+        Returns:
+            ``[pages, B]`` fp32, how many queries saw each key.
+        """
+        running, observed = self.state.running, item.observed
+        if running is None or observed is None:
+            raise RuntimeError(f"kv_compress: {item.request_id} has no running statistics")
+        pages, ages, known = self._candidates(item, row, observed)
+        seen = ages.div(observed.stride, rounding_mode="floor") + 1
+        counts = seen.clamp(max=observed.num_queries).float()
+        before = running[pages].masked_fill_(~known[:, None, None], 0)
+        counts += before[..., -1]
+        for channel, values in enumerate(statistics):
+            values += before[..., channel]
+        sums = torch.zeros_like(before)
+        sums[..., -1] = counts
+        sums[..., : len(statistics)] = statistics.permute(1, 2, 0)
+        running[pages] = sums
+        return counts
+
+    def _candidates(
+        self, item: Compression | Accumulation, row: Tensor, observed: Observed
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a request's candidates, in the order of the statistics op.
+
+        Returns:
+            ``[pages]`` page ids; ``[pages, B]`` tokens after each key, a lower bound for keys that
+            were packed before; ``[pages]`` bool, whether a page has running statistics.
+        """
+        state, device, block_size = self.state, self.pages.device, self.pages.shape[1]
+        layers, heads = state.num_pages.shape[1:]
+        slots, fresh = layers * heads, item.covered - item.old_covered
+        index = torch.arange(slots, device=device)
+        if item.old_kept:
+            packed = state.num_pages[item.state_slot].flatten().long()
+            first = state.first_page[item.state_slot].flatten().long()
+        else:
+            packed = first = torch.zeros_like(index)
+        total = item.candidate_blocks * slots
+        head = index.repeat_interleave(packed + fresh, output_size=total)
+        j = torch.arange(total, device=device) - (first + index * fresh)[head]
+        pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, slots, j)
+        # In the row's own count of blocks; packed pages stand for some block before them.
+        block = torch.where(
+            j < packed[head], item.old_covered - 1, item.old_covered + j - packed[head]
+        )
+        position = block[:, None] * block_size + torch.arange(block_size, device=device)
+        return pages, item.num_tokens - 1 - position, block < observed.known
 
     def _use(self, name: str | None) -> tuple[KVCompressConfig, Policy]:
         """Configuration and policy for the requests that chose ``name``."""
@@ -70,31 +170,15 @@ class Compressor:
         kept = [len(item.new_blocks) for item in due]
         starts = _starts([item.candidate_blocks * slots for item in due])
 
-        def int32(values: list[int]) -> Tensor:
-            return to_device(values, torch.int32, device)
-
         rows = _rows([item.old_blocks for item in due], device)
         state_slot = state.state_slots(rows)
         tables = (state_slot, *state.tables)
-        new_covered = int32(covered)
+        new_covered = to_device(covered, torch.int32, device)
         page_start = to_device(starts[:-1], torch.int64, device)
 
+        running = due[0].observed is not None
         num_tokens = [item.num_tokens for item in due]
-        statistics = ops.attention_statistics(
-            state.ring,
-            self.pages,
-            rows,
-            int32(num_tokens),
-            *tables,
-            int32([item.observe_slot for item in due]),
-            int32([min(self.config.window, count) for count in num_tokens]),
-            new_covered,
-            page_start,
-            starts[-1],
-            ops.channel_mask(self.policy.channels),
-            1,
-            self.scale,
-        )
+        statistics = self._statistics(due, rows)
 
         recent = [
             budget.num_recent(self.config, count, blocks, block_size)
@@ -103,8 +187,10 @@ class Compressor:
         scores = torch.empty(starts[-1], block_size, device=device)
         freed = []
         for index, (begin, end) in enumerate(pairwise(starts)):
+            of_request = statistics[:, begin:end]
+            counts = self._count(due[index], rows[index], of_request) if running else None
             scores[begin:end], groups = self._choose(
-                due[index], rows[index], statistics[:, begin:end], recent[index]
+                due[index], rows[index], of_request, counts, recent[index]
             )
             freed.append(groups)
         kept_pages, kept_first, kept_keys = ops.select_pages(
@@ -113,11 +199,12 @@ class Compressor:
             *tables,
             new_covered,
             torch.stack(freed),
-            int32(recent),
+            to_device(recent, torch.int32, device),
             self.config.sinks,
             self._floor,
             sum(kept) * slots,
         )
+        new_blocks = _rows([item.new_blocks for item in due], device)
         ops.compact_pages(
             self.pages,
             rows,
@@ -125,8 +212,12 @@ class Compressor:
             kept_pages,
             kept_first,
             kept_keys,
-            _rows([item.new_blocks for item in due], device),
+            new_blocks,
         )
+        if running:
+            ops.compact_pages(
+                state.running, rows, *tables, kept_pages, kept_first, kept_keys, new_blocks
+            )
         for index, item in enumerate(due):
             if item.protect:
                 begin = sum(kept[:index]) * slots
@@ -145,7 +236,12 @@ class Compressor:
                 self.record[item.request_id] = [head.flatten() for head in heads_of]
 
     def _choose(
-        self, item: Compression, row: Tensor, statistics: Tensor, num_recent: int
+        self,
+        item: Compression,
+        row: Tensor,
+        statistics: Tensor,
+        counts: Tensor | None,
+        num_recent: int,
     ) -> tuple[Tensor, Tensor]:
         """Scores of one request's candidate keys, and how many pages go.
 
@@ -156,10 +252,13 @@ class Compressor:
         Args:
             row: ``[M]`` int32 block ids.
             statistics: ``[channels, pages, B]`` of this request; heads may differ in length.
+            counts: ``[pages, B]`` queries that saw each key, or None.
 
         Returns:
             ``[pages, B]`` fp32, and a row of the selection op's ``num_freed``.
         """
+        if counts is not None:
+            statistics = torch.cat([statistics, counts[None]])
         channels, pages, block_size = statistics.shape
         layers, heads = self.state.num_pages.shape[1:]
         slots, device = layers * heads, statistics.device
@@ -207,9 +306,19 @@ class Compressor:
         state, block_size = self.state, self.pages.shape[1]
         layers, heads = state.num_pages.shape[1:]
         num_queries = min(self.config.window, item.num_tokens)
+        counts = None
+        if item.observed is not None:
+            counts = statistics[-1].reshape(layers * heads, -1)
+            num_queries = item.observed.before + item.observed.num_queries
         packed = gather.Packed(item.state_slot, item.old_covered) if item.old_kept else None
         keys, values, queries = gather.readers(
-            self.pages, row, item.num_tokens, state, item.observe_slot, num_queries, packed
+            self.pages,
+            row,
+            item.num_tokens,
+            state,
+            item.observe_slot,
+            min(self.config.window, item.num_tokens),
+            packed,
         )
         return Evidence(
             layers=layers,
@@ -225,8 +334,11 @@ class Compressor:
             device=self.pages.device,
             statistics={
                 channel: values_of.reshape(layers * heads, -1)
-                for channel, values_of in zip(sorted(self.policy.channels), statistics, strict=True)
+                for channel, values_of in zip(
+                    sorted(self.policy.channels), statistics, strict=counts is None
+                )
             },
+            counts=counts,
             absent=absent,
             keys=keys,
             values=values,
@@ -240,7 +352,12 @@ for statistics and scores without making many small compressions wait for each o
 
 
 def scratch_bytes(
-    policy: Policy, num_tokens: int, num_layers: int, num_kv_heads: int, head_size: int
+    policy: Policy,
+    num_tokens: int,
+    num_layers: int,
+    num_kv_heads: int,
+    head_size: int,
+    running: bool = False,
 ) -> int:
     """Memory that a compression takes while it runs.
 
@@ -249,6 +366,8 @@ def scratch_bytes(
     """
     # Per candidate key: its statistics, its score, and the policy's temporaries.
     per_key = 4 * (len(policy.channels) + 5)
+    if running:
+        per_key += 3 * 4 * RUNNING  # the statistics so far, their sums, and an intermediate
     scores = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads * per_key
     # One layer of keys or values, as copied, in fp32, and an intermediate of it.
     copies = 3 * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0

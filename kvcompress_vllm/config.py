@@ -24,7 +24,9 @@ from kvcompress_vllm.validation import integer as _integer
 
 DEFAULT_RATIO = 4.0
 AUTO = "auto"
-GENERAL: dict[str, Any] = {"window": 8, "recent": 16, "pool": 15, "allocator": "global"}
+GENERAL: dict[str, Any] = {
+    "window": 8, "recent": 16, "pool": 15, "allocator": "global", "query_stride": 0,
+}  # fmt: skip
 """What ``auto`` stands for where the policy names nothing else."""
 POLICY_OPTIONS = "policy_options"
 
@@ -97,6 +99,12 @@ class KVCompressConfig:
     )
     window: int = _option(
         AUTO, "how many of the last prompt queries are observed", *_or_auto(_integer(1, 512))
+    )
+    query_stride: int = _option(
+        AUTO,
+        "policies that judge by all queries observe every so-many-th one; 1 is exact, 0 leaves "
+        "them with the last window",
+        *_or_auto(_integer(0, 4096)),
     )
     recent: int = _option(AUTO, "last prompt tokens that are always kept", *_or_auto(_integer(0)))
     sinks: int = _option(4, "first prompt tokens that are always kept", *_integer(0))
@@ -180,6 +188,11 @@ class KVCompressConfig:
                 f"kv_compress: min_ratio={self.min_ratio!r}, ratio={self.ratio!r} and "
                 f"max_ratio={self.max_ratio!r} must not decrease"
             )
+        if self.query_stride and not (policy.observes_all or self.allow_policies):
+            raise ValueError(
+                f"kv_compress: query_stride={self.query_stride!r} is for policies that judge by "
+                f"all queries ({', '.join(policies.observing_all())}); {self.policy!r} does not"
+            )
         if policy.keeps_window:
             object.__setattr__(self, "recent", max(self.recent, self.window))
         object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))
@@ -200,7 +213,7 @@ class KVCompressConfig:
             return self
         assert name is not None
         preferred = policies.find(name).defaults.window or GENERAL["window"]
-        own = {"policy", POLICY_OPTIONS, *GENERAL}
+        own = {"policy", POLICY_OPTIONS, *GENERAL} - {"query_stride"}
         options = {key: value for key, value in self.to_dict().items() if key not in own}
         return KVCompressConfig(policy=name, window=min(preferred, self.window), **options)
 

@@ -12,6 +12,41 @@ Trigger = Literal["prefill", "decode", "pressure"]
 TRIGGERS: tuple[Trigger, ...] = get_args(Trigger)
 
 
+class Observed(NamedTuple):
+    """What is known to a policy that judges by all queries.
+
+    An observation slot holds ``num_queries`` queries, ``stride`` tokens apart, the last of them at
+    the end of the tokens in question. The running statistics of the first ``known`` blocks count
+    ``before`` earlier ones.
+    """
+
+    num_queries: int
+    stride: int
+    known: int
+    before: int
+
+
+class Accumulation(NamedTuple):
+    """Add what the observed queries of a chunk paid to the running statistics, at the start of the
+    step after it. Fields as in :class:`Compression`; ``covered`` blocks are full."""
+
+    request_id: str
+    state_slot: int
+    observe_slot: int
+    num_tokens: int
+    old_covered: int
+    old_kept: int
+    covered: int
+    old_blocks: list[int]
+    policy: str | None
+    observed: Observed
+
+    @property
+    def candidate_blocks(self) -> int:
+        """Blocks whose keys are counted: those packed before, and those that filled up since."""
+        return self.old_kept + self.covered - self.old_covered
+
+
 class Compression(NamedTuple):
     """Compress one request at the start of the step.
 
@@ -37,6 +72,8 @@ class Compression(NamedTuple):
     """Pages that every head keeps; None: as configured."""
     protect: tuple[tuple[int, int], ...] = ()
     """Positions ``[start, end)`` that are kept whatever their score; the floor has room."""
+    observed: Observed | None = None
+    """What the observation slot holds; None: the last ``window`` queries."""
 
     @property
     def candidate_blocks(self) -> int:
@@ -48,13 +85,24 @@ class Observation(NamedTuple):
     """Copy queries of this step into an observation slot.
 
     Of the request's tokens in this step, which start at position ``first_token``, those at
-    positions from ``observe_from`` on are observed.
+    positions from ``observe_from`` on are observed: the last, and every ``stride``-th before it.
     """
 
     request_id: str
     observe_slot: int
     first_token: int
     observe_from: int
+    stride: int = 1
+
+    def positions(self, num_tokens: int, window: int) -> range:
+        """Observed positions among ``num_tokens`` tokens, last first; at most ``window``."""
+        last = self.first_token + num_tokens - 1
+        first = max(self.first_token, self.observe_from, last - window * self.stride + 1)
+        return range(last, first - 1, -self.stride)
+
+    def place(self, position: int, window: int) -> int:
+        """Where a query goes: the ring index of the ops."""
+        return self.observe_slot * window + position // self.stride % window
 
 
 class PackedRow(NamedTuple):
@@ -72,6 +120,7 @@ class StepPlan:
 
     released: list[int] = field(default_factory=list)
     """State slots whose request gave its packed blocks back."""
+    accumulations: list[Accumulation] = field(default_factory=list)
     compressions: list[Compression] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
@@ -82,6 +131,7 @@ class StepPlan:
     def __bool__(self) -> bool:
         return bool(
             self.released
+            or self.accumulations
             or self.compressions
             or self.observations
             or self.packed_prefills

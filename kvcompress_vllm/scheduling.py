@@ -7,6 +7,8 @@ Life of a compressible request:
    prompt is to be compressed: at its end, and before where it asked for that or exceeds
    ``prefill_peak_tokens``; ``chunk`` ends the prefill's steps there;
 2. ``observe`` on each step that computes one of the last ``window`` tokens before the compression;
+   with a policy that judges by all queries on each step of the prefill, after each of which
+   ``accumulate`` says what was observed;
 3. due once all of them are computed, until ``compressed`` on a later step; if the pool cannot spare
    the packed blocks it stays due and decodes uncompressed meanwhile;
 4. ``watch`` while it decodes: shortly before it has outgrown its budget by ``interval`` blocks it
@@ -17,13 +19,13 @@ Life of a compressible request:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from kvcompress_vllm import budget
+from kvcompress_vllm import budget, policies
 from kvcompress_vllm.budget import Wish
 from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.plan import Observation, Trigger
+from kvcompress_vllm.plan import Observation, Observed, Trigger
 
 NEVER = 1 << 62
 """Token count at which nothing ever is due."""
@@ -53,6 +55,12 @@ class Tracked:
     """C, blocks they are packed into; 0 until the first compression."""
     own: Wish | None = None
     """What the request asked for; None: the configured budget."""
+    accumulated: int = 0
+    """Tokens whose queries the running statistics count; a policy that judges by all queries."""
+    known: int = 0
+    """Blocks whose keys have running statistics."""
+    counted: int = 0
+    """Queries counted in them."""
     ratio: float | None = None
     """Of the compression that is under way, where the pool ran short; None: its usual budget."""
     trigger: Trigger = "decode"
@@ -91,6 +99,11 @@ class CompressionPlanner:
         # Asked for every request on every step.
         self._kept: dict[tuple[int, float | None, Wish | None], int] = {}
         self._first_outgrown: dict[Wish | None, int] = {}
+        if 0 < config.query_stride * config.window < block_size:
+            raise ValueError(
+                f"kv_compress: query_stride={config.query_stride} and window={config.window} are "
+                f"too small: their product must reach the block size of {block_size} tokens"
+            )
         peak = config.prefill_peak_tokens
         self.peak_blocks = None if peak is None else peak // block_size
         """Blocks that a request may hold during its prefill; None: all of them."""
@@ -175,17 +188,92 @@ class CompressionPlanner:
         covered, kept = self.packed_size(num_tokens, own)
         return num_tokens if kept < covered else self._first_due(own)
 
-    def chunk(self, request_id: str, first_token: int, num_tokens: int, due_at: int = 0) -> int:
+    def chunk(
+        self,
+        request_id: str,
+        first_token: int,
+        num_tokens: int,
+        prefill_end: int = 0,
+        own: Wish | None = None,
+    ) -> int:
         """How many of ``num_tokens`` tokens from position ``first_token`` on the next step may
-        compute: none beyond a compression that is due in the middle of a prefill.
+        compute: none beyond a compression that is due in the middle of a prefill, and no more than
+        can be observed. May be 0 where only whole blocks will do.
 
         Args:
-            due_at: ``first_due`` of a request that is not admitted yet.
+            prefill_end: tokens of a prefill that is not admitted yet.
+            own: what that request asked for.
         """
         tracked = self.requests.get(request_id)
-        if tracked is not None:
-            due_at = tracked.due_at if tracked.observe_slot is not None else 0
-        return min(num_tokens, due_at - first_token) if first_token < due_at else num_tokens
+        if tracked is None:
+            due_at = self.first_due(prefill_end, own)
+        elif tracked.observe_slot is not None:
+            due_at, prefill_end, own = tracked.due_at, tracked.prefill_end, tracked.own
+        else:
+            return num_tokens
+        if first_token >= due_at or due_at > prefill_end:
+            return num_tokens
+        end = min(first_token + num_tokens, due_at)
+        history = self.history(own)
+        if history is not None:
+            observed_from = due_at - history
+            if first_token < observed_from:
+                end = min(end, -(-observed_from // self.block_size) * self.block_size)
+            else:
+                end = min(end, first_token + self.config.window * self.config.query_stride)
+            if end < due_at:  # statistics are of whole blocks
+                end -= end % self.block_size
+        return max(0, end - first_token)
+
+    def history(self, own: Wish | None) -> int | None:
+        """Tokens before a prompt's compression whose queries are observed, for a policy that judges
+        by all queries; None: only those of the window count."""
+        config = self.config
+        policy = own.policy if own is not None and own.policy else config.policy
+        found = policies.find(policy)
+        if not (config.query_stride and found.observes_all):
+            return None
+        return NEVER if found.history is None else found.history
+
+    def observed(self, tracked: Tracked, num_tokens: int) -> Observed | None:
+        """What a request's observation slot holds once ``num_tokens`` tokens are computed; None:
+        the last ``window`` queries, and there are no running statistics."""
+        history = self.history(tracked.own)
+        if history is None:
+            return None
+        if tracked.due_at > tracked.prefill_end:
+            first, stride = max(tracked.accumulated, num_tokens - self.config.window), 1
+        else:
+            first, stride = self._observed_from(tracked, history), self.config.query_stride
+        count = max(0, -(-(num_tokens - first) // stride))
+        return Observed(min(count, self.config.window), stride, tracked.known, tracked.counted)
+
+    def _observed_from(self, tracked: Tracked, history: int) -> int:
+        return max(tracked.accumulated, tracked.due_at - history)
+
+    def accumulate(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, Observed]]:
+        """Requests in whose prefill something was observed since the last call, and what; their
+        compression is not yet due. ``accumulated`` and the like are of after it.
+
+        Args:
+            num_computed: computed tokens of the running requests.
+        """
+        for tracked in self.requests.values():
+            computed = num_computed.get(tracked.request_id, 0)
+            if (
+                tracked.observe_slot is None
+                or not tracked.accumulated < computed < tracked.due_at <= tracked.prefill_end
+            ):
+                continue
+            observed = self.observed(tracked, computed)
+            if observed is None or not observed.num_queries:
+                continue
+            self._count(tracked, computed, observed)
+            yield tracked, observed
+
+    def _count(self, tracked: Tracked, num_tokens: int, observed: Observed | None) -> None:
+        tracked.accumulated, tracked.known = num_tokens, num_tokens // self.block_size
+        tracked.counted += observed.num_queries if observed is not None else 0
 
     def bounds_peak(self, num_tokens: int) -> bool:
         """Whether a prefill of ``num_tokens`` tokens never holds them all at once."""
@@ -309,10 +397,14 @@ class CompressionPlanner:
         tracked = self.requests.get(request_id)
         if tracked is None or tracked.observe_slot is None:
             return None
-        observe_from = max(0, tracked.due_at - self.config.window)
+        observe_from, stride = max(0, tracked.due_at - self.config.window), 1
+        history = self.history(tracked.own)
+        if history is not None and tracked.due_at <= tracked.prefill_end:
+            observe_from = max(0, self._observed_from(tracked, history))
+            stride = self.config.query_stride
         if first_token >= tracked.due_at or first_token + num_tokens <= observe_from:
             return None
-        return Observation(request_id, tracked.observe_slot, first_token, observe_from)
+        return Observation(request_id, tracked.observe_slot, first_token, observe_from, stride)
 
     def due(self, num_computed: Mapping[str, int]) -> list[Tracked]:
         """Requests whose observation is complete, oldest first.
@@ -339,6 +431,7 @@ class CompressionPlanner:
         self.version += not tracked.kept
         tracked.covered, tracked.kept = self.target(tracked)
         tracked.ratio = None
+        self._count(tracked, tracked.due_at, self.observed(tracked, tracked.due_at))
         tracked.due_at = self._next_due(tracked)
         if tracked.due_at <= tracked.prefill_end:
             return  # its prefill goes on, observed

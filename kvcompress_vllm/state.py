@@ -18,6 +18,9 @@ from torch import Tensor
 from kvcompress_vllm import layout
 from kvcompress_vllm.transfer import to_device
 
+RUNNING = 4
+"""Numbers per key in the running statistics: 16 bytes, what the compaction kernel moves at once."""
+
 
 class PackedState:
     """State tables, block owners and the observation ring of one rank.
@@ -27,6 +30,10 @@ class PackedState:
         covered: ``[U]`` int32.
         owner: ``[N]`` int32, state slot of the request whose row starts with this block, or -1.
         ring: ``[L, O, W, H * G, D]`` observed queries.
+        running: ``[P, B, 4]`` fp32 or None: per key, for policies that judge by all queries, the
+            sums so far of their channels (at most three) and, last, how many queries were counted.
+            Written for pages of one request only: it computed them itself, and nobody who shares
+            them writes here.
     """
 
     def __init__(
@@ -42,6 +49,8 @@ class PackedState:
         window: int,
         dtype: torch.dtype,
         device: torch.device,
+        running: bool = False,
+        block_size: int = 16,
     ) -> None:
         heads = (state_slots, num_layers, num_kv_heads)
         self.num_pages = torch.zeros(heads, dtype=torch.int32, device=device)
@@ -57,6 +66,10 @@ class PackedState:
             dtype=dtype,
             device=device,
         )
+        pages = num_blocks * num_layers * num_kv_heads
+        self.running: Tensor | None = None
+        if running:
+            self.running = torch.zeros(pages, block_size, RUNNING, device=device)
         self._first_block: dict[int, int] = {}
 
     @property
@@ -76,7 +89,9 @@ class PackedState:
 
     def num_bytes(self) -> int:
         """Memory beside the KV cache, in bytes."""
-        tensors = (self.num_pages, self.first_page, self.covered, self.owner, self.ring)
+        tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
+        if self.running is not None:
+            tensors.append(self.running)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def state_slots(self, block_table: Tensor) -> Tensor:

@@ -109,17 +109,14 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
         rows = self.context.request_rows()
         starts = common.query_start_loc_cpu.tolist()
         index = [-1] * common.num_actual_tokens
-        for request_id, slot, first_token, observe_from in self.context.observations:
-            if request_id not in rows:
+        for item in self.context.observations:
+            if item.request_id not in rows:
                 raise RuntimeError(
-                    f"kv_compress: observed request {request_id} is not in the batch"
+                    f"kv_compress: observed request {item.request_id} is not in the batch"
                 )
-            begin, end = starts[rows[request_id]], starts[rows[request_id] + 1]
-            # Only the last window of a long chunk can be observed at all.
-            for token in range(max(begin, end - window), end):
-                position = first_token + token - begin
-                if position >= observe_from:
-                    index[token] = slot * window + position % window
+            begin, end = starts[rows[item.request_id]], starts[rows[item.request_id] + 1]
+            for position in item.positions(end - begin, window):
+                index[begin + position - item.first_token] = item.place(position, window)
         return to_device(index, torch.int32, self.device)
 
 

@@ -26,7 +26,7 @@ from kvcompress_vllm.integration.requests import request_wish
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.stats import KVCompressSchedulerStats
 from kvcompress_vllm.metrics import Recorder
-from kvcompress_vllm.plan import Compression, PackedRow, StepPlan
+from kvcompress_vllm.plan import Accumulation, Compression, PackedRow, StepPlan
 from kvcompress_vllm.scheduling import CompressionPlanner, Tracked
 
 logger = init_logger("vllm.kv_compress")
@@ -74,9 +74,12 @@ class _KVCompressMixin(Scheduler):
         _log_banner(self)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        accumulations = self._accumulate()
         compressions = self._compress_due()
         output = super().schedule(throttle_prefills)
-        output.kv_compress = self._plan(output, compressions)  # type: ignore[attr-defined]
+        output.kv_compress = self._plan(  # type: ignore[attr-defined]
+            output, accumulations, compressions
+        )
         if self._check_integrity:
             self.check_integrity()
         return output
@@ -105,6 +108,27 @@ class _KVCompressMixin(Scheduler):
                 f"kv_compress: planner has packed {sorted(packed)}, block manager "
                 f"{sorted(self.kv_compress_manager.packed)}"
             )
+
+    def _accumulate(self) -> list[Accumulation]:
+        """What was observed in chunks of prefills since the last step."""
+        planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        computed = {r.request_id: r.num_computed_tokens for r in self.running}
+        return [
+            Accumulation(
+                tracked.request_id,
+                tracked.state_slot,
+                tracked.observe_slot,
+                tracked.accumulated,
+                tracked.covered,
+                tracked.kept,
+                tracked.known,
+                manager.row(tracked.request_id, -(-tracked.accumulated // manager.block_size)),
+                tracked.own.policy if tracked.own else None,
+                observed,
+            )
+            for tracked, observed in planner.accumulate(computed)
+            if tracked.observe_slot is not None
+        ]
 
     def _compress_due(self) -> list[Compression]:
         """Pack what is due as far as the pool allows; the rest waits for a later step."""
@@ -139,6 +163,7 @@ class _KVCompressMixin(Scheduler):
                     tracked.trigger,
                     planner.floor(covered, own),
                     own.protect if own else (),
+                    planner.observed(tracked, num_tokens),
                 )
             )
             freed += old
@@ -186,9 +211,14 @@ class _KVCompressMixin(Scheduler):
         """vLLM's prefix cache lookup, except that what a compression observes is computed."""
         blocks, num_tokens, boundary = self._stock_computed_blocks(request)
         planner = self.kv_compress_planner
-        due_at = planner.first_due(request.num_tokens, request_wish(request.sampling_params))
+        own = request_wish(request.sampling_params)
+        due_at = planner.first_due(request.num_tokens, own)
         first_observed = max(0, due_at - planner.config.window)
-        if num_tokens <= first_observed or due_at > request.num_tokens:
+        if due_at > request.num_tokens:
+            return blocks, num_tokens, boundary
+        if planner.history(own) is not None:
+            first_observed = 0  # a prefix that others computed has no statistics of all queries
+        if num_tokens <= first_observed:
             return blocks, num_tokens, boundary
         usable = first_observed // planner.block_size
         cut = self.kv_cache_manager.create_kv_cache_blocks(
@@ -205,12 +235,16 @@ class _KVCompressMixin(Scheduler):
     ) -> int:
         # vLLM asks this of models with Mamba layers, which we refuse; a chunk of ours ends where a
         # compression is due.
-        planner, due_at = self.kv_compress_planner, 0
-        if request.request_id not in planner.requests and request.num_computed_tokens == 0:
-            own = request_wish(request.sampling_params)
-            due_at = planner.first_due(request.num_tokens, own)
+        planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
-        return planner.chunk(request.request_id, first_token, num_new_tokens, due_at)
+        waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        return planner.chunk(
+            request.request_id,
+            first_token,
+            num_new_tokens,
+            request.num_tokens if waits else 0,
+            request_wish(request.sampling_params) if waits else None,
+        )
 
     def _fits(self, request: Request, reserve: int) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
@@ -248,10 +282,16 @@ class _KVCompressMixin(Scheduler):
         if request is None or request.is_finished():
             self._recorder.finished(request_id)
 
-    def _plan(self, output: SchedulerOutput, compressions: list[Compression]) -> StepPlan:
+    def _plan(
+        self,
+        output: SchedulerOutput,
+        accumulations: list[Accumulation],
+        compressions: list[Compression],
+    ) -> StepPlan:
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
         plan = StepPlan(
             released=planner.take_released(),
+            accumulations=accumulations,
             # A request that was compressed and then preempted in the same step owns nothing.
             compressions=[c for c in compressions if c.request_id in manager.packed],
         )

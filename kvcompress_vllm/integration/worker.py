@@ -101,6 +101,7 @@ class KVCompressWorkerMixin(Worker):
         assert self.kv_compress_runner is not None
         context = self.kv_compress_context
         context.state.release(plan.released)
+        self.kv_compressor.accumulate(plan.accumulations)
         self.kv_compressor.run(plan.compressions)
         for item in plan.compressions:
             nulls = [0] * (item.covered - len(item.new_blocks))
@@ -166,6 +167,8 @@ class KVCompressWorkerMixin(Worker):
             "observe_slots": observe_slots(self.vllm_config, num_blocks),
             "window": self.kv_compress_config.window,
             "dtype": self.model_config.dtype,
+            "block_size": self.cache_config.block_size,
+            "running": self.kv_compress_config.query_stride > 0,
         }
 
     def _extra_bytes(self, available: int) -> int:
@@ -190,7 +193,8 @@ class KVCompressWorkerMixin(Worker):
         most = min(self.model_config.max_model_len, num_blocks * self.cache_config.block_size)
         _, layers, heads = state.num_pages.shape
         policy = self.kv_compress_config.create_policy()
-        return scratch_bytes(policy, most, layers, heads, state.ring.shape[-1])
+        running = state.running is not None
+        return scratch_bytes(policy, most, layers, heads, state.ring.shape[-1], running)
 
 
 class KVCompressWorker(KVCompressWorkerMixin, Worker):

@@ -56,6 +56,11 @@ def names() -> tuple[str, ...]:
     return (*BUILT_IN, *sorted(others - BUILT_IN.keys()))
 
 
+def observing_all() -> tuple[str, ...]:
+    """Those of ours that judge by all queries."""
+    return tuple(name for name, policy in BUILT_IN.items() if policy.observes_all)
+
+
 def find(name: str) -> type[Policy]:
     """The class of a policy. A name of ours cannot be taken by another package.
 
@@ -107,4 +112,14 @@ def create(name: str, pool: int, options: Mapping[str, Any]) -> Policy:
     return policy(pool=pool, **options)
 
 
-__all__ = ["BUILT_IN", "ENTRY_POINTS", "Defaults", "Evidence", "Policy", "create", "find", "names"]
+__all__ = [
+    "BUILT_IN",
+    "ENTRY_POINTS",
+    "Defaults",
+    "Evidence",
+    "Policy",
+    "create",
+    "find",
+    "names",
+    "observing_all",
+]

@@ -36,7 +36,7 @@ class Evidence:
     seq_len: int
     """Tokens whose K/V is in the cache: n and the tail."""
     num_queries: int
-    """Observed queries, the last ones of the request."""
+    """Observed queries: the last ones of the request, or of all its queries those looked at."""
     num_sinks: int
     """First candidates, kept whatever their score."""
     num_recent: int
@@ -46,6 +46,8 @@ class Evidence:
     device: torch.device
     statistics: Mapping[int, Tensor] = field(default_factory=dict)
     """``[L * H, n]`` fp32 by channel of the statistics op, those that the policy names."""
+    counts: Tensor | None = None
+    """``[L * H, n]`` fp32, how many observed queries saw each candidate, where that is counted."""
     absent: Tensor | None = None
     """``[L * H, n]`` bool, columns without a key; None: every column has one."""
     keys: Callable[[int], Tensor] | None = None
@@ -85,7 +87,10 @@ class Evidence:
         return sinks | (column >= self.num_keys - self.num_recent)
 
     def num_observations(self) -> Tensor:
-        """``[n]`` fp32: how many of the observed queries see each candidate, at least 1."""
+        """``[n]`` or ``[L * H, n]`` fp32: how many of the observed queries see each candidate, at
+        least 1."""
+        if self.counts is not None:
+            return self.counts.clamp(min=1)
         later = self.seq_len - torch.arange(self.num_keys, device=self.device)
         return later.clamp(1, max(1, self.num_queries)).float()
 
@@ -98,6 +103,7 @@ class Defaults:
     window: int | None = None
     pool: int | None = None
     recent: int | None = None
+    query_stride: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,11 @@ class Policy(ABC):
     """Channels of the statistics op that it reads; the others are not computed."""
     needs_keys: ClassVar[bool] = False
     """Whether it reads keys, values or queries themselves: slower; a layer of them is copied."""
+    observes_all: ClassVar[bool] = False
+    """Judges by the queries of the whole prompt, every ``query_stride``-th of them, whose
+    statistics are summed up chunk by chunk. At most three channels."""
+    history: ClassVar[int | None] = None
+    """With ``observes_all``: only queries of so many tokens before the compression; None: all."""
     keeps_window: ClassVar[bool] = False
     """The observed window is kept whole: ``recent`` is raised to ``window``, and its keys do not
     take part in pooling, since not every observed query sees them."""

@@ -5,9 +5,10 @@ https://arxiv.org/abs/2306.14048 (Zhang et al., NeurIPS 2023): the score of key 
 queries of the attention paid to it, not divided by how many could; each head keeps the heaviest and
 the most recent.
 
-Paper and code: the paper accumulates over all queries; this over those of the observed window. It
-splits the budget evenly between heavy and recent keys; here ``recent`` is a number of tokens. For
-grouped queries the attention of the group is added up.
+Paper and code: the paper accumulates over all queries; this over every ``query_stride``-th of the
+prompt and the last ``window`` before each compression of a generation; with ``query_stride=0`` over
+the last ``window`` alone. It splits the budget evenly between heavy and recent keys; here
+``recent`` is a number of tokens. For grouped queries the attention of the group is added up.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class H2O(Policy):
     """Attention summed over observed queries and group."""
 
     channels = (ops.SUM,)
-    defaults = Defaults("uniform", window=64, pool=1)
+    observes_all = True
+    defaults = Defaults("uniform", window=64, pool=1, query_stride=32)
 
     def score(self, evidence: Evidence) -> Tensor:
         return self.pooled(evidence, evidence.statistics[ops.SUM])

@@ -5,7 +5,9 @@ https://arxiv.org/abs/2402.06262 (Ren and Zhu, 2024) introduces it as the import
 without RoCo's scope it is kvpress' ``observed_attention`` and OpenVINO's ``NORM_SUM``:
 ``M[j] = 1 / n_j * sum over q >= j of mean over g of p[q, g, j]``, n_j queries from position j on.
 
-The paper counts all queries. This counts those of the observed window.
+The paper counts all queries. This counts every ``query_stride``-th of the prompt, and the last
+``window`` before each compression of a generation; with ``query_stride=0`` the last ``window``
+alone.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class MeanAttention(Policy):
     """Attention per observed query that sees the key, mean over the group."""
 
     channels = (ops.SUM,)
-    defaults = Defaults("uniform", window=64, pool=1)
+    observes_all = True
+    defaults = Defaults("uniform", window=64, pool=1, query_stride=32)
 
     def score(self, evidence: Evidence) -> Tensor:
         count = evidence.num_observations() * evidence.group

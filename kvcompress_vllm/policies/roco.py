@@ -12,8 +12,9 @@ lowest M go. Each (layer, KV head) has the same budget (allocator ``uniform``).
 
 Paper and code: the size of the scope is ours to read off the code, where ``recent_ratio`` of the
 budget is shielded by sigma (0.1 in its prefill, 0.3 fixed in its decode). Its shields (4 sinks, the
-last 10 tokens) are ``sinks`` and ``recent`` here. The paper counts all queries; this counts those
-of the observed window. The group is averaged before the square, as in both.
+last 10 tokens) are ``sinks`` and ``recent`` here. Of the queries of the prompt every
+``query_stride``-th is counted, of a generation the last ``window`` before each compression; with
+``query_stride=0`` the last ``window`` alone. The group is averaged before the square, as in both.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class RoCo(Policy):
     )
 
     channels = (ops.SUM, ops.MEAN_SQUARES)
-    defaults = Defaults("uniform", window=64, pool=1)
+    observes_all = True
+    defaults = Defaults("uniform", window=64, pool=1, query_stride=32)
 
     def score(self, evidence: Evidence) -> Tensor:
         count = evidence.num_observations()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scissorhands: drop the keys that the last queries most often gave little attention.
 
-https://arxiv.org/abs/2305.17118 (Liu et al., NeurIPS 2023). Over the last ``window`` queries, key j
+https://arxiv.org/abs/2305.17118 (Liu et al., NeurIPS 2023). Over the last 400 queries, key j
 counts as low where its attention (here: mean over the query group) is below uniform, 1 / (keys that
 the query sees). Keys with the highest low count go first; ties, which are many, by lower total
 attention. Later layers get more: the paper finds that importance persists less there.
@@ -10,7 +10,8 @@ Paper and code: Algorithm 2 as printed adds and keeps the opposite of what its c
 follows the intent. The paper gives no formula for the layers' shares; they grow linearly here, the
 last layer getting ``later`` times as much as the first. Heads of a layer are equal (allocator
 ``uniform``). The released code is a masking simulation with another rule (top 10 % of the last 100
-queries). The paper's window is 400; the default is less because observed queries take memory.
+queries). Of the 400 every ``query_stride``-th is observed; counts go on over the compressions of a
+generation. With ``query_stride=0`` the last ``window`` queries are counted instead.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Scissorhands(Policy):
     )
 
     channels = (ops.SUM, ops.LOW_COUNT)
-    defaults = Defaults("uniform", window=64, pool=1)
+    observes_all = True
+    history = 400
+    defaults = Defaults("uniform", window=64, pool=1, query_stride=8)
 
     def score(self, evidence: Evidence) -> Tensor:
         # Counted from the top: most keys are low for every query, and near 0 fp32 has room for the

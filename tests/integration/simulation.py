@@ -48,6 +48,7 @@ class PretendWorker:
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
         self.state.release(plan.released)
+        self.compressor.accumulate(plan.accumulations)
         self.compressor.run(plan.compressions)
         for item in plan.compressions:
             row = self.rows[item.request_id]
@@ -83,11 +84,9 @@ class PretendWorker:
         self.pages[target, (positions % B)[:, None]] = value
         if observation is not None:
             assert observation.first_token == first
-            index = torch.where(
-                positions >= observation.observe_from,
-                observation.observe_slot * self.state.window + positions % self.state.window,
-                -1,
-            ).to(torch.int32)
+            index = torch.full((count,), -1, dtype=torch.int32)
+            for position in observation.positions(count, self.state.window):
+                index[position - first] = observation.place(position, self.state.window)
             for layer in range(L):
                 query = torch.randn(count, H * G, D)
                 ops.observe_queries(query, index, self.state.ring[layer].flatten(0, 1))
@@ -151,6 +150,7 @@ class Simulation:
             window=config.window,
             dtype=torch.float32,
             observe_slots=observe_slots(self.vllm_config, num_blocks),
+            running=config.query_stride > 0,
             device=torch.device("cpu"),
         )
         pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"))

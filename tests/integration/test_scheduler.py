@@ -30,14 +30,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         decode=st.sampled_from([True, True, False]),
         prefix_caching=st.booleans(),
         peak=st.sampled_from([{}, {}, {"prefill_peak_tokens": 256}]),
+        policy=st.sampled_from([{}, {"policy": "h2o", "query_stride": 5}]),
     )
     def build(
         self, num_blocks, max_num_batched_tokens, max_num_seqs, allocator, decode, prefix_caching,
-        peak,
+        peak, policy,
     ):  # fmt: skip
         # check_integrity() runs in every schedule() (the switch is on), contents in every step().
         self.sim = Simulation(
-            num_blocks, {**OPTIONS, "allocator": allocator, "decode": decode, **peak},
+            num_blocks, {**OPTIONS, "allocator": allocator, "decode": decode, **peak, **policy},
             prefix_caching=prefix_caching, max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
         )  # fmt: skip

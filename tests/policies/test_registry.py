@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops, policies
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.config import GENERAL, KVCompressConfig
 from kvcompress_vllm.policies import Defaults, Evidence, Policy
 from kvcompress_vllm.validation import integer, option
 from tests.policies import prompts
@@ -113,7 +113,7 @@ def test_every_policy_is_described(name: str) -> None:
     built = policies.create(name, 1, {})
     assert list(built.channels) == sorted(set(built.channels))
     assert all(0 <= channel < len(ops.CHANNELS) for channel in built.channels)
-    assert {f.name for f in fields(Defaults)} == {"allocator", "window", "pool", "recent"}
+    assert {f.name for f in fields(Defaults)} == {*GENERAL}
     config = KVCompressConfig.from_dict({"policy": name})
     assert KVCompressConfig.from_dict(config.to_dict()) == config
     documentation = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
