@@ -38,18 +38,18 @@ class AdaKV(SnapKV):
         if average <= 0:
             return None
         scores = scores.masked_fill(evidence.shielded(), float("-inf"))
-        by_layer = scores.unflatten(0, (evidence.layers, -1))
-        counts = [_top_counts(layer, evidence.heads * average) for layer in by_layer]
-        return (1 - self.alpha) * torch.stack(counts) + self.alpha * average
+        counts = _top_counts(scores.unflatten(0, (evidence.layers, -1)), evidence.heads * average)
+        return (1 - self.alpha) * counts + self.alpha * average
 
 
 def _top_counts(scores: Tensor, count: int) -> Tensor:
-    """``[H]`` fp64: how many of the ``count`` highest of ``[H, n]`` each head has.
+    """``[L, H]`` fp64: how many of the ``count`` highest of each layer of ``[L, H, n]`` a head has.
 
     Ties at the threshold go to the first heads.
     """
-    threshold = scores.flatten().topk(count, sorted=False).values.min()
+    highest = scores.flatten(1).topk(count, sorted=False).values
+    threshold = highest.amin(-1)[:, None, None]
     above = (scores > threshold).sum(-1)
     tied = (scores == threshold).sum(-1)
-    left = count - above.sum() - (tied.cumsum(0) - tied)
+    left = count - above.sum(-1, keepdim=True) - (tied.cumsum(-1) - tied)
     return (above + torch.minimum(left.clamp(min=0), tied)).double()

@@ -42,26 +42,23 @@ class ExpectedAttention(Policy):
         scores = []
         first = evidence.first_columns() + evidence.num_sinks
         first = first.expand(evidence.layers * evidence.heads, 1)
-        for layer in range(evidence.layers):
-            keys, queries = evidence.keys(layer), evidence.queries(layer)
+        left_out = torch.arange(evidence.seq_len, device=evidence.device) < first
+        for layer, hidden in enumerate(left_out.split(evidence.heads)):
             norms = torch.linalg.vector_norm(evidence.values(layer), dim=-1, dtype=torch.float32)
-            for head in range(evidence.heads):
-                left_out = torch.arange(evidence.seq_len, device=evidence.device)
-                left_out = left_out < first[layer * evidence.heads + head]
-                expected = _attention(
-                    keys[head].float(), queries[head].float(), evidence.scale, left_out
-                )
-                scores.append((expected + self.epsilon) * norms[head])
-        return self.pooled(evidence, torch.stack(scores)[:, : evidence.num_keys])
+            keys, queries = evidence.keys(layer).float(), evidence.queries(layer).float()
+            expected = _attention(keys, queries, evidence.scale, hidden)
+            scores.append((expected + self.epsilon) * norms)
+        return self.pooled(evidence, torch.cat(scores)[:, : evidence.num_keys])
 
 
 def _attention(keys: Tensor, queries: Tensor, scale: float, left_out: Tensor) -> Tensor:
-    """``[S]`` expected attention to keys ``[S, D]`` from queries ``[G, Q, D]``; 0 if left out."""
-    expected = keys.new_zeros(len(keys))
-    for member in queries:
-        mean = member.mean(0)
+    """``[H, S]`` expected attention to keys ``[H, S, D]`` from queries ``[H, G, Q, D]``; 0 where
+    ``left_out`` ``[H, S]``."""
+    expected = keys.new_zeros(left_out.shape)
+    for member in queries.unbind(1):  # one at a time: [H, Q, S] is no larger than the keys
+        mean = member.mean(1, keepdim=True)
         # k Sigma k without Sigma: the mean over queries of (deviation . k)^2.
-        spread = (keys @ (member - mean).T).square().mean(-1)
-        logits = scale * (keys @ mean) + scale**2 / 2 * spread
-        expected += logits.masked_fill(left_out, float("-inf")).softmax(-1) / len(queries)
+        spread = ((member - mean) @ keys.mT).square().mean(1)
+        logits = scale * (mean @ keys.mT).squeeze(1) + scale**2 / 2 * spread
+        expected += logits.masked_fill(left_out, float("-inf")).softmax(-1) / queries.shape[1]
     return expected

@@ -34,9 +34,10 @@ class RandomKeys(Policy):
         start = _mix(base + 0x85EBCA77 * (slot + 1))
         position = torch.arange(evidence.num_keys, device=evidence.device)
         scores = torch.empty(len(slot), evidence.num_keys, device=evidence.device)
-        for index, first in enumerate(start):  # one head at a time: 64-bit numbers take room
+        for part in torch.arange(len(slot)).split(evidence.heads):  # 64-bit numbers take room
             # The upper 24 bits are exact in fp32.
-            scores[index] = (_mix(first + 0x27D4EB2F * position) >> 8) * 2.0**-24
+            first = start[part[0] : part[-1] + 1, None]
+            scores[part[0] : part[-1] + 1] = (_mix(first + 0x27D4EB2F * position) >> 8) * 2.0**-24
         return scores
 
 
