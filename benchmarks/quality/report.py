@@ -1,79 +1,211 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and a figure of what was measured."""
+"""Tables and figures of what was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.cells import CONTROLS, FULL, interval
+from benchmarks.quality.cells import (
+    CONTROLS,
+    FULL,
+    PERPLEXITY,
+    QUESTIONS,
+    Cell,
+    Choice,
+    Result,
+)
 
-Results = Sequence[dict[str, Any]]
+Results = Mapping[Cell, Result]
+GROUPS = {
+    "retrieval tasks": ("exact", "recall"),
+    "LongBench": ("f1", "rouge_l", "class", "edit", "number"),
+    PERPLEXITY: ("nats",),
+}
+"""Metrics that may be averaged with each other."""
 
 
-def summary(results: Results) -> list[tuple[str, str, float, int, int]]:
-    """(policy, allocator, ratio, right, samples) over all tasks and lengths, best first."""
-    sums: dict[tuple[str, str, float], list[int]] = {}
-    for result in results:
-        key = result["policy"], result["allocator"], result["ratio"]
-        total = sums.setdefault(key, [0, 0])
-        total[0] += result["right"]
-        total[1] += result["samples"]
-    rows = [(*key, right, samples) for key, (right, samples) in sums.items()]
-    return sorted(rows, key=lambda row: (row[2], -row[3] / max(1, row[4])))
+def by_choice(results: Results, group: str) -> dict[Choice, Result]:
+    """All tasks and lengths of a group together, the best first within a question and ratio."""
+    together: dict[Choice, Result] = {}
+    for cell, result in results.items():
+        if result.metric in GROUPS[group]:
+            total = together.setdefault(cell.choice, Result(result.metric))
+            total.metric = result.metric if total.metric == result.metric else "several"
+            for seed, score in result.scores.items():
+                total.scores[cell.task, cell.length, seed] = score
+    sign = 1 if group == PERPLEXITY else -1
+
+    def key(choice: Choice) -> tuple[str, float, float]:
+        return choice.question, choice.ratio, sign * together[choice].mean
+
+    return {choice: together[choice] for choice in sorted(together, key=key)}
 
 
-def print_table(results: Results) -> None:
-    """Accuracy per task, and over all with its 95% confidence interval."""
-    tasks = list(dict.fromkeys(result["task"] for result in results))
-    print(f"{'ratio':>5} {'policy':>20} {'allocator':>9}   all   95% interval", end="")
-    print("".join(f"{task[:9]:>10}" for task in tasks))
-    for policy, allocator, ratio, right, samples in summary(results):
-        low, high = interval(right, samples)
-        print(f"{ratio:5g} {policy:>20} {allocator:>9} {right / samples:5.3f}", end="")
-        print(f"  {low:.3f} to {high:.3f}", end="")
-        for task in tasks:
-            mine = [
-                r
-                for r in results
-                if (r["policy"], r["allocator"], r["ratio"], r["task"])
-                == (policy, allocator, ratio, task)
-            ]
-            share = sum(r["right"] for r in mine) / max(1, sum(r["samples"] for r in mine))
-            print(f"{share:10.2f}" if mine else f"{'-':>10}", end="")
-        print()
+def label(choice: Choice) -> str:
+    """Policy, and what of it is not its own choice."""
+    allocator = "" if choice.allocator == "auto" else choice.allocator
+    return ", ".join(filter(None, (choice.policy, allocator, choice.options)))
+
+
+def print_tables(results: Results) -> None:
+    """Per group of metrics: each task, and the mean over all samples with its 95% interval; for
+    perplexity that of the difference from the full cache on the same texts."""
+    for group in GROUPS:
+        rows = by_choice(results, group)
+        if not rows:
+            continue
+        tasks = dict.fromkeys(
+            (cell.task, cell.length)
+            for cell, result in results.items()
+            if result.metric in GROUPS[group]
+        )
+        width = max(len(label(choice)) for choice in rows)
+        loss = group == PERPLEXITY
+        unit = "nats per token, interval of what is lost" if loss else "mean score"
+        print(f"\n{group} ({unit})")
+        names = [f"{task}@{length}" if length else task for task, length in tasks]
+        widths = [max(6, len(name)) + 1 for name in names]
+        print(f"{'question':8} {'ratio':>5} {'policy':{width}}    all  95% interval ", end="")
+        print("".join(f"{name:>{w}}" for name, w in zip(names, widths, strict=True)))
+        for choice, total in rows.items():
+            full = rows.get(Choice(FULL))
+            low, high = (total.minus(full) if loss and full else total).interval()
+            print(f"{choice.question:8} {choice.ratio:5g} {label(choice):{width}}", end="")
+            print(f" {total.mean:6.3f} {low:6.3f} {high:6.3f}", end="  ")
+            for (task, length), w in zip(tasks, widths, strict=True):
+                result = results.get(Cell(*choice, task, length))
+                print(f"{result.mean:{w}.3f}" if result else f"{'-':>{w}}", end="")
+            print()
 
 
 def plot(results: Results, path: Path) -> None:
-    """Accuracy against ratio, one line per policy and allocator, bars of the 95% interval."""
+    """Score against ratio: a panel per question mode and group, a line per choice but for its
+    ratio, bars of the 95% interval."""
+    plt = _pyplot()
+    panels = [
+        (group, question)
+        for group in GROUPS
+        for question in QUESTIONS
+        if any(choice.question == question for choice in by_choice(results, group))
+    ]
+    lines = list(dict.fromkeys(
+        c.choice._replace(ratio=0, question="") for c in results if c.policy != FULL
+    ))  # fmt: skip
+    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    figure, axes = plt.subplots(
+        1, max(1, len(panels)), squeeze=False, layout="constrained",
+        figsize=(4 + 4.5 * max(1, len(panels)), 5),
+    )  # fmt: skip
+    for axis, (group, question) in zip(axes[0], panels, strict=False):
+        rows = by_choice(results, group)
+        full = rows.get(Choice(FULL))
+        if full:
+            axis.axhline(full.mean, color="black", linewidth=1, label="full cache")
+        ratios = sorted({choice.ratio for choice in rows if choice.policy != FULL})
+        for index, line in enumerate(lines):
+            points = {
+                choice.ratio: total
+                for choice, total in sorted(rows.items())
+                if choice._replace(ratio=0, question="") == line and choice.question == question
+            }
+            if not points:
+                continue
+            means = [total.mean for total in points.values()]
+            bounds = [total.interval() for total in points.values()]
+            error = [
+                [_length(mean - low) for mean, (low, _) in zip(means, bounds, strict=True)],
+                [_length(high - mean) for mean, (_, high) in zip(means, bounds, strict=True)],
+            ]
+            axis.errorbar(
+                [ratios.index(ratio) for ratio in points], means, yerr=error, capsize=3,
+                color=colors[index % len(colors)], label=label(line),
+                marker="osv^D"[index // len(colors) % 5],
+                linestyle=":" if line.policy in CONTROLS else "-",
+            )  # fmt: skip
+        axis.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+        axis.set_xlabel("ratio")
+        axis.set_title(f"{group}, question {question}")
+        axis.set_ylabel("nats per token" if group == PERPLEXITY else "mean score")
+        if group != PERPLEXITY:
+            axis.set_ylim(0, 1.03)
+        axis.grid(alpha=0.3)
+    entries: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries, fontsize=8, loc="outside right upper")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def heat_map(results: Results, path: Path) -> None:
+    """Share of pages kept per layer and head: a row per choice but for its ratio, a column per
+    ratio; mean over the recorded samples of all tasks.
+
+    Raises:
+        ValueError: nothing was recorded.
+    """
+    plt = _pyplot()
+    maps = kept_maps(results)
+    if not maps:
+        raise ValueError("no result says what was kept; measure with --heat-map, too")
+    rows = list(dict.fromkeys(choice._replace(ratio=0) for choice in maps))
+    ratios = sorted({choice.ratio for choice in maps})
+    layers, heads = len(next(iter(maps.values()))), len(next(iter(maps.values()))[0])
+    size = (2.5 + len(ratios) * max(1.6, heads * 0.18), 1 + len(rows) * max(1.1, layers * 0.12))
+    figure, axes = plt.subplots(
+        len(rows), len(ratios), squeeze=False, sharex=True, sharey=True, figsize=size,
+        layout="constrained",
+    )  # fmt: skip
+    for line, row in zip(axes, rows, strict=True):
+        for axis, ratio in zip(line, ratios, strict=True):
+            kept = maps.get(row._replace(ratio=ratio))
+            if kept is None:
+                axis.axis("off")
+                continue
+            image = axis.imshow(kept, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            axis.set_xticks(range(0, heads, max(1, heads // 4)))
+            axis.set_yticks(range(0, layers, max(1, layers // 4)))
+        line[0].set_ylabel(f"{label(row)}\n{row.question}", fontsize=7)
+    for axis, ratio in zip(axes[0], ratios, strict=True):
+        axis.set_title(f"ratio {ratio:g}", fontsize=9)
+    figure.colorbar(image, ax=axes, label="share of pages kept", shrink=min(1, 4 / len(rows)))
+    figure.supxlabel("KV head", fontsize=9)
+    figure.supylabel("layer", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def kept_maps(results: Results) -> dict[Choice, list[list[float]]]:
+    """Mean share of pages kept, ``[L][H]``, by choice."""
+    recorded: dict[Choice, list[tuple[int, list[list[float]]]]] = {}
+    for cell, result in results.items():
+        if result.kept:
+            recorded.setdefault(cell.choice, []).extend(result.kept)
+    return {choice: _weighted(maps) for choice, maps in recorded.items()}
+
+
+def _weighted(maps: Iterable[tuple[int, list[list[float]]]]) -> list[list[float]]:
+    maps = list(maps)
+    total = sum(count for count, _ in maps)
+    layers, heads = len(maps[0][1]), len(maps[0][1][0])
+    return [
+        [sum(count * kept[i][j] for count, kept in maps) / total for j in range(heads)]
+        for i in range(layers)
+    ]
+
+
+def _length(value: float) -> float:
+    return max(0.0, value) if math.isfinite(value) else 0.0
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = summary(results)
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    full = [(right, samples) for policy, _, _, right, samples in rows if policy == FULL]
-    if full:
-        axis.axhline(full[0][0] / full[0][1], color="black", linewidth=1, label="full cache")
-    ratios = sorted({row[2] for row in rows if row[0] != FULL})
-    for policy, allocator in dict.fromkeys(row[:2] for row in rows if row[0] != FULL):
-        mine = sorted(row for row in rows if row[:2] == (policy, allocator))
-        x = [ratios.index(row[2]) for row in mine]
-        y = [row[3] / row[4] for row in mine]
-        bounds = [interval(row[3], row[4]) for row in mine]
-        error = [
-            [max(0.0, share - low) for share, (low, _) in zip(y, bounds, strict=True)],
-            [max(0.0, high - share) for share, (_, high) in zip(y, bounds, strict=True)],
-        ]
-        style = ":" if policy in CONTROLS else "-"
-        label = policy if allocator == "auto" else f"{policy}, {allocator}"
-        axis.errorbar(x, y, yerr=error, marker="o", linestyle=style, capsize=3, label=label)
-    axis.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
-    axis.set_xlabel("ratio")
-    axis.set_ylabel("whole answers right")
-    axis.set_ylim(0, 1.03)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=150)
+    return plt

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine for the whole grid: between two calls its workers take another policy.
+
+vLLM adds :class:`QualityWorker` to the engine's worker (``worker_extension_cls``). What the
+scheduler must know, how many blocks a request keeps, is the same for all: each request asks for its
+ratio, and the shields and the floor are those that the engine was started with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvcompress_vllm.compressor import Compressor
+from kvcompress_vllm.config import KVCompressConfig
+
+ENGINE_OPTIONS = ("sinks", "recent", "min_tokens_per_head")
+"""Options that only an engine of its own can change, as the scheduler's budget depends on them."""
+
+
+class QualityWorker:
+    """Methods for ``collective_rpc``; ``self`` is a ``KVCompressWorkerMixin``."""
+
+    def quality_configure(self: Any, options: Mapping[str, Any]) -> None:
+        """Compress like an engine started with ``options`` from now on.
+
+        Raises:
+            ValueError: they need an engine of their own.
+        """
+        config, started = KVCompressConfig.from_dict(options), self.kv_compress_config
+        for name in ENGINE_OPTIONS:
+            if getattr(config, name) != getattr(started, name):
+                raise ValueError(f"{name}={getattr(config, name)!r} needs an engine of its own")
+        if config.window > started.window:
+            raise ValueError(f"window={config.window} is more than the engine's {started.window}")
+        old = self.kv_compressor
+        self.kv_compressor = Compressor(config, old.state, old.pages, old.scale)
+
+    def quality_record(self: Any) -> None:
+        """Record from now on what is kept."""
+        self.kv_compressor.record = {}
+
+    def quality_recorded(self: Any) -> dict[str, list[list[list[int]]]]:
+        """End the record; by request id, the kept keys of every layer and head of this rank."""
+        record, self.kv_compressor.record = self.kv_compressor.record, None
+        heads = self.kv_compressor.state.num_pages.shape[2]
+        kept = {name: [keys.tolist() for keys in every] for name, every in record.items()}
+        return {
+            name: [every[i : i + heads] for i in range(0, len(every), heads)]
+            for name, every in kept.items()
+        }
+
+    def quality_recorded_pages(self: Any) -> dict[str, list[list[int]]]:
+        """End the record; by request id, how many pages every layer and head of this rank keeps."""
+        size = self.kv_compressor.pages.shape[1]
+        return {
+            name: [[len(keys) // size for keys in heads] for heads in layers]
+            for name, layers in self.quality_recorded().items()
+        }
