@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from itertools import groupby, product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks.quality import cells as grid
 from benchmarks.quality.cells import PERPLEXITY, QUESTIONS, Cell
-from benchmarks.quality.measure import Settings, engine_of
+from benchmarks.quality.measure import Settings, by_engine
 from benchmarks.quality.prompts import TINY, check_tasks
 from benchmarks.quality.report import heat_map, plot, print_tables
 from benchmarks.retrieval import TASKS
@@ -142,8 +142,7 @@ def run(args: argparse.Namespace) -> dict[Cell, grid.Result]:
     )
     rows = {name: len(found.rows) for name, found in settings.data_sets().items()}
     wanted = cells(args, list(rows))
-    for cell in wanted:
-        engine_of(cell, settings.base)  # refuses bad options before any engine starts
+    by_engine(wanted, settings.base)  # refuses bad options before any engine starts
     seeds = range(args.first_seed, args.first_seed + args.samples)
     run = {
         "model": Path(args.model).name,
@@ -162,9 +161,8 @@ def run(args: argparse.Namespace) -> dict[Cell, grid.Result]:
         asked = range(min(args.samples, rows[cell.task])) if cell.task in rows else seeds
         if left := [seed for seed in asked if seed not in known]:
             missing[cell] = left
-    by_engine = sorted(missing, key=lambda cell: engine_of(cell, settings.base))
     with tqdm(total=sum(map(len, missing.values())), unit="sample", smoothing=0.05) as bar:
-        for _, group in groupby(by_engine, key=lambda cell: engine_of(cell, settings.base)):
+        for group in by_engine(missing, settings.base):
             run_engine({cell: missing[cell] for cell in group}, settings, run, output, bar)
     results = grid.load([output], run)
     return {cell: results[cell] for cell in wanted}
@@ -212,9 +210,8 @@ def cells(args: argparse.Namespace, data_sets: list[str]) -> list[Cell]:
 
 def part(wanted: list[Cell], base: str, index: int, count: int) -> list[Cell]:
     """Every ``count``-th choice of each engine, from the ``index``-th on."""
-    choices = dict.fromkeys(cell.choice for cell in sorted(
-        wanted, key=lambda cell: (engine_of(cell, base), cell.choice)
-    ))  # fmt: skip
+    cells = chain.from_iterable(by_engine(wanted, base))
+    choices = dict.fromkeys(cell.choice for cell in cells)
     mine = {choice for i, choice in enumerate(choices) if i % count == index - 1}
     return [cell for cell in wanted if cell.choice in mine]
 

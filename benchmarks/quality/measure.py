@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -50,21 +51,39 @@ class Settings:
         return longbench.read(files, Path(self.templates) if self.templates else None)
 
 
-def engine_of(cell: Cell, base: str) -> str:
-    """Cells with the same answer can share an engine: the options it is started with, as JSON."""
-    choice = cell.choice._replace(policy="streaming") if cell.policy == FULL else cell.choice
+def engine_of(choice: Choice, base: str) -> str:
+    """Choices with the same answer can share an engine: the options it is started with, as JSON."""
     options = config_of(choice, base).to_dict()
     return json.dumps({key: options[key] for key in sorted(options) if key not in SWAPPED})
 
 
+def by_engine(cells: Iterable[Cell], base: str) -> list[list[Cell]]:
+    """The cells of each engine that is needed; any of them can answer for the full cache.
+
+    Raises:
+        ValueError: options that are not accepted.
+    """
+    engines: dict[str, list[Cell]] = {}
+    full = []
+    for cell in cells:
+        if cell.policy == FULL:
+            full.append(cell)
+        else:
+            engines.setdefault(engine_of(cell.choice, base), []).append(cell)
+    groups = list(engines.values())
+    if full:
+        groups[:1] = [full + (groups[0] if groups else [])]
+    return groups
+
+
 def start(settings: Settings, cells: Iterable[Cell]) -> Any:
-    """The engine for cells of the same :func:`engine_of`."""
+    """The engine for cells of one :func:`by_engine` group."""
     from kvcompress_vllm import LLM
 
-    cells = list(cells)
-    choices = {cell.choice for cell in cells if cell.policy != FULL}
-    widest = max((config_of(choice, settings.base).window for choice in choices), default=1)
-    engine = json.loads(engine_of(cells[0], settings.base))
+    # The full cache needs nothing: any other policy will do to start.
+    choices = {cell.choice for cell in cells if cell.policy != FULL} or {Choice("streaming")}
+    widest = max(config_of(choice, settings.base).window for choice in choices)
+    (engine,) = {engine_of(choice, settings.base) for choice in choices}
     arguments = {
         "block_size": BLOCK_SIZE,
         "enable_prefix_caching": True,
@@ -73,7 +92,7 @@ def start(settings: Settings, cells: Iterable[Cell]) -> Any:
     }
     return LLM(
         settings.model,
-        kv_compress={**engine, "policy": "streaming", "window": widest},
+        kv_compress={**json.loads(engine), "policy": "streaming", "window": widest},
         worker_extension_cls="benchmarks.quality.worker.QualityWorker",
         **arguments,
     )
@@ -116,15 +135,18 @@ def generate(llm: Any, choice: Choice, prompts: list[Prompt]) -> list[Any]:
 
 
 def measure(
-    settings: Settings, missing: Mapping[Cell, list[int]], most_tokens: int | None = None
+    llm: Any,
+    settings: Settings,
+    missing: Mapping[Cell, Sequence[int]],
+    most_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Start an engine, ask it, and yield lines of results.
+    """Ask an engine, and yield lines of results.
 
     Args:
-        missing: seeds to measure by cell (row numbers for files); cells of one engine.
+        llm: see :func:`start`.
+        missing: seeds to measure by cell (row numbers for files).
         most_tokens: of the prompts that are asked about together; None: what the cache holds.
     """
-    llm = start(settings, missing)
     tokenizer = llm.get_tokenizer()
     config = llm.llm_engine.vllm_config
     if most_tokens is None:
@@ -193,12 +215,10 @@ def answers(
 def score(output: Any, prompt: Prompt, tokenizer: Any) -> float:
     """Of one output; nats per token where the prompt is plain text."""
     if prompt.metric == "nats":
-        # The first token after the context is still predicted from all of it.
-        later = range(prompt.context_tokens + 1, len(prompt.tokens))
+        later = prompt.measured
         found = [output.prompt_logprobs[i][prompt.tokens[i]].logprob for i in later]
-        return -sum(found) / len(found)
-    ids = list(output.outputs[0].token_ids)
-    reply = tokenizer.decode(ids, skip_special_tokens=True)
+        return -math.fsum(found) / len(found)
+    reply = tokenizer.decode(list(output.outputs[0].token_ids), skip_special_tokens=True)
     return prompt.score(reply, ended=output.outputs[0].finish_reason == "stop")
 
 
@@ -241,7 +261,8 @@ def main() -> None:
     """Reads settings and cells as JSON on stdin; writes one JSON line per result."""
     given = json.load(sys.stdin)
     missing = {Cell(*cell): seeds for cell, seeds in given["missing"]}
-    for line in measure(Settings(**given["settings"]), missing):
+    settings = Settings(**given["settings"])
+    for line in measure(start(settings, missing), settings, missing):
         print(json.dumps(line), flush=True)
 
 

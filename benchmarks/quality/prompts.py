@@ -43,6 +43,12 @@ class Prompt:
     first_line: bool = False
     """Only that of the reply counts."""
 
+    @property
+    def measured(self) -> range:
+        """Positions of plain text whose likelihood counts: those predicted from a compressed
+        context. The first one after it is still predicted from all of it."""
+        return range(self.context_tokens + 1, len(self.tokens))
+
     def score(self, reply: str, ended: bool) -> float:
         """Of a reply; ``ended``: the model ended it, not ``max_tokens``."""
         if self.metric == "exact":

@@ -82,8 +82,8 @@ def print_tables(results: Results) -> None:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Score against ratio: a panel per question mode and group, a line per choice but for its
-    ratio, bars of the 95% interval."""
+    """Score against ratio: a panel per group and question mode, a line per choice but for its
+    ratio, bars of the 95% interval. Of perplexity, what is lost against the full cache."""
     plt = _pyplot()
     panels = [
         (group, question)
@@ -91,44 +91,55 @@ def plot(results: Results, path: Path) -> None:
         for question in QUESTIONS
         if any(choice.question == question for choice in by_choice(results, group))
     ]
-    lines = list(dict.fromkeys(
-        c.choice._replace(ratio=0, question="") for c in results if c.policy != FULL
-    ))  # fmt: skip
-    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    lines = list(dict.fromkeys(_line(cell.choice) for cell in results if cell.policy != FULL))
+    colors = plt.get_cmap("tab20").colors
     figure, axes = plt.subplots(
-        1, max(1, len(panels)), squeeze=False, layout="constrained",
-        figsize=(4 + 4.5 * max(1, len(panels)), 5),
-    )  # fmt: skip
+        1,
+        max(1, len(panels)),
+        squeeze=False,
+        layout="constrained",
+        figsize=(3 + 4.5 * max(1, len(panels)), 5),
+    )
     for axis, (group, question) in zip(axes[0], panels, strict=False):
         rows = by_choice(results, group)
         full = rows.get(Choice(FULL))
+        if full and group == PERPLEXITY:
+            rows = {choice: total.minus(full) for choice, total in rows.items()}
         if full:
-            axis.axhline(full.mean, color="black", linewidth=1, label="full cache")
+            level = rows[Choice(FULL)].mean
+            axis.axhline(level, color="black", linewidth=1, label="full cache")
         ratios = sorted({choice.ratio for choice in rows if choice.policy != FULL})
         for index, line in enumerate(lines):
-            points = {
-                choice.ratio: total
+            mine = [
+                (ratios.index(choice.ratio), total)
                 for choice, total in sorted(rows.items())
-                if choice._replace(ratio=0, question="") == line and choice.question == question
-            }
-            if not points:
+                if _line(choice) == line and choice.question == question
+            ]
+            if not mine:
                 continue
-            means = [total.mean for total in points.values()]
-            bounds = [total.interval() for total in points.values()]
+            means = [total.mean for _, total in mine]
+            bounds = [total.interval() for _, total in mine]
             error = [
                 [_length(mean - low) for mean, (low, _) in zip(means, bounds, strict=True)],
                 [_length(high - mean) for mean, (_, high) in zip(means, bounds, strict=True)],
             ]
+            aside = 0.3 * (index / max(1, len(lines) - 1) - 0.5)  # bars beside each other
             axis.errorbar(
-                [ratios.index(ratio) for ratio in points], means, yerr=error, capsize=3,
-                color=colors[index % len(colors)], label=label(line),
+                [place + aside for place, _ in mine],
+                means,
+                yerr=error,
+                capsize=2,
+                elinewidth=0.8,
+                markersize=5,
+                color=colors[index % len(colors)],
                 marker="osv^D"[index // len(colors) % 5],
                 linestyle=":" if line.policy in CONTROLS else "-",
-            )  # fmt: skip
+                label=label(line),
+            )
         axis.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
         axis.set_xlabel("ratio")
         axis.set_title(f"{group}, question {question}")
-        axis.set_ylabel("nats per token" if group == PERPLEXITY else "mean score")
+        axis.set_ylabel("nats per token lost" if group == PERPLEXITY else "mean score")
         if group != PERPLEXITY:
             axis.set_ylim(0, 1.03)
         axis.grid(alpha=0.3)
@@ -141,9 +152,14 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def _line(choice: Choice) -> Choice:
+    return choice._replace(ratio=0.0, question="")
+
+
 def heat_map(results: Results, path: Path) -> None:
-    """Share of pages kept per layer and head: a row per choice but for its ratio, a column per
-    ratio; mean over the recorded samples of all tasks.
+    """Share of pages kept per layer and head, mean over the recorded samples of all tasks: a row
+    per policy, a column per ratio and question mode. Policies that treat all heads alike are named
+    only.
 
     Raises:
         ValueError: nothing was recorded.
@@ -152,29 +168,40 @@ def heat_map(results: Results, path: Path) -> None:
     maps = kept_maps(results)
     if not maps:
         raise ValueError("no result says what was kept; measure with --heat-map, too")
-    rows = list(dict.fromkeys(choice._replace(ratio=0) for choice in maps))
-    ratios = sorted({choice.ratio for choice in maps})
+    uneven = {_line(c) for c, kept in maps.items() if len({x for row in kept for x in row}) > 1}
+    alike = list(dict.fromkeys(label(choice) for choice in maps if _line(choice) not in uneven))
+    rows = [line for line in dict.fromkeys(map(_line, maps)) if line in uneven]
+    rows = rows or [_line(next(iter(maps)))]
+    columns = sorted(
+        {(c.question, c.ratio) for c in maps}, key=lambda c: (QUESTIONS.index(c[0]), c)
+    )
     layers, heads = len(next(iter(maps.values()))), len(next(iter(maps.values()))[0])
-    size = (2.5 + len(ratios) * max(1.6, heads * 0.18), 1 + len(rows) * max(1.1, layers * 0.12))
+    width, height = max(1.5, heads * 0.12), max(1.1, layers * 0.08)
     figure, axes = plt.subplots(
-        len(rows), len(ratios), squeeze=False, sharex=True, sharey=True, figsize=size,
+        len(rows),
+        len(columns),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        figsize=(2.5 + len(columns) * width, 1.3 + len(rows) * height),
         layout="constrained",
-    )  # fmt: skip
+    )
     for line, row in zip(axes, rows, strict=True):
-        for axis, ratio in zip(line, ratios, strict=True):
-            kept = maps.get(row._replace(ratio=ratio))
+        for axis, (question, ratio) in zip(line, columns, strict=True):
+            kept = maps.get(row._replace(ratio=ratio, question=question))
             if kept is None:
                 axis.axis("off")
                 continue
             image = axis.imshow(kept, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             axis.set_xticks(range(0, heads, max(1, heads // 4)))
             axis.set_yticks(range(0, layers, max(1, layers // 4)))
-        line[0].set_ylabel(f"{label(row)}\n{row.question}", fontsize=7)
-    for axis, ratio in zip(axes[0], ratios, strict=True):
-        axis.set_title(f"ratio {ratio:g}", fontsize=9)
-    figure.colorbar(image, ax=axes, label="share of pages kept", shrink=min(1, 4 / len(rows)))
-    figure.supxlabel("KV head", fontsize=9)
-    figure.supylabel("layer", fontsize=9)
+        line[0].set_ylabel(label(row), fontsize=7)
+    for axis, (question, ratio) in zip(axes[0], columns, strict=True):
+        axis.set_title(f"{question}, {ratio:g}", fontsize=9)
+    figure.colorbar(image, ax=axes, label="share of pages kept", shrink=min(1.0, 4 / len(rows)))
+    even = f"\nall heads alike: {', '.join(alike)}" if alike else ""
+    figure.supxlabel(f"KV head{even}", fontsize=8, wrap=True)
+    figure.supylabel("layer", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
