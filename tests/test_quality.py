@@ -350,6 +350,7 @@ def test_parts_of_an_answer() -> None:
 
 
 def test_scores() -> None:
+    pytest.importorskip("rapidfuzz")
     assert scores.f1("The big, red house!", "a red house") == pytest.approx(2 * 2 / 5)
     assert scores.f1("no", "yes") == 0
     # "the cat sat" of 4 and 6 words in common order.

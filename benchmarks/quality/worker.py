@@ -8,8 +8,10 @@ ratio, and the shields and the floor are those that the engine was started with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from kvcompress_vllm.compressor import Compressor
 from kvcompress_vllm.config import KVCompressConfig
@@ -42,18 +44,19 @@ class QualityWorker:
 
     def quality_recorded(self: Any) -> dict[str, list[list[list[int]]]]:
         """End the record; by request id, the kept keys of every layer and head of this rank."""
-        record, self.kv_compressor.record = self.kv_compressor.record, None
-        heads = self.kv_compressor.state.num_pages.shape[2]
-        kept = {name: [keys.tolist() for keys in every] for name, every in record.items()}
-        return {
-            name: [every[i : i + heads] for i in range(0, len(every), heads)]
-            for name, every in kept.items()
-        }
+        return _by_layer(self, lambda keys: keys.tolist())
 
     def quality_recorded_pages(self: Any) -> dict[str, list[list[int]]]:
         """End the record; by request id, how many pages every layer and head of this rank keeps."""
         size = self.kv_compressor.pages.shape[1]
-        return {
-            name: [[len(keys) // size for keys in heads] for heads in layers]
-            for name, layers in self.quality_recorded().items()
-        }
+        return _by_layer(self, lambda keys: len(keys) // size)
+
+
+def _by_layer(worker: Any, of: Callable[[Tensor], Any]) -> dict[str, list[list[Any]]]:
+    compressor = worker.kv_compressor
+    record, compressor.record = compressor.record, None
+    heads = compressor.state.num_pages.shape[2]
+    return {
+        name: [list(map(of, every[i : i + heads])) for i in range(0, len(every), heads)]
+        for name, every in record.items()
+    }
