@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import longbench, report, scores
-from benchmarks.quality.__main__ import arguments, base_options, cells, part
+from benchmarks.quality.__main__ import arguments, base_options, cells, merged, part
 from benchmarks.quality.cells import (
     EITHER,
     FULL,
@@ -30,7 +30,7 @@ from benchmarks.quality.prompts import CONTINUATION, TINY, Prompt, Prompts, chec
 from benchmarks.retrieval import TASKS
 from kvcompress_vllm import policies
 
-RUN = {"model": "tiny", "base": "recent=32", "seeds": "tuning"}
+RUN = {"model": "tiny", "dtype": "auto", "base": "recent=32", "seeds": "tuning"}
 
 
 # ---------------------------------------------------------------- the grid
@@ -154,6 +154,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         load([path, written(tmp_path / "b", line(SNAPKV, 1, [1]))])
     with pytest.raises(ValueError, match="two metrics"):
         load([path, written(tmp_path / "b", line(SNAPKV, 2, [1], metric="f1"))])
+    with pytest.raises(ValueError, match="no '"):
+        merged([tmp_path / "none"])
     with pytest.raises(ValueError, match="test"):
         load([path, written(tmp_path / "b", line(SNAPKV, 2, [1], seeds="test"))])
 
@@ -161,8 +163,13 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
 def test_seeds_are_of_one_kind() -> None:
     assert kind_of_seeds(range(99_950, 100_000)) == "tuning"
     assert kind_of_seeds(range(100_000, 100_200)) == "test"
-    for bad in (range(99_999, 100_001), range(199_999, 200_001), range(1_000_000, 1_000_001)):
-        with pytest.raises(ValueError, match="not accepted"):
+    for bad in (
+        range(0),
+        range(99_999, 100_001),
+        range(199_999, 200_001),
+        range(1_000_000, 1_000_001),
+    ):
+        with pytest.raises(ValueError, match="not accepted|--samples"):
             kind_of_seeds(bad)
 
 
@@ -237,7 +244,7 @@ def test_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.plot(MEASURED, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="--heat-map"):
+    with pytest.raises(ValueError, match="with --heat-map"):
         report.heat_map(MEASURED, tmp_path / "heat.png")
     cell = next(cell for cell in MEASURED if cell.policy == "tova")
     two = {

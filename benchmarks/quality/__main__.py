@@ -116,7 +116,7 @@ def main() -> None:
     parser = arguments()
     args = parser.parse_args()
     try:
-        results = grid.load(args.merge) if args.merge else run(args)
+        results = merged(args.merge) if args.merge else run(args)
         print_tables(results)
         if args.plot:
             plot(results, args.plot)
@@ -124,6 +124,18 @@ def main() -> None:
             heat_map(results, args.heat_map)
     except ValueError as error:
         parser.error(str(error))
+
+
+def merged(files: list[Path]) -> dict[Cell, grid.Result]:
+    """What several files hold together.
+
+    Raises:
+        ValueError: a file is missing, or they do not belong together.
+    """
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"--merge: there is no {str(file)!r}")
+    return grid.load(files)
 
 
 def run(args: argparse.Namespace) -> dict[Cell, grid.Result]:
@@ -146,6 +158,7 @@ def run(args: argparse.Namespace) -> dict[Cell, grid.Result]:
     seeds = range(args.first_seed, args.first_seed + args.samples)
     run = {
         "model": Path(args.model).name,
+        "dtype": args.llm.get("dtype", "auto"),
         "base": settings.base,
         "seeds": grid.kind_of_seeds(seeds),
     }
@@ -210,8 +223,8 @@ def cells(args: argparse.Namespace, data_sets: list[str]) -> list[Cell]:
 
 def part(wanted: list[Cell], base: str, index: int, count: int) -> list[Cell]:
     """Every ``count``-th choice of each engine, from the ``index``-th on."""
-    cells = chain.from_iterable(by_engine(wanted, base))
-    choices = dict.fromkeys(cell.choice for cell in cells)
+    in_order = chain.from_iterable(by_engine(wanted, base))
+    choices = dict.fromkeys(cell.choice for cell in in_order)
     mine = {choice for i, choice in enumerate(choices) if i % count == index - 1}
     return [cell for cell in wanted if cell.choice in mine]
 

@@ -158,7 +158,7 @@ class Result:
             self.kept.append((line["kept_samples"], line["kept"]))
 
 
-RUN = ("model", "base", "seeds")
+RUN = ("model", "dtype", "base", "seeds")
 """What all lines of a file have in common."""
 
 
@@ -166,7 +166,7 @@ def load(paths: Sequence[Path], run: Mapping[str, str] | None = None) -> dict[Ce
     """Add up what was measured before.
 
     Args:
-        run: model, options common to all cells, and which seeds (``tuning`` or ``test``); None:
+        run: model, its dtype, options common to all cells, and which seeds (``tuning`` or ``test``); None:
             whatever the first line says.
 
     Raises:
@@ -189,8 +189,10 @@ def kind_of_seeds(seeds: range) -> str:
     """``tuning`` or ``test``, see benchmarks/retrieval/README.md.
 
     Raises:
-        ValueError: seeds of both kinds, or of none.
+        ValueError: no seed, seeds of both kinds, or of none.
     """
+    if not seeds:
+        raise ValueError("no samples are asked for; --samples must be >= 1")
     for kind, known in (("tuning", range(100_000)), ("test", range(100_000, 200_000))):
         if seeds[0] in known and seeds[-1] in known:
             return kind

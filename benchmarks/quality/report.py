@@ -167,7 +167,7 @@ def heat_map(results: Results, path: Path) -> None:
     plt = _pyplot()
     maps = kept_maps(results)
     if not maps:
-        raise ValueError("no result says what was kept; measure with --heat-map, too")
+        raise ValueError("no result says what was kept; measure anew, with --heat-map")
     uneven = {_line(c) for c, kept in maps.items() if len({x for row in kept for x in row}) > 1}
     alike = list(dict.fromkeys(label(choice) for choice in maps if _line(choice) not in uneven))
     rows = [line for line in dict.fromkeys(map(_line, maps)) if line in uneven]
