@@ -169,7 +169,7 @@ def test_seeds_are_of_one_kind() -> None:
         range(199_999, 200_001),
         range(1_000_000, 1_000_001),
     ):
-        with pytest.raises(ValueError, match="not accepted|--samples"):
+        with pytest.raises(ValueError, match=r"not accepted|--samples"):
             kind_of_seeds(bad)
 
 

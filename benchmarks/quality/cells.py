@@ -159,15 +159,15 @@ class Result:
 
 
 RUN = ("model", "dtype", "base", "seeds")
-"""What all lines of a file have in common."""
+"""What all lines of a file have in common: ``base`` are the options of every cell, ``seeds`` is
+``tuning`` or ``test``."""
 
 
 def load(paths: Sequence[Path], run: Mapping[str, str] | None = None) -> dict[Cell, Result]:
     """Add up what was measured before.
 
     Args:
-        run: model, its dtype, options common to all cells, and which seeds (``tuning`` or ``test``); None:
-            whatever the first line says.
+        run: what they all must say of :data:`RUN`; None: whatever the first line says.
 
     Raises:
         ValueError: lines of another run, or samples that are there twice.
