@@ -74,12 +74,20 @@ def test_all_policies_share_an_engine_at_equal_shields() -> None:
         assert sum(cell.policy == FULL for group in groups for cell in group) == 1
         return groups
 
-    (group,) = engines("--questions", "visible,hidden", "--allocators", "auto,uniform")
-    assert json.loads(engine_of(group[-1].choice, "recent=32"))["recent"] == 32
-    assert len(engines("--shields", "own")) == 2  # 16, and 32 where the window is kept
-    assert len(engines("--vary", "recent=32,48")) == 2
+    window, every, last = engines("--questions", "visible,hidden", "--allocators", "auto,uniform")
+    assert {cell.policy for cell in every} == {"roco", "h2o", "mean_attention"}
+    assert {cell.policy for cell in last} == {"scissorhands"}
+    started = [json.loads(engine_of(group[-1].choice, "recent=32")) for group in (window, every)]
+    assert [(e["policy"], e["recent"], e["query_stride"]) for e in started] == [
+        ("streaming", 32, 0), (every[0].policy, 32, 32),
+    ]  # fmt: skip
+    alone = "--options", "query_stride=0"
+    assert len(engines(*alone)) == 1
+    assert len(engines(*alone, "--shields", "own")) == 2  # 16, and 32 where the window is kept
+    assert len(engines(*alone, "--vary", "recent=32,48")) == 2
     # A window that is kept whole widens the shield of its own policy.
-    assert len(engines("--vary", "window=8,64")) == 2
+    assert len(engines(*alone, "--vary", "window=8,64")) == 2
+    assert len(engines("--vary", "query_stride=0,1")) == 3
 
 
 @pytest.mark.parametrize(
@@ -444,9 +452,8 @@ def test_differences_from_the_reference_are_explained_or_not() -> None:
     pytest.importorskip("transformers")
     import torch
 
-    from benchmarks.quality.reference import Comparison, compare_kept
+    from benchmarks.quality.reference import Comparison, compare_kept, expected
     from tests.policies import prompts
-    from tests.policies.test_parity import expected
 
     config = prompts.config("kv_compress", ratio=4, window=8, pool=1)
     attention = prompts.random_prompt(213, 0)

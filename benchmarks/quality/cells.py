@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any, NamedTuple
 
+from kvcompress_vllm import policies
 from kvcompress_vllm.config import KVCompressConfig, parse_spec
 
 FULL = "full"
@@ -56,7 +57,7 @@ class Cell(NamedTuple):
 
 
 def grid(
-    policies: Iterable[str],
+    names: Iterable[str],
     allocators: Iterable[str],
     ratios: Iterable[float],
     questions: Iterable[str],
@@ -66,6 +67,7 @@ def grid(
     """Every cell, the controls first and always.
 
     Args:
+        names: of the policies.
         variants: options as ``key=value,...``, each a variant of every policy that has them.
         tasks: names and lengths.
     """
@@ -73,8 +75,8 @@ def grid(
     seen: dict[Cell, None] = {}
     for task, length in tasks:
         seen[Cell(*Choice(FULL), task, length)] = None
-    names = dict.fromkeys([*CONTROLS[1:], *policies])
-    for policy, allocator, variant in product(names, allocators, variants):
+    every = dict.fromkeys([*CONTROLS[1:], *names])
+    for policy, allocator, variant in product(every, allocators, variants):
         options = _own(policy, variant)
         for ratio, question, (task, length) in product(ratios, questions, tasks):
             if task != PERPLEXITY or question == HIDDEN:
@@ -85,13 +87,14 @@ def grid(
 
 def _own(policy: str, variant: str) -> str:
     """What of a variant concerns the policy."""
-    from kvcompress_vllm import policies
-
-    known = policies.find(policy).options()
+    found = policies.find(policy)
+    known = found.options()
 
     def concerns(item: str) -> bool:
         name = item.partition("=")[0]
         if policy in CONTROLS and name.startswith(IGNORED_BY_CONTROLS):
+            return False
+        if name == "query_stride" and not found.observes_all:
             return False
         prefix, _, option = name.partition(".")
         return prefix != "policy_options" or option in known

@@ -16,6 +16,8 @@ from typing import Any
 from benchmarks.quality import longbench
 from benchmarks.quality.cells import FULL, HIDDEN, Cell, Choice, config_of, runs
 from benchmarks.quality.prompts import Prompt, Prompts
+from kvcompress_vllm import policies
+from kvcompress_vllm.config import KVCompressConfig
 
 BLOCK_SIZE = 16
 SWAPPED = ("policy", "policy_options", "allocator", "pool", "window", "ratio", "budget_tokens")
@@ -53,8 +55,21 @@ class Settings:
 
 def engine_of(choice: Choice, base: str) -> str:
     """Choices with the same answer can share an engine: the options it is started with, as JSON."""
-    options = config_of(choice, base).to_dict()
-    return json.dumps({key: options[key] for key in sorted(options) if key not in SWAPPED})
+    config = config_of(choice, base)
+    options = config.to_dict()
+    kept = {key: options[key] for key in sorted(options) if key not in SWAPPED}
+    return json.dumps(kept | {"policy": _started_with(config)})
+
+
+def _started_with(config: KVCompressConfig) -> str:
+    """A policy that makes the scheduler observe what this one needs."""
+    policy = policies.find(config.policy)
+    if not (config.query_stride and policy.observes_all):
+        return "streaming"
+    alike = (
+        name for name in policies.observing_all() if policies.find(name).history == policy.history
+    )
+    return next(alike, config.policy)
 
 
 def by_engine(cells: Iterable[Cell], base: str) -> list[list[Cell]]:
@@ -92,7 +107,7 @@ def start(settings: Settings, cells: Iterable[Cell]) -> Any:
     }
     return LLM(
         settings.model,
-        kv_compress={**json.loads(engine), "policy": "streaming", "window": widest},
+        kv_compress={**json.loads(engine), "window": widest},
         worker_extension_cls="benchmarks.quality.worker.QualityWorker",
         **arguments,
     )

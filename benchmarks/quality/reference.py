@@ -43,9 +43,11 @@ from benchmarks.quality.report import label
 from kvcompress_vllm import policies
 from kvcompress_vllm.config import KVCompressConfig
 from tests.policies import literal, prompts
-from tests.policies.test_parity import HEAD_WEIGHTS, LAYER_WEIGHTS, accepted, expected
+from tests.policies.test_parity import HEAD_WEIGHTS, LAYER_WEIGHTS, SAME_SCORE, accepted
 
-SHIELDS = "sinks=4,recent=32"
+BASE = "sinks=4,recent=32,query_stride=0"
+ALL_QUERIES = "query_stride=1"
+"""For policies that judge by all queries, beside the last window alone."""
 SAME_NATS = 1e-4
 TOLERANCE = 1e-4
 """Relative: scores closer than this may be ordered either way in fp32."""
@@ -326,6 +328,39 @@ def compare_kept(
             result.note(where, gap < TOLERANCE)
 
 
+def literal_setting(config: KVCompressConfig, length: int) -> literal.Setting:
+    """The literal formulas judge by a window: of all queries, where the policy does."""
+    setting, policy = prompts.setting(config, length), policies.find(config.policy)
+    if policy.observes_all and config.query_stride:
+        if config.query_stride != 1:
+            raise ValueError("there are no literal formulas for a sample of the queries")
+        setting.window = min(length, policy.history or length)
+    return setting
+
+
+def shares(config: KVCompressConfig, attention: literal.Attention) -> dict[str, Any]:
+    """Literal weights of layers and heads, where the policy has some."""
+    setting = literal_setting(config, attention.length)
+    weights = {}
+    for name, known in (("layer_weights", LAYER_WEIGHTS), ("head_weights", HEAD_WEIGHTS)):
+        function = known.get(config.policy)
+        if function is not None:
+            weights[name] = function(
+                attention, setting, **accepted(function, config.policy_options)
+            )
+    return weights
+
+
+def expected(config: KVCompressConfig, attention: literal.Attention) -> tuple[Kept, Tensor]:
+    """Kept keys, and the scores ``[L * H, n]`` by which they were chosen."""
+    setting = literal_setting(config, attention.length)
+    function = SAME_SCORE.get(config.policy) or getattr(literal, config.policy)
+    scores = function(attention, setting, **accepted(function, config.policy_options))
+    weights = shares(config, attention)
+    kept = literal.kept_keys(attention, setting, scores, config.allocator, **weights)
+    return kept, scores.flatten(0, 1)
+
+
 def rounded_otherwise(
     config: KVCompressConfig,
     attention: literal.Attention,
@@ -337,15 +372,11 @@ def rounded_otherwise(
     setting, (layers, heads) = prompts.setting(config, attention.length), attention.keys.shape[:2]
     nudges = torch.tensor([len(k) - len(w) for k, w in zip(kept, wanted, strict=True)]).sign()
     nudges = 1 + SHARE_TOLERANCE * nudges.view(layers, heads).double()
-    weights: dict[str, Any] = {}
-    for name, known, nudge in (
-        ("layer_weights", LAYER_WEIGHTS, nudges.mean(1)),
-        ("head_weights", HEAD_WEIGHTS, nudges),
-    ):
-        function = known.get(config.policy)
-        if function is not None:
-            own = function(attention, setting, **accepted(function, config.policy_options))
-            weights[name] = (torch.tensor(own, dtype=torch.float64) * nudge).tolist()
+    nudge = {"layer_weights": nudges.mean(1), "head_weights": nudges}
+    weights = {
+        name: (torch.tensor(own, dtype=torch.float64) * nudge[name]).tolist()
+        for name, own in shares(config, attention).items()
+    }
     each = scores.view(layers, heads, -1)
     again = literal.kept_keys(attention, setting, each, config.allocator, **weights)
     return [len(keys) for keys in again] == [len(keys) for keys in kept]
@@ -358,7 +389,7 @@ def distance(a: float, b: float) -> float:
 
 def print_row(choice: Choice, result: Comparison) -> None:
     print(
-        f"{label(choice):>20} {choice.question:>8} {result.same_answers:>5}/{result.samples:<3}"
+        f"{label(choice):>30} {choice.question:>8} {result.same_answers:>5}/{result.samples:<3}"
         f"{result.same_heads:>6}/{result.heads:<5} {result.swapped:>6}/{result.keys:<7}"
         f"{result.moved:>6} {len(result.unexplained):>12}",
         flush=True,
@@ -383,26 +414,29 @@ def main() -> None:
     args = parser.parse_args()
     names = policies.BUILT_IN if args.policies == "all" else args.policies.split(",")
     choices = [
-        Choice(policy, allocator, args.ratio, question)
+        Choice(policy, allocator, args.ratio, question, options)
         for policy in names
+        for options in ("", *[ALL_QUERIES] * policies.find(policy).observes_all)
         for allocator in args.allocators.split(",")
         for question in args.questions.split(",")
     ]
     seeds = range(args.first_seed, args.first_seed + args.samples)
     samples = [(task, args.length, seed) for task in args.tasks.split(",") for seed in seeds]
-    settings = Settings(args.model, SHIELDS, {"dtype": "float32"})
+    settings = Settings(args.model, BASE, {"dtype": "float32"})
     cells = [Cell(*choice, *sample[:2]) for choice in choices for sample in samples]
+    asked: list[Asked] = []
     try:
         check_tasks(args.tasks.split(","))
-        (group,) = by_engine(cells, settings.base)
+        groups = by_engine(cells, settings.base)
     except ValueError as error:
         parser.error(str(error))
-    llm = start(settings, group)
-    asked = list(ask(llm, settings, choices, samples))
-    llm.llm_engine.engine_core.shutdown()
+    for group in groups:
+        llm = start(settings, group)
+        asked += ask(llm, settings, list(dict.fromkeys(c.choice for c in group)), samples)
+        llm.llm_engine.engine_core.shutdown()
     results = compare(settings, asked)
     print(
-        f"{'policy':>20} {'question':>8}   answers  heads equal  keys swapped  pages  unexplained"
+        f"{'policy':>30} {'question':>8}   answers  heads equal  keys swapped  pages  unexplained"
     )
     for choice, result in results.items():
         print_row(choice, result)

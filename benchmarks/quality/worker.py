@@ -2,8 +2,9 @@
 """One engine for the whole grid: between two calls its workers take another policy.
 
 vLLM adds :class:`QualityWorker` to the engine's worker (``worker_extension_cls``). What the
-scheduler must know, how many blocks a request keeps, is the same for all: each request asks for its
-ratio, and the shields and the floor are those that the engine was started with.
+scheduler must know, how many blocks a request keeps and which queries are observed, is the same for
+all: each request asks for its ratio, and the shields and the floor are those that the engine was
+started with.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
+from kvcompress_vllm import policies
 from kvcompress_vllm.compressor import Compressor
 from kvcompress_vllm.config import KVCompressConfig
 
-ENGINE_OPTIONS = ("sinks", "recent", "min_tokens_per_head")
-"""Options that only an engine of its own can change, as the scheduler's budget depends on them."""
+ENGINE_OPTIONS = ("sinks", "recent", "min_tokens_per_head", "query_stride")
+"""Options that only an engine of its own can change, as the scheduler depends on them."""
 
 
 class QualityWorker:
@@ -35,6 +37,8 @@ class QualityWorker:
                 raise ValueError(f"{name}={getattr(config, name)!r} needs an engine of its own")
         if config.window > started.window:
             raise ValueError(f"window={config.window} is more than the engine's {started.window}")
+        if config.query_stride and _history(config.policy) != _history(started.policy):
+            raise ValueError(f"policy={config.policy!r} needs an engine of its own")
         old = self.kv_compressor
         self.kv_compressor = Compressor(config, old.state, old.pages, old.scale)
 
@@ -50,6 +54,12 @@ class QualityWorker:
         """End the record; by request id, how many pages every layer and head of this rank keeps."""
         size = self.kv_compressor.pages.shape[1]
         return _by_layer(self, lambda keys: len(keys) // size)
+
+
+def _history(policy: str) -> tuple[bool, int | None]:
+    """Whether it judges by all queries, and by how many."""
+    found = policies.find(policy)
+    return found.observes_all, found.history
 
 
 def _by_layer(worker: Any, of: Callable[[Tensor], Any]) -> dict[str, list[list[Any]]]:

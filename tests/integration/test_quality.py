@@ -88,3 +88,5 @@ def test_an_engine_of_its_own_where_the_scheduler_must_know(llm: Any) -> None:
     for name, value in (("recent", 48), ("sinks", 0), ("min_tokens_per_head", 64), ("window", 65)):
         with pytest.raises(Exception, match=f"{name}={value}"):
             llm.collective_rpc("quality_configure", args=({"recent": 32, name: value},))
+    with pytest.raises(Exception, match="query_stride=32"):
+        llm.collective_rpc("quality_configure", args=({"recent": 32, "policy": "roco"},))
