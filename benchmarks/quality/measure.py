@@ -3,85 +3,282 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.cells import FULL, Cell
-from benchmarks.retrieval import TaskGen
+from benchmarks.quality import longbench
+from benchmarks.quality.cells import FULL, HIDDEN, Cell, Choice, config_of, runs
+from benchmarks.quality.prompts import Prompt, Prompts
+from kvcompress_vllm import policies
+from kvcompress_vllm.config import KVCompressConfig
 
-MAX_ANSWER = 160
-"""Tokens; the longest answers are copied passages of 90."""
-WIDEST = 64
-"""The widest window that a policy prefers: room for it lets one engine serve them all."""
+BLOCK_SIZE = 16
+SWAPPED = ("policy", "policy_options", "allocator", "pool", "window", "ratio", "budget_tokens")
+"""Options that change between two calls of a running engine."""
+CACHE_SHARE = 0.5
+"""Of the KV cache, for the prompts of a slice: the prefix cache then computes each only once."""
+FEWEST = 8
+"""Samples of each task in a slice."""
+RECORDED = 8
+"""Samples of each task whose kept pages are recorded."""
 
 
-def engine_of(cell: Cell) -> tuple[str, str]:
-    """Cells with the same answer can share an engine.
+@dataclass(frozen=True)
+class Settings:
+    """What is common to all cells of a run; JSON-serialisable.
 
-    Ratio and policy can be each request's own; an allocator other than the policy's cannot.
+    Attributes:
+        base: options as ``key=value,...``.
+        llm: further arguments of the engine.
+        record: whether results say how many pages were kept.
     """
-    return ("", "auto") if cell.allocator == "auto" else (cell.policy, cell.allocator)
+
+    model: str
+    base: str = ""
+    llm: Mapping[str, Any] | None = None
+    record: bool = False
+    longbench: tuple[str, ...] = ()
+    templates: str | None = None
+
+    def data_sets(self) -> dict[str, longbench.DataSet]:
+        """Rows of the LongBench-format files."""
+        files = [Path(file) for file in self.longbench]
+        return longbench.read(files, Path(self.templates) if self.templates else None)
 
 
-def measure(args: argparse.Namespace, cells: list[Cell]) -> Iterator[dict[str, Any]]:
-    """Start an engine, ask it, and yield one result per cell."""
-    from transformers import AutoTokenizer
-    from vllm import SamplingParams
+def engine_of(choice: Choice, base: str) -> str:
+    """Choices with the same answer can share an engine: the options it is started with, as JSON."""
+    config = config_of(choice, base)
+    options = config.to_dict()
+    kept = {key: options[key] for key in sorted(options) if key not in SWAPPED}
+    return json.dumps(kept | {"policy": _started_with(config)})
 
+
+def _started_with(config: KVCompressConfig) -> str:
+    """A policy that makes the scheduler observe what this one needs."""
+    policy = policies.find(config.policy)
+    if not (config.query_stride and policy.observes_all):
+        return "streaming"
+    alike = (
+        name for name in policies.observing_all() if policies.find(name).history == policy.history
+    )
+    return next(alike, config.policy)
+
+
+def by_engine(cells: Iterable[Cell], base: str) -> list[list[Cell]]:
+    """The cells of each engine that is needed; any of them can answer for the full cache.
+
+    Raises:
+        ValueError: options that are not accepted.
+    """
+    engines: dict[str, list[Cell]] = {}
+    full = []
+    for cell in cells:
+        if cell.policy == FULL:
+            full.append(cell)
+        else:
+            engines.setdefault(engine_of(cell.choice, base), []).append(cell)
+    groups = list(engines.values())
+    if full:
+        groups[:1] = [full + (groups[0] if groups else [])]
+    return groups
+
+
+def start(settings: Settings, cells: Iterable[Cell]) -> Any:
+    """The engine for cells of one :func:`by_engine` group."""
     from kvcompress_vllm import LLM
 
-    policy, allocator = engine_of(cells[0])
-    # A policy's own window is used as far as there is room, which the base policy makes.
-    shared = {"policy": "streaming", "window": WIDEST, "allow_policies": True}
-    choice = {"policy": policy} if policy else shared
-    options = {"ratio": 4, "allocator": allocator, **choice, **args.options}
-    generator = TaskGen.load(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    llm = LLM(
-        str(args.model),
-        kv_compress=options,
-        enable_prefix_caching=False,
-        block_size=16,
-        enforce_eager=args.enforce_eager,
-        disable_log_stats=True,
+    # The full cache needs nothing: any other policy will do to start.
+    choices = {cell.choice for cell in cells if cell.policy != FULL} or {Choice("streaming")}
+    widest = max(config_of(choice, settings.base).window for choice in choices)
+    (engine,) = {engine_of(choice, settings.base) for choice in choices}
+    arguments = {
+        "block_size": BLOCK_SIZE,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        **(settings.llm or {}),
+    }
+    return LLM(
+        settings.model,
+        kv_compress={**json.loads(engine), "window": widest},
+        worker_extension_cls="benchmarks.quality.worker.QualityWorker",
+        **arguments,
     )
-    end = tokenizer.eos_token_id
-    for cell in cells:
-        seeds = range(args.first_seed, args.first_seed + args.samples)
-        pairs = [generator.task(cell.task, cell.length, seed) for seed in seeds]
-        if cell.policy == FULL:
-            extra: dict[str, Any] = {"kv_compress": False}
-        else:
-            extra = {"kv_compress_ratio": cell.ratio, "kv_compress_policy": cell.policy}
-        sampling = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=min(MAX_ANSWER, len(tokenizer.encode(answer)) + 4),
-                extra_args=extra,
-            )
-            for _, answer in pairs
-        ]
-        outputs = llm.generate([prompt for prompt, _ in pairs], sampling, use_tqdm=False)
-        right = 0
-        for output, (_, answer) in zip(outputs, pairs, strict=True):
-            ids = list(output.outputs[0].token_ids)
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            # The whole answer and then the end of text: a longer one would be wrong.
-            right += text == answer and ids[-1] == end
-        yield cell._asdict() | {"right": right, "samples": len(pairs)}
+
+
+def configure(llm: Any, choice: Choice, base: str) -> None:
+    """Have the engine compress as the choice says."""
+    if choice.policy != FULL:
+        llm.collective_rpc("quality_configure", args=(config_of(choice, base).to_dict(),))
+
+
+def request(choice: Choice, prompt: Prompt) -> Any:
+    """``SamplingParams`` of one sample."""
+    from vllm import SamplingParams
+
+    extra: dict[str, Any] = {"kv_compress": False}
+    if choice.policy != FULL:
+        extra = {"kv_compress_ratio": choice.ratio}
+        if choice.question == HIDDEN:
+            extra["kv_compress_context_tokens"] = prompt.context_tokens
+    return SamplingParams(
+        temperature=0,
+        max_tokens=prompt.max_tokens,
+        prompt_logprobs=0 if prompt.metric == "nats" else None,
+        flat_logprobs=True,
+        detokenize=False,
+        extra_args=extra,
+    )
+
+
+def generate(llm: Any, choice: Choice, prompts: list[Prompt]) -> list[Any]:
+    """The outputs, in order."""
+    from vllm.inputs import TokensPrompt
+
+    return llm.generate(  # type: ignore[no-any-return]
+        [TokensPrompt(prompt_token_ids=prompt.tokens) for prompt in prompts],
+        [request(choice, prompt) for prompt in prompts],
+        use_tqdm=False,
+    )
+
+
+def measure(
+    llm: Any,
+    settings: Settings,
+    missing: Mapping[Cell, Sequence[int]],
+    most_tokens: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Ask an engine, and yield lines of results.
+
+    Args:
+        llm: see :func:`start`.
+        missing: seeds to measure by cell (row numbers for files).
+        most_tokens: of the prompts that are asked about together; None: what the cache holds.
+    """
+    tokenizer = llm.get_tokenizer()
+    config = llm.llm_engine.vllm_config
+    if most_tokens is None:
+        blocks = config.cache_config.num_gpu_blocks
+        most_tokens = int(CACHE_SHARE * blocks * config.cache_config.block_size)
+    max_len = config.model_config.max_model_len
+    prompts = Prompts(settings.model, tokenizer, max_len, settings.data_sets())
+    kinds = {(cell.task, cell.length) for cell in missing}
+    size = max(FEWEST, most_tokens // sum(length or max_len for _, length in kinds))
+    seeds = sorted({seed for wanted in missing.values() for seed in wanted})
+    for begin in range(0, len(seeds), size):
+        some = {*seeds[begin : begin + size]}
+        known: dict[tuple[str, int, int], Prompt] = {}
+        for choice, cells in groupby(sorted(missing), key=lambda cell: cell.choice):
+            items = []
+            for cell in cells:
+                for seed in sorted(some.intersection(missing[cell])):
+                    key = cell.task, cell.length, seed
+                    if key not in known:
+                        known[key] = prompts.get(*key)
+                    items.append((cell, seed, known[key]))
+            if items:
+                configure(llm, choice, settings.base)
+                yield from answers(llm, choice, items, settings.record)
+
+
+def answers(
+    llm: Any, choice: Choice, items: list[tuple[Cell, int, Prompt]], record: bool
+) -> Iterator[dict[str, Any]]:
+    """Ask an engine that is configured for the choice; yield lines of results."""
+    first, rest = [], []
+    counts: Counter[Cell] = Counter()
+    for item in items:
+        counts[item[0]] += 1
+        recorded = record and choice.policy != FULL and counts[item[0]] <= RECORDED
+        (first if recorded else rest).append(item)
+    scores: dict[tuple[Cell, int], float] = {}
+    shares: dict[Cell, list[list[list[float]]]] = {}
+    tokenizer = llm.get_tokenizer()
+    for asked in (first, rest):
+        if asked is first and first:
+            llm.collective_rpc("quality_record")
+        outputs = generate(llm, choice, [prompt for _, _, prompt in asked])
+        if asked is first and first:
+            ranks = llm.collective_rpc("quality_recorded_pages")
+            for output, (cell, _, prompt) in zip(outputs, asked, strict=True):
+                kept = kept_share(ranks, output.request_id, covered(choice, prompt))
+                if kept:
+                    shares.setdefault(cell, []).append(kept)
+        for output, (cell, seed, prompt) in zip(outputs, asked, strict=True):
+            scores[cell, seed] = score(output, prompt, tokenizer)
+    metrics = {cell: prompt.metric for cell, _, prompt in items}
+    for cell in metrics:
+        for some in runs(seed for c, seed in scores if c == cell):
+            line: dict[str, Any] = cell._asdict() | {
+                "metric": metrics[cell],
+                "first_seed": some[0],
+                "scores": [round(scores[cell, seed], 4) for seed in some],
+            }
+            if shares.get(cell):
+                maps = shares.pop(cell)
+                line |= {"kept_samples": len(maps), "kept": _mean(maps)}
+            yield line
+
+
+def score(output: Any, prompt: Prompt, tokenizer: Any) -> float:
+    """Of one output; nats per token where the prompt is plain text."""
+    if prompt.metric == "nats":
+        later = prompt.measured
+        found = [output.prompt_logprobs[i][prompt.tokens[i]].logprob for i in later]
+        return -math.fsum(found) / len(found)
+    reply = tokenizer.decode(list(output.outputs[0].token_ids), skip_special_tokens=True)
+    return prompt.score(reply, ended=output.outputs[0].finish_reason == "stop")
+
+
+def covered(choice: Choice, prompt: Prompt) -> int:
+    """Blocks that are compressed."""
+    tokens = prompt.context_tokens if choice.question == HIDDEN else len(prompt.tokens)
+    return tokens // BLOCK_SIZE
+
+
+def kept_share(
+    ranks: list[dict[str, list[list[int]]]], request_id: str, blocks: int
+) -> list[list[float]] | None:
+    """Pages kept of those there were, ``[L][H]`` over all ranks; None: not compressed."""
+    pages = by_request(ranks, request_id)
+    return pages and [[count / blocks for count in heads] for heads in pages]
+
+
+def by_request(ranks: list[dict[str, Any]], request_id: str) -> Any:
+    """What the ranks recorded of a request, ``[L][H]``, the heads of all ranks side by side.
+
+    vLLM appends a random word to the ids of requests.
+    """
+    found = [
+        layers
+        for rank in ranks
+        for name, layers in rank.items()
+        if name == request_id or name.rpartition("-")[0] == request_id
+    ]
+    return [[*chain(*heads)] for heads in zip(*found, strict=True)] or None
+
+
+def _mean(maps: list[list[list[float]]]) -> list[list[float]]:
+    return [
+        [round(sum(values) / len(maps), 3) for values in zip(*heads, strict=True)]
+        for heads in zip(*maps, strict=True)
+    ]
 
 
 def main() -> None:
-    """Reads its cells and settings as JSON on stdin; writes one JSON line per cell."""
-    request = json.load(sys.stdin)
-    args = argparse.Namespace(**request["args"])
-    args.model = Path(args.model)
-    for result in measure(args, [Cell(*cell) for cell in request["cells"]]):
-        print(json.dumps(result), flush=True)
+    """Reads settings and cells as JSON on stdin; writes one JSON line per result."""
+    given = json.load(sys.stdin)
+    missing = {Cell(*cell): seeds for cell, seeds in given["missing"]}
+    settings = Settings(**given["settings"])
+    for line in measure(start(settings, missing), settings, missing):
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,18 @@ class TaskGen:
             turns.append((question, answer))
         return prompt + "<|assistant|>", turns
 
+    def text(self, length_tokens: int, seed: int) -> str:
+        """Natural text of about ``length_tokens`` tokens, at most; no markers, nothing asked.
+
+        Raises:
+            ValueError: there is no text of that length.
+        """
+        rng = random.Random(f"text-{length_tokens}-{seed}")
+        tokens, _ = self._filler.natural.slice(length_tokens - 1, rng)
+        if len(tokens) == 0:
+            raise ValueError(f"no natural text of {length_tokens} tokens")
+        return self._vocab.decode(tokens)
+
     def _sample(self, name: str, rng: random.Random, length: int, several: bool) -> Tokens:
         numbered = re.fullmatch(r"(kv|vt)(\d+)", name)
         if numbered and numbered[1] == "kv":
