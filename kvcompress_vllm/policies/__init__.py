@@ -15,6 +15,7 @@ from typing import Any
 from kvcompress_vllm.policies.adakv import AdaKV
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
 from kvcompress_vllm.policies.cake import Cake
+from kvcompress_vllm.policies.diverse import Diverse
 from kvcompress_vllm.policies.expected_attention import ExpectedAttention
 from kvcompress_vllm.policies.h2o import H2O
 from kvcompress_vllm.policies.keydiff import KeyDiff
@@ -33,6 +34,7 @@ from kvcompress_vllm.validation import refusal
 ENTRY_POINTS = "kvcompress_vllm.policies"
 BUILT_IN: dict[str, type[Policy]] = {
     "kv_compress": KVCompress,
+    "diverse": Diverse,
     "roco": RoCo,
     "cake": Cake,
     "scissorhands": Scissorhands,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
 
@@ -24,10 +24,18 @@ class KeyDiff(Policy):
     defaults = Defaults("uniform", window=1, pool=1)
 
     def score(self, evidence: Evidence) -> Tensor:
-        assert evidence.keys is not None
-        scores = []
-        for layer in range(evidence.layers):
-            keys = evidence.keys(layer).float()
-            anchor = normalize(keys, dim=-1).mean(1, keepdim=True)
-            scores.append(-cosine_similarity(keys[:, : evidence.num_keys], anchor, dim=-1))
-        return self.pooled(evidence, torch.cat(scores))
+        return self.pooled(evidence, unlikeness(evidence))
+
+
+def unlikeness(evidence: Evidence) -> Tensor:
+    """``[L * H, n]`` fp32: minus the cosine of each key to the mean direction of its head's."""
+    assert evidence.keys is not None
+    scores = []
+    for layer in range(evidence.layers):
+        keys = evidence.keys(layer)
+        # Products in the dtype of the cache, summed up in fp32: a third of the memory traffic.
+        norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).clamp(min=1e-8)
+        anchor = norms.reciprocal().to(keys.dtype)[:, None] @ keys
+        anchor = normalize(anchor.float(), dim=-1).to(keys.dtype)
+        scores.append(-(keys @ anchor.mT).squeeze(-1).float() / norms)
+    return torch.cat(scores)[:, : evidence.num_keys]

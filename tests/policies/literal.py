@@ -257,12 +257,27 @@ def tova(a: Attention, s: Setting) -> Tensor:
     return _heads(a, score)
 
 
+def _unlike(a: Attention, s: Setting, layer: int, head: int) -> list[float]:
+    keys = a.keys[layer, head]
+    anchor = sum(key / key.norm() for key in keys) / len(keys)
+    unlike = [-float(key @ anchor / (key.norm() * anchor.norm())) for key in keys]
+    return unlike[: s.candidates(a.length)]
+
+
 def keydiff(a: Attention, s: Setting) -> Tensor:
+    return _heads(a, lambda layer, head: _max_pool(_unlike(a, s, layer, head), s.pool))
+
+
+def diverse(a: Attention, s: Setting, share: float = 0.5) -> Tensor:
+    """Attention, after the first ``share`` of the open budget by unlikeness."""
+    attention, shielded = kv_compress(a, s), s.shielded(a.length)
+    count = int(share * (s.kept * s.block - sum(shielded)))
+
     def score(layer: int, head: int) -> list[float]:
-        keys = a.keys[layer, head]
-        anchor = sum(key / key.norm() for key in keys) / len(keys)
-        unlike = [-float(key @ anchor / (key.norm() * anchor.norm())) for key in keys]
-        return _max_pool(unlike[: s.candidates(a.length)], s.pool)
+        unlike = _unlike(a, s, layer, head)
+        open_keys = [j for j in range(len(unlike)) if not shielded[j]]
+        chosen = sorted(open_keys, key=lambda j: -unlike[j])[: max(0, count)]
+        return [float(attention[layer, head, j]) + 100 * (j in chosen) for j in range(len(unlike))]
 
     return _heads(a, score)
 

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Diverse: what the last queries attend to, beside the keys that are least like the others.
+
+Ours, of two published scores. The attention of KV-Compress (https://arxiv.org/abs/2410.00161) finds
+what the end of the prompt asks for, and nothing else; KeyDiff (https://arxiv.org/abs/2504.15364)
+looks at no query, and keeps a sample of everything that a prompt says. Here ``share`` of the keys
+that a head keeps on average are those with the highest KeyDiff score, in every head alike; what is
+left of the budget goes to pooled squared attention, by one threshold over all layers and heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvcompress_vllm import ops
+from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
+from kvcompress_vllm.policies.keydiff import unlikeness
+from kvcompress_vllm.validation import number, option
+
+
+@dataclass(frozen=True)
+class Diverse(Policy):
+    """KV-Compress's attention; KeyDiff's first ``share`` of the budget is safe."""
+
+    share: float = option(0.5, "part of the kept keys that KeyDiff chooses", *number(0, 1))
+
+    channels = (ops.SUM_SQUARES,)
+    needs_keys = True
+    defaults = Defaults("global")
+
+    def score(self, evidence: Evidence) -> Tensor:
+        attention = self.pooled(evidence, evidence.statistics[ops.SUM_SQUARES])
+        count = min(int(self.share * max(0, evidence.open_kept)), evidence.num_open)
+        if count == 0:
+            return attention
+        unlike = unlikeness(evidence).masked_fill(evidence.shielded(), float("-inf"))
+        chosen = unlike.topk(count, sorted=False).indices
+        # More than the attention of all observed queries: chosen keys come before all others.
+        above = attention.new_full((1,), 2.0 * evidence.group * max(1, evidence.num_queries))
+        return attention.scatter_add(1, chosen, above.expand(chosen.shape))
