@@ -339,6 +339,7 @@ class Compressor:
                 )
             },
             counts=counts,
+            density=item.candidate_blocks / item.covered,
             absent=absent,
             keys=keys,
             values=values,

@@ -25,7 +25,7 @@ from kvcompress_vllm.validation import integer as _integer
 DEFAULT_RATIO = 4.0
 AUTO = "auto"
 GENERAL: dict[str, Any] = {
-    "window": 8, "recent": 16, "pool": 15, "allocator": "global", "query_stride": 0,
+    "window": 16, "recent": 16, "pool": 127, "allocator": "global", "query_stride": 0,
 }  # fmt: skip
 """What ``auto`` stands for where the policy names nothing else."""
 POLICY_OPTIONS = "policy_options"

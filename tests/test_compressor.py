@@ -20,6 +20,11 @@ L, H, G, D, B, W = 3, 2, 2, 16, 16, 8
 SLOTS = L * H
 
 
+def scaled(width: int, density: float) -> int:
+    """The pooling width where only this share of the positions has a key."""
+    return 2 * int(width * density / 2) + 1
+
+
 class Literal:
     """One request as the papers see it: per head, a list of keys and values."""
 
@@ -34,6 +39,9 @@ class Literal:
         self, config: KVCompressConfig, queries: torch.Tensor, num_tokens: int, kept: int
     ) -> None:
         """Keep ``kept * B`` keys per head on average; ``queries`` ``[W, L * H, G, D]``."""
+        # Neighbours are as far apart as keys are rare: on average over the heads.
+        of_heads = sum(len(keys) - num_tokens % B for keys in self.keys) / SLOTS
+        pool = scaled(config.pool, of_heads / (num_tokens - num_tokens % B))
         tail = num_tokens % B
         recent = max(0, config.recent - tail)
         heads, pages = [], []
@@ -45,7 +53,7 @@ class Literal:
                 logits = queries[q, i] @ vectors[:visible, :D].T * D**-0.5
                 score[:visible] += logits.softmax(-1).square().sum(0)
             candidates = n - tail
-            half = config.pool // 2
+            half = pool // 2
             best = [
                 float(score[max(0, j - half) : min(candidates, j + half + 1)].max())
                 for j in range(candidates)
@@ -118,7 +126,9 @@ class Paged:
 
 
 @pytest.mark.parametrize("allocator", ["global", "layer", "uniform"])
-@pytest.mark.parametrize("pool, recent", [(1, 16), (7, 0)])  # a shield hides the pool's edges
+@pytest.mark.parametrize(
+    "pool, recent", [(1, 16), (7, 0), (25, 16)]
+)  # a shield hides the pool's edges
 def test_compressing_again_and_again_equals_the_literal_algorithm(
     allocator: str, pool: int, recent: int
 ) -> None:

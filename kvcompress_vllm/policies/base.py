@@ -48,6 +48,8 @@ class Evidence:
     """``[L * H, n]`` fp32 by channel of the statistics op, those that the policy names."""
     counts: Tensor | None = None
     """``[L * H, n]`` fp32, how many observed queries saw each candidate, where that is counted."""
+    density: float = 1.0
+    """Candidates per token that they were chosen from: less than 1 once a head was packed."""
     absent: Tensor | None = None
     """``[L * H, n]`` bool, columns without a key; None: every column has one."""
     keys: Callable[[int], Tensor] | None = None
@@ -157,18 +159,20 @@ class Policy(ABC):
     def pooled(self, evidence: Evidence, scores: Tensor) -> Tensor:
         """Spread scores ``[L * H, n]`` over neighbours, so that a token survives with its context.
 
-        With ``keeps_window`` they must be >= 0: the keys of the window count as 0.
+        Where keys were dropped before, neighbours are further apart, and the width shrinks with
+        their density. With ``keeps_window`` scores must be >= 0: the keys of the window count as 0.
         """
+        width = 2 * int(self.pool * evidence.density / 2) + 1
         if evidence.absent is not None:
             nothing = 0.0 if self.keeps_window or self.pooling == "average" else float("-inf")
             scores = scores.masked_fill(evidence.absent, nothing)
         if self.keeps_window and evidence.num_window:
             scores = scores.clone()
             scores[:, evidence.num_keys - evidence.num_window :] = 0
-        if self.pool == 1:
+        if width == 1:
             return scores
         pool = avg_pool1d if self.pooling == "average" else max_pool1d
-        return pool(scores, self.pool, stride=1, padding=self.pool // 2)
+        return pool(scores, width, stride=1, padding=width // 2)
 
     @classmethod
     def options(cls) -> dict[str, Any]:

@@ -6,18 +6,19 @@ what the end of the prompt asks for, and nothing else; KeyDiff (https://arxiv.or
 looks at no query, and keeps a sample of everything that a prompt says. Here ``share`` of the keys
 that a head keeps on average are those with the highest KeyDiff score, in every head alike; what is
 left of the budget goes to pooled squared attention, by one threshold over all layers and heads.
+Neither paper pools keys' scores; the default widths were found on a model that must copy passages.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
 from kvcompress_vllm.policies.keydiff import unlikeness
-from kvcompress_vllm.validation import number, option
+from kvcompress_vllm.validation import integer, number, option
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Diverse(Policy):
     """KV-Compress's attention; KeyDiff's first ``share`` of the budget is safe."""
 
     share: float = option(0.5, "part of the kept keys that KeyDiff chooses", *number(0, 1))
+    key_pool: int = option(
+        7,
+        "as pool, for KeyDiff's scores: neighbours over which they are pooled",
+        *integer(1, odd=True),
+    )
 
     channels = (ops.SUM_SQUARES,)
     needs_keys = True
@@ -35,8 +41,10 @@ class Diverse(Policy):
         count = min(int(self.share * max(0, evidence.open_kept)), evidence.num_open)
         if count == 0:
             return attention
-        unlike = unlikeness(evidence).masked_fill(evidence.shielded(), float("-inf"))
-        chosen = unlike.topk(count, sorted=False).indices
+        unlike = replace(self, pool=self.key_pool).pooled(evidence, unlikeness(evidence))
+        unlike = unlike.masked_fill(evidence.shielded(), float("-inf"))
+        # Pooled scores tie: the first of them, on every device.
+        chosen = unlike.argsort(dim=1, descending=True, stable=True)[:, :count]
         # More than the attention of all observed queries: chosen keys come before all others.
         above = attention.new_full((1,), 2.0 * evidence.group * max(1, evidence.num_queries))
         return attention.scatter_add(1, chosen, above.expand(chosen.shape))

@@ -268,13 +268,13 @@ def keydiff(a: Attention, s: Setting) -> Tensor:
     return _heads(a, lambda layer, head: _max_pool(_unlike(a, s, layer, head), s.pool))
 
 
-def diverse(a: Attention, s: Setting, share: float = 0.5) -> Tensor:
+def diverse(a: Attention, s: Setting, share: float = 0.5, key_pool: int = 7) -> Tensor:
     """Attention, after the first ``share`` of the open budget by unlikeness."""
     attention, shielded = kv_compress(a, s), s.shielded(a.length)
     count = int(share * (s.kept * s.block - sum(shielded)))
 
     def score(layer: int, head: int) -> list[float]:
-        unlike = _unlike(a, s, layer, head)
+        unlike = _max_pool(_unlike(a, s, layer, head), key_pool)
         open_keys = [j for j in range(len(unlike)) if not shielded[j]]
         chosen = sorted(open_keys, key=lambda j: -unlike[j])[: max(0, count)]
         return [float(attention[layer, head, j]) + 100 * (j in chosen) for j in range(len(unlike))]

@@ -12,7 +12,7 @@ from kvcompress_vllm.policies import Evidence
 from tests.policies import literal
 from tests.policies.prompts import setting
 from tests.policies.test_parity import SAME_SCORE, assert_same_choice
-from tests.test_compressor import SLOTS, B, D, G, H, L, Paged, W
+from tests.test_compressor import SLOTS, B, D, G, H, L, Paged, W, scaled
 
 # Without shares all heads stay equally long, so that the literal scores apply to what is left.
 EQUAL = {
@@ -68,8 +68,11 @@ def test_second_compression_equals_the_literal_one(policy: str, pool: int | str)
         a = literal.causal(every, before[..., :D], before[..., D:])
         s = setting(config, length)
         s.kept = kept
+        density = (length // B) / (paged.num_tokens // B)
+        s.pool = scaled(s.pool, density)
         score = SAME_SCORE.get(policy) or getattr(literal, policy)
-        scores = score(a, s)
+        widths = {"key_pool": scaled(7, density)} if policy == "diverse" else {}
+        scores = score(a, s, **widths)
         paged.compress(queries, kept)
         wanted = literal.kept_keys(a, s, scores, "uniform")
         tail = [*range(length // B * B, length)]

@@ -28,7 +28,7 @@ CASES = [
     {"policy": "kv_compress", "policy_options": {"norm": "L1"}, "pool": 7, "window": 20},
     {"policy": "kv_compress", "policy_options": {"aggregation": "average"}, "window": 33},
     {"policy": "diverse"},
-    {"policy": "diverse", "policy_options": {"share": 0.8}, "pool": 5, "window": 20},
+    {"policy": "diverse", "policy_options": {"share": 0.8, "key_pool": 1}, "pool": 5, "window": 20},
     {"policy": "roco", "window": 24},
     {"policy": "roco", "policy_options": {"recent_ratio": 0.4}, "window": 9, "pool": 3},
     {"policy": "cake"},
