@@ -162,6 +162,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         load([path, written(tmp_path / "b", line(SNAPKV, 1, [1]))])
     with pytest.raises(ValueError, match="two metrics"):
         load([path, written(tmp_path / "b", line(SNAPKV, 2, [1], metric="f1"))])
+    with pytest.raises(ValueError, match="not a result of this benchmark"):
+        load([written(tmp_path / "c", {"policy": "snapkv", "samples": 10})])
     with pytest.raises(ValueError, match="no '"):
         merged([tmp_path / "none"])
     with pytest.raises(ValueError, match="test"):

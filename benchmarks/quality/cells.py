@@ -173,12 +173,14 @@ def load(paths: Sequence[Path], run: Mapping[str, str] | None = None) -> dict[Ce
         run: what they all must say of :data:`RUN`; None: whatever the first line says.
 
     Raises:
-        ValueError: lines of another run, or samples that are there twice.
+        ValueError: lines of another run or of another kind, or samples that are there twice.
     """
     results: dict[Cell, Result] = {}
     for path in paths:
         for text in path.read_text().splitlines() if path.exists() else ():
             line = json.loads(text)
+            if not {*RUN, *Cell._fields, "metric", "first_seed", "scores"} <= line.keys():
+                raise ValueError(f"{path}: not a result of this benchmark: {text[:200]}")
             found = {key: line[key] for key in RUN}
             run = found if run is None else run
             if found != dict(run):

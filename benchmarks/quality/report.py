@@ -186,13 +186,14 @@ def heat_map(results: Results, path: Path) -> None:
         figsize=(2.5 + len(columns) * width, 1.3 + len(rows) * height),
         layout="constrained",
     )
+    most = max(share for kept in maps.values() for heads_of in kept for share in heads_of)
     for line, row in zip(axes, rows, strict=True):
         for axis, (question, ratio) in zip(line, columns, strict=True):
             kept = maps.get(row._replace(ratio=ratio, question=question))
             if kept is None:
                 axis.axis("off")
                 continue
-            image = axis.imshow(kept, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            image = axis.imshow(kept, vmin=0, vmax=most, cmap="viridis", aspect="auto")
             axis.set_xticks(range(0, heads, max(1, heads // 4)))
             axis.set_yticks(range(0, layers, max(1, layers // 4)))
         line[0].set_ylabel(label(row), fontsize=7)

@@ -24,7 +24,7 @@ SETTINGS = Settings(str(MODEL), "sinks=4,recent=32", SMALL, record=True)
 COMPARED = [
     Choice(policy, allocator, 4.0, question)
     for question in (VISIBLE, HIDDEN)
-    for policy, allocator in [("kv_compress", "auto"), ("cake", "layer"), ("adakv", "auto")]
+    for policy, allocator in [("diverse", "global"), ("cake", "layer"), ("adakv", "auto")]
 ]
 
 
@@ -40,7 +40,7 @@ def llm() -> Iterator[Any]:
 
 def test_the_engine_answers_like_the_literal_reference(llm: Any) -> None:
     """Kept keys, greedy answers and likelihoods, with ``transformers`` and sorting."""
-    samples = [("kv40", 600, FIRST_SEED), (PERPLEXITY, 640, FIRST_SEED)]
+    samples = [("kv40", 500, FIRST_SEED), (PERPLEXITY, 560, FIRST_SEED)]
     asked = list(ask(llm, SETTINGS, COMPARED, samples))
     assert len(asked) == 3 + 6
     results = compare(SETTINGS, asked)
@@ -52,13 +52,13 @@ def test_the_engine_answers_like_the_literal_reference(llm: Any) -> None:
 
 
 def test_measured_cells(llm: Any) -> None:
-    seeds = [*range(FIRST_SEED, FIRST_SEED + 2), *range(FIRST_SEED + 5, FIRST_SEED + 7)]
-    policy, single = Choice("kv_compress", "auto", 4.0), ("single", 500)
+    seeds = [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 5]
+    policy, single = Choice("kv_compress", "auto", 4.0), ("single", 400)
     missing = {
         Cell(*Choice(FULL), *single): seeds,
         Cell(*policy._replace(question=VISIBLE), *single): seeds,
         Cell(*policy._replace(question=HIDDEN), *single): seeds[:1],
-        Cell(*policy._replace(question=HIDDEN), PERPLEXITY, 600): seeds[1:2],
+        Cell(*policy._replace(question=HIDDEN), PERPLEXITY, 560): seeds[1:2],
     }
     lines = list(measure(llm, SETTINGS, missing))
     found = {
@@ -69,9 +69,9 @@ def test_measured_cells(llm: Any) -> None:
     assert 1 < nats[0] < 5
     assert found.pop(("kv_compress", HIDDEN, "single", FIRST_SEED)) in ([0], [1])
     assert found == {
-        (policy, question, "single", first): [1, 1]
+        (policy, question, "single", first): right
         for policy, question in [(FULL, "either"), ("kv_compress", VISIBLE)]
-        for first in (FIRST_SEED, FIRST_SEED + 5)
+        for first, right in ((FIRST_SEED, [1, 1]), (FIRST_SEED + 5, [1]))
     }
     for line in lines:
         if line["policy"] != FULL and "kept" in line:
