@@ -74,8 +74,13 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5
 )
 KEYS = st.sampled_from(
-    ["kv_compress", "kv_compress_ratio", "kv_compress_budget_tokens", "kv_compress_policy",
-     "kv_compress_mass"]
+    [
+        "kv_compress",
+        "kv_compress_ratio",
+        "kv_compress_budget_tokens",
+        "kv_compress_policy",
+        "kv_compress_mass",
+    ]
 )
 
 
