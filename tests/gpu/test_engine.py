@@ -68,6 +68,7 @@ def test_life_cycle_with_preemption_and_decode_compression(
 def test_mass_budgets_and_reports(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves come back one or two steps later; every prompt keeps what it needs of its own."""
     monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     reports: list[Report | Scored] = []
     with gpu_engine({"mass": 0.99, "interval": 2}, async_scheduling=asynchronous) as llm:
         stock = scheduler(llm).update_from_output
