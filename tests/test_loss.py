@@ -125,6 +125,19 @@ def test_pieces_of_heads_are_sorted_apart(monkeypatch: pytest.MonkeyPatch) -> No
     assert whole[0][:, -1].isinf().all() and whole[1].ge(0).all()
 
 
+def test_the_floor_of_a_cheap_head_makes_others_pay() -> None:
+    scores = torch.tensor([[1.0] * 64, [10.0] * 64])
+    pages = loss.page_masses(scores, torch.zeros(1, 64, dtype=torch.bool), B)
+    lost = loss.loss_at(*pages, 4, 2, torch.tensor([[2], [3]]))
+    assert lost.tolist() == pytest.approx([32 / 704, 192 / 704])
+    # A head of three pages has one to give; the fourth column of pages is absent there.
+    shielded = torch.zeros(2, 64, dtype=torch.bool)
+    shielded[0, :16] = True
+    pages = loss.page_masses(scores, shielded, B)
+    lost = loss.loss_at(*pages, torch.tensor([3, 4]), 2, torch.tensor([[1], [2]]))
+    assert lost.tolist() == pytest.approx([16 / 688, 176 / 688])
+
+
 def test_no_mass_is_no_loss() -> None:
     costs, masses = loss.page_masses(torch.zeros(2, 64), torch.zeros(1, 64, dtype=torch.bool), B)
     assert loss.loss_at(costs, masses, 4, 1, torch.tensor([[4]])).tolist() == [0]

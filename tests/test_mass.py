@@ -126,6 +126,16 @@ def test_a_generation_is_scored_again() -> None:
     assert (a.covered, a.kept) == (due_at // B, 36) and a.due_at >= due_at + 4 * B
 
 
+def test_what_keeps_nearly_all_is_not_compressed_over_and_over() -> None:
+    p = planner()
+    a = admitted(p, "a", 1600)
+    p.to_score({"a": 1600})
+    p.scored(scored(a, LossCurve([2, 90, 100], [1.0, 0.1, 0.0])))
+    p.compressed("a")
+    assert a.kept == 90 and p.outgrown_at(100, 90, a.own) == 1600, "of a ratio of 1.25"
+    assert a.due_at == 1600 + 4 * B
+
+
 def test_where_there_is_nothing_to_gain_nothing_is_compressed() -> None:
     p = planner()
     a = admitted(p, "a", 1600)

@@ -61,7 +61,7 @@ def test_thousands_of_random_operations(asynchronous: bool) -> None:
                 name, prompt(choice.randrange(3), choice.randint(1, 212)), tokens,
                 **(own if choice.random() < 0.5 else {}),
             )  # fmt: skip
-        elif (kind < 0.09 and sim.live) or (kind < 0.12 and waiting):
+        elif (kind < 0.09 and sim.live) or (kind < 0.3 and waiting):
             name = choice.choice(waiting or sim.live)
             wanted.pop(name, None)
             sim.abort(name)
