@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import allocation, budget, gather, ops, policies
+from kvcompress_vllm import allocation, budget, gather, loss, ops, policies
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.policies import Evidence
 from kvcompress_vllm.state import PackedState
@@ -121,12 +121,16 @@ def main() -> None:
         took = timed(lambda mask=mask: prompt.statistics(ring, mask))
         print(f"{' '.join(ops.CHANNELS[c] for c in channels):<50.50} {took:8.3f}", flush=True)
 
-    print(f"\n{'policy':<20} {'window':>6} {'op, ms':>9} {'score, ms':>9} {'ms per 1,000':>12}")
+    print(
+        f"\n{'policy':<20} {'window':>6} {'op, ms':>9} {'score, ms':>9} {'curve, ms':>9} "
+        f"{'ms per 1,000':>12}"
+    )
     for name in arguments.policies.split(","):
         config = KVCompressConfig.from_dict({"policy": name, "ratio": RATIO})
         policy, ring = config.create_policy(), prompt.ring(config.window)
         mask, floor = ops.channel_mask(policy.channels), budget.floor_pages(config, BLOCK_SIZE)
         evidence = prompt.evidence(config, ring, prompt.statistics(ring, mask))
+        kept = evidence.num_kept // BLOCK_SIZE
 
         def choose(config=config, policy=policy, evidence=evidence, floor=floor) -> Tensor:
             scores = policy.score(evidence)
@@ -134,10 +138,24 @@ def main() -> None:
                 config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
             )
 
+        def curve(config=config, policy=policy, evidence=evidence, floor=floor, kept=kept) -> None:
+            """The loss curve beside that: shares are asked for once for both."""
+            points = loss.curve_points(prompt.blocks, floor, kept)
+            scores = policy.score(evidence)
+            freed = allocation.freed_pages_at(
+                points, config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
+            )
+            costs, masses = loss.page_masses(scores, evidence.shielded(), BLOCK_SIZE)
+            loss.loss_at(costs, masses, prompt.blocks, floor, freed)
+
         op = timed(lambda ring=ring, mask=mask: prompt.statistics(ring, mask)) if mask else 0.0
         score = timed(choose)
-        total = (op + score) / per_thousand
-        print(f"{name:<20} {config.window:>6} {op:9.3f} {score:9.3f} {total:12.3f}", flush=True)
+        lost = timed(curve) - score
+        total = (op + score + lost) / per_thousand
+        print(
+            f"{name:<20} {config.window:>6} {op:9.3f} {score:9.3f} {lost:9.3f} {total:12.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ heads alone, and ``global`` on two ranks is not ``global`` on one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kvcompress_vllm.policies import Evidence, Policy
+from kvcompress_vllm.transfer import to_device
 
 ALLOCATORS = ("global", "layer", "uniform")
 
@@ -52,15 +55,50 @@ def freed_pages(
         RuntimeError: C is below the floor or above what there is, or the policy's shares have a
             wrong shape.
     """
+    kept = [evidence.num_kept // block_size]
+    return freed_pages_at(
+        kept,
+        allocator,
+        policy,
+        evidence,
+        scores,
+        block_size,
+        floor_pages,
+        candidate_blocks,
+        lengths,
+    )[0]
+
+
+def freed_pages_at(
+    kept: Sequence[int],
+    allocator: str,
+    policy: Policy,
+    evidence: Evidence,
+    scores: Tensor,
+    block_size: int,
+    floor_pages: int,
+    candidate_blocks: int,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """:func:`freed_pages` for several C at once, with the policy's shares at ``evidence``.
+
+    Args:
+        kept: blocks C, P of them.
+
+    Returns:
+        ``[P, A]`` int32.
+    """
     layers, heads = evidence.layers, evidence.heads
-    full, kept = candidate_blocks, evidence.num_kept // block_size
-    if not floor_pages <= kept <= full:
+    full, device = candidate_blocks, evidence.device
+    wrong = [blocks for blocks in kept if not floor_pages <= blocks <= full]
+    if wrong:
         raise RuntimeError(
-            f"kv_compress: cannot keep {kept} of {full} blocks with {floor_pages} per head at least"
+            f"kv_compress: cannot keep {wrong[0]} of {full} blocks with {floor_pages} per head at "
+            "least"
         )
     if allocator == "global":
-        freed = (full - kept) * layers * heads
-        return torch.full((1,), freed, dtype=torch.int32, device=evidence.device)
+        freed = [[(full - blocks) * layers * heads] for blocks in kept]
+        return to_device(freed, torch.int32, device)
     # Shares are of what the shields leave, as in the papers.
     base = (evidence.num_sinks + evidence.num_recent) / block_size
     shares = policy.layer_shares(evidence)
@@ -69,23 +107,24 @@ def freed_pages(
     _check_shape("head_shares", within, (layers, heads))
     if shares is None and within is None:
         groups = layers if allocator == "layer" else layers * heads
-        each = (full - kept) * layers * heads // groups
-        return torch.full((groups,), each, dtype=torch.int32, device=evidence.device)
+        each = [[(full - blocks) * layers * heads // groups] for blocks in kept]
+        return to_device(each, torch.int32, device).expand(-1, groups)
     if lengths is None:
-        lengths = torch.full((layers, heads), full, dtype=torch.int32, device=evidence.device)
+        lengths = torch.full((layers, heads), full, dtype=torch.int32, device=device)
     if shares is None:
-        shares = torch.ones(layers, device=evidence.device)
+        shares = torch.ones(layers, device=device)
+    shares = shares.expand(len(kept), -1)
+    total = to_device(kept, torch.int64, device) * layers
     if allocator == "uniform":
         # In blocks per head, so that the heads of a layer are exactly equal, as they always were.
-        total = torch.full((), kept * layers, device=evidence.device)
         pages = water_fill(shares, total, floor_pages, lengths.amin(-1), base)
-        return (lengths - pages[:, None]).flatten().int()
-    total = torch.full((), kept * layers * heads, device=evidence.device)
+        return (lengths - pages.unsqueeze(-1)).flatten(1).int()
     candidates = lengths.sum(-1)
-    per_layer = water_fill(shares, total, floor_pages * heads, candidates, base * heads)
+    per_layer = water_fill(shares, total * heads, floor_pages * heads, candidates, base * heads)
     if within is None:
         return (candidates - per_layer).int()
-    return (lengths - water_fill(within, per_layer, floor_pages, lengths, base)).flatten().int()
+    within = within.expand(len(kept), -1, -1)
+    return (lengths - water_fill(within, per_layer, floor_pages, lengths, base)).flatten(1).int()
 
 
 def _check_shape(name: str, shares: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.config import DEFAULT_RATIO, KVCompressConfig
 
 
 class Wish(NamedTuple):
-    """What one request asked for; None: as configured. Not both a ratio and a budget."""
+    """What one request asked for; None: as configured. At most one of ratio, budget and mass,
+    except that a ratio beside a mass is the one expected of it."""
 
     ratio: float | None = None
     budget_tokens: int | None = None
@@ -19,6 +20,7 @@ class Wish(NamedTuple):
     """Compress once so many tokens are computed, before the rest of the prompt is read."""
     protect: tuple[tuple[int, int], ...] = ()
     """Positions ``[start, end)`` that are never evicted: ascending, apart from each other."""
+    mass: float | None = None
 
     def num_protected(self, num_sinks: int, num_keys: int) -> int:
         """Protected ones of the candidate keys of positions ``[num_sinks, num_keys)``."""
@@ -79,6 +81,9 @@ def packed_blocks(
     if own is not None and own.ratio is own.budget_tokens is None:
         own = None
     wanted = own or Wish(config.ratio, config.budget_tokens)
+    if wanted.ratio is wanted.budget_tokens is None:
+        # A mass of which nothing is known yet.
+        wanted = Wish(min(config.max_ratio or math.inf, max(config.min_ratio or 1, DEFAULT_RATIO)))
     if wanted.budget_tokens is not None:
         kept = -(-wanted.budget_tokens // block_size)
     else:

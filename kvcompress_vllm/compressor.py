@@ -13,13 +13,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import allocation, budget, gather, layout, ops
+from kvcompress_vllm import allocation, budget, gather, layout, loss, ops
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Accumulation, Compression, Observed
 from kvcompress_vllm.policies import Evidence, Policy
 from kvcompress_vllm.protection import Protected
+from kvcompress_vllm.reports import PendingReports
 from kvcompress_vllm.state import RUNNING, PackedState
-from kvcompress_vllm.transfer import to_device
+from kvcompress_vllm.transfer import Stopwatch, to_device
 
 
 class Compressor:
@@ -46,18 +47,27 @@ class Compressor:
         self.record: dict[str, list[Tensor]] | None = None
         """For tests, when not None: by request id, the kept key indices of every (layer, head)."""
 
-    def run(self, due: list[Compression]) -> None:
-        """Compress every due request and describe it in the state tables."""
+    def run(self, due: list[Compression], score_only: bool = False) -> list[PendingReports]:
+        """Compress every due request and describe it in the state tables.
+
+        Args:
+            score_only: change nothing; only the loss curves are wanted.
+
+        Returns:
+            What there is to report, once the device has done it.
+        """
 
         def kind(item: Compression) -> tuple[str | None, int | None, int]:
             return item.policy, item.floor_pages, item.observed.stride if item.observed else 0
 
+        pending = []
         for policy, floor, stride in dict.fromkeys(map(kind, due)):
             self.config, self.policy = self._use(policy)
             self._floor = floor or budget.floor_pages(self.config, self.pages.shape[1])
             mine = [item for item in due if kind(item) == (policy, floor, stride)]
             for batch in _batches(mine, MOST_TOKENS // self.pages.shape[1]):
-                self._run(batch)
+                pending.append(self._run(batch, score_only))
+        return pending
 
     def accumulate(self, chunks: list[Accumulation]) -> None:
         """Add what was observed to the running statistics."""
@@ -100,12 +110,19 @@ class Compressor:
         )
         return statistics
 
-    def _count(self, item: Compression | Accumulation, row: Tensor, statistics: Tensor) -> Tensor:
+    def _count(
+        self,
+        item: Compression | Accumulation,
+        row: Tensor,
+        statistics: Tensor,
+        store: bool = True,
+    ) -> Tensor:
         """Add the statistics of the observed queries to the running ones.
 
         Args:
             row: ``[M]`` int32 block ids.
             statistics: ``[channels, pages, B]`` of this request; become the sums.
+            store: False leaves the running statistics as they are.
 
         Returns:
             ``[pages, B]`` fp32, how many queries saw each key.
@@ -120,6 +137,8 @@ class Compressor:
         counts += before[..., -1]
         for channel, values in enumerate(statistics):
             values += before[..., channel]
+        if not store:
+            return counts
         sums = torch.zeros_like(before)
         sums[..., -1] = counts
         sums[..., : len(statistics)] = statistics.permute(1, 2, 0)
@@ -162,8 +181,9 @@ class Compressor:
             self._policies[name] = config, config.create_policy()
         return self._policies[name]
 
-    def _run(self, due: list[Compression]) -> None:
+    def _run(self, due: list[Compression], score_only: bool) -> PendingReports:
         state, device = self.state, self.pages.device
+        watch = Stopwatch(device)
         layers, heads = state.num_pages.shape[1:]
         slots, block_size = layers * heads, self.pages.shape[1]
         covered = [item.covered for item in due]
@@ -185,14 +205,23 @@ class Compressor:
             for count, blocks in zip(num_tokens, covered, strict=True)
         ]
         scores = torch.empty(starts[-1], block_size, device=device)
-        freed = []
+        points = [
+            loss.curve_points(item.candidate_blocks, self._floor, blocks)
+            for item, blocks in zip(due, kept, strict=True)
+        ]
+        freed, lost = [], []
         for index, (begin, end) in enumerate(pairwise(starts)):
             of_request = statistics[:, begin:end]
-            counts = self._count(due[index], rows[index], of_request) if running else None
-            scores[begin:end], groups = self._choose(
-                due[index], rows[index], of_request, counts, recent[index]
+            counts = None
+            if running:
+                counts = self._count(due[index], rows[index], of_request, not score_only)
+            scores[begin:end], groups, losses = self._choose(
+                due[index], rows[index], of_request, counts, recent[index], points[index]
             )
             freed.append(groups)
+            lost.append(losses)
+        if score_only:
+            return PendingReports(due, points, torch.cat(lost), None, watch)
         kept_pages, kept_first, kept_keys = ops.select_pages(
             scores,
             page_start,
@@ -234,6 +263,7 @@ class Compressor:
             for index, item in enumerate(due):
                 heads_of = keys[index * slots : (index + 1) * slots]
                 self.record[item.request_id] = [head.flatten() for head in heads_of]
+        return PendingReports(due, points, torch.cat(lost), kept_pages, watch)
 
     def _choose(
         self,
@@ -242,8 +272,9 @@ class Compressor:
         statistics: Tensor,
         counts: Tensor | None,
         num_recent: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Scores of one request's candidate keys, and how many pages go.
+        points: list[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of one request's candidate keys, how many pages go, and what that loses.
 
         Policies see one rectangle of ``covered`` pages per head. Heads that were packed before have
         fewer: they end with it, so that the latest keys are in line. How long they are only the
@@ -253,9 +284,11 @@ class Compressor:
             row: ``[M]`` int32 block ids.
             statistics: ``[channels, pages, B]`` of this request; heads may differ in length.
             counts: ``[pages, B]`` queries that saw each key, or None.
+            points: block counts of the loss curve, P of them.
 
         Returns:
-            ``[pages, B]`` fp32, and a row of the selection op's ``num_freed``.
+            ``[pages, B]`` fp32, a row of the selection op's ``num_freed``, and ``[P]`` the share
+            of the score mass that is lost at each of ``points``.
         """
         if counts is not None:
             statistics = torch.cat([statistics, counts[None]])
@@ -277,7 +310,8 @@ class Compressor:
         scores = self.policy.score(evidence)
         if item.protect:
             scores = self._protected.shield(item, scores)
-        freed = allocation.freed_pages(
+        freed = allocation.freed_pages_at(
+            [len(item.new_blocks), *points],
             self.config.allocator,
             self.policy,
             evidence,
@@ -287,12 +321,15 @@ class Compressor:
             item.candidate_blocks,
             lengths,
         )
+        costs, masses = loss.page_masses(scores, evidence.shielded(), block_size)
+        longest = item.covered if lengths is None else lengths.flatten()
+        lost = loss.loss_at(costs, masses, longest, self._floor, freed[1:])
         scores = scores.reshape(-1, block_size)
         if place is not None:
             result = torch.empty(pages + 1, block_size, device=device)
             result[place] = scores
             scores = result[:pages]
-        return scores, freed
+        return scores, freed[0], lost
 
     def _evidence(
         self,
@@ -369,10 +406,10 @@ def scratch_bytes(
     per_key = 4 * (len(policy.channels) + 5)
     if running:
         per_key += 3 * 4 * RUNNING  # the statistics so far, their sums, and an intermediate
-    scores = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads * per_key
+    keys = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads
     # One layer of keys or values, as copied, in fp32, and an intermediate of it.
     copies = 3 * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0
-    return scores + copies
+    return keys * per_key + loss.scratch_bytes(keys) + copies
 
 
 def _batches(due: list[Compression], most_blocks: int) -> Iterator[list[Compression]]:

@@ -21,8 +21,11 @@ from kvcompress_vllm import policies
 from kvcompress_vllm.allocation import ALLOCATORS
 from kvcompress_vllm.validation import Rule, refusal
 from kvcompress_vllm.validation import integer as _integer
+from kvcompress_vllm.validation import number as _number
 
 DEFAULT_RATIO = 4.0
+BUDGETS = ("ratio", "budget_tokens", "mass")
+"""How much is kept; exclude each other."""
 AUTO = "auto"
 GENERAL: dict[str, Any] = {
     "window": 16, "recent": 16, "pool": 127, "allocator": "global", "query_stride": 0,
@@ -56,11 +59,11 @@ def _option(
 class KVCompressConfig:
     """What to keep, and how to choose it. Immutable; validated when built.
 
-    Exactly one of ``ratio`` and ``budget_tokens`` is set; if neither is given, ``ratio`` is 4.
-    What is given as ``auto`` is what the policy prefers; the built object holds the values.
+    Exactly one of ``ratio``, ``budget_tokens`` and ``mass`` is set; if none is given, ``ratio`` is
+    4. What is given as ``auto`` is what the policy prefers; the built object holds the values.
 
     Raises:
-        ValueError: a value is not accepted, or both ``ratio`` and ``budget_tokens`` are given.
+        ValueError: a value is not accepted, or several of those are given.
     """
 
     policy: str = _option(
@@ -89,6 +92,13 @@ class KVCompressConfig:
         None,
         "tokens kept per KV head on average, instead of a ratio",
         *_integer(1),
+        optional=True,
+    )
+    mass: float | None = _option(
+        None,
+        "share of the score mass that each compression keeps, in as few blocks as do, instead of a "
+        "ratio",
+        *_number(0, 1, above=True),
         optional=True,
     )
     allow_policies: bool = _option(
@@ -166,7 +176,7 @@ class KVCompressConfig:
             if getattr(self, name) == AUTO:
                 preferred = getattr(policy.defaults, name)
                 object.__setattr__(self, name, general if preferred is None else preferred)
-        if self.ratio is None and self.budget_tokens is None:
+        if self.ratio is self.budget_tokens is self.mass is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         for option in fields(self):
             value = getattr(self, option.name)
@@ -174,16 +184,16 @@ class KVCompressConfig:
                 continue
             if not option.metadata["accepts"](value):
                 raise refusal(option.name, value, option.metadata["accepted"])
-        if self.ratio is not None and self.budget_tokens is not None:
+        given = [f"{name}={getattr(self, name)!r}" for name in BUDGETS if getattr(self, name)]
+        if len(given) > 1:
             raise ValueError(
-                f"kv_compress: ratio={self.ratio!r} and budget_tokens={self.budget_tokens!r} "
-                "exclude each other; give exactly one"
+                f"kv_compress: {' and '.join(given)} exclude each other; give exactly one"
             )
         if self.ratio is not None:
             object.__setattr__(self, "ratio", float(self.ratio))
         limits = (self.min_ratio or 1.0, self.ratio, self.max_ratio)
-        given = [limit for limit in limits if limit is not None]
-        if given != sorted(given):
+        set_limits = [limit for limit in limits if limit is not None]
+        if set_limits != sorted(set_limits):
             raise ValueError(
                 f"kv_compress: min_ratio={self.min_ratio!r}, ratio={self.ratio!r} and "
                 f"max_ratio={self.max_ratio!r} must not decrease"
@@ -248,7 +258,7 @@ OPTIONS = {option.name: option for option in fields(KVCompressConfig)}
 def default_text(name: str) -> str:
     """The default of an option, for help texts."""
     if name == "ratio":
-        return f"{DEFAULT_RATIO:g} unless budget_tokens is given"
+        return f"{DEFAULT_RATIO:g} unless budget_tokens or mass is given"
     if name in GENERAL:
         return f"{AUTO}, which is {GENERAL[name]} unless the policy prefers another value"
     default = OPTIONS[name].default
@@ -284,7 +294,7 @@ def check(options: Mapping[str, Any]) -> None:
     """
     if "policy" not in options:
         options = {k: v for k, v in options.items() if k.split(".")[0] != POLICY_OPTIONS}
-    if not {"ratio", "budget_tokens"} & options.keys():
+    if not set(BUDGETS) & options.keys():
         # The default ratio may still be replaced: a limit below it is not yet wrong.
         options = {**options, "budget_tokens": 1}
     KVCompressConfig.from_dict(options)

@@ -121,6 +121,9 @@ class StepPlan:
     released: list[int] = field(default_factory=list)
     """State slots whose request gave its packed blocks back."""
     accumulations: list[Accumulation] = field(default_factory=list)
+    scorings: list[Compression] = field(default_factory=list)
+    """Of these only the loss curve is wanted. Nothing moves: their ``new_blocks`` are null blocks,
+    as many as the request is expected to keep."""
     compressions: list[Compression] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
@@ -132,6 +135,7 @@ class StepPlan:
         return bool(
             self.released
             or self.accumulations
+            or self.scorings
             or self.compressions
             or self.observations
             or self.packed_prefills

@@ -9,29 +9,37 @@ Life of a compressible request:
 2. ``observe`` on each step that computes one of the last ``window`` tokens before the compression;
    with a policy that judges by all queries on each step of the prefill, after each of which
    ``accumulate`` says what was observed;
-3. due once all of them are computed, until ``compressed`` on a later step; if the pool cannot spare
-   the packed blocks it stays due and decodes uncompressed meanwhile;
+3. due once all of them are computed (with a mass budget, once ``to_score`` had the worker score
+   the keys and ``scored`` took C from its loss curve), until ``compressed`` on a later step; if
+   the pool cannot spare the packed blocks it stays due and decodes uncompressed meanwhile;
 4. ``watch`` while it decodes: shortly before it has outgrown its budget by ``interval`` blocks it
    takes an observation slot again, and goes on at 2; when the pool runs short, ``press`` does so
-   earlier for those that can give most back;
+   earlier for those that lose least;
 5. ``release`` when it finishes, is aborted or is preempted; a preempted request is admitted anew.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvcompress_vllm import budget, policies
 from kvcompress_vllm.budget import Wish
 from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.loss import LossCurve
+from kvcompress_vllm.mass import ExpectedRatio, mass_blocks, mass_of, rounded_ratio
 from kvcompress_vllm.plan import Observation, Observed, Trigger
+from kvcompress_vllm.reports import Report, Scored
 
 NEVER = 1 << 62
 """Token count at which nothing ever is due."""
 
 LEAST_GAIN = 2
 """Blocks that an early compression must give back to be worth its while."""
+
+LOSS_DIGITS = 4
+"""Decimals of the loss per block that count; among equals, who gives back most comes first."""
 
 MOST_REMEMBERED = 100_000
 """Sizes that are kept at hand; requests may come with any number of different wishes."""
@@ -65,6 +73,14 @@ class Tracked:
     """Of the compression that is under way, where the pool ran short; None: its usual budget."""
     trigger: Trigger = "decode"
     """Of the compression that comes next."""
+    usual_due: int = NEVER
+    """``due_at`` as it was before the pool ran short."""
+    curve: LossCurve | None = None
+    """Of its latest compression, once the worker has reported it."""
+    scored_at: int = 0
+    """``due_at`` for which its loss curve was asked for; a mass budget."""
+    decided: int | None = None
+    """C of the compression that comes next, once that curve was seen."""
 
 
 class CompressionPlanner:
@@ -99,6 +115,7 @@ class CompressionPlanner:
         # Asked for every request on every step.
         self._kept: dict[tuple[int, float | None, Wish | None], int] = {}
         self._first_outgrown: dict[Wish | None, int] = {}
+        self._expected = ExpectedRatio(config)
         if 0 < config.query_stride * config.window < block_size:
             raise ValueError(
                 f"kv_compress: query_stride={config.query_stride} and window={config.window} are "
@@ -163,7 +180,10 @@ class CompressionPlanner:
         return budget.floor_pages(config, self.block_size, covered, own)
 
     def target(self, tracked: Tracked) -> tuple[int, int]:
-        """(F, C) of the compression that a request awaits."""
+        """(F, C) of the compression that a request awaits; with a mass budget as expected of it,
+        until known."""
+        if tracked.decided is not None:
+            return tracked.due_at // self.block_size, tracked.decided
         return self._size_at(tracked.due_at, tracked.prefill_end, tracked.own, tracked.ratio)
 
     def _size_at(
@@ -340,7 +360,7 @@ class CompressionPlanner:
                 self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
-        """When the pool runs short, prepare early compressions, largest gain first.
+        """When the pool runs short, prepare early compressions, lowest loss per block first.
 
         Short means: fewer free blocks than the running requests will take until a compression that
         is prepared now is carried out, and than its copy takes.
@@ -350,10 +370,13 @@ class CompressionPlanner:
             num_free: free blocks of the pool.
         """
         window, size = self.config.window, self.block_size
+        most = len(num_computed) * ((window + size) // size) + (self.max_tokens + window) // size
+        if num_free >= most:
+            return  # more than the sums below can come to
         growth = sum((n + window) // size - (n - 1) // size for n in num_computed.values())
         copy = max(
             (
-                self.packed_size(num_computed.get(t.request_id, 0), t.own)[1]
+                self.packed_size(num_computed.get(t.request_id, 0) + window, t.own)[1]
                 for t in self.requests.values()
             ),
             default=0,
@@ -375,10 +398,13 @@ class CompressionPlanner:
                 and (at := num_computed.get(t.request_id, 0) + window) > window
             ]
             gains = [item for item in gains if item[0] >= LEAST_GAIN]
-            gains.sort(key=lambda item: -item[0])
+            gains.sort(
+                key=lambda item: (_loss_per_block(item[2], item[1] // size, item[0]), -item[0])
+            )
             for gain, due_at, tracked in gains[: len(self._observe_slots)]:
                 if missing <= 0:
                     return
+                tracked.usual_due = tracked.due_at
                 self._prepare(tracked, due_at)
                 tracked.ratio, tracked.trigger = ratio, "pressure"
                 missing -= gain
@@ -417,7 +443,64 @@ class CompressionPlanner:
             for request_id, tracked in self.requests.items()
             if tracked.observe_slot is not None
             and num_computed.get(request_id, 0) >= tracked.due_at
+            and not _awaits_curve(tracked)
         ]
+
+    def sized(self, own: Wish | None) -> Wish | None:
+        """What a request asked for, with the ratio that is expected of a mass. All methods that
+        take ``own`` take it so."""
+        mass = mass_of(self.config, own)
+        if mass is None:
+            return own
+        return (own or Wish())._replace(mass=mass, ratio=self._expected.ratio)
+
+    def to_score(self, num_computed: Mapping[str, int]) -> list[Tracked]:
+        """Requests with a mass budget whose observation is complete; each once per compression.
+
+        Args:
+            num_computed: computed tokens of the running requests.
+        """
+        ready = [
+            tracked
+            for request_id, tracked in self.requests.items()
+            if _awaits_curve(tracked)
+            and tracked.scored_at != tracked.due_at
+            and num_computed.get(request_id, 0) >= tracked.due_at
+        ]
+        for tracked in ready:
+            tracked.scored_at = tracked.due_at
+        return ready
+
+    def scored(self, scored: Scored) -> None:
+        """Fix C of a request from its loss curve. One that has gone since, or has come back anew,
+        is left alone. If there is nothing to gain, it is not compressed this time."""
+        tracked = self.requests.get(scored.request_id)
+        if (
+            tracked is None
+            or not _awaits_curve(tracked)
+            or (tracked.state_slot, tracked.due_at) != (scored.state_slot, scored.num_tokens)
+        ):
+            return
+        own, covered = tracked.own, tracked.due_at // self.block_size
+        assert own is not None and own.mass is not None
+        kept = mass_blocks(self.config, scored.curve, own.mass, covered, self.floor(covered, own))
+        self._expected.learn(covered, kept)
+        self.version += 1
+        tracked.own = own._replace(ratio=rounded_ratio(covered / kept))
+        if kept < scored.curve.blocks[-1]:
+            tracked.decided = kept
+            return
+        tracked.trigger = "decode"
+        tracked.due_at = self._after_interval(tracked.due_at)
+        assert tracked.observe_slot is not None
+        self._observe_slots.append(tracked.observe_slot)
+        tracked.observe_slot = None
+
+    def _after_interval(self, num_tokens: int) -> int:
+        """Tokens at which a request has ``interval`` blocks more; NEVER where ``decode`` is off."""
+        if not self.config.decode:
+            return NEVER
+        return num_tokens + self.config.interval * self.block_size
 
     def compressed(self, request_id: str) -> None:
         """Note that a due request is packed as of this step; its observation slot is free.
@@ -430,14 +513,34 @@ class CompressionPlanner:
             raise RuntimeError(f"kv_compress: {request_id} is compressed without observation")
         self.version += not tracked.kept
         tracked.covered, tracked.kept = self.target(tracked)
-        tracked.ratio = None
+        tracked.curve = tracked.decided = tracked.ratio = None
         self._count(tracked, tracked.due_at, self.observed(tracked, tracked.due_at))
-        tracked.due_at = self._next_due(tracked)
+        now, tracked.due_at = tracked.due_at, self._next_due(tracked)
+        if tracked.own is not None and tracked.own.mass is not None and now >= tracked.prefill_end:
+            # Its ratio is an expectation; it may be off by more than the interval.
+            tracked.due_at = max(tracked.due_at, self._after_interval(now))
         if tracked.due_at <= tracked.prefill_end:
             return  # its prefill goes on, observed
         tracked.trigger = "decode"
         self._observe_slots.append(tracked.observe_slot)
         tracked.observe_slot = None
+
+    def reported(self, report: Report) -> bool:
+        """Learn the loss curve of a compression.
+
+        Returns:
+            Whether the request still is packed as the report says; if not, it came too late.
+        """
+        tracked = self.requests.get(report.request_id)
+        if (
+            tracked is None
+            or not tracked.kept
+            or (tracked.state_slot, tracked.covered)
+            != (report.state_slot, report.num_tokens // self.block_size)
+        ):
+            return False
+        tracked.curve = report.curve
+        return True
 
     def release(self, request_id: str) -> None:
         """Forget a request that finished, was aborted or was preempted; unknown ones are fine."""
@@ -504,6 +607,38 @@ class CompressionPlanner:
         if own not in self._first_outgrown:
             self._first_outgrown[own] = self.outgrown_at(own=own)
         return self._first_outgrown[own]
+
+
+def _loss_per_block(tracked: Tracked, covered: int, gain: int) -> float:
+    """Share of its score mass that a request would lose per block given back.
+
+    Read off the curve of its latest compression, as if what it decoded since were worth as much as
+    what it kept then. A request that was never compressed has no curve and has lost nothing: its
+    cheapest blocks are taken to be free. One whose curve is still on its way comes last.
+
+    Args:
+        covered: F of the compression.
+        gain: blocks that it gives back.
+    """
+    if tracked.curve is None:
+        return math.inf if tracked.kept else 0.0
+    held = tracked.kept + covered - tracked.covered
+    kept = tracked.kept * (held - gain) / held
+    lost = tracked.curve.lost_at(kept) - tracked.curve.lost_at(tracked.kept)
+    return round(lost / gain, LOSS_DIGITS)
+
+
+def _awaits_curve(tracked: Tracked) -> bool:
+    """Whether C can only be told from a loss curve. What interrupts a prefill, or goes beyond the
+    budget because the pool runs short, cannot wait for one."""
+    return (
+        tracked.observe_slot is not None
+        and tracked.decided is None
+        and tracked.own is not None
+        and tracked.own.mass is not None
+        and tracked.ratio is None
+        and tracked.due_at >= tracked.prefill_end
+    )
 
 
 def _given_back(tracked: Tracked, covered: int, kept: int) -> int:

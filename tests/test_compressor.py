@@ -14,6 +14,7 @@ from kvcompress_vllm import budget, layout
 from kvcompress_vllm.compressor import Compressor
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Compression
+from kvcompress_vllm.reports import Report
 from kvcompress_vllm.state import PackedState
 
 L, H, G, D, B, W = 3, 2, 2, 16, 16, 8
@@ -99,7 +100,7 @@ class Paged:
             self.pages[page, self.num_tokens % B] = vector
             self.num_tokens += 1
 
-    def compress(self, queries: torch.Tensor, kept: int) -> None:
+    def compress(self, queries: torch.Tensor, kept: int) -> list[Report]:
         slot = 1
         for q in range(W):
             place = (self.num_tokens - W + q) % W
@@ -109,9 +110,10 @@ class Paged:
         item = Compression(
             "r", 2, slot, self.num_tokens, self.covered, self.kept, covered, list(self.row), new
         )
-        self.compressor.run([item])
+        reports = [r for pending in self.compressor.run([item]) for r in pending.collect()]
         self.row[:covered] = new + [0] * (covered - kept)
         self.covered, self.kept = covered, kept
+        return reports
 
     def keys(self, index: int) -> torch.Tensor:
         slot = self.state.slot_of(self.row)

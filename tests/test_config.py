@@ -33,6 +33,8 @@ def test_budget_tokens_replaces_the_default_ratio() -> None:
         ({"ratio": float("inf")}, "ratio", "inf", "a number >= 1"),
         ({"ratio": "8"}, "ratio", "'8'", "a number >= 1"),
         ({"budget_tokens": 0}, "budget_tokens", "0", "an integer >= 1"),
+        ({"mass": 0}, "mass", "0", "a number > 0 and <= 1"),
+        ({"mass": 98}, "mass", "98", "a number > 0 and <= 1"),
         ({"window": 0}, "window", "0", "an integer >= 1 and <= 512"),
         ({"window": 2.0}, "window", "2.0", "an integer >= 1 and <= 512"),
         ({"window": None}, "window", "None", "an integer >= 1 and <= 512"),
@@ -66,6 +68,17 @@ def test_unknown_key_lists_the_known_ones() -> None:
 def test_ratio_and_budget_exclude_each_other() -> None:
     with pytest.raises(ValueError, match=r"ratio=2.*budget_tokens=64.*exactly one"):
         KVCompressConfig.from_dict({"ratio": 2, "budget_tokens": 64})
+
+
+def test_mass_is_a_third_way_to_say_how_much() -> None:
+    config = KVCompressConfig.from_dict({"mass": 0.98})
+    assert (config.mass, config.ratio, config.budget_tokens) == (0.98, None, None)
+    assert KVCompressConfig.from_dict(config.to_dict()) == config
+    for other in ({"ratio": 2}, {"budget_tokens": 64}):
+        with pytest.raises(ValueError, match=r"and mass=0\.98 exclude each other.*exactly one"):
+            KVCompressConfig.from_dict({"mass": 0.98, **other})
+    KVCompressConfig.from_dict({"mass": 0.98, "min_ratio": 2, "max_ratio": 8})
+    check({"mass": 0.98, "min_ratio": 8})  # the default ratio of 4 is not meant
 
 
 def test_spec_text() -> None:

@@ -154,8 +154,11 @@ class Request:
             tracked.kept, covered, list(self.row), new,
             observed=self.planner.observed(tracked, tracked.due_at),
         )  # fmt: skip
+        scored = self._score(item)
         self.compressor.record = {}
-        self.compressor.run([item])
+        (batch,) = self.compressor.run([item])
+        (report,) = batch.collect()
+        assert report.curve == scored.curve
         self.check_statistics(item)
         tail = list(range(self.num_tokens - covered * B))
         for head, keys in enumerate(self.compressor.record["r"]):
@@ -163,6 +166,17 @@ class Request:
             self.literal.keep(head, [*keys.tolist(), *(candidates + t for t in tail)])
         self.planner.compressed("r")
         self.row[:covered] = new + [0] * (covered - kept)
+
+    def _score(self, item: Compression):
+        """Only the loss curve, as for a mass budget: nothing may change or count twice."""
+        tensors = [*vars(self.state).values(), self.pages]
+        before = [(t, t.clone()) for t in tensors if isinstance(t, torch.Tensor)]
+        assert len(before) == 7
+        (batch,) = self.compressor.run([item], score_only=True)
+        for now, was in before:
+            torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
+        (scored,) = batch.collect()
+        return scored
 
     def check_statistics(self, item: Compression) -> None:
         """What the policy saw equals what the literal side counted, key by key."""

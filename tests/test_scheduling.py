@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.loss import LossCurve
+from kvcompress_vllm.reports import Report
 from kvcompress_vllm.scheduling import NEVER, CompressionPlanner, num_observe_slots
 
 B = 16
@@ -99,7 +101,7 @@ def grown(observe_slots: int, **options: object) -> tuple[CompressionPlanner, di
     return p, lengths
 
 
-def test_pressure_takes_first_what_gives_back_most() -> None:
+def test_pressure_takes_first_what_gives_back_most_where_nothing_else_is_known() -> None:
     p, lengths = grown(3)
     assert pressed(p, 100, **lengths) == []
     # Until 9 tokens on, "a" takes no block (1709 of 1712), "b" and "c" one each; a copy takes 8.
@@ -113,6 +115,87 @@ def test_pressure_takes_first_what_gives_back_most() -> None:
     assert pressed(p, 0, **lengths) == []  # nothing worth it is left in "c"
     p.compressed("a")
     assert (a.covered, a.kept) == (106, 8)
+
+
+def report(p: CompressionPlanner, name: str, lost: list[float]) -> None:
+    """The curve of a request's latest compression arrives: ``lost`` at 2, 4, 8 and 100 blocks."""
+    t = p.requests[name]
+    curve = LossCurve([2, 4, 8, 100], lost)
+    assert p.reported(Report(name, t.state_slot, t.covered * B, "prefill", [], lost[2], 1.0, curve))
+
+
+def test_pressure_takes_first_what_loses_least_per_block() -> None:
+    """ "a" can give back 6 blocks and "b" 3, but those of "a" are dear."""
+    p, lengths = grown(3)
+    report(p, "a", [0.9, 0.6, 0.1, 0.0])
+    report(p, "b", [0.9, 0.2, 0.1, 0.0])
+    assert pressed(p, 9, **lengths) == ["b"]
+    assert pressed(p, 9 - 4, **lengths) == ["a"]
+    # As many blocks of both: of 14 held blocks 8 stay, as of 8 kept ones 4.57 would.
+    p, lengths = grown(3)
+    lengths["b"] = lengths["a"]
+    report(p, "a", [0.9, 0.2, 0.1, 0.0])
+    report(p, "b", [0.9, 0.3, 0.1, 0.0])
+    assert pressed(p, 8, **lengths) == ["a"]
+
+
+def test_pressure_beyond_the_budget_by_loss() -> None:
+    p, lengths = grown(1, max_ratio=40)
+    for name, at_4 in [("a", 0.5), ("b", 0.3), ("c", 0.2)]:
+        lengths[name] = 1610
+        report(p, name, [0.9, at_4, 0.1, 0.0])
+    assert pressed(p, 0, **lengths) == ["c"]
+    p.compressed("c")
+    assert p.requests["c"].kept == 3
+
+
+def test_pressure_spares_what_nothing_is_known_of_but_not_what_lost_nothing() -> None:
+    p, lengths = grown(3)
+    report(p, "b", [0.9, 0.6, 0.1, 0.0])
+    assert p.requests["a"].curve is None  # its report is on its way
+    assert pressed(p, 9, **lengths) == ["b"]
+    p, lengths = grown(3)
+    p.release("b")
+    p.admit("b", 130)  # too short for a compression so far, and grown since
+    report(p, "a", [0.9, 0.11, 0.1, 0.0])
+    assert pressed(p, 8, a=1700, b=200) == ["b"]
+
+
+def test_a_curve_holds_until_the_next_compression() -> None:
+    p, lengths = grown(3)
+    report(p, "a", [0.9, 0.6, 0.1, 0.0])
+    assert pressed(p, 0, a=lengths["a"]) == ["a"]
+    p.compressed("a")
+    assert p.requests["a"].curve is None
+
+
+def test_far_from_short_nothing_is_looked_at() -> None:
+    p, lengths = grown(1)
+    p.requests["a"].own = "not a wish"  # type: ignore[assignment]
+    most = 3 + (100_000 + 8) // B
+    assert pressed(p, most, **lengths) == []
+    with pytest.raises(AttributeError):
+        pressed(p, most - 1, **lengths)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 5000), max_size=4), st.integers(0, 7000), st.integers(1, 40))
+def test_looking_only_when_it_may_be_short_changes_nothing(
+    lengths: list[int], free: int, window: int
+) -> None:
+    def run(max_tokens: int) -> list[str]:
+        config = KVCompressConfig(ratio=2, window=window, interval=20)
+        p = CompressionPlanner(config, B, state_slots=4, observe_slots=4, max_tokens=5200)
+        for index, length in enumerate(lengths):
+            p.admit(str(index), length)
+            if p.requests.get(str(index)) and p.requests[str(index)].observe_slot is not None:
+                p.compressed(str(index))
+        p.max_tokens = max_tokens
+        computed = {str(i): length + 100 for i, length in enumerate(lengths)}
+        p.press(computed, free)
+        return sorted(name for name, t in p.requests.items() if t.observe_slot is not None)
+
+    assert run(5200) == run(10**9)
 
 
 def test_pressure_goes_beyond_the_budget_only_where_it_may() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvcompress_vllm.config import (
+    BUDGETS,
     OPTIONS,
     KVCompressConfig,
     check,
@@ -90,10 +91,10 @@ def merge_arguments(args: argparse.Namespace) -> None:
     if isinstance(given, str):
         given = parse_spec(given)
     base = dict(given) if isinstance(given, Mapping) else {}
-    # The two ways to state the budget exclude each other: the flag wins over the dict.
-    if {"ratio", "budget_tokens"} & options.keys():
-        base.pop("ratio", None)
-        base.pop("budget_tokens", None)
+    # The ways to state the budget exclude each other: the flag wins over the dict.
+    if set(BUDGETS) & options.keys():
+        for name in BUDGETS:
+            base.pop(name, None)
     additional[KEY] = {**base, **options}
     args.additional_config = additional
 

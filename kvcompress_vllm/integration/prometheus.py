@@ -100,6 +100,11 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
             of(metrics.FREED_BLOCKS).inc(item.before - item.after)
             of(metrics.BLOCKS_BEFORE).inc(item.before)
             of(metrics.BLOCKS_AFTER).inc(item.after)
+        for measured in report.measured:
+            of(metrics.COMPRESSION_SECONDS, measured.trigger).observe(measured.milliseconds / 1e3)
+            of(metrics.SCORE_MASS_LOST, measured.trigger).observe(measured.lost)
+        of(metrics.PREEMPTIONS).inc(report.preemptions)
+        of(metrics.PREEMPTIONS_AVOIDED).inc(report.preemptions_avoided)
         of(metrics.RESERVE_WAITS).inc(report.reserve_waits)
         for reason, count in report.refusals.items():
             of(metrics.ADMISSION_REFUSALS, reason).inc(count)
@@ -118,6 +123,6 @@ def _create(metric: Metric) -> Counter | Gauge | Histogram:
         # With several API servers, each reports in turn; vLLM's own gauges do the same.
         created = Gauge(metric.name, metric.help, labels, multiprocess_mode="mostrecent")
     else:
-        created = Histogram(metric.name, metric.help, labels, buckets=metrics.KEPT_RATIO_BUCKETS)
+        created = Histogram(metric.name, metric.help, labels, buckets=metric.buckets)
     _registered.append(created)
     return created

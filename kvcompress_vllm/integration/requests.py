@@ -4,6 +4,7 @@
     kv_compress                true or false: false keeps everything
     kv_compress_ratio          like the option ratio
     kv_compress_budget_tokens  like the option budget_tokens
+    kv_compress_mass           like the option mass
     kv_compress_policy         like the option policy, where allow_policies is set
     kv_compress_context_tokens compress once so many tokens of the prompt are computed; what follows
                                (a question) reads the compressed context
@@ -27,8 +28,9 @@ from kvcompress_vllm.validation import integer
 PREFIX = "kv_compress"
 SWITCH, RATIO = PREFIX, f"{PREFIX}_ratio"
 BUDGET, POLICY = f"{PREFIX}_budget_tokens", f"{PREFIX}_policy"
+MASS = f"{PREFIX}_mass"
 CONTEXT, PROTECT = f"{PREFIX}_context_tokens", f"{PREFIX}_protect"
-KEYS = (SWITCH, RATIO, BUDGET, POLICY, CONTEXT, PROTECT)
+KEYS = (SWITCH, RATIO, BUDGET, MASS, POLICY, CONTEXT, PROTECT)
 MOST_RANGES = 64
 """Protected ranges of a request; each takes a little work at every compression."""
 
@@ -59,10 +61,9 @@ def request_wish(params: Any) -> Wish | None:
         raise ValueError(
             f"{', '.join(f'{key}={value!r}' for key, value in asked.items())} needs {SWITCH}=true"
         )
-    if {RATIO, BUDGET} <= asked.keys():
-        raise ValueError(
-            f"{RATIO}={asked[RATIO]!r} and {BUDGET}={asked[BUDGET]!r} exclude each other"
-        )
+    budgets = [f"{key}={asked[key]!r}" for key in (RATIO, BUDGET, MASS) if key in asked]
+    if len(budgets) > 1:
+        raise ValueError(f"{' and '.join(budgets)} exclude each other")
     protect = _ranges(asked.pop(PROTECT, ""))
     context = asked.pop(CONTEXT, None)
     if context is not None and not _POSITIVE[1](context):
@@ -77,7 +78,7 @@ def request_wish(params: Any) -> Wish | None:
         return KEEP_ALL
     ratio = asked.get(RATIO)
     ratio = None if ratio is None else float(ratio)
-    wish = Wish(ratio, asked.get(BUDGET), asked.get(POLICY), context, protect)
+    wish = Wish(ratio, asked.get(BUDGET), asked.get(POLICY), context, protect, asked.get(MASS))
     return None if wish == Wish() else wish
 
 

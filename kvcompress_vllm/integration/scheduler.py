@@ -16,18 +16,24 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm import admission, integrity
+from kvcompress_vllm.budget import Wish
 from kvcompress_vllm.integration.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.options import resolved_config
+from kvcompress_vllm.integration.reports import reports_of
 from kvcompress_vllm.integration.requests import request_wish
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.stats import KVCompressSchedulerStats
-from kvcompress_vllm.metrics import Recorder
+from kvcompress_vllm.metrics import Occupancy, Recorder
 from kvcompress_vllm.plan import Accumulation, Compression, PackedRow, StepPlan
+from kvcompress_vllm.reports import Scored
 from kvcompress_vllm.scheduling import CompressionPlanner, Tracked
+from kvcompress_vllm.shortage import Shortage
 
 logger = init_logger("vllm.kv_compress")
 
@@ -58,6 +64,7 @@ class _KVCompressMixin(Scheduler):
             max_tokens=self.max_model_len,
         )
         self._recorder = Recorder(self.log_stats)
+        self._shortage = Shortage()
         manager.on_release = self._release
         self._output_length = admission.OutputLength()
         self._does_not_fit: tuple[str, int] | None = None
@@ -76,21 +83,41 @@ class _KVCompressMixin(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         accumulations = self._accumulate()
         compressions = self._compress_due()
+        scorings = self._score_due()
         output = super().schedule(throttle_prefills)
-        output.kv_compress = self._plan(  # type: ignore[attr-defined]
-            output, accumulations, compressions
-        )
+        plan = self._plan(output, accumulations, scorings, compressions)
+        output.kv_compress = plan  # type: ignore[attr-defined]
+        if self._recorder.enabled:
+            self._count_preemptions(output)
         if self._check_integrity:
             self.check_integrity()
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        for report in reports_of(model_runner_output):
+            if isinstance(report, Scored):
+                self.kv_compress_planner.scored(report)
+            else:
+                self._recorder.measured(report, self.kv_compress_planner.reported(report))
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             return None
-        planner = self.kv_compress_planner
+        planner, pool = self.kv_compress_planner, self.kv_compress_manager.block_pool
         report = self._recorder.take(
-            self.kv_compress_manager.packed, planner.observe_slots_used(), planner.observe_slots
+            self.kv_compress_manager.packed,
+            planner.observe_slots_used(),
+            planner.observe_slots,
+            Occupancy(
+                pool.num_gpu_blocks - 1,
+                pool.get_num_free_blocks(),
+                len(self.running),
+                len(self.waiting) + len(self.skipped_waiting),
+            ),
         )
         return KVCompressSchedulerStats.of(stats, report)
 
@@ -136,36 +163,19 @@ class _KVCompressMixin(Scheduler):
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
         compressions: list[Compression] = []
         freed: list[KVCacheBlock] = []
+        waits = False
         planner.watch(computed)
         if planner.config.on_pressure:
             planner.press(computed, manager.block_pool.get_num_free_blocks())
         for tracked in planner.due(computed):
-            num_tokens, first, own = tracked.due_at, not tracked.kept, tracked.own
+            num_tokens, first = tracked.due_at, not tracked.kept
             covered, kept = planner.target(tracked)
             if manager.block_pool.get_num_free_blocks() < kept:
-                self._recorder.reserve_wait()
-                break
-            assert tracked.observe_slot is not None
+                waits = True
+                continue  # a smaller one may fit, and makes room
             row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
             new, old = manager.pack(tracked.request_id, covered, kept)
-            compressions.append(
-                Compression(
-                    tracked.request_id,
-                    tracked.state_slot,
-                    tracked.observe_slot,
-                    num_tokens,
-                    tracked.covered,
-                    tracked.kept,
-                    covered,
-                    row,
-                    new,
-                    own.policy if own else None,
-                    tracked.trigger,
-                    planner.floor(covered, own),
-                    own.protect if own else (),
-                    planner.observed(tracked, num_tokens),
-                )
-            )
+            compressions.append(self._compression(tracked, row, covered, new))
             freed += old
             before = len(row) - tracked.covered + tracked.kept
             planner.compressed(tracked.request_id)
@@ -178,9 +188,45 @@ class _KVCompressMixin(Scheduler):
                 before,
                 len(row) - covered + kept,
             )
+        if waits:
+            self._recorder.reserve_wait()
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
         return compressions
+
+    def _score_due(self) -> list[Compression]:
+        """Have the worker score the requests whose mass budget needs a loss curve."""
+        planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        scorings = []
+        for tracked in planner.to_score(
+            {r.request_id: r.num_computed_tokens for r in self.running}
+        ):
+            row = manager.row(tracked.request_id, -(-tracked.due_at // manager.block_size))
+            covered, kept = planner.target(tracked)
+            scorings.append(self._compression(tracked, row, covered, [0] * kept))
+        return scorings
+
+    def _compression(
+        self, tracked: Tracked, row: list[int], covered: int, new_blocks: list[int]
+    ) -> Compression:
+        assert tracked.observe_slot is not None
+        own = tracked.own
+        return Compression(
+            tracked.request_id,
+            tracked.state_slot,
+            tracked.observe_slot,
+            tracked.due_at,
+            tracked.covered,
+            tracked.kept,
+            covered,
+            row,
+            new_blocks,
+            own.policy if own else None,
+            tracked.trigger,
+            self.kv_compress_planner.floor(covered, own),
+            own.protect if own else (),
+            self.kv_compress_planner.observed(tracked, tracked.due_at),
+        )
 
     def _allocate_slots(
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
@@ -189,7 +235,7 @@ class _KVCompressMixin(Scheduler):
         if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         planner, manager = self.kv_compress_planner, self.kv_cache_manager
-        own = request_wish(request.sampling_params)
+        own = self._wish(request)
         if not planner.can_admit(request.num_tokens, own):
             self._recorder.refused("slots")
             return None
@@ -211,7 +257,7 @@ class _KVCompressMixin(Scheduler):
         """vLLM's prefix cache lookup, except that what a compression observes is computed."""
         blocks, num_tokens, boundary = self._stock_computed_blocks(request)
         planner = self.kv_compress_planner
-        own = request_wish(request.sampling_params)
+        own = self._wish(request)
         due_at = planner.first_due(request.num_tokens, own)
         first_observed = max(0, due_at - planner.config.window)
         if due_at > request.num_tokens:
@@ -243,8 +289,12 @@ class _KVCompressMixin(Scheduler):
             first_token,
             num_new_tokens,
             request.num_tokens if waits else 0,
-            request_wish(request.sampling_params) if waits else None,
+            self._wish(request) if waits else None,
         )
+
+    def _wish(self, request: Request) -> Wish | None:
+        """What a request asked for, as the planner takes it."""
+        return self.kv_compress_planner.sized(request_wish(request.sampling_params))
 
     def _fits(self, request: Request, reserve: int) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
@@ -270,33 +320,53 @@ class _KVCompressMixin(Scheduler):
             request.num_tokens,
             self._output_length.left(request.num_output_tokens, request.max_tokens),
             self.scheduler_config.max_num_batched_tokens,
-            request_wish(request.sampling_params),
+            tracked.own if tracked else self._wish(request),
         )
 
     def _release(self, request_id: str) -> None:
         """Called when a request gives its blocks up."""
         self.kv_compress_planner.release(request_id)
+        self._recorder.released(request_id)
+        self._shortage.released(request_id)
         request = self.requests.get(request_id)
         if request is not None and request.is_finished():
             self._output_length.finished(request.num_output_tokens)
         if request is None or request.is_finished():
             self._recorder.finished(request_id)
 
+    def _count_preemptions(self, output: SchedulerOutput) -> None:
+        """Record what this step preempted, and what it would have without pressure."""
+        manager = self.kv_compress_manager
+
+        def blocks(request: Request) -> int:
+            covered, kept = manager.packed.get(request.request_id, (0, 0))
+            return len(manager.req_to_blocks[request.request_id]) - covered + kept
+
+        avoided = self._shortage.step(
+            manager.block_pool.get_num_free_blocks(),
+            lambda request_id: self.requests[request_id].num_computed_tokens,
+            ((request.request_id, blocks(request)) for request in reversed(self.running)),
+        )
+        self._recorder.stepped(len(output.preempted_req_ids or ()), avoided)
+
     def _plan(
         self,
         output: SchedulerOutput,
         accumulations: list[Accumulation],
+        scorings: list[Compression],
         compressions: list[Compression],
     ) -> StepPlan:
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
         plan = StepPlan(
             released=planner.take_released(),
             accumulations=accumulations,
+            scorings=[c for c in scorings if c.request_id in planner.requests],
             # A request that was compressed and then preempted in the same step owns nothing.
             compressions=[c for c in compressions if c.request_id in manager.packed],
         )
         for item in plan.compressions:
             self._recorder.compressed(item)
+            self._shortage.compressed(item, planner.requests[item.request_id].usual_due)
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             first_token = self.requests[request_id].num_computed_tokens - num_tokens
             observation = planner.observe(request_id, first_token, num_tokens)

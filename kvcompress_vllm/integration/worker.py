@@ -3,25 +3,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, KVCacheTensor
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm import integrity, ops
 from kvcompress_vllm.compressor import Compressor, scratch_bytes
 from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.integration import backend
+from kvcompress_vllm.integration import backend, reports
 from kvcompress_vllm.integration.attention import KVCompressImpl, StepContext
 from kvcompress_vllm.integration.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.model_runner import RunnerAdapter, adapt
 from kvcompress_vllm.integration.options import resolved_config
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.plan import StepPlan
+from kvcompress_vllm.reports import PendingReports
 from kvcompress_vllm.state import PackedState
 
 logger = init_logger("vllm.kv_compress")
@@ -34,6 +36,8 @@ class KVCompressWorkerMixin(Worker):
     kv_compress_context: StepContext | None = None
     kv_compressor: Compressor | None = None
     kv_compress_runner: RunnerAdapter | None = None
+    kv_compress_pending: Sequence[PendingReports] = ()
+    """Of the step that is under way."""
 
     @property
     def kv_compress_config(self) -> KVCompressConfig:
@@ -77,11 +81,21 @@ class KVCompressWorkerMixin(Worker):
         if plan and self.kv_compress_context is not None:
             self._start_step(plan)
         try:
-            return super().execute_model(scheduler_output)
+            return self._with_reports(super().execute_model(scheduler_output))
         finally:
             if self.kv_compress_context is not None:
                 self.kv_compress_context.observations = []
                 self.kv_compress_context.packed_prefills = []
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        return self._with_reports(super().sample_tokens(grammar_output))
+
+    def _with_reports(self, output: Any) -> Any:
+        if output is None:
+            return None  # the step is not over yet
+        pending, self.kv_compress_pending = self.kv_compress_pending, ()
+        return reports.attach(output, pending)
 
     def kv_compress_record(self, on: bool = True) -> dict[str, list[list[int]]]:
         """Record which keys compressions keep, for tests; returns and clears the record.
@@ -102,7 +116,8 @@ class KVCompressWorkerMixin(Worker):
         context = self.kv_compress_context
         context.state.release(plan.released)
         self.kv_compressor.accumulate(plan.accumulations)
-        self.kv_compressor.run(plan.compressions)
+        scored = self.kv_compressor.run(plan.scorings, score_only=True)
+        self.kv_compress_pending = scored + self.kv_compressor.run(plan.compressions)
         for item in plan.compressions:
             nulls = [0] * (item.covered - len(item.new_blocks))
             self.kv_compress_runner.write_row_prefix(item.request_id, item.new_blocks + nulls)

@@ -9,7 +9,9 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from tests.integration.engines import engine, greedy, samples
+from kvcompress_vllm.integration.reports import reports_of
+from kvcompress_vllm.reports import Report, Scored
+from tests.integration.engines import engine, greedy, samples, scheduler
 
 pytestmark = pytest.mark.gpu
 
@@ -60,3 +62,31 @@ def test_life_cycle_with_preemption_and_decode_compression(
         outputs = greedy(llm, PROMPTS, 300, ignore_eos=True)
         assert all(len(tokens) == 300 for tokens in outputs)
         assert right(llm, outputs) >= 18
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_mass_budgets_and_reports(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves come back one or two steps later; every prompt keeps what it needs of its own."""
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    reports: list[Report | Scored] = []
+    with gpu_engine({"mass": 0.99, "interval": 2}, async_scheduling=asynchronous) as llm:
+        stock = scheduler(llm).update_from_output
+        scheduler(llm).update_from_output = lambda step, output: (
+            reports.extend(reports_of(output)) or stock(step, output)
+        )
+        outputs = greedy(llm, PROMPTS, 200, ignore_eos=True)
+        assert right(llm, outputs) >= 18
+        pool = scheduler(llm).kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    curves = {(r.request_id, r.num_tokens): r.curve for r in reports if isinstance(r, Scored)}
+    carried_out = [r for r in reports if isinstance(r, Report)]
+    assert len(carried_out) > 20 and len(curves) >= len(carried_out)
+    kept = set()
+    for report in carried_out:
+        blocks = sum(map(sum, report.kept_pages)) // 12
+        first = curves[report.request_id, report.num_tokens]
+        assert report.curve.lost_at(blocks) == pytest.approx(first.lost_at(blocks), abs=1e-6)
+        assert 0 < report.milliseconds < 1000
+        kept.add(blocks)
+    assert len(kept) > 3

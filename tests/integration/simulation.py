@@ -8,6 +8,7 @@ key of every request whether it is one the request should have.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -25,11 +27,13 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from kvcompress_vllm import integrity, layout, ops
 from kvcompress_vllm.compressor import Compressor
+from kvcompress_vllm.integration import reports
 from kvcompress_vllm.integration.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.options import resolved_config
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.metrics import StepReport
 from kvcompress_vllm.plan import StepPlan
+from kvcompress_vllm.reports import PendingReports
 from kvcompress_vllm.state import PackedState
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
@@ -44,12 +48,15 @@ class PretendWorker:
     pages: torch.Tensor
     compressor: Compressor
     rows: dict[str, list[int]] = field(default_factory=dict)
+    pending: list[PendingReports] = field(default_factory=list)
+    random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
         self.state.release(plan.released)
         self.compressor.accumulate(plan.accumulations)
-        self.compressor.run(plan.compressions)
+        self.pending = self.compressor.run(plan.scorings, score_only=True)
+        self.pending += self.compressor.run(plan.compressions)
         for item in plan.compressions:
             row = self.rows[item.request_id]
             nulls = [0] * (item.covered - len(item.new_blocks))
@@ -88,7 +95,7 @@ class PretendWorker:
             for position in observation.positions(count, self.state.window):
                 index[position - first] = observation.place(position, self.state.window)
             for layer in range(L):
-                query = torch.randn(count, H * G, D)
+                query = torch.randn(count, H * G, D, generator=self.random)
                 ops.observe_queries(query, index, self.state.ring[layer].flatten(0, 1))
 
 
@@ -114,6 +121,7 @@ class Simulation:
         max_model_len: int = 512,
         prefix_caching: bool = True,
         log_stats: bool = True,
+        asynchronous: bool = False,
     ) -> None:
         args = EngineArgs(
             str(MODEL),
@@ -126,6 +134,8 @@ class Simulation:
             enforce_eager=True,
         )
         self.vllm_config = args.create_engine_config()
+        # The CPU platform turns it off; the scheduler does not mind.
+        self.vllm_config.scheduler_config.async_scheduling = asynchronous
         config = resolved_config(self.vllm_config)
         spec = KVCompressSpec(
             block_size=B, num_kv_heads=H, head_size=D, dtype=torch.float32, window=config.window
@@ -159,6 +169,11 @@ class Simulation:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(B, hash_function) if prefix_caching else None
         self.outputs: dict[str, list[int]] = {}
+        self._depth = 2 if asynchronous else 1
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self._tokens: dict[str, list[int]] = {}
+        """Of every request, as the worker knows them: ahead of the scheduler by what is in flight.
+        """
         self.reports: list[StepReport] = []
         self.num_steps = 0
         self.most_running = 0
@@ -184,6 +199,7 @@ class Simulation:
         params.update_from_generation_config({}, 2)
         request = Request(request_id, prompt, params, None, block_hasher=self._hasher)
         self.outputs[request_id] = []
+        self._tokens[request_id] = list(prompt)
         self.scheduler.add_request(request)
 
     def abort(self, request_id: str) -> None:
@@ -191,10 +207,10 @@ class Simulation:
 
     def step(self) -> None:
         output = self.scheduler.schedule(False)
-        requests = self.scheduler.requests
-        scheduled = output.num_scheduled_tokens
-        tokens = {rid: list(requests[rid]._all_token_ids) for rid in scheduled}
-        self.worker.run(output, tokens)
+        scheduled, cached = output.num_scheduled_tokens, output.scheduled_cached_reqs
+        for rid in [*(new.req_id for new in output.scheduled_new_reqs), *cached.resumed_req_ids]:
+            self._tokens[rid] = list(self.scheduler.requests[rid]._all_token_ids)
+        self.worker.run(output, {rid: self._tokens[rid] for rid in scheduled})
         self.num_steps += 1
         if output.kv_compress.compressions or output.preempted_req_ids or self.num_steps % 8 == 0:
             self.check_contents()
@@ -202,15 +218,19 @@ class Simulation:
         self.num_compressions += len(output.kv_compress.compressions)
         self.num_preemptions += len(output.preempted_req_ids or ())
         self.num_cached_tokens += sum(n.num_computed_tokens for n in output.scheduled_new_reqs)
-        if not scheduled:
-            return
         ids = list(scheduled)
         sampled = []
         for rid in ids:
-            request = requests[rid]
-            done = request.num_computed_tokens >= request.num_tokens
-            sampled.append([(sum(tokens[rid]) * 7 + len(tokens[rid])) % 1000 + 3] if done else [])
+            tokens = self._tokens[rid]
+            done = self.scheduler.requests[rid].num_computed_tokens >= len(tokens)
+            sampled.append([(sum(tokens) * 7 + len(tokens)) % 1000 + 3] if done else [])
+            tokens += sampled[-1]
         result = ModelRunnerOutput(ids, {rid: i for i, rid in enumerate(ids)}, sampled)
+        self._in_flight.append((output, reports.attach(result, self.worker.pending)))
+        if len(self._in_flight) == self._depth or not scheduled:
+            self._update(*self._in_flight.popleft())
+
+    def _update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
         for outputs in self.scheduler.update_from_output(output, result).values():
             if outputs.scheduler_stats is not None:
                 self.reports.append(outputs.scheduler_stats.kv_compress)
@@ -236,7 +256,7 @@ class Simulation:
             assert self.worker.rows[rid] == ids, (rid, self.worker.rows[rid], ids)
             row = torch.tensor(ids)
             slot = self.worker.state.slot_of(ids)
-            tags = torch.tensor(prefix_tags(list(request._all_token_ids)), dtype=torch.float32)
+            tags = torch.tensor(prefix_tags(self._tokens[rid]), dtype=torch.float32)
             for head in range(L * H):
                 f = c = first = 0
                 if slot >= 0:

@@ -27,6 +27,7 @@ def test_accepted() -> None:
     assert ask(kv_compress_ratio=8) == Wish(ratio=8.0)
     assert ask(kv_compress=1, kv_compress_ratio=2.5) == Wish(ratio=2.5)
     assert ask(kv_compress_budget_tokens=512) == Wish(budget_tokens=512)
+    assert ask(kv_compress_mass=0.95) == Wish(mass=0.95)
     assert ask(kv_compress_policy="cake", kv_compress_ratio=3) == Wish(ratio=3.0, policy="cake")
 
 
@@ -38,6 +39,9 @@ def test_accepted() -> None:
         ({"kv_compress_ratio": "8"}, "kv_compress_ratio='8' is not accepted"),
         ({"kv_compress_ratio": float("nan")}, "kv_compress_ratio=nan is not accepted"),
         ({"kv_compress_budget_tokens": 0}, "kv_compress_budget_tokens=0 .* integer >= 1"),
+        ({"kv_compress_mass": 1.5}, "kv_compress_mass=1.5 .* number > 0 and <= 1"),
+        ({"kv_compress_mass": 0.5, "kv_compress_ratio": 2}, "ratio=2 and .*mass=0.5 exclude each"),
+        ({"kv_compress_mass": 0.5, "kv_compress_budget_tokens": 9}, "exclude each other"),
         ({"kv_compress_window": 3}, "unknown kv_compress_window=3; the keys are kv_compress, "),
         ({"kv_compress_ratio": 2, "kv_compress_budget_tokens": 5}, "exclude each other"),
         ({"kv_compress": 0, "kv_compress_ratio": 2}, "kv_compress_ratio=2 needs kv_compress=true"),
@@ -70,7 +74,13 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5
 )
 KEYS = st.sampled_from(
-    ["kv_compress", "kv_compress_ratio", "kv_compress_budget_tokens", "kv_compress_policy"]
+    [
+        "kv_compress",
+        "kv_compress_ratio",
+        "kv_compress_budget_tokens",
+        "kv_compress_policy",
+        "kv_compress_mass",
+    ]
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress_vllm import allocation, ops, policies
+from kvcompress_vllm import allocation, loss, ops, policies
 from kvcompress_vllm.config import KVCompressConfig
 from tests.policies import prompts
 from tests.policies.test_parity import CASES, assert_same_choice, case_id, expected
@@ -38,7 +38,10 @@ def without_waiting(function: Callable[..., Any]) -> Callable[..., Any]:
 def test_same_keys_without_waiting(case, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policies.find(case["policy"])
     monkeypatch.setattr(policy, "score", without_waiting(policy.score))
-    monkeypatch.setattr(allocation, "freed_pages", without_waiting(allocation.freed_pages))
+    for module, name in [
+        (allocation, "freed_pages_at"), (loss, "page_masses"), (loss, "loss_at"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(module, name, without_waiting(getattr(module, name)))
     config = KVCompressConfig.from_dict({**case, "ratio": 2.5})
     pair = [prompts.random_prompt(213, 0), prompts.random_prompt(335, 2)]
     for a, kept in zip(pair, prompts.compress(config, pair, "cuda"), strict=True):

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker tells the scheduler about the compressions of a step. Picklable once collected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvcompress_vllm.loss import LossCurve
+from kvcompress_vllm.plan import Compression, Trigger
+from kvcompress_vllm.transfer import Stopwatch, to_host
+
+
+class Report(NamedTuple):
+    """One compression as it was carried out on one rank."""
+
+    request_id: str
+    state_slot: int
+    num_tokens: int
+    """Tokens whose full blocks competed; with request and slot, this names a compression."""
+    trigger: Trigger
+    kept_pages: list[list[int]]
+    """``[L, H]``, pages that each KV head of the rank keeps."""
+    lost: float
+    """Share of the score mass that went; see :mod:`kvcompress_vllm.loss`."""
+    milliseconds: float
+    """Of the rank's stream. Requests that were compressed together share it by their blocks."""
+    curve: LossCurve
+
+
+class Scored(NamedTuple):
+    """The loss curve of a request that awaits its compression; fields as in :class:`Report`."""
+
+    request_id: str
+    state_slot: int
+    num_tokens: int
+    curve: LossCurve
+
+
+class PendingReports:
+    """Reports of compressions that the device may not have finished; host copies are under way.
+
+    Args:
+        due: what was compressed together.
+        points: block counts of each curve, ascending.
+        lost: ``[sum of points]`` share lost at each.
+        kept_pages: ``[R, L, H]`` int32; None: they were only scored.
+        watch: started before the first kernel; stopped here.
+    """
+
+    def __init__(
+        self,
+        due: Sequence[Compression],
+        points: list[list[int]],
+        lost: Tensor,
+        kept_pages: Tensor | None,
+        watch: Stopwatch,
+    ) -> None:
+        self._due, self._points, self._watch = due, points, watch
+        self._lost = to_host(lost)
+        self._kept_pages = None if kept_pages is None else to_host(kept_pages)
+        watch.stop()
+
+    def collect(self) -> list[Report | Scored]:
+        """Wait until the device is done, and read the reports. From any thread."""
+        milliseconds = self._watch.milliseconds()
+        lost = iter(self._lost.tolist())
+        curves = [LossCurve(points, list(islice(lost, len(points)))) for points in self._points]
+        items = list(zip(self._due, curves, strict=True))
+        if self._kept_pages is None:
+            return [
+                Scored(item.request_id, item.state_slot, item.num_tokens, curve)
+                for item, curve in items
+            ]
+        blocks = sum(item.candidate_blocks for item in self._due)
+        return [
+            Report(
+                item.request_id,
+                item.state_slot,
+                item.num_tokens,
+                item.trigger,
+                kept,
+                curve.lost_at(len(item.new_blocks)),
+                milliseconds * item.candidate_blocks / blocks,
+                curve,
+            )
+            for (item, curve), kept in zip(items, self._kept_pages.tolist(), strict=True)
+        ]
