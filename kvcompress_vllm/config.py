@@ -8,7 +8,6 @@ the key, the value and what is accepted.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -19,7 +18,7 @@ import yaml
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.allocation import ALLOCATORS
-from kvcompress_vllm.validation import Rule, refusal
+from kvcompress_vllm.validation import Rule, choice, number, refusal, shown
 from kvcompress_vllm.validation import integer as _integer
 
 DEFAULT_RATIO = 4.0
@@ -29,15 +28,6 @@ GENERAL: dict[str, Any] = {
 }  # fmt: skip
 """What ``auto`` stands for where the policy names nothing else."""
 POLICY_OPTIONS = "policy_options"
-
-
-def _ratio(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= 1
-    )
 
 
 def _or_auto(rule: Rule) -> Rule:
@@ -81,8 +71,7 @@ class KVCompressConfig:
     ratio: float | None = _option(
         None,
         "compressible blocks per kept block; 1 keeps everything",
-        "a number >= 1",
-        _ratio,
+        *number(1),
         optional=True,
     )
     budget_tokens: int | None = _option(
@@ -137,16 +126,14 @@ class KVCompressConfig:
     min_ratio: float | None = _option(
         None,
         "least ratio that a request may ask for",
-        "a number >= 1",
-        _ratio,
+        *number(1),
         optional=True,
     )
     max_ratio: float | None = _option(
         None,
         "highest ratio that a request may ask for, or be compressed to when the KV cache runs "
         "short; none: as asked for, and never beyond the budget",
-        "a number >= 1",
-        _ratio,
+        *number(1),
         optional=True,
     )
     pool: int = _option(
@@ -157,7 +144,7 @@ class KVCompressConfig:
     allocator: str = _option(
         AUTO,
         "which heads compete for the budget: all of the request, those of a layer, or none",
-        *_or_auto((f"one of {', '.join(ALLOCATORS)}", lambda value: value in ALLOCATORS)),
+        *_or_auto(choice(*ALLOCATORS)),
     )
 
     def __post_init__(self) -> None:
@@ -225,10 +212,12 @@ class KVCompressConfig:
             ValueError: an unknown key, or as the class says.
         """
         if not isinstance(options, Mapping):
-            raise ValueError(f"kv_compress: {options!r} is not a mapping of options; {_known()}")
+            raise ValueError(
+                f"kv_compress: {shown(options)} is not a mapping of options; {_known()}"
+            )
         unknown = [key for key in options if not _is_key(key)]
         if unknown:
-            raise ValueError(f"kv_compress: unknown key {unknown[0]!r}; {_known()}")
+            raise ValueError(f"kv_compress: unknown key {shown(unknown[0])}; {_known()}")
         return cls(**_nested(options))
 
     def to_dict(self) -> dict[str, Any]:
@@ -265,7 +254,7 @@ def parse_value(name: str, text: str) -> Any:
         return {key: parse_value(f"{name}.{key}", value) for key, value in _pairs(text, name)}
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2026-13-45 looks like a date
         value = text
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         value = float(value)  # YAML 1.1 takes 1e-2 for a word
@@ -346,7 +335,7 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"kv_compress: cannot read {str(path)!r}: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"kv_compress: {str(path)!r} must hold a mapping of options; {_known()}")

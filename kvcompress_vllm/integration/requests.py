@@ -22,7 +22,7 @@ from typing import Any
 from kvcompress_vllm.budget import KEEP_ALL, Wish
 from kvcompress_vllm.config import OPTIONS, KVCompressConfig
 from kvcompress_vllm.scheduling import most_held
-from kvcompress_vllm.validation import integer
+from kvcompress_vllm.validation import integer, shown
 
 PREFIX = "kv_compress"
 SWITCH, RATIO = PREFIX, f"{PREFIX}_ratio"
@@ -48,30 +48,30 @@ def request_wish(params: Any) -> Wish | None:
     asked = {key: value for key, value in given.items() if key.startswith(PREFIX)}
     for key, value in asked.items():
         if key not in KEYS:
-            raise ValueError(f"unknown {key}={value!r}; the keys are {', '.join(KEYS)}")
+            raise ValueError(f"unknown {key}={shown(value)}; the keys are {', '.join(KEYS)}")
     if not asked:
         return None
     switch = asked.pop(SWITCH, True)
     # vLLM's protocol turns JSON's true and false into 1 and 0.
     if switch not in (0, 1):
-        raise ValueError(f"{SWITCH}={switch!r} is not accepted; it must be true or false")
+        raise ValueError(f"{SWITCH}={shown(switch)} is not accepted; it must be true or false")
     if asked and not switch:
         raise ValueError(
-            f"{', '.join(f'{key}={value!r}' for key, value in asked.items())} needs {SWITCH}=true"
+            f"{', '.join(f'{key}={shown(value)}' for key, value in asked.items())} needs {SWITCH}=true"
         )
     if {RATIO, BUDGET} <= asked.keys():
         raise ValueError(
-            f"{RATIO}={asked[RATIO]!r} and {BUDGET}={asked[BUDGET]!r} exclude each other"
+            f"{RATIO}={shown(asked[RATIO])} and {BUDGET}={shown(asked[BUDGET])} exclude each other"
         )
     protect = _ranges(asked.pop(PROTECT, ""))
     context = asked.pop(CONTEXT, None)
     if context is not None and not _POSITIVE[1](context):
-        raise ValueError(f"{CONTEXT}={context!r} is not accepted; it must be {_POSITIVE[0]}")
+        raise ValueError(f"{CONTEXT}={shown(context)} is not accepted; it must be {_POSITIVE[0]}")
     for key, value in asked.items():
         option = OPTIONS[key.removeprefix(f"{PREFIX}_")]
         if not option.metadata["accepts"](value):
             raise ValueError(
-                f"{key}={value!r} is not accepted; it must be {option.metadata['accepted']}"
+                f"{key}={shown(value)} is not accepted; it must be {option.metadata['accepted']}"
             )
     if not switch:
         return KEEP_ALL
@@ -109,7 +109,7 @@ def _ranges(given: Any) -> tuple[tuple[int, int], ...]:
 
 def _bad_ranges(given: Any) -> ValueError:
     return ValueError(
-        f"{PROTECT}={given!r} is not accepted; it must be at most {MOST_RANGES} ranges start:end "
+        f"{PROTECT}={shown(given)} is not accepted; it must be at most {MOST_RANGES} ranges start:end "
         'of token positions, start < end, such as "0:120,300:340"'
     )
 
