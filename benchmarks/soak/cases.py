@@ -156,6 +156,8 @@ class Cases:
                 {"kv_compress": True},
                 {"kv_compress_ratio": choice.choice([1, 1.5, 2, 16, 1000])},
                 {"kv_compress_budget_tokens": choice.choice([1, 64, 300, 10**6])},
+                {"kv_compress_protect": "0:64,100:180", "kv_compress_ratio": 16},
+                {"kv_compress_context_tokens": choice.choice([1, 100, 10**6])},
                 {"kv_compress_policy": choice.choice(["snapkv", "tova", "streaming"])},
             ]
         )
@@ -190,6 +192,8 @@ class Cases:
                 ("kv_compress_budget_tokens", 2**40),
                 ("kv_compress_budget_tokens", [64]),
                 ("kv_compress_policy", "best"),
+                ("kv_compress_context_tokens", 0),
+                ("kv_compress_protect", "9:3"),
                 ("kv_compress", "no"),
                 ("kv_compress_window", 3),
             ]

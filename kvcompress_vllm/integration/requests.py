@@ -56,9 +56,8 @@ def request_wish(params: Any) -> Wish | None:
     if switch not in (0, 1):
         raise ValueError(f"{SWITCH}={shown(switch)} is not accepted; it must be true or false")
     if asked and not switch:
-        raise ValueError(
-            f"{', '.join(f'{key}={shown(value)}' for key, value in asked.items())} needs {SWITCH}=true"
-        )
+        listed = ", ".join(f"{key}={shown(value)}" for key, value in asked.items())
+        raise ValueError(f"{listed} needs {SWITCH}=true")
     if {RATIO, BUDGET} <= asked.keys():
         raise ValueError(
             f"{RATIO}={shown(asked[RATIO])} and {BUDGET}={shown(asked[BUDGET])} exclude each other"
@@ -109,8 +108,8 @@ def _ranges(given: Any) -> tuple[tuple[int, int], ...]:
 
 def _bad_ranges(given: Any) -> ValueError:
     return ValueError(
-        f"{PROTECT}={shown(given)} is not accepted; it must be at most {MOST_RANGES} ranges start:end "
-        'of token positions, start < end, such as "0:120,300:340"'
+        f"{PROTECT}={shown(given)} is not accepted; it must be at most {MOST_RANGES} ranges "
+        'start:end of token positions, start < end, such as "0:120,300:340"'
     )
 
 

@@ -25,9 +25,13 @@ CONFIGS = [
     KVCompressConfig(allow_policies=True, min_ratio=2, ratio=4, max_ratio=8),
     KVCompressConfig(budget_tokens=64, max_ratio=2),
 ]
+RANGES = st.lists(
+    st.tuples(st.integers(-1, 10**10), st.integers(0, 300)).map(lambda r: f"{r[0]}:{sum(r)}")
+    | st.text("0123456789:٣² -", max_size=9)
+).map(",".join)
 ASKED = st.dictionaries(
     st.sampled_from([*KEYS, "kv_compress_", "kv_compress_ratios", "other"]),
-    SCALARS | st.lists(SCALARS, max_size=3),
+    SCALARS | RANGES | st.lists(SCALARS | RANGES, max_size=3),
     max_size=3,
 )
 
