@@ -77,7 +77,7 @@ def engine_parser(module: str, description: str | None, engines: str) -> argpars
 
 def engine_names(text: str) -> list[str]:
     """The names of ``--engines``."""
-    return text.split(";" if ";" in text else ",")
+    return [name for name in text.split(";" if ";" in text else ",") if name]
 
 
 def pool_blocks(kv_tokens: int) -> int:
