@@ -51,20 +51,20 @@ def main() -> None:
     parser.add_argument("--server-log", type=Path, help="write the server's log into this file")
     parser.add_argument("serve_args", nargs="*", help="after --, further flags of vllm serve")
     args = parser.parse_args()
-    failed = False
+    reports: list[dict[str, Any]] = []
     for name in args.engines:
         report = soak(args, name)
+        reports.append(report)
         print_report(report)
         print(json.dumps(report), flush=True)
         if args.output:
             with args.output.open("a") as file:
                 print(json.dumps(report), file=file)
-        failed |= bool(report["problems"])
     if args.plot:
         from benchmarks.plots import plot_soak
 
-        plot_soak([json.loads(line) for line in args.output.read_text().splitlines()], args.plot)
-    sys.exit(failed)
+        plot_soak(reports, args.plot)
+    sys.exit(any(report["problems"] for report in reports))
 
 
 def soak(args: Namespace, name: str) -> dict[str, Any]:
