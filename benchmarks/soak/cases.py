@@ -147,7 +147,7 @@ class Cases:
 
     def _length(self, choice: random.Random, longest: int) -> int:
         """From 1 on, every order of magnitude alike."""
-        return max(1, min(longest, int(longest ** choice.uniform(0.2, 1.02))))
+        return max(1, min(longest, int(longest ** choice.uniform(0, 1.02))))
 
     def _wish(self, choice: random.Random) -> dict[str, Any]:
         return choice.choice(
