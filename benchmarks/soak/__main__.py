@@ -26,6 +26,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+from tqdm import tqdm
 
 from benchmarks.offline import BLOCK_SIZE, STOCK, engine_parser
 from benchmarks.server import TOKENIZER, Server, serve
@@ -106,12 +107,15 @@ async def load(
     waiting = iter(cases)
     endings: list[Ending] = []
     memory: list[tuple[int, int]] = []
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection per request: one that is kept may be closed by the server just as it is reused.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    progress = tqdm(total=len(cases), smoothing=0)
     async with aiohttp.ClientSession(connector=connector, read_bufsize=1 << 22) as session:
 
         async def client() -> None:
             for case in waiting:
                 endings.append(await send(session, server.url, case))
+                progress.update()
 
         async def watch() -> None:
             while True:
@@ -121,6 +125,7 @@ async def load(
         watching = asyncio.create_task(watch())
         await asyncio.gather(*(client() for _ in range(concurrency)))
         watching.cancel()
+    progress.close()
     return endings, memory
 
 

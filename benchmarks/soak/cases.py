@@ -208,11 +208,11 @@ class Cases:
     def _bad(self, choice: random.Random) -> Case:
         prompt = choice.choices(TOKENS, k=50)
         good = {"model": "model", "prompt": prompt, "max_tokens": 4}
+        # Not among them: a JSON list, to which vLLM 0.26 itself answers with HTTP 500.
         body, refused = choice.choice(
             [
                 (b"{", ""),
                 (b"\xff\xfe", ""),
-                (b"[]", ""),
                 (json.dumps(good).encode()[:-9], ""),
                 ({"model": "model", "max_tokens": 4}, "prompt"),
                 (good | {"prompt": []}, ""),

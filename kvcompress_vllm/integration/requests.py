@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from kvcompress_vllm import policies
 from kvcompress_vllm.budget import KEEP_ALL, Wish
 from kvcompress_vllm.config import OPTIONS, KVCompressConfig
 from kvcompress_vllm.scheduling import most_held
@@ -155,6 +156,11 @@ def check_request(config: KVCompressConfig, params: Any, resumable: bool) -> Non
             raise ValueError(
                 f"{POLICY}={wish.policy!r} is not accepted; this server uses {config.policy!r} "
                 "only (allow_policies=false)"
+            )
+        if wish.policy not in policies.names():
+            raise ValueError(
+                f"{POLICY}={shown(wish.policy)} is not accepted; it must be one of "
+                f"{', '.join(policies.names())}"
             )
         config.with_policy(wish.policy)
     if resumable:

@@ -60,5 +60,5 @@ def test_policies_are_the_operators_to_allow() -> None:
     allowing = KVCompressConfig(allow_policies=True)
     check_request(allowing, asked, resumable=False)
     unknown = SamplingParams(extra_args={"kv_compress_policy": "nap"})
-    with pytest.raises(ValueError, match=r"policy='nap' is not accepted; .*snapkv"):
+    with pytest.raises(ValueError, match=r"^kv_compress_policy='nap' is not accepted; .*snapkv"):
         check_request(allowing, unknown, resumable=False)
