@@ -221,6 +221,16 @@ def test_ratio_8(
         assert results == stock[name]
 
 
+def test_a_seed_gives_the_same_tokens_however_the_prompt_is_chunked(compressing: LLM) -> None:
+    """In three chunks, then in one after a prefix cache hit."""
+    prompts = [prompt for prompt, _ in samples("copy", 700, 1, offset=3050)]
+    sampled = [
+        tokens(generate(compressing, None, prompts, seed=3, temperature=2, ignore_eos=True))
+        for _ in range(2)
+    ]
+    assert sampled[0] == sampled[1]
+
+
 def stream(llm: LLM, count: int, **params: Any) -> Iterator[dict[str, list[int]]]:
     """Submit ``count`` requests at ratio 8; after every step, the tokens of each so far."""
     sampling = SamplingParams(

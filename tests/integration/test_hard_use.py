@@ -14,11 +14,14 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.offline import STOCK
 from benchmarks.server import Server, serve
 from benchmarks.soak.__main__ import ENGINE, soak
 from benchmarks.soak.cases import COMPLETIONS, Case
 from benchmarks.soak.client import ANSWERED, LEFT, REFUSED, Ending, send
 from tests.integration.simulation import MODEL
+
+ENGINE_CORE, WORKER = "VLLM::EngineCore", "VLLM::Worker"
 
 
 def soaked(tmp_path: Path, **options: Any) -> dict[str, Any]:
@@ -79,18 +82,21 @@ def running(server: Server) -> float:
     return server.metrics()["vllm:num_requests_running"]
 
 
-def kill_the_engine_core(server: Server) -> None:
+def kill_9(server: Server, title: str) -> None:
+    """Kill one of the processes of the server that bear this title."""
     children = psutil.Process(server.process.pid).children(recursive=True)
-    (core,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
-    core.kill()
+    victims = [child for child in children if title in " ".join(child.cmdline())]
+    assert len(victims) == (2 if title == WORKER else 1)
+    victims[-1].kill()
 
 
-def after_kill(name: str) -> dict[str, Any]:
-    """What clients and operators see of a server whose engine core was killed."""
-    with serve(MODEL, name, 1024, 4096) as server:
-        if name != "stock":
+def after_kill(name: str, title: str = ENGINE_CORE) -> dict[str, Any]:
+    """What clients and operators see of a server of which one process was killed."""
+    flags = ["--tensor-parallel-size", "2"] if title == WORKER else []
+    with serve(MODEL, name, 1024, 4096, flags) as server:
+        if name != STOCK:
             pause_and_resume(server)
-        endings = asyncio.run(interrupted(server, lambda: kill_the_engine_core(server)))
+        endings = asyncio.run(interrupted(server, lambda: kill_9(server, title)))
         seen = {
             "endings": sorted((e.kind, e.status, e.outcome.split(":")[0]) for e in endings),
             "status": server.process.wait(60),
@@ -113,16 +119,21 @@ def pause_and_resume(server: Server) -> None:
     assert {ending.outcome for ending in endings} == {ANSWERED}
 
 
+LOST = [
+    ("long", 500, "HTTP 500"), ("long", 500, "HTTP 500"),
+    ("stream", 200, "error in the stream"), ("stream", 200, "error in the stream"),
+]  # fmt: skip
+
+
 def test_kill_9_of_the_engine_core_ends_the_server() -> None:
     """On CPU the worker lives in the engine core's process."""
-    seen = after_kill("ratio=4")
-    assert not any(outcome in (ANSWERED, LEFT) for _, _, outcome in seen["endings"])
-    assert seen["endings"] == [
-        ("long", 500, "HTTP 500"), ("long", 500, "HTTP 500"),
-        ("stream", 200, "error in the stream"), ("stream", 200, "error in the stream"),
-    ]  # fmt: skip
+    assert after_kill("ratio=4")["endings"] == LOST
 
 
 @pytest.mark.slow
-def test_kill_9_is_as_with_stock_vllm() -> None:
-    assert after_kill("ratio=4") == after_kill("stock")
+@pytest.mark.parametrize("title", [ENGINE_CORE, WORKER])
+def test_kill_9_is_as_with_stock_vllm(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if title == WORKER:  # vLLM's default: workers are not forked from threads
+        monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    seen = after_kill("ratio=4", title)
+    assert seen == after_kill(STOCK, title) and seen["endings"] == LOST
