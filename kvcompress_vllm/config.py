@@ -272,7 +272,8 @@ def check(options: Mapping[str, Any]) -> None:
             is only known once ``policy`` is given.
     """
     if "policy" not in options:
-        options = {k: v for k, v in options.items() if k.split(".")[0] != POLICY_OPTIONS}
+        later = (POLICY_OPTIONS, "query_stride")
+        options = {k: v for k, v in options.items() if k.split(".")[0] not in later}
     if not {"ratio", "budget_tokens"} & options.keys():
         # The default ratio may still be replaced: a limit below it is not yet wrong.
         options = {**options, "budget_tokens": 1}

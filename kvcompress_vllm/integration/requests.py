@@ -154,8 +154,8 @@ def check_request(config: KVCompressConfig, params: Any, resumable: bool) -> Non
     if wish is not None and wish.policy not in (None, config.policy):
         if not config.allow_policies:
             raise ValueError(
-                f"{POLICY}={wish.policy!r} is not accepted; this server uses {config.policy!r} "
-                "only (allow_policies=false)"
+                f"{POLICY}={shown(wish.policy)} is not accepted; this server uses "
+                f"{config.policy!r} only (allow_policies=false)"
             )
         if wish.policy not in policies.names():
             raise ValueError(
