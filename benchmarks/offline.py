@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -77,7 +79,7 @@ def engine_parser(module: str, description: str | None, engines: str) -> argpars
 
 def engine_names(text: str) -> list[str]:
     """The names of ``--engines``."""
-    return text.split(";" if ";" in text else ",")
+    return [name for name in text.split(";" if ";" in text else ",") if name]
 
 
 def pool_blocks(kv_tokens: int) -> int:
@@ -96,6 +98,21 @@ def options(name: str) -> dict[str, Any] | None:
     if name == STOCK:
         return None
     return parse_spec(name) if "=" in name else {"ratio": float(name)}
+
+
+def run_alone(module: str, name: str) -> list[str]:
+    """One engine in a process of its own, which is told so by ``--only``; its JSON lines.
+
+    Args:
+        module: the benchmark, under ``benchmarks``.
+        name: of the engine.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{module}", *sys.argv[1:], "--only", name]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    lines = [line for line in result.stdout.splitlines() if line.startswith('{"engine"')]
+    if result.returncode or not lines:
+        sys.exit(f"{name}: the engine failed with status {result.returncode}")
+    return lines
 
 
 def build(args: argparse.Namespace, name: str, workloads: list[Workload]) -> Any:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of the engine benchmarks, from their JSON lines.
 
-python -m benchmarks.plots throughput|serve RESULTS.jsonl FIGURE.png
+python -m benchmarks.plots throughput|serve|multiturn|generation|soak RESULTS.jsonl FIGURE.png
 """
 
 from __future__ import annotations
@@ -77,6 +77,53 @@ def plot_serve(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_multiturn(runs: Runs, path: Path) -> None:
+    """Prefix cache hits and time to first token of every turn."""
+    panels = [("hit_rate", "prefix cache hit rate"), ("ttft_p50_ms", "time to first token, ms")]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        for run in runs:
+            turns = [turn["turn"] for turn in run["turns"]]
+            values = [turn[key] for turn in run["turns"]]
+            name = run["engine"]
+            label = "stock, no prefix caching" if name == "uncached" else _label(name)
+            axis.plot(turns, values, marker=".", label=label)
+        axis.set_xlabel("turn")
+        axis.set_title(title)
+        axis.set_ylim(bottom=0)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def plot_generation(runs: Runs, path: Path) -> None:
+    """Blocks held against tokens generated."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.8))
+    for run in runs:
+        tokens, blocks = zip(*run["blocks"], strict=True)
+        axis.plot(tokens, blocks, label=_label(run["engine"]))
+    axis.set_xlabel("tokens generated")
+    axis.set_ylabel("blocks held")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def plot_soak(runs: Runs, path: Path) -> None:
+    """Memory of the server against requests ended."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.8))
+    for run in runs:
+        done, memory = zip(*run["memory"], strict=True)
+        axis.plot(done, memory, label=_label(run["engine"]))
+    axis.set_xlabel("requests ended")
+    axis.set_ylabel("memory of the server, MiB")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def _label(name: str) -> str:
     return name.replace(",", "\n") if name == STOCK or "=" in name else f"ratio {name}"
 
@@ -85,7 +132,13 @@ def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-PLOTS = {"throughput": plot_throughput, "serve": plot_serve}
+PLOTS = {
+    "throughput": plot_throughput,
+    "serve": plot_serve,
+    "multiturn": plot_multiturn,
+    "generation": plot_generation,
+    "soak": plot_soak,
+}
 
 
 def main() -> None:

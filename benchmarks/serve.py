@@ -14,19 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.offline import BLOCK_SIZE, SHAPE, STOCK, engine_parser, pool_blocks
+from benchmarks.offline import BLOCK_SIZE, STOCK, engine_parser
+from benchmarks.server import TOKENIZER, VLLM, Server, serve
 
-TOKENIZER = Path(__file__).parents[1] / "models" / "tiny"
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+PREEMPTIONS = "vllm:num_preemptions_total"
 COLUMNS = {
     "median_ttft_ms": "TTFT p50",
     "p99_ttft_ms": "p99 ms",
@@ -43,13 +38,15 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--input-len", type=int, default=6000, help="tokens")
     parser.add_argument("--output-len", type=int, default=500, help="tokens")
-    parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--port", type=int, help="default: any free one")
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for name in args.engines:
-        with server(args, name):
+        length = args.input_len + args.output_len + 4 * BLOCK_SIZE
+        flags = ["--no-enable-prefix-caching"]
+        with serve(args.model, name, length, args.kv_tokens, flags, args.port) as server:
             for rate in args.rates.split(","):
-                run = {"engine": name, "rate": float(rate)} | load(args, rate)
+                run = {"engine": name, "rate": float(rate)} | load(args, server, rate)
                 runs.append(run)
                 print(json.dumps(run), flush=True)
                 if args.output:
@@ -62,63 +59,12 @@ def main() -> None:
         plot_serve(runs, args.plot)
 
 
-@contextmanager
-def server(args: argparse.Namespace, name: str) -> Iterator[None]:
-    """A server that answers, until the block is left."""
-    command = [
-        *VLLM, "serve", args.model or str(SHAPE), "--served-model-name", "model",
-        "--port", str(args.port), "--block-size", str(BLOCK_SIZE), "--no-enable-prefix-caching",
-        "--max-model-len", str(args.input_len + args.output_len + 4 * BLOCK_SIZE),
-    ]  # fmt: skip
-    if args.model is None:
-        command += ["--load-format", "dummy", "--tokenizer", str(TOKENIZER)]
-        command += ["--hf-overrides", '{"vocab_size": 4096}']
-    if args.kv_tokens is not None:
-        command += ["--num-gpu-blocks-override", str(pool_blocks(args.kv_tokens))]
-    if name != STOCK:
-        command += ["--kv-compress", name if "=" in name else f"ratio={name}"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            wait_until_ready(args.port, process)
-            yield
-        except BaseException:
-            log.seek(0)
-            print(log.read()[-4000:], file=sys.stderr)
-            raise
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def wait_until_ready(port: int, process: subprocess.Popen[bytes], limit: float = 600) -> None:
-    """Return once the server answers.
-
-    Raises:
-        RuntimeError: it ended, or did not answer within ``limit`` seconds.
-    """
-    start = time.monotonic()
-    while time.monotonic() - start < limit:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode}")
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server did not answer within {limit:.0f} s")
-
-
-def load(args: argparse.Namespace, rate: str) -> dict[str, Any]:
+def load(args: argparse.Namespace, server: Server, rate: str) -> dict[str, Any]:
     """One run of ``vllm bench serve``; all requests must succeed."""
-    before = preemptions(args.port)
+    before = server.metrics()[PREEMPTIONS]
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *VLLM, "bench", "serve", "--backend", "openai", "--port", str(args.port),
+            *VLLM, "bench", "serve", "--backend", "openai", "--port", str(server.port),
             "--model", "model", "--tokenizer", str(args.model or TOKENIZER),
             "--dataset-name", "random", "--random-input-len", str(args.input_len),
             "--random-output-len", str(args.output_len), "--num-prompts", str(args.num_prompts),
@@ -134,16 +80,8 @@ def load(args: argparse.Namespace, rate: str) -> dict[str, Any]:
     return kept | {
         "duration": result["duration"],
         "median_tpot_ms": result["median_tpot_ms"],
-        "preemptions": preemptions(args.port) - before,
+        "preemptions": int(server.metrics()[PREEMPTIONS] - before),
     }
-
-
-def preemptions(port: int) -> int:
-    """The server's counter."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    values = [line.split()[-1] for line in lines if line.startswith("vllm:num_preemptions_total")]
-    return sum(int(float(value)) for value in values)
 
 
 def print_table(runs: list[dict[str, Any]]) -> None:

@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from typing import Any
 
-from benchmarks.offline import STOCK, Workload, engine_parser, measure
+from benchmarks.offline import STOCK, Workload, engine_parser, measure, run_alone
 
 
 def main() -> None:
@@ -40,7 +38,7 @@ def main() -> None:
         return
     runs: list[dict[str, Any]] = []
     for name in args.engines:
-        lines = run_alone(name)
+        lines = run_alone("throughput", name)
         print(*lines, sep="\n", flush=True)
         if args.output:
             with args.output.open("a") as file:
@@ -52,16 +50,6 @@ def main() -> None:
         from benchmarks.plots import plot_throughput
 
         plot_throughput(runs, args.plot)
-
-
-def run_alone(name: str) -> list[str]:
-    """One engine in a process of its own; its JSON lines."""
-    command = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], "--only", name]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    lines = [line for line in result.stdout.splitlines() if line.startswith('{"engine"')]
-    if result.returncode or not lines:
-        sys.exit(f"{name}: the engine failed with status {result.returncode}")
-    return lines
 
 
 def print_table(runs: list[dict[str, Any]], workload: str) -> None:

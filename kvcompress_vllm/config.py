@@ -8,7 +8,6 @@ the key, the value and what is accepted.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -19,9 +18,8 @@ import yaml
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.allocation import ALLOCATORS
-from kvcompress_vllm.validation import Rule, refusal
+from kvcompress_vllm.validation import Rule, choice, number, refusal, shown
 from kvcompress_vllm.validation import integer as _integer
-from kvcompress_vllm.validation import number as _number
 
 DEFAULT_RATIO = 4.0
 BUDGETS = ("ratio", "budget_tokens", "mass")
@@ -32,15 +30,6 @@ GENERAL: dict[str, Any] = {
 }  # fmt: skip
 """What ``auto`` stands for where the policy names nothing else."""
 POLICY_OPTIONS = "policy_options"
-
-
-def _ratio(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= 1
-    )
 
 
 def _or_auto(rule: Rule) -> Rule:
@@ -84,8 +73,7 @@ class KVCompressConfig:
     ratio: float | None = _option(
         None,
         "compressible blocks per kept block; 1 keeps everything",
-        "a number >= 1",
-        _ratio,
+        *number(1),
         optional=True,
     )
     budget_tokens: int | None = _option(
@@ -98,7 +86,7 @@ class KVCompressConfig:
         None,
         "share of the score mass that each compression keeps, in as few blocks as do, instead of a "
         "ratio",
-        *_number(0, 1, above=True),
+        *number(0, 1, above=True),
         optional=True,
     )
     allow_policies: bool = _option(
@@ -147,16 +135,14 @@ class KVCompressConfig:
     min_ratio: float | None = _option(
         None,
         "least ratio that a request may ask for",
-        "a number >= 1",
-        _ratio,
+        *number(1),
         optional=True,
     )
     max_ratio: float | None = _option(
         None,
         "highest ratio that a request may ask for, or be compressed to when the KV cache runs "
         "short; none: as asked for, and never beyond the budget",
-        "a number >= 1",
-        _ratio,
+        *number(1),
         optional=True,
     )
     pool: int = _option(
@@ -167,7 +153,7 @@ class KVCompressConfig:
     allocator: str = _option(
         AUTO,
         "which heads compete for the budget: all of the request, those of a layer, or none",
-        *_or_auto((f"one of {', '.join(ALLOCATORS)}", lambda value: value in ALLOCATORS)),
+        *_or_auto(choice(*ALLOCATORS)),
     )
 
     def __post_init__(self) -> None:
@@ -235,10 +221,12 @@ class KVCompressConfig:
             ValueError: an unknown key, or as the class says.
         """
         if not isinstance(options, Mapping):
-            raise ValueError(f"kv_compress: {options!r} is not a mapping of options; {_known()}")
+            raise ValueError(
+                f"kv_compress: {shown(options)} is not a mapping of options; {_known()}"
+            )
         unknown = [key for key in options if not _is_key(key)]
         if unknown:
-            raise ValueError(f"kv_compress: unknown key {unknown[0]!r}; {_known()}")
+            raise ValueError(f"kv_compress: unknown key {shown(unknown[0])}; {_known()}")
         return cls(**_nested(options))
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,7 +263,7 @@ def parse_value(name: str, text: str) -> Any:
         return {key: parse_value(f"{name}.{key}", value) for key, value in _pairs(text, name)}
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2026-13-45 looks like a date
         value = text
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         value = float(value)  # YAML 1.1 takes 1e-2 for a word
@@ -293,7 +281,8 @@ def check(options: Mapping[str, Any]) -> None:
             is only known once ``policy`` is given.
     """
     if "policy" not in options:
-        options = {k: v for k, v in options.items() if k.split(".")[0] != POLICY_OPTIONS}
+        later = (POLICY_OPTIONS, "query_stride")
+        options = {k: v for k, v in options.items() if k.split(".")[0] not in later}
     if not set(BUDGETS) & options.keys():
         # The default ratio may still be replaced: a limit below it is not yet wrong.
         options = {**options, "budget_tokens": 1}
@@ -356,7 +345,7 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"kv_compress: cannot read {str(path)!r}: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"kv_compress: {str(path)!r} must hold a mapping of options; {_known()}")

@@ -3,8 +3,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.config import OPTIONS, KVCompressConfig, check, parse_spec, parse_value
@@ -32,6 +30,9 @@ def test_budget_tokens_replaces_the_default_ratio() -> None:
         ({"ratio": float("nan")}, "ratio", "nan", "a number >= 1"),
         ({"ratio": float("inf")}, "ratio", "inf", "a number >= 1"),
         ({"ratio": "8"}, "ratio", "'8'", "a number >= 1"),
+        ({"ratio": 10**5000}, "ratio", "10**40 or more (too large)", "a number >= 1"),
+        ({"interval": 2**31}, "interval", "2147483648 (too large)", "an integer >= 1"),
+        ({"sinks": -(10**5000)}, "sinks", "less than -10**9", "an integer >= 0"),
         ({"budget_tokens": 0}, "budget_tokens", "0", "an integer >= 1"),
         ({"mass": 0}, "mass", "0", "a number > 0 and <= 1"),
         ({"mass": 98}, "mass", "98", "a number > 0 and <= 1"),
@@ -108,6 +109,8 @@ def test_policy_options_are_written_in_three_ways(tmp_path: Path) -> None:
 
 
 def test_options_of_a_policy_may_come_before_its_name() -> None:
+    check({"query_stride": 4})
+    check({"query_stride": 4, "policy": "roco"})
     check({"policy_options.gamma": 5})
     check({"policy_options": {"gamma": 5}, "policy": "cake"})
     with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='roco'"):
@@ -155,30 +158,6 @@ def test_every_paper_has_a_preset() -> None:
     presets = {KVCompressConfig.from_dict(parse_spec(str(path))).policy for path in CONFIGS}
     # mean_attention is RoCo without its scope, and random has no paper.
     assert presets == set(policies.BUILT_IN) - {"mean_attention", "random"}
-
-
-@given(st.text(max_size=60))
-def test_no_spec_text_escapes_as_anything_but_value_error(text: str) -> None:
-    try:
-        KVCompressConfig.from_dict(parse_spec(text))
-    except ValueError as error:
-        assert "kv_compress" in str(error)
-
-
-@given(
-    st.dictionaries(
-        st.sampled_from([*OPTIONS, "other"]),
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-        max_size=4,
-    )
-)
-def test_no_option_value_escapes_as_anything_but_value_error(options: dict) -> None:
-    try:
-        config = KVCompressConfig.from_dict(options)
-    except ValueError as error:
-        assert "kv_compress" in str(error)
-    else:
-        assert KVCompressConfig.from_dict(config.to_dict()) == config
 
 
 def test_another_policy_brings_its_own_preferences() -> None:

@@ -116,6 +116,12 @@ HOOKS = (
          "vLLM has a field for plugins"),
     Hook(f"{_RUNNER}.initialize_kv_cache", ("self", "kv_cache_config"),
          "fills attn_groups, requests and input_batch, which RunnerAdapter reads", "never"),
+    Hook(f"{_RUNNER}._sample", ("self", "logits", "spec_decode_metadata"),
+         "on CPU, takes back what a seeded request drew after a chunk of its prompt; replaced on "
+         "the runner's instance", "vLLM's CPU runner can rewind seeds", patched=True),
+    Hook(f"{_RUNNER}._bookkeeping_sync", ("self", "scheduler_output", "sampler_output"),
+         "on CPU, hides seeds it cannot rewind; replaced on the runner's instance",
+         "vLLM's CPU runner can rewind seeds", patched=True),
     Hook("vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
          ("self", "input_batch"),
          "tells the order of the batch; replaced on runner V2's instance",

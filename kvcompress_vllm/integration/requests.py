@@ -20,10 +20,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from kvcompress_vllm import policies
 from kvcompress_vllm.budget import KEEP_ALL, Wish
 from kvcompress_vllm.config import OPTIONS, KVCompressConfig
 from kvcompress_vllm.scheduling import most_held
-from kvcompress_vllm.validation import integer
+from kvcompress_vllm.validation import integer, shown
 
 PREFIX = "kv_compress"
 SWITCH, RATIO = PREFIX, f"{PREFIX}_ratio"
@@ -50,29 +51,28 @@ def request_wish(params: Any) -> Wish | None:
     asked = {key: value for key, value in given.items() if key.startswith(PREFIX)}
     for key, value in asked.items():
         if key not in KEYS:
-            raise ValueError(f"unknown {key}={value!r}; the keys are {', '.join(KEYS)}")
+            raise ValueError(f"unknown {key}={shown(value)}; the keys are {', '.join(KEYS)}")
     if not asked:
         return None
     switch = asked.pop(SWITCH, True)
     # vLLM's protocol turns JSON's true and false into 1 and 0.
     if switch not in (0, 1):
-        raise ValueError(f"{SWITCH}={switch!r} is not accepted; it must be true or false")
+        raise ValueError(f"{SWITCH}={shown(switch)} is not accepted; it must be true or false")
     if asked and not switch:
-        raise ValueError(
-            f"{', '.join(f'{key}={value!r}' for key, value in asked.items())} needs {SWITCH}=true"
-        )
-    budgets = [f"{key}={asked[key]!r}" for key in (RATIO, BUDGET, MASS) if key in asked]
+        listed = ", ".join(f"{key}={shown(value)}" for key, value in asked.items())
+        raise ValueError(f"{listed} needs {SWITCH}=true")
+    budgets = [f"{key}={shown(asked[key])}" for key in (RATIO, BUDGET, MASS) if key in asked]
     if len(budgets) > 1:
         raise ValueError(f"{' and '.join(budgets)} exclude each other")
     protect = _ranges(asked.pop(PROTECT, ""))
     context = asked.pop(CONTEXT, None)
     if context is not None and not _POSITIVE[1](context):
-        raise ValueError(f"{CONTEXT}={context!r} is not accepted; it must be {_POSITIVE[0]}")
+        raise ValueError(f"{CONTEXT}={shown(context)} is not accepted; it must be {_POSITIVE[0]}")
     for key, value in asked.items():
         option = OPTIONS[key.removeprefix(f"{PREFIX}_")]
         if not option.metadata["accepts"](value):
             raise ValueError(
-                f"{key}={value!r} is not accepted; it must be {option.metadata['accepted']}"
+                f"{key}={shown(value)} is not accepted; it must be {option.metadata['accepted']}"
             )
     if not switch:
         return KEEP_ALL
@@ -110,8 +110,8 @@ def _ranges(given: Any) -> tuple[tuple[int, int], ...]:
 
 def _bad_ranges(given: Any) -> ValueError:
     return ValueError(
-        f"{PROTECT}={given!r} is not accepted; it must be at most {MOST_RANGES} ranges start:end "
-        'of token positions, start < end, such as "0:120,300:340"'
+        f"{PROTECT}={shown(given)} is not accepted; it must be at most {MOST_RANGES} ranges "
+        'start:end of token positions, start < end, such as "0:120,300:340"'
     )
 
 
@@ -155,8 +155,13 @@ def check_request(config: KVCompressConfig, params: Any, resumable: bool) -> Non
     if wish is not None and wish.policy not in (None, config.policy):
         if not config.allow_policies:
             raise ValueError(
-                f"{POLICY}={wish.policy!r} is not accepted; this server uses {config.policy!r} "
-                "only (allow_policies=false)"
+                f"{POLICY}={shown(wish.policy)} is not accepted; this server uses "
+                f"{config.policy!r} only (allow_policies=false)"
+            )
+        if wish.policy not in policies.names():
+            raise ValueError(
+                f"{POLICY}={shown(wish.policy)} is not accepted; it must be one of "
+                f"{', '.join(policies.names())}"
             )
         config.with_policy(wish.policy)
     if resumable:

@@ -52,6 +52,23 @@ def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], feature: st
     refused(model_like(tmp_path, **changes), feature)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, r"hybrid \(Mamba"),
+        ({"architectures": ["JambaForCausalLM"], "model_type": "jamba"}, r"hybrid \(Mamba"),
+        ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text",
+          "attention_chunk_size": 512, "num_local_experts": 2}, "sliding window or chunked"),
+    ],
+    ids=["mamba", "jamba", "llama4"],
+)  # fmt: skip
+def test_unsupported_models_that_vllm_imports_slowly(
+    tmp_path: Path, changes: dict[str, Any], feature: str
+) -> None:
+    refused(model_like(tmp_path, **changes), feature)
+
+
 @pytest.mark.parametrize(
     ("arguments", "feature"),
     [
@@ -60,6 +77,12 @@ def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], feature: st
                                  "prompt_lookup_max": 3}}, "speculative decoding"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
          "KV connectors"),
+        ({"kv_offloading_size": 1.0}, "KV connectors and KV offloading"),
+        ({"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
+         "encoder cache transfer"),
+        ({"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
+         "KV cache events"),
+        ({"kv_sharing_fast_prefill": True}, "KV sharing between layers"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"runner": "pooling"}, "pooling"),
     ],
@@ -94,9 +117,26 @@ def test_resolved_settings(part: str, field: str, value: Any, feature: str) -> N
         check(config)
 
 
+@pytest.mark.parametrize("name", ["is_hybrid", "is_attention_free"])
+def test_resolved_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = engine_config()
+    monkeypatch.setattr(type(config.model_config), name, property(lambda self: True))
+    with pytest.raises(ValueError, match=r"kv_compress: hybrid \(Mamba"):
+        check(config)
+
+
+def test_chunked_local_attention() -> None:
+    config = engine_config()
+    config.model_config.hf_text_config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(ValueError, match="kv_compress: sliding window or chunked local attention"):
+        check(config)
+
+
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)
 def test_readme_lists_every_refusal(refusal: Any) -> None:
-    assert refusal.feature in README
+    rows = [line for line in README.splitlines() if line.startswith(f"| {refusal.feature} |")]
+    assert len(rows) == 1
+    assert refusal.setting.split(",")[0] in rows[0]
 
 
 @pytest.mark.parametrize(

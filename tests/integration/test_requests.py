@@ -6,8 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from vllm import SamplingParams
 
 from kvcompress_vllm.budget import KEEP_ALL, Wish
@@ -66,28 +64,5 @@ def test_policies_are_the_operators_to_allow() -> None:
     allowing = KVCompressConfig(allow_policies=True)
     check_request(allowing, asked, resumable=False)
     unknown = SamplingParams(extra_args={"kv_compress_policy": "nap"})
-    with pytest.raises(ValueError, match=r"policy='nap' is not accepted; .*snapkv"):
+    with pytest.raises(ValueError, match=r"^kv_compress_policy='nap' is not accepted; .*snapkv"):
         check_request(allowing, unknown, resumable=False)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5
-)
-KEYS = st.sampled_from(
-    [
-        "kv_compress",
-        "kv_compress_ratio",
-        "kv_compress_budget_tokens",
-        "kv_compress_policy",
-        "kv_compress_mass",
-    ]
-)
-
-
-@given(st.dictionaries(KEYS | st.text(max_size=3), JSON))
-def test_anything_else_is_a_value_error(extra_args: dict[str, Any]) -> None:
-    try:
-        budget = ask(**{str(key): value for key, value in extra_args.items()})
-    except ValueError:
-        return
-    assert budget is None or isinstance(budget, Wish)
