@@ -120,6 +120,10 @@ class Occupancy(NamedTuple):
     running: int = 0
     waiting: int = 0
     """Requests; preempted ones included."""
+    packed_blocks: int = 0
+    """Blocks that packed requests hold, their tails included."""
+    cached_blocks: int = 0
+    """Blocks that the prefix cache knows, in use or free."""
 
 
 @dataclass

@@ -34,6 +34,9 @@ _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
+_CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+_COMPLETION = "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
+_USAGE = "vLLM lets plugins add to the usage"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 HOOKS = (
@@ -48,6 +51,27 @@ HOOKS = (
          ("self", "request_id", "prompt", "params", "resumable"),
          "checks what a request asks for, so that a bad value is HTTP 400",
          "vLLM lets general plugins validate requests", patched=True),
+    Hook("vllm.plugins:load_endpoint_plugins", (),
+         "adds our endpoints where --kv-compress is given, without VLLM_PLUGINS naming them",
+         "vLLM lets general plugins bring endpoint plugins", patched=True),
+    Hook("vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state",
+         ("self", "engine_client", "state", "args"), "our endpoints have it", "never"),
+    Hook("vllm.v1.engine.output_processor:RequestState.make_request_output",
+         ("self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason",
+          "kv_transfer_params"),
+         "gives outputs their kv_compress", "vLLM's outputs have a field for plugins",
+         patched=True),
+    Hook("vllm.v1.engine:EngineCoreOutput", ("request_id", "kv_transfer_params"),
+         "carries what compression did to a request", "vLLM's outputs have a field for plugins"),
+    Hook(f"{_CHAT}.chat_completion_full_generator", ("self", "request", "result_generator"),
+         "puts it into the usage; replaced on the server's instance", _USAGE, patched=True),
+    Hook(f"{_CHAT}.chat_completion_stream_generator", ("self", "request", "result_generator"),
+         "puts it into the usage; replaced on the server's instance", _USAGE, patched=True),
+    Hook(f"{_COMPLETION}.request_output_to_completion_response", ("self", "final_res_batch"),
+         "puts it into the usage; replaced on the server's instance", _USAGE, patched=True),
+    Hook(f"{_COMPLETION}.completion_stream_generator",
+         ("self", "request", "engine_inputs", "result_generator"),
+         "puts it into the usage; replaced on the server's instance", _USAGE, patched=True),
     Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
          ("self", "request", "num_new_tokens"),
          "admission also needs slots and the reserve; replaced on our scheduler's instance",
@@ -62,7 +86,8 @@ HOOKS = (
     Hook(f"{_SCHEDULER}.__init__", ("self", "vllm_config", "kv_cache_config"),
          "built through scheduler_cls with keywords", "scheduler_cls is public"),
     Hook(f"{_SCHEDULER}.update_from_output", ("self", "scheduler_output", "model_runner_output"),
-         "reads what the workers report of compressions", "scheduler_cls is public"),
+         "reads what the workers report of compressions, and tells the front end of each request",
+         "scheduler_cls is public"),
     Hook(f"{_SCHEDULER}.make_stats", ("self",), "adds our report to the step's statistics",
          "scheduler_cls is public"),
     Hook("vllm.v1.metrics.stats:SchedulerStats", ("num_running_reqs",),
@@ -89,6 +114,10 @@ HOOKS = (
          "leaves the observed window to compute", "the spec registry is public"),
     Hook(f"{_MANAGER}.get_num_common_prefix_blocks", ("self", "running_request_id"),
          "no cascade attention over packed rows", "vLLM 0.33 removes cascade attention"),
+    Hook("vllm.v1.core.block_pool:BlockHashToBlockMap.__len__", ("self",),
+         "how many blocks the prefix cache knows, for the page", "never"),
+    Hook("vllm.v1.metrics.loggers:StatLoggerManager.record", ("self", "scheduler_stats"),
+         "its stat_loggers lead the page to ours", "vLLM hands plugins its loggers"),
     Hook(f"{_POOL}.get_new_blocks", ("self", "num_blocks"), "allocates packed blocks", "never"),
     Hook(f"{_POOL}.free_blocks", ("self", "ordered_blocks"), "returns compressed blocks", "never"),
     Hook("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.get_all_free_blocks", ("self",),

@@ -71,6 +71,13 @@ class KVCompressManager(FullAttentionManager):
         """The first ``length`` block ids of a request."""
         return [block.block_id for block in self.req_to_blocks[request_id][:length]]
 
+    def held_by_packed(self) -> int:
+        """Blocks that packed requests hold, tails included."""
+        return sum(
+            len(self.req_to_blocks[request_id]) - covered + kept
+            for request_id, (covered, kept) in self.packed.items()
+        )
+
     def pack(
         self, request_id: str, covered: int, kept: int
     ) -> tuple[list[int], list[KVCacheBlock]]:

@@ -74,10 +74,12 @@ def _patch_engine_config(engine_args: Any) -> None:
         config = wire(self)
         vllm_config = stock(self, *args, **kwargs)
         if config is not None:
-            from kvcompress_vllm.integration import prometheus
+            from kvcompress_vllm.integration import endpoints, prometheus, usage
 
             check(vllm_config)
             prometheus.install()
+            usage.install()
+            endpoints.install()
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of the scheduler as Prometheus metrics, beside vLLM's own at ``/metrics``.
+"""Reports of the scheduler as Prometheus metrics, beside vLLM's own, and kept for the live page.
 
 Not an entry point of ``vllm.stat_logger_plugins``: the mere presence of one makes vLLM collect
 statistics in spite of ``--disable-log-stats``, in every server, compressed or not.
@@ -8,6 +8,7 @@ statistics in spite of ``--disable-log-stats``, in every server, compressed or n
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
@@ -17,6 +18,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from kvcompress_vllm import metrics
+from kvcompress_vllm.history import History
 from kvcompress_vllm.integration import stats
 from kvcompress_vllm.integration.options import resolved_config
 from kvcompress_vllm.metrics import METRICS, Metric, StepReport
@@ -57,6 +59,7 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
         self.model_name = vllm_config.model_config.served_model_name
+        self.history = History(engine_indexes or [0], time.time())
         # As with vLLM's own metrics, the latest engine of a process takes the names over.
         while _registered:
             REGISTRY.unregister(_registered.pop())
@@ -85,6 +88,7 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
             )
             return
         self._record(report, str(engine_idx))
+        self.history.record(engine_idx, report, time.time())
 
     def log_engine_initialized(self) -> None:
         pass

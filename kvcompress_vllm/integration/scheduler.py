@@ -29,11 +29,13 @@ from kvcompress_vllm.integration.reports import reports_of
 from kvcompress_vllm.integration.requests import request_wish
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.stats import KVCompressSchedulerStats
+from kvcompress_vllm.integration.usage import send
 from kvcompress_vllm.metrics import Occupancy, Recorder
 from kvcompress_vllm.plan import Accumulation, Compression, PackedRow, StepPlan
 from kvcompress_vllm.reports import Scored
 from kvcompress_vllm.scheduling import CompressionPlanner, Tracked
 from kvcompress_vllm.shortage import Shortage
+from kvcompress_vllm.usage import UsageLog
 
 logger = init_logger("vllm.kv_compress")
 
@@ -65,6 +67,7 @@ class _KVCompressMixin(Scheduler):
         )
         self._recorder = Recorder(self.log_stats)
         self._shortage = Shortage()
+        self._usage = UsageLog()
         manager.on_release = self._release
         self._output_length = admission.OutputLength()
         self._does_not_fit: tuple[str, int] | None = None
@@ -101,15 +104,21 @@ class _KVCompressMixin(Scheduler):
                 self.kv_compress_planner.scored(report)
             else:
                 self._recorder.measured(report, self.kv_compress_planner.reported(report))
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._usage:
+            for per_client in outputs.values():
+                send(self._usage, per_client.outputs)
+            self._usage.keep(self.requests)
+        return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             return None
-        planner, pool = self.kv_compress_planner, self.kv_compress_manager.block_pool
+        planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        pool = manager.block_pool
         report = self._recorder.take(
-            self.kv_compress_manager.packed,
+            manager.packed,
             planner.observe_slots_used(),
             planner.observe_slots,
             Occupancy(
@@ -117,6 +126,8 @@ class _KVCompressMixin(Scheduler):
                 pool.get_num_free_blocks(),
                 len(self.running),
                 len(self.waiting) + len(self.skipped_waiting),
+                manager.held_by_packed(),
+                len(pool.cached_block_hash_to_block),
             ),
         )
         return KVCompressSchedulerStats.of(stats, report)
@@ -367,6 +378,7 @@ class _KVCompressMixin(Scheduler):
         for item in plan.compressions:
             self._recorder.compressed(item)
             self._shortage.compressed(item, planner.requests[item.request_id].usual_due)
+            self._usage.compressed(item)
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             first_token = self.requests[request_id].num_computed_tokens - num_tokens
             observation = planner.observe(request_id, first_token, num_tokens)

@@ -35,7 +35,8 @@ def test_assignments_to_vllm_are_all_registered() -> None:
         attribute or annotated
         for path in folder.glob("*.py")
         for attribute, annotated in re.findall(
-            r"(?:engine_args|kv_cache_manager|model_state|InputProcessor|StatLoggerManager|cpu_runner)"
+            r"(?:engine_args|kv_cache_manager|model_state|InputProcessor|StatLoggerManager|plugins"
+            r"|cpu_runner|RequestState|chat|completion)"
             r"\.(\w+) = |(\w+)\.__annotations__\[",
             path.read_text(),
         )

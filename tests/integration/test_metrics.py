@@ -66,8 +66,12 @@ def test_what_the_worker_measured() -> None:
             assert report.mean_kept_pages() == (pages.double() / len(live)).tolist()
         known.add(report.measured_requests)
         pool = sim.pool
+        manager = sim.scheduler.kv_compress_manager
+        rows = [manager.req_to_blocks[request_id] for request_id in manager.packed]
         assert report.occupancy == (
-            59, pool.get_num_free_blocks(), len(sim.scheduler.running), len(sim.scheduler.waiting)
+            59, pool.get_num_free_blocks(), len(sim.scheduler.running), len(sim.scheduler.waiting),
+            sum(not block.is_null for row in rows for block in row),
+            sum(block.block_hash is not None for block in pool.blocks),
         )  # fmt: skip
     assert known == {0, 1, 2} and sim.reports[-1].kept_pages == []
     measured = [item for report in sim.reports for item in report.measured]

@@ -35,6 +35,7 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    api_key: str = "none"
 
     @property
     def url(self) -> str:
@@ -42,7 +43,7 @@ class Server:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0)
 
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.url}/metrics").text
@@ -230,6 +231,13 @@ def test_metrics(tmp_path: Path) -> None:
             text = httpx.get(f"{server.url}/metrics").text
             assert "kv_compress" not in text and server.ours() == {}
             assert ("vllm:num_requests_running" in text) == (not flags)
+            page = httpx.get(f"{server.url}/kv-compress/data")
+            if flags:
+                assert page.status_code == 200 and "--disable-log-stats" in page.json()["no_data"]
+            else:
+                assert page.status_code == 404 == httpx.get(f"{server.url}/kv-compress").status_code
+                plain = server.client.completions.create(model="tiny", prompt=pairs[0][0])
+                assert "kv_compress" not in plain.usage.model_dump()
 
 
 def test_bad_flag_ends_the_command(tmp_path: Path) -> None:
