@@ -44,7 +44,6 @@ def soaked(tmp_path: Path, **options: Any) -> dict[str, Any]:
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # /pause and /resume
 
 
 def test_soak(tmp_path: Path) -> None:
@@ -93,7 +92,8 @@ def kill_9(server: Server, title: str) -> None:
 def after_kill(name: str, title: str = ENGINE_CORE) -> dict[str, Any]:
     """What clients and operators see of a server of which one process was killed."""
     flags = ["--tensor-parallel-size", "2"] if title == WORKER else []
-    with serve(MODEL, name, 1024, 4096, flags) as server:
+    development = {"VLLM_SERVER_DEV_MODE": "1"}  # /pause and /resume
+    with serve(MODEL, name, 1024, 4096, flags, environment=development) as server:
         if name != STOCK:
             pause_and_resume(server)
         endings = asyncio.run(interrupted(server, lambda: kill_9(server, title)))
