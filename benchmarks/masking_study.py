@@ -50,7 +50,7 @@ class Setting:
     """Who competes for pages: all heads (global), those of a layer (layer), none (uniform)."""
     window: int = 8
     """Last prompt tokens whose attention is the score."""
-    pool: int = 15
+    pool: int = 127
     """Width of the maximum that is taken of neighbouring scores."""
     pool_over: str = "candidates"
     """Keys whose scores spread to neighbours: all, candidates, or open (without shielded ones)."""

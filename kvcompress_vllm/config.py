@@ -26,7 +26,7 @@ BUDGETS = ("ratio", "budget_tokens", "mass")
 """How much is kept; exclude each other."""
 AUTO = "auto"
 GENERAL: dict[str, Any] = {
-    "window": 16, "recent": 16, "pool": 127, "allocator": "global", "query_stride": 0,
+    "window": 8, "recent": 16, "pool": 15, "allocator": "global", "query_stride": 0,
 }  # fmt: skip
 """What ``auto`` stands for where the policy names nothing else."""
 POLICY_OPTIONS = "policy_options"

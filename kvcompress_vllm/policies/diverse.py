@@ -34,7 +34,7 @@ class Diverse(Policy):
 
     channels = (ops.SUM_SQUARES,)
     needs_keys = True
-    defaults = Defaults("global")
+    defaults = Defaults("global", window=16, pool=127)
 
     def score(self, evidence: Evidence) -> Tensor:
         attention = self.pooled(evidence, evidence.statistics[ops.SUM_SQUARES])

@@ -9,7 +9,8 @@ and heads decides (allocator ``global``).
 
 Paper and code: the code pools per query head and sums the group after; this follows the equations,
 group sum first. ``aggregation: average`` divides by the number of observed queries that see the
-key; the code has such a mode, the paper does not.
+key; the code has such a mode, the paper does not. The paper pools over 7 keys; the default is far
+wider, because it keeps whole passages (docs/policies.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.policies.base import Evidence, Policy
+from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
 from kvcompress_vllm.validation import choice, option
 
 
@@ -31,6 +32,8 @@ class KVCompress(Policy):
     aggregation: str = option(
         "sum", "sum over queries, or average over those that see the key", *choice("sum", "average")
     )
+
+    defaults = Defaults("global", pool=127)
 
     def __post_init__(self) -> None:
         channel = ops.SUM_SQUARES if self.norm == "L2" else ops.SUM

@@ -241,7 +241,8 @@ def test_a_prompt_that_cannot_fit_is_left_to_vllm() -> None:
 
 @pytest.mark.parametrize("allocator", ["global", "layer", "uniform"])
 def test_allocators_keep_what_they_promise(allocator: str) -> None:
-    sim = Simulation(60, {**OPTIONS, "allocator": allocator}, prefix_caching=False)
+    options = {**OPTIONS, "allocator": allocator, "pool": 1}
+    sim = Simulation(60, options, prefix_caching=False)
     sim.add("r", prompt(1, 20 * B), 3)
     while not sim.num_compressions:
         sim.step()
