@@ -180,8 +180,9 @@ def describe(
         problems.append(f"{len(endings)} of {args.requests} requests ended")
     if any(left.values()) or not metrics:
         problems.append(f"not given back: {left}" if metrics else "the server has ended")
-    if "Traceback (most recent call last)" in log:
-        problems.append("the server logged a traceback (--server-log)")
+    _, traceback, rest = log.partition("Traceback (most recent call last)")
+    if traceback:
+        problems.append(f"the server logged a traceback (--server-log): {rest[:3000]}")
     second, last = (quarter(memory, args.requests, part) for part in (1, 3))
     growth = (last - second) / second if second and last else 0.0
     if growth > GROWTH:
