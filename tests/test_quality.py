@@ -3,13 +3,23 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.quality import longbench, report, scores
-from benchmarks.quality.__main__ import arguments, base_options, cells, merged, part
+from benchmarks.quality.__main__ import (
+    arguments,
+    base_options,
+    cells,
+    failure,
+    merged,
+    part,
+    run_engine,
+)
 from benchmarks.quality.cells import (
     EITHER,
     FULL,
@@ -480,3 +490,50 @@ def test_differences_from_the_reference_are_explained_or_not() -> None:
     moved = [wanted[0][16:], [*range(208)], *wanted[2:]]
     result = compared(moved)
     assert result.moved == 12 - len(wanted[1]) // 16 + 1 and len(result.unexplained) >= 1
+
+
+# ---------------------------------------------------------------- engines that end
+
+
+ENDING_ENGINE = """#!{python}
+import json, sys
+given = json.load(sys.stdin)
+cell, seeds = given["missing"][0]
+names = ["policy", "allocator", "ratio", "question", "options", "task", "length"]
+line = dict(zip(names, cell)) | {{"metric": "exact", "first_seed": 0, "scores": [1.0]}}
+print("Traceback (most recent call last):\\n  the client's\\nEngineDeadError", file=sys.stderr)
+sys.stderr.flush()
+print("(EngineCore pid=7) INFO all is well")
+print(json.dumps(line))
+for text in ("Traceback (most recent call last):", "  step", *["  frame"] * 90, "ValueError: why"):
+    print("(EngineCore pid=7) ERROR", text)
+print("x" * 5000, file=sys.stderr)
+sys.exit(3)
+"""
+
+
+def test_an_engine_that_ends_shows_its_own_traceback_and_leaves_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, output = tmp_path / "engine", tmp_path / "results.jsonl"
+    engine.write_text(ENDING_ENGINE.format(python=sys.executable))
+    engine.chmod(0o755)
+    output.with_suffix(".log").write_text("(EngineCore pid=1) Traceback (most recent call last)\n")
+    monkeypatch.setattr("benchmarks.quality.__main__.sys.executable", str(engine))
+    bar = SimpleNamespace(set_description=lambda text: None, update=lambda count: None)
+    cell = Cell("snapkv", "auto", 4.0, VISIBLE, "", "single", 600)
+    with pytest.raises(SystemExit, match=r"status 3; 1 results kept; its log is .*results\.log"):
+        run_engine({cell: [0, 1]}, Settings("m"), RUN, output, bar)
+    shown = capsys.readouterr().err
+    assert shown.startswith("(EngineCore pid=7) ERROR Traceback (most recent call last):\n")
+    assert shown.endswith("(EngineCore pid=7) ERROR ValueError: why\n")
+    assert "client" not in shown and "xxx" not in shown
+    log = output.with_suffix(".log").read_text()
+    assert log.startswith("(EngineCore pid=1)") and "x" * 5000 in log
+    assert "INFO all is well" in log and "ValueError: why" in log and "the client's" in log
+    assert load([output])[cell].scores == {0: 1.0}
+
+
+def test_failures_without_a_traceback_of_an_engine_process() -> None:
+    assert failure(["a", "Traceback (most recent call last):", " b", "c"]).splitlines()[0][0] == "T"
+    assert failure([f"line {i}" for i in range(50)]).splitlines()[0] == "line 10"

@@ -13,18 +13,19 @@ before the question is, and the question is read over it. ``perplexity`` is the 
 (nats per token of its last 256) after what stands before was compressed.
 
 Results are written as they come; a run with the same ``--output`` goes on where the last one ended,
-and a larger ``--samples`` adds to it. Tuning seeds by default: measure on ``--first-seed 100000``
-once the choices are made.
+and a larger ``--samples`` adds to it. What the engines log goes to a file beside it, ``.log``.
+Tuning seeds by default: measure on ``--first-seed 100000`` once the choices are made.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
-import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, product
 from pathlib import Path
@@ -47,6 +48,10 @@ GROUPS = {
 }
 EQUAL = {"sinks": 4, "recent": 32, "min_tokens_per_head": 16}
 """Shields of all policies alike: room for the longest window that one of them keeps whole."""
+
+MOST_SHOWN = 120
+"""Lines of an engine's failure; the rest is in the log."""
+_PROCESS = re.compile(r"\(\S+ pid=\d+\)")
 
 
 def words(text: str) -> list[str]:
@@ -239,27 +244,51 @@ def run_engine(
     """Measure the cells of one engine in a process of its own, writing each as it is done."""
     command = [sys.executable, "-m", "benchmarks.quality.measure"]
     found = 0
+    log = output.with_suffix(".log")
     with (
-        tempfile.TemporaryFile("w+") as log,
+        log.open("a+") as logged,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=logged, text=True
         ) as process,
     ):
+        begin = logged.seek(0, os.SEEK_END)
         assert process.stdin is not None and process.stdout is not None
-        json.dump({"missing": list(missing.items()), "settings": asdict(settings)}, process.stdin)
-        process.stdin.close()
+        # One that ended already says why in its log.
+        with suppress(BrokenPipeError):
+            given = {"missing": list(missing.items()), "settings": asdict(settings)}
+            process.stdin.write(json.dumps(given))
+            process.stdin.close()
         for text in process.stdout:
-            if text.startswith('{"policy"'):
-                line = json.loads(text)
-                with output.open("a") as file:
-                    file.write(json.dumps(run | line) + "\n")
-                bar.set_description(f"{line['policy']} {line['ratio']:g} {line['question']}")
-                found += len(line["scores"])
-                bar.update(len(line["scores"]))
+            if not text.startswith('{"policy"'):  # vLLM logs here, the engine core its failure
+                logged.write(text)
+                logged.flush()
+                continue
+            line = json.loads(text)
+            with output.open("a") as file:
+                file.write(json.dumps(run | line) + "\n")
+            bar.set_description(f"{line['policy']} {line['ratio']:g} {line['question']}")
+            found += len(line["scores"])
+            bar.update(len(line["scores"]))
         if process.wait() or found != sum(map(len, missing.values())):
-            log.seek(0)
-            print(log.read()[-4000:], file=sys.stderr)
-            sys.exit(f"the engine ended with status {process.returncode}; {found} results kept")
+            logged.seek(begin)
+            print(failure(logged.read().splitlines()), file=sys.stderr)
+            sys.exit(
+                f"the engine ended with status {process.returncode}; {found} results kept; "
+                f"its log is {str(log)!r}"
+            )
+
+
+def failure(lines: list[str]) -> str:
+    """What to show of the log of an engine that ended: the first traceback of one of vLLM's own
+    processes, whose lines begin with ``(NAME pid=N)``; else the first of any; else the last lines.
+    """
+    traces = [i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    if not traces:
+        return "\n".join(lines[-40:])
+    begin = next((i for i in traces if _PROCESS.match(lines[i])), traces[0])
+    process = _PROCESS.match(lines[begin])
+    shown = [line for line in lines[begin:] if not process or line.startswith(process[0])]
+    return "\n".join(shown[:MOST_SHOWN])
 
 
 if __name__ == "__main__":

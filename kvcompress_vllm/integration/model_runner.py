@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
+import torch
+
 from kvcompress_vllm.integration.attention import KVCompressMetadataBuilder
+from kvcompress_vllm.transfer import to_device
 
 
 class RunnerAdapter(ABC):
@@ -21,8 +25,12 @@ class RunnerAdapter(ABC):
         """Row of every request in the batch whose metadata is being built."""
 
     @abstractmethod
-    def write_row_prefix(self, request_id: str, blocks: list[int]) -> None:
-        """Replace the first blocks of a request's row before the step updates it."""
+    def write_row_prefixes(self, prefixes: Mapping[str, list[int]]) -> None:
+        """Replace the first blocks of rows before the step updates them.
+
+        Args:
+            prefixes: block ids by request id.
+        """
 
     def metadata_builders(self) -> Iterator[KVCompressMetadataBuilder]:
         """Every attention metadata builder of the runner."""
@@ -38,13 +46,14 @@ class RunnerV1(RunnerAdapter):
         rows: dict[str, int] = self._runner.input_batch.req_id_to_index
         return rows
 
-    def write_row_prefix(self, request_id: str, blocks: list[int]) -> None:
+    def write_row_prefixes(self, prefixes: Mapping[str, list[int]]) -> None:
         # In the batch, and in the state from which a request that skips a step comes back.
         runner = self._runner
-        runner.requests[request_id].block_ids[0][: len(blocks)] = blocks
-        row = runner.input_batch.req_id_to_index.get(request_id)
-        if row is not None:
-            runner.input_batch.block_table[0].block_table.np[row, : len(blocks)] = blocks
+        for request_id, blocks in prefixes.items():
+            runner.requests[request_id].block_ids[0][: len(blocks)] = blocks
+            row = runner.input_batch.req_id_to_index.get(request_id)
+            if row is not None:
+                runner.input_batch.block_table[0].block_table.np[row, : len(blocks)] = blocks
 
 
 class RunnerV2(RunnerAdapter):
@@ -65,10 +74,21 @@ class RunnerV2(RunnerAdapter):
     def request_rows(self) -> dict[str, int]:
         return self._rows
 
-    def write_row_prefix(self, request_id: str, blocks: list[int]) -> None:
-        # Staged; the runner applies it with its own writes of this step.
-        index = self._runner.req_states.req_id_to_index[request_id]
-        self._runner.block_tables.block_tables[0].stage_write(index, 0, blocks)
+    def write_row_prefixes(self, prefixes: Mapping[str, list[int]]) -> None:
+        # In stream order: after the step before has read the rows, and before the runner applies
+        # its own writes of this step, which lie behind. Not staged with them: vLLM has room for one
+        # staged write per row, and a row that is packed may also grow in the same step.
+        if not prefixes:
+            return
+        table = self._runner.block_tables.block_tables[0].gpu
+        rows, width = self._runner.req_states.req_id_to_index, table.shape[1]
+        places = chain.from_iterable(
+            range(rows[request_id] * width, rows[request_id] * width + len(blocks))
+            for request_id, blocks in prefixes.items()
+        )
+        table.view(-1)[to_device(list(places), torch.int64, table.device)] = to_device(
+            list(chain.from_iterable(prefixes.values())), table.dtype, table.device
+        )
 
 
 def adapt(runner: Any) -> RunnerAdapter:

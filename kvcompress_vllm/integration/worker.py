@@ -118,9 +118,12 @@ class KVCompressWorkerMixin(Worker):
         self.kv_compressor.accumulate(plan.accumulations)
         scored = self.kv_compressor.run(plan.scorings, score_only=True)
         self.kv_compress_pending = scored + self.kv_compressor.run(plan.compressions)
-        for item in plan.compressions:
-            nulls = [0] * (item.covered - len(item.new_blocks))
-            self.kv_compress_runner.write_row_prefix(item.request_id, item.new_blocks + nulls)
+        self.kv_compress_runner.write_row_prefixes(
+            {
+                item.request_id: item.new_blocks + [0] * (item.covered - len(item.new_blocks))
+                for item in plan.compressions
+            }
+        )
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
         if plan.expected is not None:

@@ -64,6 +64,31 @@ def test_life_cycle_with_preemption_and_decode_compression(
         assert right(llm, outputs) >= 18
 
 
+def test_all_requests_are_packed_and_grow_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of whole blocks, prefilled together: the step after packs every row, and adds a block
+    to each."""
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    most: list[int] = []
+    with gpu_engine({"ratio": 4}, max_num_seqs=4, max_num_batched_tokens=8192) as llm:
+        tokenizer = llm.get_tokenizer()
+        ids = [tokenizer(prompt).input_ids for prompt in PROMPTS[:4]]
+        prompts = [{"prompt_token_ids": [*some[:1], *some[1 + len(some) % 16 :]]} for some in ids]
+        stock = scheduler(llm).schedule
+
+        def schedule(*args, **kwargs):
+            output = stock(*args, **kwargs)
+            grown = sum(map(bool, output.scheduled_cached_reqs.new_block_ids))
+            most.append(min(len(output.kv_compress.compressions), grown))
+            return output
+
+        scheduler(llm).schedule = schedule
+        outputs = greedy(llm, prompts, 16)
+        texts = [tokenizer.decode(some, skip_special_tokens=True) for some in outputs]
+    assert max(most) == 4
+    assert sum(t.strip().startswith(a) for t, (_, a) in zip(texts, PAIRS, strict=False)) >= 3
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_mass_budgets_and_reports(asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves come back one or two steps later; every prompt keeps what it needs of its own."""
