@@ -34,8 +34,9 @@ def unlikeness(evidence: Evidence) -> Tensor:
     for layer in range(evidence.layers):
         keys = evidence.keys(layer)
         # Products in the dtype of the cache, summed up in fp32: a third of the memory traffic.
-        norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).clamp(min=1e-8)
-        anchor = norms.reciprocal().to(keys.dtype)[:, None] @ keys
+        # In fp16 neither the weight of an absent key nor the sum of 4 million may be infinite.
+        norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).clamp(min=1e-4)
+        anchor = (64 * norms).reciprocal().to(keys.dtype)[:, None] @ keys
         anchor = normalize(anchor.float(), dim=-1).to(keys.dtype)
         scores.append(-(keys @ anchor.mT).squeeze(-1).float() / norms)
     return torch.cat(scores)[:, : evidence.num_keys]
