@@ -44,6 +44,7 @@ def load(
     tokens_left: int,
     max_batched_tokens: int,
     own: Wish | None = None,
+    num_requests: int = 1,
 ) -> Load:
     """Describe a running request, or one that would start its prefill now.
 
@@ -54,6 +55,7 @@ def load(
         tokens_left: tokens it will probably still generate.
         max_batched_tokens: tokens in a step.
         own: what the request asked for.
+        num_requests: that run, this one included; they take turns at the observation slots.
     """
     block_size = planner.block_size
     prefill = max(0, num_tokens - 1 - num_computed)
@@ -69,9 +71,13 @@ def load(
         covered, kept = (tracked.covered, tracked.kept) if tracked else (0, 0)
         due_at = tracked.due_at if tracked else NEVER
     start = whole - covered + kept
-    most = UNBOUNDED if due_at == NEVER else max(start, due_at // block_size - covered + kept)
+    interval = planner.interval(num_requests)
+    most = UNBOUNDED
+    if due_at != NEVER:
+        late = interval - planner.config.interval
+        most = max(start, due_at // block_size - covered + kept + late)
     steps = -(-prefill // max_batched_tokens)
-    return Load(steps, held, start, most, planner.config.interval, tokens_left)
+    return Load(steps, held, start, most, interval, tokens_left)
 
 
 HORIZON = 256

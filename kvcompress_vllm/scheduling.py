@@ -351,13 +351,20 @@ class CompressionPlanner:
         Args:
             num_computed: computed tokens of the running requests.
         """
-        for tracked in self.requests.values():
-            if tracked.observe_slot is not None or not self._observe_slots:
-                continue
-            computed = num_computed.get(tracked.request_id, 0)
-            if computed >= tracked.due_at - self.config.window:
-                # Late (no slot was free, or a prefill passed the mark): a whole window from now.
-                self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
+        if not self._observe_slots:
+            return
+        window = self.config.window
+        near = [
+            (tracked.due_at - computed, computed, tracked)
+            for tracked in self.requests.values()
+            if tracked.observe_slot is None
+            and (computed := num_computed.get(tracked.request_id, 0)) >= tracked.due_at - window
+        ]
+        # Who is overdue longest gives back most.
+        near.sort(key=lambda item: item[0])
+        for _, computed, tracked in near[: len(self._observe_slots)]:
+            # Late (no slot was free, or a prefill passed the mark): a whole window from now.
+            self._prepare(tracked, max(tracked.due_at, computed + window))
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
         """When the pool runs short, prepare early compressions, lowest loss per block first.
@@ -398,8 +405,15 @@ class CompressionPlanner:
                 and (at := num_computed.get(t.request_id, 0) + window) > window
             ]
             gains = [item for item in gains if item[0] >= LEAST_GAIN]
+            best = max((gain for gain, _, _ in gains), default=0)
+            # By loss only among gains of one magnitude: a slot is taken for a whole window, so one
+            # that is spent on a small gain leaves the pool short, and a preemption loses most.
             gains.sort(
-                key=lambda item: (_loss_per_block(item[2], item[1] // size, item[0]), -item[0])
+                key=lambda item: (
+                    (best // item[0]).bit_length(),
+                    _loss_per_block(item[2], item[1] // size, item[0]),
+                    -item[0],
+                )
             )
             for gain, due_at, tracked in gains[: len(self._observe_slots)]:
                 if missing <= 0:
@@ -495,6 +509,15 @@ class CompressionPlanner:
         assert tracked.observe_slot is not None
         self._observe_slots.append(tracked.observe_slot)
         tracked.observe_slot = None
+
+    def interval(self, num_requests: int) -> int:
+        """Blocks by which so many generations outgrow their budgets before they are compressed.
+
+        More than configured where the observation slots do not go round: each is taken for
+        ``window`` tokens at a time.
+        """
+        turn = -(-num_requests * self.config.window // (self.observe_slots * self.block_size))
+        return max(self.config.interval, turn)
 
     def _after_interval(self, num_tokens: int) -> int:
         """Tokens at which a request has ``interval`` blocks more; NEVER where ``decode`` is off."""
@@ -694,9 +717,12 @@ def num_observe_slots(
     """
     per_step = -(-max_batched_tokens // config.min_prompt_tokens) + 1
     # A slot holds window * G queries per KV head; a token of the cache is a K and a V vector.
-    affordable = cache_tokens * 2 // (100 * config.window * group)
+    affordable = cache_tokens * 2 // (RING_SHARE * config.window * group)
     return max(FEWEST_OBSERVE_SLOTS, min(2 * per_step, max_requests, affordable))
 
+
+RING_SHARE = 50
+"""The ring takes at most one in so many bytes of the KV cache."""
 
 FEWEST_OBSERVE_SLOTS = 4
 """With fewer, prompts would wait for each other even on a tiny cache."""

@@ -83,3 +83,11 @@ def test_output_lengths_are_learnt_from_finished_requests() -> None:
     assert lengths.left(0, 10_000) == 40 and lengths.left(30, 10_000) == 10
     assert lengths.left(400, 10_000) == 100  # outlived the guess
     assert lengths.left(400, 400) == 1
+
+
+def test_the_forecast_knows_that_compressions_wait_for_observation_slots() -> None:
+    alone = load(PLANNER, None, 0, 6000, 500, 2048)
+    # 128 requests take turns at 8 slots, a window of 16 tokens each: every 16 blocks, not every 4.
+    among_many = load(PLANNER, None, 0, 6000, 500, 2048, num_requests=128)
+    assert alone.interval == 4
+    assert among_many == alone._replace(most=alone.most + 12, interval=16)

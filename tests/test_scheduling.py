@@ -139,6 +139,19 @@ def test_pressure_takes_first_what_loses_least_per_block() -> None:
     assert pressed(p, 8, **lengths) == ["a"]
 
 
+def test_pressure_does_not_spend_a_slot_on_a_small_gain() -> None:
+    """ "b" loses less per block but gives back 3 blocks, "a" 6."""
+    p, lengths = grown(3)
+    lengths["b"] = 1640
+    report(p, "a", [0.9, 0.6, 0.1, 0.0])
+    report(p, "b", [0.9, 0.11, 0.1, 0.0])
+    assert pressed(p, 0, **lengths) == ["a", "b"]
+    p, _ = grown(1)
+    report(p, "a", [0.9, 0.6, 0.1, 0.0])
+    report(p, "b", [0.9, 0.11, 0.1, 0.0])
+    assert pressed(p, 0, **lengths) == ["a"]
+
+
 def test_pressure_beyond_the_budget_by_loss() -> None:
     p, lengths = grown(1, max_ratio=40)
     for name, at_4 in [("a", 0.5), ("b", 0.3), ("c", 0.2)]:
@@ -234,6 +247,22 @@ def test_without_a_free_slot_a_decode_compression_comes_later_with_a_whole_windo
     assert p.due({"short": due + 12}) == [] and p.due({"short": due + 13})
 
 
+def test_a_scarce_slot_goes_to_who_is_overdue_longest() -> None:
+    p = planner(observe_slots=1, budget_tokens=128, ratio=None, interval=4)
+    p.admit("first", 130)
+    p.admit("second", 130)
+    due = p.requests["first"].due_at
+    p.watch({"first": due - 8, "second": due + 20})
+    assert p.requests["first"].observe_slot is None
+    assert p.requests["second"].observe_slot is not None
+
+
+def test_generations_outgrow_their_budgets_further_where_slots_do_not_go_round() -> None:
+    p = planner(observe_slots=2, interval=4)
+    # 16 requests take each of 2 slots 8 times for 8 tokens: 64 tokens, 4 blocks.
+    assert [p.interval(count) for count in (1, 16, 17, 32, 33)] == [4, 4, 5, 8, 9]
+
+
 @given(
     ratio=st.floats(1.01, 100),
     interval=st.integers(1, 20),
@@ -303,6 +332,6 @@ def test_number_of_observation_slots_is_bounded() -> None:
     config = KVCompressConfig()
     assert num_observe_slots(config, 2048, 256, 10**6, 4) == 34
     assert num_observe_slots(config, 2048, 16, 10**6, 4) == 16
-    # One hundredth of the cache: a slot is 8 queries of 4 heads, 16 tokens' worth of K and V.
+    # A fiftieth of the cache: a slot is 16 queries of 4 heads, 32 tokens' worth of K and V.
     assert num_observe_slots(config, 2048, 256, 19_200, 4) == 12
     assert num_observe_slots(config, 2048, 256, 100, 4) == 4

@@ -315,15 +315,16 @@ class _KVCompressMixin(Scheduler):
         question = request.request_id, planner.version
         if question == self._does_not_fit:
             return False  # nothing has changed since: the forecast would not, either
-        loads = [self._load(r, planner.requests.get(r.request_id)) for r in self.running]
-        loads.append(self._load(request, None))
+        count = len(self.running) + 1
+        loads = [self._load(r, planner.requests.get(r.request_id), count) for r in self.running]
+        loads.append(self._load(request, None, count))
         most = admission.most_blocks(loads, planner.block_size)
         margin = len(loads) // MARGIN
         fits = most + reserve + margin < pool.num_gpu_blocks
         self._does_not_fit = None if fits else question
         return fits
 
-    def _load(self, request: Request, tracked: Tracked | None) -> admission.Load:
+    def _load(self, request: Request, tracked: Tracked | None, count: int) -> admission.Load:
         return admission.load(
             self.kv_compress_planner,
             tracked,
@@ -332,6 +333,7 @@ class _KVCompressMixin(Scheduler):
             self._output_length.left(request.num_output_tokens, request.max_tokens),
             self.scheduler_config.max_num_batched_tokens,
             tracked.own if tracked else self._wish(request),
+            count,
         )
 
     def _release(self, request_id: str) -> None:
