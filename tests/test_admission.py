@@ -8,7 +8,7 @@ from kvcompress_vllm.scheduling import CompressionPlanner
 
 B = 16
 PLANNER = CompressionPlanner(
-    KVCompressConfig(budget_tokens=128, interval=4), B, 8, 8, max_tokens=10_000
+    KVCompressConfig(budget_tokens=128, interval=4, window=16), B, 8, 8, max_tokens=10_000
 )
 
 

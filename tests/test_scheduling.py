@@ -329,7 +329,7 @@ def test_a_window_longer_than_the_prompt_observes_from_its_start() -> None:
 
 
 def test_number_of_observation_slots_is_bounded() -> None:
-    config = KVCompressConfig()
+    config = KVCompressConfig(window=16)
     assert num_observe_slots(config, 2048, 256, 10**6, 4) == 34
     assert num_observe_slots(config, 2048, 16, 10**6, 4) == 16
     # A fiftieth of the cache: a slot is 16 queries of 4 heads, 32 tokens' worth of K and V.
