@@ -721,7 +721,7 @@ def num_observe_slots(
     return max(FEWEST_OBSERVE_SLOTS, min(2 * per_step, max_requests, affordable))
 
 
-RING_SHARE = 50
+RING_SHARE = 100
 """The ring takes at most one in so many bytes of the KV cache."""
 
 FEWEST_OBSERVE_SLOTS = 4

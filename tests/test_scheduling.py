@@ -329,9 +329,9 @@ def test_a_window_longer_than_the_prompt_observes_from_its_start() -> None:
 
 
 def test_number_of_observation_slots_is_bounded() -> None:
-    config = KVCompressConfig(window=16)
+    config = KVCompressConfig(window=8)
     assert num_observe_slots(config, 2048, 256, 10**6, 4) == 34
     assert num_observe_slots(config, 2048, 16, 10**6, 4) == 16
-    # A fiftieth of the cache: a slot is 16 queries of 4 heads, 32 tokens' worth of K and V.
+    # A hundredth of the cache: a slot is 8 queries of 4 heads, 16 tokens' worth of K and V.
     assert num_observe_slots(config, 2048, 256, 19_200, 4) == 12
     assert num_observe_slots(config, 2048, 256, 100, 4) == 4
