@@ -283,6 +283,9 @@ def check(options: Mapping[str, Any]) -> None:
     if "policy" not in options:
         later = (POLICY_OPTIONS, "query_stride")
         options = {k: v for k, v in options.items() if k.split(".")[0] not in later}
+    if "allow_policies" not in options:
+        # Requests may yet be allowed to choose one that observes more.
+        options = {key: value for key, value in options.items() if key != "query_stride"}
     if not set(BUDGETS) & options.keys():
         # The default ratio may still be replaced: a limit below it is not yet wrong.
         options = {**options, "budget_tokens": 1}

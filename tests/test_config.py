@@ -111,6 +111,7 @@ def test_policy_options_are_written_in_three_ways(tmp_path: Path) -> None:
 def test_options_of_a_policy_may_come_before_its_name() -> None:
     check({"query_stride": 4})
     check({"query_stride": 4, "policy": "roco"})
+    check({"query_stride": 4, "policy": "kv_compress"})  # allow_policies may follow
     check({"policy_options.gamma": 5})
     check({"policy_options": {"gamma": 5}, "policy": "cake"})
     with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='roco'"):
