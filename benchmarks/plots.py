@@ -98,26 +98,22 @@ def plot_multiturn(runs: Runs, path: Path) -> None:
 
 def plot_generation(runs: Runs, path: Path) -> None:
     """Blocks held against tokens generated."""
-    figure, axis = plt.subplots(figsize=(6.5, 3.8))
-    for run in runs:
-        tokens, blocks = zip(*run["blocks"], strict=True)
-        axis.plot(tokens, blocks, label=_label(run["engine"]))
-    axis.set_xlabel("tokens generated")
-    axis.set_ylabel("blocks held")
-    axis.set_ylim(bottom=0)
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    _plot_pairs(runs, path, "blocks", "tokens generated", "blocks held")
 
 
 def plot_soak(runs: Runs, path: Path) -> None:
     """Memory of the server against requests ended."""
+    _plot_pairs(runs, path, "memory", "requests ended", "memory of the server, MiB")
+
+
+def _plot_pairs(runs: Runs, path: Path, key: str, xlabel: str, ylabel: str) -> None:
+    """One line per run through the (x, y) pairs of ``key``."""
     figure, axis = plt.subplots(figsize=(6.5, 3.8))
     for run in runs:
-        done, memory = zip(*run["memory"], strict=True)
-        axis.plot(done, memory, label=_label(run["engine"]))
-    axis.set_xlabel("requests ended")
-    axis.set_ylabel("memory of the server, MiB")
+        x, y = zip(*run[key], strict=True)
+        axis.plot(x, y, label=_label(run["engine"]))
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
     axis.set_ylim(bottom=0)
     axis.legend()
     figure.tight_layout()

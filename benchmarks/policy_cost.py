@@ -132,17 +132,19 @@ def main() -> None:
         evidence = prompt.evidence(config, ring, prompt.statistics(ring, mask))
         kept = evidence.num_kept // BLOCK_SIZE
 
-        def choose(config=config, policy=policy, evidence=evidence, floor=floor) -> Tensor:
+        def choose(
+            config=config, policy=policy, evidence=evidence, floor=floor, kept=kept
+        ) -> Tensor:
             scores = policy.score(evidence)
             return allocation.freed_pages(
-                config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
+                [kept], config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
             )
 
         def curve(config=config, policy=policy, evidence=evidence, floor=floor, kept=kept) -> None:
             """The loss curve beside that: shares are asked for once for both."""
             points = loss.curve_points(prompt.blocks, floor, kept)
             scores = policy.score(evidence)
-            freed = allocation.freed_pages_at(
+            freed = allocation.freed_pages(
                 points, config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
             )
             costs, masses = loss.page_masses(scores, evidence.shielded(), BLOCK_SIZE)

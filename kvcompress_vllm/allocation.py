@@ -28,48 +28,6 @@ ALLOCATORS = ("global", "layer", "uniform")
 
 
 def freed_pages(
-    allocator: str,
-    policy: Policy,
-    evidence: Evidence,
-    scores: Tensor,
-    block_size: int,
-    floor_pages: int,
-    candidate_blocks: int,
-    lengths: Tensor | None = None,
-) -> Tensor:
-    """Pages that each group of competing heads frees.
-
-    Args:
-        allocator: one of :data:`ALLOCATORS`.
-        scores: ``[L * H, n]`` fp32 from ``policy``.
-        block_size: B.
-        floor_pages: pages that every head keeps.
-        candidate_blocks: candidate pages that a head has on average.
-        lengths: ``[L, H]`` int32 candidate pages of each head; None: as many as the average.
-
-    Returns:
-        ``[A]`` int32: a row of the selection op's ``num_freed``. A is the same for all requests of
-        one configuration.
-
-    Raises:
-        RuntimeError: C is below the floor or above what there is, or the policy's shares have a
-            wrong shape.
-    """
-    kept = [evidence.num_kept // block_size]
-    return freed_pages_at(
-        kept,
-        allocator,
-        policy,
-        evidence,
-        scores,
-        block_size,
-        floor_pages,
-        candidate_blocks,
-        lengths,
-    )[0]
-
-
-def freed_pages_at(
     kept: Sequence[int],
     allocator: str,
     policy: Policy,
@@ -80,13 +38,24 @@ def freed_pages_at(
     candidate_blocks: int,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """:func:`freed_pages` for several C at once, with the policy's shares at ``evidence``.
+    """Pages that each group of competing heads frees, for several C at once.
 
     Args:
         kept: blocks C, P of them.
+        allocator: one of :data:`ALLOCATORS`.
+        scores: ``[L * H, n]`` fp32 from ``policy``.
+        block_size: B.
+        floor_pages: pages that every head keeps.
+        candidate_blocks: candidate pages that a head has on average.
+        lengths: ``[L, H]`` int32 candidate pages of each head; None: as many as the average.
 
     Returns:
-        ``[P, A]`` int32.
+        ``[P, A]`` int32, with the policy's shares at ``evidence``: for each C a row of the
+        selection op's ``num_freed``. A is the same for all requests of one configuration.
+
+    Raises:
+        RuntimeError: a C is below the floor or above what there is, or the policy's shares have a
+            wrong shape.
     """
     layers, heads = evidence.layers, evidence.heads
     full, device = candidate_blocks, evidence.device

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcompress_vllm import allocation, budget, gather, layout, loss, ops
 from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.plan import Accumulation, Compression, Observed
+from kvcompress_vllm.plan import Compression, Observed
 from kvcompress_vllm.policies import Evidence, Policy
 from kvcompress_vllm.protection import Protected
 from kvcompress_vllm.reports import PendingReports
@@ -69,7 +69,7 @@ class Compressor:
                 pending.append(self._run(batch, score_only))
         return pending
 
-    def accumulate(self, chunks: list[Accumulation]) -> None:
+    def accumulate(self, chunks: list[Compression]) -> None:
         """Add what was observed to the running statistics."""
         for policy in dict.fromkeys(item.policy for item in chunks):
             self.config, self.policy = self._use(policy)
@@ -79,7 +79,7 @@ class Compressor:
                     statistics = self._statistics([item], rows)
                     self._count(item, rows[0], statistics)
 
-    def _statistics(self, items: Sequence[Compression | Accumulation], rows: Tensor) -> Tensor:
+    def _statistics(self, items: Sequence[Compression], rows: Tensor) -> Tensor:
         """``[channels, pages, B]`` of the candidates of ``items``, one after the other.
 
         Args:
@@ -112,7 +112,7 @@ class Compressor:
 
     def _count(
         self,
-        item: Compression | Accumulation,
+        item: Compression,
         row: Tensor,
         statistics: Tensor,
         store: bool = True,
@@ -146,7 +146,7 @@ class Compressor:
         return counts
 
     def _candidates(
-        self, item: Compression | Accumulation, row: Tensor, observed: Observed
+        self, item: Compression, row: Tensor, observed: Observed
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of a request's candidates, in the order of the statistics op.
 
@@ -310,7 +310,7 @@ class Compressor:
         scores = self.policy.score(evidence)
         if item.protect:
             scores = self._protected.shield(item, scores)
-        freed = allocation.freed_pages_at(
+        freed = allocation.freed_pages(
             [len(item.new_blocks), *points],
             self.config.allocator,
             self.policy,

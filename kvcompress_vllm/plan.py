@@ -26,27 +26,6 @@ class Observed(NamedTuple):
     before: int
 
 
-class Accumulation(NamedTuple):
-    """Add what the observed queries of a chunk paid to the running statistics, at the start of the
-    step after it. Fields as in :class:`Compression`; ``covered`` blocks are full."""
-
-    request_id: str
-    state_slot: int
-    observe_slot: int
-    num_tokens: int
-    old_covered: int
-    old_kept: int
-    covered: int
-    old_blocks: list[int]
-    policy: str | None
-    observed: Observed
-
-    @property
-    def candidate_blocks(self) -> int:
-        """Blocks whose keys are counted: those packed before, and those that filled up since."""
-        return self.old_kept + self.covered - self.old_covered
-
-
 class Compression(NamedTuple):
     """Compress one request at the start of the step.
 
@@ -120,7 +99,9 @@ class StepPlan:
 
     released: list[int] = field(default_factory=list)
     """State slots whose request gave its packed blocks back."""
-    accumulations: list[Accumulation] = field(default_factory=list)
+    accumulations: list[Compression] = field(default_factory=list)
+    """Of these only what the observed queries of a chunk paid is added to the running statistics.
+    Nothing moves: they have no ``new_blocks``, and ``covered`` says which blocks are full."""
     scorings: list[Compression] = field(default_factory=list)
     """Of these only the loss curve is wanted. Nothing moves: their ``new_blocks`` are null blocks,
     as many as the request is expected to keep."""

@@ -35,11 +35,12 @@ class Protected:
         """
         block_size = scores.shape[1] // item.covered
         column = torch.arange(scores.shape[1], device=scores.device)
+        indent = self._indent(item, block_size)
         for (start, end), begin in zip(
             item.protect, self._candidates(item, block_size), strict=False
         ):
             # From the index in the head to the column; heads that kept fewer keys start later.
-            first = (begin + self._indent(item, block_size))[:, None]
+            first = (begin + indent)[:, None]
             length = min(end, item.covered * block_size) - start
             scores = scores.masked_fill((column >= first) & (column < first + length), float("inf"))
         return scores

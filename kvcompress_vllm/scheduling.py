@@ -249,9 +249,10 @@ class CompressionPlanner:
         """Tokens before a prompt's compression whose queries are observed, for a policy that judges
         by all queries; None: only those of the window count."""
         config = self.config
-        policy = own.policy if own is not None and own.policy else config.policy
-        found = policies.find(policy)
-        if not (config.query_stride and found.observes_all):
+        if not config.query_stride:
+            return None  # asked for every request on every step
+        found = policies.find(own.policy if own is not None and own.policy else config.policy)
+        if not found.observes_all:
             return None
         return NEVER if found.history is None else found.history
 

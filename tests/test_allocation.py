@@ -90,8 +90,8 @@ def freed(allocator: str, policy: Policy, blocks: int = 12, kept: int = 4, floor
         device=torch.device("cpu"),
     )  # fmt: skip
     table = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    pages = freed_pages(
-        allocator, policy, evidence, policy.score(evidence), BLOCK, floor, blocks, table
+    (pages,) = freed_pages(
+        [kept], allocator, policy, evidence, policy.score(evidence), BLOCK, floor, blocks, table
     )
     assert pages.dtype == torch.int32 and int(pages.sum()) == (blocks - kept) * LAYERS * HEADS
     return pages.tolist()

@@ -15,7 +15,7 @@ import torch
 from kvcompress_vllm import layout, ops
 from kvcompress_vllm.compressor import Compressor
 from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.plan import Accumulation, Compression, Observation
+from kvcompress_vllm.plan import Compression, Observation
 from kvcompress_vllm.scheduling import CompressionPlanner
 from kvcompress_vllm.state import PackedState
 
@@ -122,9 +122,9 @@ class Request:
         tracked = self.planner.requests["r"]
         known = tracked.accumulated
         chunks = [
-            Accumulation(
+            Compression(
                 "r", t.state_slot, t.observe_slot, t.accumulated, t.covered, t.kept, t.known,
-                list(self.row), None, observed,
+                list(self.row), [], observed=observed,
             )
             for t, observed in self.planner.accumulate(computed)
         ]  # fmt: skip

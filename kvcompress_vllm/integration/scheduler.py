@@ -8,6 +8,7 @@ so the accounting is exact with async scheduling and with any number of workers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.logger import init_logger
@@ -31,7 +32,7 @@ from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.usage import send
 from kvcompress_vllm.metrics import Occupancy, Recorder
-from kvcompress_vllm.plan import Accumulation, Compression, PackedRow, StepPlan
+from kvcompress_vllm.plan import Compression, Observed, PackedRow, StepPlan
 from kvcompress_vllm.reports import Scored
 from kvcompress_vllm.scheduling import CompressionPlanner, Tracked
 from kvcompress_vllm.shortage import Shortage
@@ -84,9 +85,10 @@ class _KVCompressMixin(Scheduler):
         _log_banner(self)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        accumulations = self._accumulate()
-        compressions = self._compress_due()
-        scorings = self._score_due()
+        computed = {r.request_id: r.num_computed_tokens for r in self.running}
+        accumulations = self._accumulate(computed)
+        compressions = self._compress_due(computed)
+        scorings = self._score_due(computed)
         output = super().schedule(throttle_prefills)
         plan = self._plan(output, accumulations, scorings, compressions)
         output.kv_compress = plan  # type: ignore[attr-defined]
@@ -147,31 +149,23 @@ class _KVCompressMixin(Scheduler):
                 f"{sorted(self.kv_compress_manager.packed)}"
             )
 
-    def _accumulate(self) -> list[Accumulation]:
+    def _accumulate(self, computed: Mapping[str, int]) -> list[Compression]:
         """What was observed in chunks of prefills since the last step."""
-        planner, manager = self.kv_compress_planner, self.kv_compress_manager
-        computed = {r.request_id: r.num_computed_tokens for r in self.running}
         return [
-            Accumulation(
-                tracked.request_id,
-                tracked.state_slot,
-                tracked.observe_slot,
+            self._compression(
+                tracked,
                 tracked.accumulated,
-                tracked.covered,
-                tracked.kept,
+                self._row(tracked, tracked.accumulated),
                 tracked.known,
-                manager.row(tracked.request_id, -(-tracked.accumulated // manager.block_size)),
-                tracked.own.policy if tracked.own else None,
+                [],
                 observed,
             )
-            for tracked, observed in planner.accumulate(computed)
-            if tracked.observe_slot is not None
+            for tracked, observed in self.kv_compress_planner.accumulate(computed)
         ]
 
-    def _compress_due(self) -> list[Compression]:
+    def _compress_due(self, computed: Mapping[str, int]) -> list[Compression]:
         """Pack what is due as far as the pool allows; the rest waits for a later step."""
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
-        computed = {r.request_id: r.num_computed_tokens for r in self.running}
         compressions: list[Compression] = []
         freed: list[KVCacheBlock] = []
         waits = False
@@ -184,9 +178,10 @@ class _KVCompressMixin(Scheduler):
             if manager.block_pool.get_num_free_blocks() < kept:
                 waits = True
                 continue  # a smaller one may fit, and makes room
-            row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
+            row = self._row(tracked, num_tokens)
             new, old = manager.pack(tracked.request_id, covered, kept)
-            compressions.append(self._compression(tracked, row, covered, new))
+            observed = planner.observed(tracked, num_tokens)
+            compressions.append(self._compression(tracked, num_tokens, row, covered, new, observed))
             freed += old
             before = len(row) - tracked.covered + tracked.kept
             planner.compressed(tracked.request_id)
@@ -205,20 +200,32 @@ class _KVCompressMixin(Scheduler):
         manager.block_pool.free_blocks(reversed(freed))
         return compressions
 
-    def _score_due(self) -> list[Compression]:
+    def _score_due(self, computed: Mapping[str, int]) -> list[Compression]:
         """Have the worker score the requests whose mass budget needs a loss curve."""
-        planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        planner = self.kv_compress_planner
         scorings = []
-        for tracked in planner.to_score(
-            {r.request_id: r.num_computed_tokens for r in self.running}
-        ):
-            row = manager.row(tracked.request_id, -(-tracked.due_at // manager.block_size))
+        for tracked in planner.to_score(computed):
+            num_tokens = tracked.due_at
+            row, observed = self._row(tracked, num_tokens), planner.observed(tracked, num_tokens)
             covered, kept = planner.target(tracked)
-            scorings.append(self._compression(tracked, row, covered, [0] * kept))
+            scorings.append(
+                self._compression(tracked, num_tokens, row, covered, [0] * kept, observed)
+            )
         return scorings
 
+    def _row(self, tracked: Tracked, num_tokens: int) -> list[int]:
+        """Block ids of a request as far as ``num_tokens`` tokens reach."""
+        manager = self.kv_compress_manager
+        return manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
+
     def _compression(
-        self, tracked: Tracked, row: list[int], covered: int, new_blocks: list[int]
+        self,
+        tracked: Tracked,
+        num_tokens: int,
+        row: list[int],
+        covered: int,
+        new_blocks: list[int],
+        observed: Observed | None,
     ) -> Compression:
         assert tracked.observe_slot is not None
         own = tracked.own
@@ -226,7 +233,7 @@ class _KVCompressMixin(Scheduler):
             tracked.request_id,
             tracked.state_slot,
             tracked.observe_slot,
-            tracked.due_at,
+            num_tokens,
             tracked.covered,
             tracked.kept,
             covered,
@@ -236,7 +243,7 @@ class _KVCompressMixin(Scheduler):
             tracked.trigger,
             self.kv_compress_planner.floor(covered, own),
             own.protect if own else (),
-            self.kv_compress_planner.observed(tracked, tracked.due_at),
+            observed,
         )
 
     def _allocate_slots(
@@ -365,7 +372,7 @@ class _KVCompressMixin(Scheduler):
     def _plan(
         self,
         output: SchedulerOutput,
-        accumulations: list[Accumulation],
+        accumulations: list[Compression],
         scorings: list[Compression],
         compressions: list[Compression],
     ) -> StepPlan:

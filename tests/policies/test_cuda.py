@@ -39,7 +39,7 @@ def test_same_keys_without_waiting(case, monkeypatch: pytest.MonkeyPatch) -> Non
     policy = policies.find(case["policy"])
     monkeypatch.setattr(policy, "score", without_waiting(policy.score))
     for module, name in [
-        (allocation, "freed_pages_at"), (loss, "page_masses"), (loss, "loss_at"),
+        (allocation, "freed_pages"), (loss, "page_masses"), (loss, "loss_at"),
     ]:  # fmt: skip
         monkeypatch.setattr(module, name, without_waiting(getattr(module, name)))
     config = KVCompressConfig.from_dict({**case, "ratio": 2.5})
