@@ -68,6 +68,8 @@ class KVCompressWorkerMixin(Worker):
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available  # the user sized the cache itself
+        if available <= 0:
+            return available  # vLLM says what to do about it
         return available - self._extra_bytes(available)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:

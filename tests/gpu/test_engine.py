@@ -111,7 +111,11 @@ def test_mass_budgets_and_reports(asynchronous: bool, monkeypatch: pytest.Monkey
     for report in carried_out:
         blocks = sum(map(sum, report.kept_pages)) // 12
         first = curves[report.request_id, report.num_tokens]
-        assert report.curve.lost_at(blocks) == pytest.approx(first.lost_at(blocks), abs=1e-6)
+        # The first curve need not have a point at this number of blocks, but has some around it.
+        above = next(c for c in first.blocks if c >= blocks)
+        below = max(c for c in first.blocks if c <= blocks)
+        lost = report.curve.lost_at(blocks)
+        assert first.lost_at(above) - 1e-6 <= lost <= first.lost_at(below) + 1e-6
         assert 0 < report.milliseconds < 1000
         kept.add(blocks)
     assert len(kept) > 3
