@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each policy costs per compression: the statistics op, and scores with allocation.
+"""What each policy costs per compression: the statistics ops, and scores with allocation.
 
     python -m benchmarks.policy_cost                       # on the GPU, shape of Llama-3.1-8B
     python -m benchmarks.policy_cost --device cpu --layers 4 --tokens 2000
 
 One prompt of random bf16 keys. Milliseconds are medians; those per 1,000 tokens are for all layers
-of the shape. The first rows are the op alone, by channels at window 8.
+of the shape. The first rows are the ops alone, by channels at window 8.
 """
 
 from __future__ import annotations
@@ -46,12 +46,21 @@ class Prompt:
         return torch.empty(shape, device=self.device, dtype=torch.bfloat16).normal_().mul_(2)
 
     def statistics(self, ring: Tensor, channels: int) -> Tensor:
+        """``[channels, pages, B]``, by the op that knows them or by both."""
         window = min(ring.shape[2], self.tokens)
-        return ops.attention_statistics(
-            ring, self.pages, self.row[None], self.ints(self.tokens), *self.state, self.ints(0),
-            self.ints(window), self.ints(self.blocks), self.ints(0).long(),
-            self.blocks * self.layers * HEADS, channels, 1, HEAD_SIZE**-0.5,
+        pages = (self.pages, self.row[None], self.ints(self.tokens), *self.state)
+        candidates = (
+            self.ints(self.blocks), self.ints(0).long(), self.blocks * self.layers * HEADS
         )  # fmt: skip
+        parts = []
+        if of_attention := channels & ops.ATTENTION_CHANNELS:
+            parts.append(ops.attention_statistics(
+                ring, *pages, self.ints(0), self.ints(window), *candidates, of_attention, 1,
+                HEAD_SIZE**-0.5,
+            ))  # fmt: skip
+        if of_keys := channels & ops.KEY_CHANNELS:
+            parts.append(ops.key_statistics(*pages, *candidates, of_keys))
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(0)
 
     def evidence(self, config: KVCompressConfig, ring: Tensor, channels: Tensor) -> Evidence:
         policy = config.create_policy()
@@ -114,9 +123,8 @@ def main() -> None:
 
     ring = prompt.ring(8)
     print(f"{'channels at window 8':<50} {'ms':>8}")
-    first_four = range(4)
-    for channels in ([], *([c] for c in range(len(ops.CHANNELS))), first_four,
-                     range(len(ops.CHANNELS))):  # fmt: skip
+    every = range(len(ops.CHANNELS))
+    for channels in (*([c] for c in every), range(4), every[: ops.NORM], every[ops.NORM :]):
         mask = ops.channel_mask(channels)
         took = timed(lambda mask=mask: prompt.statistics(ring, mask))
         print(f"{' '.join(ops.CHANNELS[c] for c in channels):<50.50} {took:8.3f}", flush=True)

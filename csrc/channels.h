@@ -1,11 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
-// Channels of the attention_statistics op, in the order of its bit mask. What each is:
-// kvcompress_vllm/ops/reference.py.
+// Channels of attention_statistics and, after them, of key_statistics: one numbering, bits of the
+// ops' masks. What each is: kvcompress_vllm/ops/reference.py.
 #pragma once
+
+#include <cstdint>
 
 namespace kvc {
 
-enum Channel { kSum, kSumSquares, kHeadSumSquares, kLowCount, kMeanSquares, kEntropy, kLast };
-constexpr int kNumChannels = 7;
+enum Channel {
+  kSum,
+  kSumSquares,
+  kHeadSumSquares,
+  kLowCount,
+  kMeanSquares,
+  kEntropy,
+  kLast,
+  kNorm,
+  kLikeness
+};
+constexpr int kNumAttentionChannels = kNorm;
+
+// The bits that each op knows.
+constexpr int64_t kAttentionChannels = (1 << kNumAttentionChannels) - 1;
+constexpr int64_t kKeyChannels = 1 << kNorm | 1 << kLikeness;
+
+// How many channels a mask selects.
+inline int64_t count_channels(int64_t channels) {
+  int64_t count = 0;
+  for (; channels; channels &= channels - 1) ++count;
+  return count;
+}
 
 }  // namespace kvc

@@ -100,18 +100,12 @@ inline PagedRows check_rows(const Tensor& pages, const Tensor& block_table,
   return rows;
 }
 
-// What attention_statistics is asked for; returns how many channels.
-inline int64_t check_observation(int64_t channels, int64_t query_stride) {
-  KVC_CHECK(0 <= channels && channels < int64_t{1} << kNumChannels, "channels is ", channels,
-            ", not a mask of ", kNumChannels, " bits");
-  KVC_CHECK(1 <= query_stride && query_stride <= INT32_MAX,
-            "query_stride must be a positive 32-bit number, not ", query_stride);
-  int64_t selected = 0;
-  for (int bit = 0; bit < kNumChannels; ++bit) selected += channels >> bit & 1;
-  return selected;
+// A mask of channels that the op knows.
+inline void check_channels(int64_t channels, int64_t known) {
+  KVC_CHECK((channels & ~known) == 0, "channels is ", channels, ", not a mask of the bits ", known);
 }
 
-// Head sizes that the attention kernels take.
+// Head sizes that the CPU kernels take.
 inline void check_head_size(int64_t head_size) {
   KVC_CHECK(head_size > 0 && head_size % 8 == 0 && head_size <= 512,
             "head size must be a multiple of 8 up to 512, not ", head_size);

@@ -72,6 +72,65 @@ inline PagedRows check_paged_attention(const Tensor& query, const Tensor& pages,
   return rows;
 }
 
+// The rows, and where the statistics of their candidates go: new_covered and page_start [R].
+// Returns the rows.
+inline PagedRows check_candidates(const Tensor& pages, const Tensor& block_table,
+                                  const Tensor& seq_lens, const Tensor& state_slot,
+                                  const Tensor& num_pages, const Tensor& first_page,
+                                  const Tensor& covered, const Tensor& new_covered,
+                                  const Tensor& page_start, int64_t num_candidate_pages) {
+  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  const int64_t requests = block_table.size(0);
+  rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, requests, pages);
+  KVC_CHECK_PER_REQUEST(int32_t, new_covered, requests, pages);
+  KVC_CHECK_PER_REQUEST(int64_t, page_start, requests, pages);
+  KVC_CHECK(num_candidate_pages >= 0, "num_candidate_pages is negative");
+  return rows;
+}
+
+// The candidates, ring [L, O, W, H * G, D], observe_slot and num_queries [R]. Returns the rows.
+inline PagedRows check_attention_statistics(const Tensor& ring, const Tensor& pages,
+                                            const Tensor& block_table, const Tensor& seq_lens,
+                                            const Tensor& state_slot, const Tensor& num_pages,
+                                            const Tensor& first_page, const Tensor& covered,
+                                            const Tensor& observe_slot, const Tensor& num_queries,
+                                            const Tensor& new_covered, const Tensor& page_start,
+                                            int64_t num_candidate_pages, int64_t channels,
+                                            int64_t query_stride) {
+  const PagedRows rows =
+      check_candidates(pages, block_table, seq_lens, state_slot, num_pages, first_page, covered,
+                       new_covered, page_start, num_candidate_pages);
+  const int64_t requests = block_table.size(0), heads = num_pages.size(2);
+  KVC_CHECK_PER_REQUEST(int32_t, observe_slot, requests, pages);
+  KVC_CHECK_PER_REQUEST(int32_t, num_queries, requests, pages);
+  KVC_CHECK_TENSOR(ring, pages.scalar_type(), 5, pages);
+  KVC_CHECK_LAST_DENSE(ring);
+  KVC_CHECK_SIZE(ring, 0, num_pages.size(1));
+  KVC_CHECK_SIZE(pages, 2, 2 * ring.size(4));
+  KVC_CHECK(ring.size(3) > 0 && ring.size(3) % heads == 0, "ring has ", ring.size(3),
+            " heads, not a multiple of the ", heads, " KV heads of num_pages");
+  check_channels(channels, kAttentionChannels);
+  KVC_CHECK(1 <= query_stride && query_stride <= INT32_MAX,
+            "query_stride must be a positive 32-bit number, not ", query_stride);
+  return rows;
+}
+
+// The candidates of pages that hold as much K as V. Returns the rows.
+inline PagedRows check_key_statistics(const Tensor& pages, const Tensor& block_table,
+                                      const Tensor& seq_lens, const Tensor& state_slot,
+                                      const Tensor& num_pages, const Tensor& first_page,
+                                      const Tensor& covered, const Tensor& new_covered,
+                                      const Tensor& page_start, int64_t num_candidate_pages,
+                                      int64_t channels) {
+  const PagedRows rows =
+      check_candidates(pages, block_table, seq_lens, state_slot, num_pages, first_page, covered,
+                       new_covered, page_start, num_candidate_pages);
+  KVC_CHECK(pages.size(2) > 0 && pages.size(2) % 2 == 0, "pages have ", pages.size(2),
+            " numbers per key, not K and V of one size");
+  check_channels(channels, kKeyChannels);
+  return rows;
+}
+
 // scores [pages, B], the state, page_start, new_covered and num_recent [R], num_freed [R, A].
 // Returns the state part of the rows.
 inline PagedRows check_select_pages(const Tensor& scores, const Tensor& page_start,

@@ -76,39 +76,58 @@ class Compressor:
             for item in chunks:
                 if item.policy == policy:
                     rows = _rows([item.old_blocks], self.pages.device)
-                    statistics = self._statistics([item], rows)
+                    mask = ops.channel_mask(self.policy.channels) & ops.ATTENTION_CHANNELS
+                    statistics = self._statistics([item], rows, mask)
                     self._count(item, rows[0], statistics)
 
-    def _statistics(self, items: Sequence[Compression], rows: Tensor) -> Tensor:
+    def _statistics(self, items: Sequence[Compression], rows: Tensor, channels: int) -> Tensor:
         """``[channels, pages, B]`` of the candidates of ``items``, one after the other.
 
         Args:
             rows: ``[R, M]`` int32 block ids.
+            channels: mask; each op that has one of them runs, and its channels keep their order.
         """
         device, observed = self.pages.device, items[0].observed
         layers, heads = self.state.num_pages.shape[1:]
         starts = _starts([item.candidate_blocks * layers * heads for item in items])
-        num_queries = [
-            item.observed.num_queries if item.observed else min(self.config.window, item.num_tokens)
-            for item in items
-        ]
-        statistics: Tensor = ops.attention_statistics(
-            self.state.ring,
+        pages = (
             self.pages,
             rows,
             to_device([item.num_tokens for item in items], torch.int32, device),
             self.state.state_slots(rows),
             *self.state.tables,
-            to_device([item.observe_slot for item in items], torch.int32, device),
-            to_device(num_queries, torch.int32, device),
+        )
+        candidates = (
             to_device([item.covered for item in items], torch.int32, device),
             to_device(starts[:-1], torch.int64, device),
             starts[-1],
-            ops.channel_mask(self.policy.channels),
-            observed.stride if observed else 1,
-            self.scale,
         )
-        return statistics
+        parts: list[Tensor] = []
+        of_keys = channels & ops.KEY_CHANNELS
+        if of_attention := channels & ~of_keys:  # refuses what nobody knows
+            num_queries = [
+                item.observed.num_queries
+                if item.observed
+                else min(self.config.window, item.num_tokens)
+                for item in items
+            ]
+            parts.append(
+                ops.attention_statistics(
+                    self.state.ring,
+                    *pages,
+                    to_device([item.observe_slot for item in items], torch.int32, device),
+                    to_device(num_queries, torch.int32, device),
+                    *candidates,
+                    of_attention,
+                    observed.stride if observed else 1,
+                    self.scale,
+                )
+            )
+        if of_keys:
+            parts.append(ops.key_statistics(*pages, *candidates, of_keys))
+        if not parts:
+            return torch.empty(0, starts[-1], self.pages.shape[1], device=device)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _count(
         self,
@@ -121,7 +140,8 @@ class Compressor:
 
         Args:
             row: ``[M]`` int32 block ids.
-            statistics: ``[channels, pages, B]`` of this request; become the sums.
+            statistics: ``[channels, pages, B]`` of this request, those of the attention alone;
+                become the sums.
             store: False leaves the running statistics as they are.
 
         Returns:
@@ -198,7 +218,9 @@ class Compressor:
 
         running = due[0].observed is not None
         num_tokens = [item.num_tokens for item in due]
-        statistics = self._statistics(due, rows)
+        channels = ops.channel_mask(self.policy.channels)
+        statistics = self._statistics(due, rows, channels)
+        summed = (channels & ops.ATTENTION_CHANNELS).bit_count()
 
         recent = [
             budget.num_recent(self.config, count, blocks, block_size)
@@ -214,7 +236,7 @@ class Compressor:
             of_request = statistics[:, begin:end]
             counts = None
             if running:
-                counts = self._count(due[index], rows[index], of_request, not score_only)
+                counts = self._count(due[index], rows[index], of_request[:summed], not score_only)
             scores[begin:end], groups, losses = self._choose(
                 due[index], rows[index], of_request, counts, recent[index], points[index]
             )
@@ -402,8 +424,10 @@ def scratch_bytes(
     Args:
         num_tokens: tokens of the longest request.
     """
-    # Per candidate key: its statistics, its score, and the policy's temporaries.
-    per_key = 4 * (len(policy.channels) + 5)
+    # Per candidate key: its statistics, then its score and the policy's temporaries; or the
+    # statistics once more, while those of two ops are put together.
+    count = len(policy.channels)
+    per_key = 4 * (count + max(5, count))
     if running:
         per_key += 3 * 4 * RUNNING  # the statistics so far, their sums, and an intermediate
     keys = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of a request's keys, values and observed queries, one layer at a time.
 
-Letters as in ``kvcompress_vllm/layout.py``. For policies that score keys by what they are instead
-of what attention they got. A copy is made per call, so that no more than one layer of a request is
-held beside the cache: H * seq_len * D elements, 32 MiB for 16,384 tokens of Llama-3.1-8B in 16
-bits.
+Letters as in ``kvcompress_vllm/layout.py``. For policies that need more of the keys, values or
+queries than the channels of the ops tell. A copy is made per call, so that no more than one layer
+of a request is held beside the cache: H * seq_len * D elements, 32 MiB for 16,384 tokens of
+Llama-3.1-8B in 16 bits.
 """
 
 from __future__ import annotations

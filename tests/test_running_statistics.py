@@ -8,14 +8,17 @@ one query after the other. The planner decides what is observed, as in the engin
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity, normalize
 
-from kvcompress_vllm import layout, ops
+from kvcompress_vllm import layout, ops, policies
 from kvcompress_vllm.compressor import Compressor
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Compression, Observation
+from kvcompress_vllm.policies.h2o import H2O
 from kvcompress_vllm.scheduling import CompressionPlanner
 from kvcompress_vllm.state import PackedState
 
@@ -29,6 +32,11 @@ def config_of(policy: str, **options) -> KVCompressConfig:
     if policy == "scissorhands":
         given["policy_options"] = {"later": 1}
     return KVCompressConfig.from_dict({**given, **options})
+
+
+def likeness(keys: torch.Tensor) -> torch.Tensor:
+    mean = normalize(keys, dim=-1).mean(0, keepdim=True)
+    return cosine_similarity(keys, mean, dim=-1)
 
 
 class Literal:
@@ -186,7 +194,10 @@ class Request:
             first = item.covered * B - n
             sums = self.literal.sums[head][:, :n]
             for channel, values in evidence.statistics.items():
-                wanted = sums[CHANNELS.index(channel)]
+                if channel == ops.LIKENESS:
+                    wanted = likeness(self.literal.keys[head][:, :D])[:n]
+                else:
+                    wanted = sums[CHANNELS.index(channel)]
                 torch.testing.assert_close(values[head, first:], wanted, rtol=1e-4, atol=1e-5)
             assert evidence.counts[head, first:].equal(sums[-1])
 
@@ -216,6 +227,25 @@ def test_sums_of_all_queries(policy: str, stride: int) -> None:
         request.forward(1)
         compressions += request.step_start()
     assert compressions >= 2
+
+
+def test_what_keys_are_is_not_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy of both: channels of the attention add up over chunks, those of the keys do not."""
+
+    @dataclass(frozen=True)
+    class Both(H2O):
+        channels = (ops.SUM, ops.LIKENESS)
+
+    monkeypatch.setitem(policies.BUILT_IN, "both", Both)
+    torch.manual_seed(5)
+    request = Request(config_of("both", query_stride=8), 277)
+    compressions = 0
+    while request.num_tokens < 377:
+        left = max(1, min(120, 277 - request.num_tokens))
+        request.forward(request.planner.chunk("r", request.num_tokens, left))
+        compressions += request.step_start()
+    assert compressions >= 2
+    assert set(request.evidence[-1].statistics) == {ops.SUM, ops.LIKENESS}
 
 
 def test_scissorhands_looks_at_its_history_only() -> None:

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "../op_checks.h"
 #include "key_tile.h"
 #include "rows.h"
 
@@ -72,7 +73,7 @@ class Runner {
                           visible_,
                           {}};
       float* result = out + begin;
-      for (int channel = 0; channel < kNumChannels; ++channel) {
+      for (int channel = 0; channel < kNumAttentionChannels; ++channel) {
         if (!wants(channel)) continue;
         tile.out[channel] = result;
         result += call_.channel_size;
@@ -153,27 +154,18 @@ std::vector<int64_t> live_rows(const Call& call, int64_t num_requests, int64_t t
                                int64_t num_states, int64_t num_blocks, int64_t num_slots,
                                int64_t num_candidate_pages) {
   std::vector<int64_t> live;
-  const int64_t slots = call.rows.slots, block_size = call.rows.block_size;
   for (int64_t r = 0; r < num_requests; ++r) {
     const int64_t n = call.num_queries[r], seq_len = call.rows.seq_lens[r];
     KVC_CHECK(0 <= n && n <= call.window, "num_queries of row ", r, " is ", n,
               ", the window of ring is ", call.window);
     if (n == 0) continue;  // its statistics stay zero
     check_row_values(call.rows, r, seq_len, table_width, num_states, num_blocks);
-    const int64_t slot = call.rows.state_slot[r];
-    const int64_t covered = slot < 0 ? 0 : call.rows.covered[slot];
-    const HeadPages last = head_pages(call.rows, r, static_cast<int32_t>(slots - 1));
-    const int64_t first = last.first_candidate(call.new_covered[r]);
-    const int64_t end = call.page_start[r] + first + last.candidate_pages(call.new_covered[r]);
     KVC_CHECK((n - 1) * call.query_stride < seq_len, "num_queries of row ", r, " is ", n,
               " with query_stride ", call.query_stride, ", seq_lens ", seq_len);
     KVC_CHECK(0 <= call.observe_slot[r] && call.observe_slot[r] < num_slots, "observe_slot of row ",
               r, " is ", call.observe_slot[r], " of ", num_slots);
-    KVC_CHECK(covered <= call.new_covered[r] && call.new_covered[r] * block_size <= seq_len,
-              "new_covered of row ", r, " is ", call.new_covered[r], " blocks, covered ", covered,
-              ", seq_lens ", seq_len, " tokens");
-    KVC_CHECK(0 <= call.page_start[r] && end <= num_candidate_pages, "page_start of row ", r,
-              " leads to page ", end, " of num_candidate_pages ", num_candidate_pages);
+    check_candidate_values(call.rows, r, call.new_covered[r], call.page_start[r],
+                           num_candidate_pages);
     live.push_back(r);
   }
   return live;
@@ -186,33 +178,24 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
                             const Tensor& num_queries, const Tensor& new_covered,
                             const Tensor& page_start, int64_t num_candidate_pages, int64_t channels,
                             int64_t query_stride, double scale) {
-  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
-  const int64_t num_requests = block_table.size(0);
-  rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, num_requests, pages);
-  KVC_CHECK_TENSOR(ring, pages.scalar_type(), 5, pages);  // [L, O, W, H * G, D]
-  KVC_CHECK_LAST_DENSE(ring);
-  const int64_t heads = num_pages.size(2), head_size = ring.size(4), window = ring.size(2);
+  const PagedRows rows = check_attention_statistics(
+      ring, pages, block_table, seq_lens, state_slot, num_pages, first_page, covered, observe_slot,
+      num_queries, new_covered, page_start, num_candidate_pages, channels, query_stride);
+  const int64_t num_requests = block_table.size(0), heads = num_pages.size(2);
+  const int64_t head_size = ring.size(4), block_size = pages.size(1);
   check_head_size(head_size);
-  KVC_CHECK_SIZE(ring, 0, num_pages.size(1));
-  KVC_CHECK_SIZE(pages, 2, 2 * head_size);
-  KVC_CHECK(ring.size(3) > 0 && ring.size(3) % heads == 0, "ring has ", ring.size(3),
-            " heads, not a multiple of the ", heads, " KV heads of num_pages");
-  KVC_CHECK(num_candidate_pages >= 0, "num_candidate_pages is negative");
-  const int64_t num_channels = check_observation(channels, query_stride);
-
-  const int64_t block_size = pages.size(1);
-  Tensor out = torch::stable::new_zeros(ring, {num_channels, num_candidate_pages, block_size},
-                                        ScalarType::Float);
+  Tensor out = torch::stable::new_zeros(
+      ring, {count_channels(channels), num_candidate_pages, block_size}, ScalarType::Float);
   const Call call{rows,
-                  KVC_CHECK_PER_REQUEST(int32_t, observe_slot, num_requests, pages),
-                  KVC_CHECK_PER_REQUEST(int32_t, num_queries, num_requests, pages),
-                  KVC_CHECK_PER_REQUEST(int32_t, new_covered, num_requests, pages),
-                  KVC_CHECK_PER_REQUEST(int64_t, page_start, num_requests, pages),
+                  observe_slot.const_data_ptr<int32_t>(),
+                  num_queries.const_data_ptr<int32_t>(),
+                  new_covered.const_data_ptr<int32_t>(),
+                  page_start.const_data_ptr<int64_t>(),
                   ring.stride(0),
                   ring.stride(1),
                   ring.stride(2),
                   ring.stride(3),
-                  window,
+                  ring.size(2),
                   heads,
                   ring.size(3) / heads,
                   head_size,
@@ -223,7 +206,7 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   const std::vector<int64_t> live =
       live_rows(call, num_requests, block_table.size(1), num_pages.size(0),
                 pages.size(0) / rows.slots, ring.size(1), num_candidate_pages);
-  if (num_channels == 0) return out;
+  if (channels == 0) return out;
   float* result = out.mutable_data_ptr<float>();
   const Simd& best = simd();
   dispatch_cache_dtype(pages.scalar_type(), [&](auto type) {

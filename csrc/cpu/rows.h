@@ -35,4 +35,19 @@ inline void check_row_values(const PagedRows& rows, int64_t request, int64_t seq
   }
 }
 
+// What candidates of the row the op is asked for: blocks that the row has, and output pages.
+inline void check_candidate_values(const PagedRows& rows, int64_t request, int64_t new_covered,
+                                   int64_t page_start, int64_t num_candidate_pages) {
+  const int64_t slot = rows.state_slot[request], seq_len = rows.seq_lens[request];
+  const int64_t covered = slot < 0 ? 0 : rows.covered[slot];
+  KVC_CHECK(covered <= new_covered && new_covered * rows.block_size <= seq_len,
+            "new_covered of row ", request, " is ", new_covered, " blocks, covered ", covered,
+            ", seq_lens ", seq_len, " tokens");
+  const HeadPages last = head_pages(rows, request, rows.slots - 1);
+  const int32_t blocks = static_cast<int32_t>(new_covered);
+  const int64_t end = page_start + last.first_candidate(blocks) + last.candidate_pages(blocks);
+  KVC_CHECK(0 <= page_start && end <= num_candidate_pages, "page_start of row ", request,
+            " leads to page ", end, " of num_candidate_pages ", num_candidate_pages);
+}
+
 }  // namespace kvc

@@ -50,7 +50,7 @@ struct StatisticsTile {
   const float* log2_inverse;  // [group, query_panels, 16] its logarithm; for kEntropy alone
   const float* uniform;       // [query_panels, 16] 1 / keys that the query sees
   const int32_t* visible;     // [query_panels, 16] keys of this tile that the query sees
-  float* out[kNumChannels];   // [num_keys] each, by Channel; nullptr: not wanted
+  float* out[kNumAttentionChannels];  // [num_keys] each, by Channel; nullptr: not wanted
 };
 
 struct Simd {
@@ -58,6 +58,9 @@ struct Simd {
   // out[r, k] = dot(q[r], keys[k]); sizes padded with zeros to a multiple of 16.
   void (*dots)(const float* q, int64_t num_rows, const float* keys, int64_t key_stride,
                int64_t num_keys, int64_t size, float* out, int64_t out_stride);
+  // out[k] = dot(keys[k], keys[k]); size as above.
+  void (*squares)(const float* keys, int64_t key_stride, int64_t num_keys, int64_t size,
+                  float* out);
   void (*softmax_panel)(const SoftmaxPanel&);
   // As softmax_panel for one query; returns the correction.
   float (*softmax_row)(float* logits, int64_t num_keys, float* maximum, float* sum);

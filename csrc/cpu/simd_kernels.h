@@ -118,6 +118,27 @@ inline void dots(const float* q, int64_t num_rows, const float* keys, int64_t ke
   }
 }
 
+template <int kKeys>
+inline void squares_block(const float* keys, int64_t key_stride, int64_t size, float* out) {
+  Vec acc[kKeys] = {};
+  for (int64_t d = 0; d < size; d += KVC_LANES) {
+    for (int k = 0; k < kKeys; ++k) {
+      const Vec key = load(keys + k * key_stride + d);
+      acc[k] += key * key;
+    }
+  }
+  for (int k = 0; k < kKeys; ++k) out[k] = add_lanes(acc[k]);
+}
+
+inline void squares(const float* keys, int64_t key_stride, int64_t num_keys, int64_t size,
+                    float* out) {
+  int64_t k = 0;
+  for (; k + 4 <= num_keys; k += 4) {
+    squares_block<4>(keys + k * key_stride, key_stride, size, out + k);
+  }
+  for (; k < num_keys; ++k) squares_block<1>(keys + k * key_stride, key_stride, size, out + k);
+}
+
 inline void softmax_panel(const SoftmaxPanel& s) {
   for (int v = 0; v < kPanel; v += KVC_LANES) {
     const Vec old = load(s.maximum + v);

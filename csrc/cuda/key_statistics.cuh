@@ -1,169 +1,241 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the probabilities of a chunk of query rows for some keys to the statistics of each key.
+// key_statistics: norms of keys, and their cosines to the mean direction of their head. Two passes
+// over K: the first sums up the directions of a share of the keys, the second adds those sums up
+// and holds every candidate against them.
 #pragma once
 
-#include <type_traits>
-
 #include "../channels.h"
-#include "gpu.cuh"
+#include "page_cursor.cuh"
 
 namespace kvc::gpu {
 
-// Where a chunk of query rows and a tile of keys meet. Row q * group + g is query q, member g.
-struct ChunkRows {
-  int group;      // G
-  int seen;       // query q of the chunk sees keys [0, seen + q * stride]
-  int stride;     // tokens from one query to the next
-  int queries;    // queries in the chunk
-  int first_key;  // key of column 0
-
-  __device__ __forceinline__ bool visible(int row, int column) const {
-    return first_key + column <= seen + row / group * stride;
-  }
-  // Spares the divisions in most tiles.
-  __device__ __forceinline__ bool all_visible(int columns) const {
-    return first_key + columns - 1 <= seen;
-  }
+struct KeyStatisticsParams {
+  PagedRows rows;
+  const uint4* pages;          // [P, B, 2 * D]
+  const int32_t* new_covered;  // [R]
+  const int64_t* page_start;   // [R]
+  float* partial;              // [R, L * H, splits, D] sums of directions; kLikeness alone
+  float* out;                  // [selected channels, candidates, B]
+  int64_t candidates;          // candidate pages
+  uint32_t channels;           // bit mask of Channel
 };
 
-// The least x with x / group >= 1 / visible in fp32. Comparing sums with it instead of dividing
-// each gives the same answer, because rounded division is monotone.
-__device__ __forceinline__ float low_threshold(int visible, int group) {
-  const float mean = 1.f / visible;
-  float x = mean * group;
-  while (x / group >= mean) x = __uint_as_float(__float_as_uint(x) - 1);
-  while (x / group < mean) x = __uint_as_float(__float_as_uint(x) + 1);
-  return x;
+// The 16 / sizeof(T) numbers of a word, in fp32.
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& word, float* x);
+template <>
+__device__ __forceinline__ void unpack<float>(const uint4& word, float* x) {
+  x[0] = __uint_as_float(word.x), x[1] = __uint_as_float(word.y);
+  x[2] = __uint_as_float(word.z), x[3] = __uint_as_float(word.w);
+}
+template <>
+__device__ __forceinline__ void unpack<__nv_bfloat16>(const uint4& word, float* x) {
+  const uint32_t pairs[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(pairs[i] << 16);
+    x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+  }
+}
+template <>
+__device__ __forceinline__ void unpack<__half>(const uint4& word, float* x) {
+  const uint32_t pairs[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    __half2 pair;
+    memcpy(&pair, &pairs[i], 4);
+    const float2 both = __half22float2(pair);
+    x[2 * i] = both.x, x[2 * i + 1] = both.y;
+  }
 }
 
-// A warp-uniform branch: the mask is an argument of the kernel.
-__device__ __forceinline__ bool has_channel(uint32_t channels, Channel channel) {
-  return channels >> channel & 1;
+// 1 / |k| from |k|^2; a key without length has no direction and counts nowhere.
+__device__ __forceinline__ float inverse_norm(float square) {
+  return square > 0.f ? rsqrtf(square) : 0.f;
 }
 
-// Sums over the query rows for one key per thread. Thread `key` of the first kKeys keeps SUM,
-// SUM_SQUARES, LOW_COUNT, MEAN_SQUARES and LAST, thread kKeys + key HEAD_SUM_SQUARES and ENTROPY;
-// further threads idle. The rarer channels have loops of their own, so that they cost nothing
-// where they are not asked for.
-class KeyStatistics {
+template <typename T, int kHeadSize>
+struct KeyStatisticsShape {
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+  static constexpr int kPerWord = 16 / sizeof(T);      // numbers in a word of 16 bytes
+  static constexpr int kWords = kHeadSize / kPerWord;  // words of a key
+  static constexpr int kLanes = 8;                     // share a key: 128 bytes at a time
+  static constexpr int kSteps = ceil_div(kWords, kLanes);
+  static constexpr int kSide = kWarp / kLanes;  // keys side by side
+  // Rounds of them that are loaded before the arithmetic: 4 to 8 words per lane are on their way.
+  static constexpr int kRounds = kSteps == 1 ? 4 : 8 / kSteps;
+  static constexpr int kKeys = kSide * kRounds;  // of a warp at once: a tile
+};
+
+// One warp's walk over a share of the keys of a head: key i * kSide + lane / kLanes of a tile is
+// spread over kLanes lanes, words kLanes apart.
+template <typename T, int kHeadSize>
+class KeyWalk {
  public:
-  // weights [kRows][kStride], zero in rows without a query; thresholds per query of the chunk;
-  // head_sums [G][kKeys] carries sums over q from chunk to chunk.
-  template <int kRows, int kKeys, int kStride>
-  __device__ __forceinline__ void add(uint32_t channels, const float* weights,
-                                      const float* thresholds, const ChunkRows& view,
-                                      float* head_sums, bool first, bool last) {
-    const auto run = [&](auto group) {
-      constexpr int kGroup = decltype(group)::value;
-      add_group<kRows, kKeys, kStride, kGroup>(channels, weights, thresholds, view, head_sums,
-                                               first, last);
-    };
-    switch (view.group) {  // known group sizes unroll
-      case 1:
-        return run(std::integral_constant<int, 1>{});
-      case 2:
-        return run(std::integral_constant<int, 2>{});
-      case 4:
-        return run(std::integral_constant<int, 4>{});
-      case 8:
-        return run(std::integral_constant<int, 8>{});
-      default:
-        return run(std::integral_constant<int, 0>{});
-    }
+  using Shape = KeyStatisticsShape<T, kHeadSize>;
+  static constexpr int kPerWord = Shape::kPerWord, kSteps = Shape::kSteps;
+
+  // Keys [0, end) of the head, of which this warp takes one of gridDim.x * kWarps shares.
+  __device__ __forceinline__ KeyWalk(const KeyStatisticsParams& p, const HeadPages& head, int end)
+      : pages_(p.pages), head_(head), end_(end) {
+    const int tiles = ceil_div(max(end, 0), Shape::kKeys);
+    const int shares = gridDim.x * Shape::kWarps;
+    const int share = ceil_div(tiles, shares);
+    tile_ = min(static_cast<int>(blockIdx.x * Shape::kWarps + threadIdx.x / kWarp) * share, tiles);
+    last_ = min(tile_ + share, tiles);
+    ids_.reset(head, end);
   }
 
-  // The key's selected channels, `plane` floats apart.
-  template <int kKeys>
-  __device__ __forceinline__ void write(uint32_t channels, float* out, int64_t plane,
-                                        int group) const {
-    const auto put = [&](Channel channel, float value) {
-      if (has_channel(channels, channel))
-        out[__popc(channels & ((1u << channel) - 1)) * plane] = value;
-    };
-    if (threadIdx.x < kKeys) {
-      put(kSum, sum_);
-      put(kSumSquares, squares_);
-      put(kLowCount, static_cast<float>(low_));
-      put(kMeanSquares, mean_squares_ / static_cast<float>(group * group));
-      put(kLast, last_);
-    } else if (threadIdx.x < 2 * kKeys) {
-      put(kHeadSumSquares, squares_);
-      put(kEntropy, sum_ / kLog2E);
+  // Calls f(round, x) for every key of this lane's group; x [kSteps * kPerWord] are the lane's
+  // numbers of the key, zeros behind the last key. Calls tile(first key) after each tile.
+  template <typename F, typename G>
+  __device__ __forceinline__ void run(F&& f, G&& tile) {
+    for (; tile_ < last_; ++tile_) {
+      uint4 words[Shape::kRounds][kSteps];
+      load(words);
+#pragma unroll
+      for (int i = 0; i < Shape::kRounds; ++i) {
+        float x[kSteps * kPerWord];
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) unpack<T>(words[i][s], x + s * kPerWord);
+        f(i, x);
+      }
+      tile(tile_ * Shape::kKeys);
     }
   }
 
  private:
-  template <int kRows, int kKeys, int kStride, int kGroup>
-  __device__ __forceinline__ void add_group(uint32_t channels, const float* weights,
-                                            const float* thresholds, const ChunkRows& view,
-                                            float* head_sums, bool first, bool last) {
-    const int key = threadIdx.x % kKeys, group = kGroup ? kGroup : view.group;
-    const int queries = kGroup ? kRows / (kGroup ? kGroup : 1) : view.queries;
-    const float* column = weights + key;
-    const auto over_group = [&](int q) {
-      float sum = 0.f;
+  __device__ __forceinline__ void load(uint4 (&words)[Shape::kRounds][kSteps]) {
+    const int lane = threadIdx.x % kWarp, first = tile_ * Shape::kKeys;
+    const int shift = __ffs(head_.block_size) - 1, mask = head_.block_size - 1;
+    ids_.prepare(head_, first >> shift, ceil_div(Shape::kKeys, head_.block_size));
 #pragma unroll
-      for (int g = 0; g < group; ++g) sum += column[(q * group + g) * kStride];
-      return sum;
-    };
-    if (threadIdx.x < kKeys) {
-      if (channels & (1u << kSum | 1u << kSumSquares | 1u << kLowCount)) {
-        const bool counts = has_channel(channels, kLowCount);
+    for (int i = 0; i < Shape::kRounds; ++i) {
+      const int key = first + i * Shape::kSide + lane / Shape::kLanes;
+      const int64_t place = (static_cast<int64_t>(ids_.get(key >> shift)) << shift) + (key & mask);
+      const uint4* from = pages_ + place * (2 * Shape::kWords);
 #pragma unroll
-        for (int q = 0; q < queries; ++q) {
-          float over_heads = 0.f;
-#pragma unroll
-          for (int g = 0; g < group; ++g) {
-            const float p = column[(q * group + g) * kStride];
-            over_heads += p;
-            squares_ += p * p;
-          }
-          sum_ += over_heads;
-          if (counts) {
-            const bool visible =
-                view.first_key + key <= view.seen + q * view.stride && q < view.queries;
-            low_ += visible && over_heads < thresholds[q];
-          }
-        }
-      }
-      if (has_channel(channels, kMeanSquares)) {
-#pragma unroll
-        for (int q = 0; q < queries; ++q) {
-          const float over_heads = over_group(q);
-          mean_squares_ += over_heads * over_heads;
-        }
-      }
-      if (has_channel(channels, kLast) && last && view.queries > 0) {
-        last_ = over_group(view.queries - 1);
-      }
-    } else if (threadIdx.x < 2 * kKeys) {
-      if (has_channel(channels, kHeadSumSquares)) {
-#pragma unroll
-        for (int g = 0; g < group; ++g) {
-          float over_queries = first ? 0.f : head_sums[g * kKeys + key];
-#pragma unroll
-          for (int q = 0; q < queries; ++q) over_queries += column[(q * group + g) * kStride];
-          if (last) {
-            squares_ += over_queries * over_queries;
-          } else {
-            head_sums[g * kKeys + key] = over_queries;
-          }
-        }
-      }
-      if (has_channel(channels, kEntropy)) {
-#pragma unroll
-        for (int row = 0; row < queries * group; ++row) {
-          const float p = column[row * kStride];
-          // The bound keeps a vanishing p, which the logarithm would flush to 0, from NaN.
-          sum_ -= p * __log2f(fmaxf(p, 1e-37f));
-        }
+      for (int s = 0; s < kSteps; ++s) {
+        const int word = s * Shape::kLanes + lane % Shape::kLanes;
+        const bool live = key < end_ && word < Shape::kWords;
+        words[i][s] = live ? __ldg(from + word) : make_uint4(0, 0, 0, 0);
       }
     }
   }
 
-  // ENTROPY in base 2 and HEAD_SUM_SQUARES share registers with SUM and SUM_SQUARES.
-  float sum_ = 0.f, squares_ = 0.f, mean_squares_ = 0.f, last_ = 0.f;
-  int low_ = 0;
+  const uint4* pages_;
+  HeadPages head_;
+  PageIds ids_;
+  int end_, tile_, last_;
 };
+
+// x . y of vectors that kLanes lanes share, `kCount` numbers each; all of them get it.
+template <int kLanes, int kCount>
+__device__ __forceinline__ float shared_dot(const float (&x)[kCount], const float (&y)[kCount]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum += x[i] * y[i];
+  return lanes_sum<kLanes / 2, 1>(sum);
+}
+
+// grid (splits, L * H, R). Every sum is taken in an order that depends on the grid alone.
+template <typename T, int kHeadSize>
+__global__ void __launch_bounds__(KeyStatisticsShape<T, kHeadSize>::kThreads)
+    sum_directions_kernel(KeyStatisticsParams p) {
+  using Shape = KeyStatisticsShape<T, kHeadSize>;
+  constexpr int kCount = Shape::kSteps * Shape::kPerWord;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const HeadPages head = head_pages(p.rows, blockIdx.z, blockIdx.y);
+  float sums[kCount] = {};
+  KeyWalk<T, kHeadSize>(p, head, head.num_keys(p.rows.seq_lens[blockIdx.z]))
+      .run(
+          [&](int, const float (&x)[kCount]) {
+            const float weight = inverse_norm(shared_dot<Shape::kLanes>(x, x));
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) sums[i] += x[i] * weight;
+          },
+          [](int) {});
+  __shared__ float of_warps[Shape::kWarps][kHeadSize];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float sum = lanes_sum<kWarp / 2, Shape::kLanes>(sums[i]);
+    const int word = i / Shape::kPerWord * Shape::kLanes + lane;
+    if (lane < Shape::kLanes && word < Shape::kWords) {
+      of_warps[warp][word * Shape::kPerWord + i % Shape::kPerWord] = sum;
+    }
+  }
+  __syncthreads();
+  float* partial =
+      p.partial +
+      ((static_cast<int64_t>(blockIdx.z) * p.rows.slots + blockIdx.y) * gridDim.x + blockIdx.x) *
+          kHeadSize;
+  for (int d = threadIdx.x; d < kHeadSize; d += Shape::kThreads) {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) sum += of_warps[w][d];
+    partial[d] = sum;
+  }
+}
+
+// grid as above.
+template <typename T, int kHeadSize>
+__global__ void __launch_bounds__(KeyStatisticsShape<T, kHeadSize>::kThreads)
+    key_statistics_kernel(KeyStatisticsParams p) {
+  using Shape = KeyStatisticsShape<T, kHeadSize>;
+  constexpr int kCount = Shape::kSteps * Shape::kPerWord, kLanes = Shape::kLanes;
+  const int lane = threadIdx.x % kWarp;
+  const HeadPages head = head_pages(p.rows, blockIdx.z, blockIdx.y);
+  const int new_covered = p.new_covered[blockIdx.z];
+  const int num_keys = head.num_keys(p.rows.seq_lens[blockIdx.z]);
+  const int counted = min(head.candidate_pages(new_covered) * head.block_size, num_keys);
+  const bool norms = p.channels >> kNorm & 1, likeness = p.channels >> kLikeness & 1;
+
+  // The mean direction, of which every lane holds what it holds of a key.
+  float mean[kCount] = {};
+  if (likeness) {
+    __shared__ float sums[kHeadSize];
+    const float* partial =
+        p.partial +
+        (static_cast<int64_t>(blockIdx.z) * p.rows.slots + blockIdx.y) * gridDim.x * kHeadSize;
+    for (int d = threadIdx.x; d < kHeadSize; d += Shape::kThreads) {
+      float sum = 0.f;
+#pragma unroll 4
+      for (int s = 0; s < gridDim.x; ++s) sum += __ldg(partial + s * kHeadSize + d);
+      sums[d] = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int word = i / Shape::kPerWord * kLanes + lane % kLanes;
+      if (word < Shape::kWords) mean[i] = sums[word * Shape::kPerWord + i % Shape::kPerWord];
+    }
+    const float scale = inverse_norm(shared_dot<kLanes>(mean, mean));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) mean[i] *= scale;
+  }
+
+  const int64_t first_place = (p.page_start[blockIdx.z] + head.first_candidate(new_covered)) *
+                              static_cast<int64_t>(head.block_size);
+  const int64_t plane = p.candidates * head.block_size;
+  // Lane i of a group keeps what came out in round i, so that a tile is written at once.
+  float norm = 0.f, cosine = 0.f;
+  KeyWalk<T, kHeadSize>(p, head, counted)
+      .run(
+          [&](int round, const float (&x)[kCount]) {
+            const float square = shared_dot<kLanes>(x, x);
+            const float along = shared_dot<kLanes>(x, mean);
+            if (lane % kLanes == round) {
+              norm = sqrtf(square);
+              cosine = along * inverse_norm(square);
+            }
+          },
+          [&](int first) {
+            const int key = first + lane % kLanes * Shape::kSide + lane / kLanes;
+            const int64_t place = first_place + key;
+            if (lane % kLanes >= Shape::kRounds || key >= counted || place >= plane) return;
+            if (norms) p.out[place] = norm;
+            if (likeness) p.out[(norms ? plane : 0) + place] = cosine;
+          });
+}
 
 }  // namespace kvc::gpu

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <type_traits>
@@ -55,6 +56,18 @@ class Launch {
     config.attrs = &early;
     config.numAttrs = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+  }
+
+  // Shares that each of `heads` heads' keys are cut into, at most `most`, for about four rounds of
+  // blocks on the device.
+  template <typename Kernel>
+  int64_t num_splits(Kernel kernel, int threads, int shared, int64_t heads, int64_t most) const {
+    int per_processor = 0;
+    STD_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared));
+    KVC_CHECK(per_processor > 0, "the kernel does not fit this device");
+    const int64_t blocks = 4ll * per_processor * attribute(cudaDevAttrMultiProcessorCount);
+    return std::clamp<int64_t>(most, 1, std::max<int64_t>(1, blocks / heads));
   }
 
   // Lets `kernel` use `bytes` of dynamic shared memory.
@@ -118,6 +131,16 @@ void dispatch_head_size(int64_t head_size, F&& f) {
 
 inline bool is_aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// What the kernels that walk over the keys of all heads need, grid (splits, L * H, R).
+inline void check_all_heads(const Tensor& pages, const PagedRows& rows, int64_t requests) {
+  KVC_CHECK(rows.block_size >= 8 && (rows.block_size & (rows.block_size - 1)) == 0,
+            "pages have a block size of ", rows.block_size, ", not a power of two from 8 on");
+  KVC_CHECK(requests <= 65535, "block_table has ", requests, " rows; the most is 65535");
+  KVC_CHECK(rows.slots <= 65535, "num_pages has ", rows.slots,
+            " layers and heads; the most is 65535");
+  KVC_CHECK(is_aligned(pages.const_data_ptr(), 16), "pages must be aligned to 16 bytes");
 }
 
 }  // namespace kvc::gpu

@@ -29,6 +29,11 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
                             const Tensor& page_start, int64_t num_candidate_pages, int64_t channels,
                             int64_t query_stride, double scale);
 
+Tensor key_statistics(const Tensor& pages, const Tensor& block_table, const Tensor& seq_lens,
+                      const Tensor& state_slot, const Tensor& num_pages, const Tensor& first_page,
+                      const Tensor& covered, const Tensor& new_covered, const Tensor& page_start,
+                      int64_t num_candidate_pages, int64_t channels);
+
 std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tensor& page_start,
                                                 const Tensor& state_slot, const Tensor& num_pages,
                                                 const Tensor& first_page, const Tensor& covered,

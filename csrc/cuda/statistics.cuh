@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
     const char* keys = ring + (tile - tile_begin) % Shape::kStages * Shape::kStage;
     Math math;
     math.load_keys(keys);
-    KeyStatistics key_statistics;
+    ChannelSums sums;
     for (int c = 0; c < chunks; ++c) {
       char* chunk = queries + Shape::query_bytes(p.resident ? c : 0);
       if (!p.resident) {
@@ -172,9 +172,8 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
       } else {
         math.weights(state + c * Math::kRows, weights);
         __syncthreads();
-        key_statistics.add<Math::kRows, kKeys, kKeys + 8>(p.channels, weights,
-                                                          thresholds + c * Math::kRows, view,
-                                                          head_sums, c == 0, c + 1 == chunks);
+        sums.add<Math::kRows, kKeys, kKeys + 8>(p.channels, weights, thresholds + c * Math::kRows,
+                                                view, head_sums, c == 0, c + 1 == chunks);
         __syncthreads();
       }
     }
@@ -182,7 +181,7 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
       const int key = tile * kKeys + threadIdx.x % kKeys;
       const int64_t place = out_first + key;
       if (key < counted && place < plane) {
-        key_statistics.write<kKeys>(p.channels, p.out + place, plane, group);
+        sums.write<kKeys>(p.channels, p.out + place, plane, group);
       }
     }
   }

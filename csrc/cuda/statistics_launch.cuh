@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
-
 #include "statistics.h"
 
 namespace kvc::gpu {
@@ -22,15 +20,9 @@ void launch_statistics_shape(const Launch& launch, const Tensor& like, Statistic
   const auto second = statistics_kernel<T, kHeadSize, false>;
   launch.reserve_shared(first, shared);
   launch.reserve_shared(second, shared);
-  int per_processor = 0;
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, second,
-                                                               Shape::kThreads, shared));
-  KVC_CHECK(per_processor > 0, "the statistics kernel does not fit this device");
-  // Shares of a head's keys: about four rounds of blocks, and no share below eight tiles.
   const int64_t heads = requests * p.rows.slots;
-  const int64_t blocks = 4ll * per_processor * launch.attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t splits =
-      std::clamp<int64_t>(most_keys / (8 * Math::kKeys), 1, std::max<int64_t>(1, blocks / heads));
+  const int64_t splits = launch.num_splits(second, Shape::kThreads, shared, heads,
+                                           most_keys / (8 * Math::kKeys));  // eight tiles or more
   const Tensor partial =
       torch::stable::new_empty(like, {heads * splits * p.window * p.group * 2}, ScalarType::Float);
   p.partial = static_cast<float2*>(partial.mutable_data_ptr());

@@ -4,7 +4,7 @@
 // the same members.
 #pragma once
 
-#include "key_statistics.cuh"
+#include "channel_sums.cuh"
 
 namespace kvc::gpu {
 

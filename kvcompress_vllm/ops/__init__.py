@@ -17,12 +17,16 @@ from torch import Tensor
 
 from kvcompress_vllm.ops import reference
 from kvcompress_vllm.ops.reference import (
+    ATTENTION_CHANNELS,
     CHANNELS,
     ENTROPY,
     HEAD_SUM_SQUARES,
+    KEY_CHANNELS,
     LAST,
+    LIKENESS,
     LOW_COUNT,
     MEAN_SQUARES,
+    NORM,
     SUM,
     SUM_SQUARES,
     channel_mask,
@@ -41,6 +45,10 @@ SCHEMAS = {
         f"(Tensor ring, Tensor pages, {_ROWS}{_STATE}Tensor observe_slot, Tensor num_queries, "
         "Tensor new_covered, Tensor page_start, int num_candidate_pages, int channels, "
         "int query_stride, float scale) -> Tensor"
+    ),
+    "key_statistics": (
+        f"(Tensor pages, {_ROWS}{_STATE}Tensor new_covered, Tensor page_start, "
+        "int num_candidate_pages, int channels) -> Tensor"
     ),
     "select_pages": (
         f"(Tensor scores, Tensor page_start, {_STATE}Tensor new_covered, Tensor num_freed, "
@@ -102,10 +110,9 @@ def _load(library: str) -> None:
         torch.ops.load_library(str(path))
 
 
-def _fake_statistics(ring: Tensor, pages: Tensor, *rest: Any) -> Tensor:
-    num_candidate_pages, channels = rest[-4:-2]
+def _fake_statistics(pages: Tensor, num_candidate_pages: int, channels: int) -> Tensor:
     shape = (channels.bit_count(), num_candidate_pages, pages.shape[1])
-    return ring.new_empty(shape, dtype=torch.float32)
+    return pages.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_select(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +123,8 @@ def _fake_select(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _FAKES: dict[str, Callable[..., object]] = {
-    "attention_statistics": _fake_statistics,
+    "attention_statistics": lambda _, pages, *rest: _fake_statistics(pages, *rest[-4:-2]),
+    "key_statistics": lambda pages, *rest: _fake_statistics(pages, *rest[-2:]),
     "select_pages": _fake_select,
 }
 _LIB = torch.library.Library("kvcompress_vllm", "DEF")
@@ -134,17 +142,22 @@ write_kv = torch.ops.kvcompress_vllm.write_kv
 observe_queries = torch.ops.kvcompress_vllm.observe_queries
 paged_attention = torch.ops.kvcompress_vllm.paged_attention
 attention_statistics = torch.ops.kvcompress_vllm.attention_statistics
+key_statistics = torch.ops.kvcompress_vllm.key_statistics
 select_pages = torch.ops.kvcompress_vllm.select_pages
 compact_pages = torch.ops.kvcompress_vllm.compact_pages
 
 __all__ = [
+    "ATTENTION_CHANNELS",
     "CHANNELS",
     "CUDA_HEAD_SIZES",
     "ENTROPY",
     "HEAD_SUM_SQUARES",
+    "KEY_CHANNELS",
     "LAST",
+    "LIKENESS",
     "LOW_COUNT",
     "MEAN_SQUARES",
+    "NORM",
     "SCHEMAS",
     "SUM",
     "SUM_SQUARES",
@@ -153,6 +166,7 @@ __all__ = [
     "channel_mask",
     "compact_pages",
     "cuda_problem",
+    "key_statistics",
     "missing_kernels",
     "observe_queries",
     "paged_attention",

@@ -15,6 +15,7 @@ Several ops describe the same rows, always by the same six tensors:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -29,13 +30,23 @@ CHANNELS = (
     "MEAN_SQUARES",
     "ENTROPY",
     "LAST",
+    "NORM",
+    "LIKENESS",
 )
-"""Names of the channels of :func:`attention_statistics`; channel c is bit ``1 << c``."""
+"""Names of what is known of a key, in one numbering: channel c is bit ``1 << c`` of a mask. Up to
+LAST they are channels of :func:`attention_statistics`, from NORM on of :func:`key_statistics`."""
 SUM, SUM_SQUARES, HEAD_SUM_SQUARES, LOW_COUNT, MEAN_SQUARES, ENTROPY, LAST = range(7)
+NORM, LIKENESS = 7, 8
+
+ATTENTION_CHANNELS = (1 << NORM) - 1
+"""Mask of all channels of :func:`attention_statistics`."""
+KEY_CHANNELS = 1 << NORM | 1 << LIKENESS
+"""Mask of all channels of :func:`key_statistics`."""
 
 
 def channel_mask(channels: Iterable[int]) -> int:
-    """The ``channels`` argument of :func:`attention_statistics` that asks for these."""
+    """These channels as a mask. Each op takes its part, ``& ATTENTION_CHANNELS`` or ``&
+    KEY_CHANNELS``."""
     return sum(1 << channel for channel in set(channels))
 
 
@@ -159,7 +170,7 @@ def attention_statistics(
         new_covered: ``[R]`` int32, F after this compression, in blocks.
         page_start: ``[R]`` int64, first output page of every request.
         num_candidate_pages: output pages in all.
-        channels: bit mask of :data:`CHANNELS`; the others are not computed.
+        channels: part of the mask :data:`ATTENTION_CHANNELS`; the others are not computed.
         query_stride: tokens from one observed query to the next; 1 observes the last n.
 
     Returns:
@@ -167,16 +178,15 @@ def attention_statistics(
         where no request has a candidate.
 
     Raises:
-        RuntimeError: a bit of ``channels`` has no channel, or ``query_stride`` is not positive.
+        RuntimeError: ``channels`` has a bit of no such channel, or ``query_stride`` is not
+            positive.
     """
     layers, _, window, _, head_size = ring.shape
     heads = num_pages.shape[2]
     block_size = pages.shape[1]
-    if not 0 <= channels < 1 << len(CHANNELS):
-        raise RuntimeError(f"channels is {channels}, not a mask of {len(CHANNELS)} bits")
+    selected = _selected(channels, ATTENTION_CHANNELS)
     if query_stride < 1:
         raise RuntimeError(f"query_stride must be at least 1, not {query_stride}")
-    selected = [channel for channel in range(len(CHANNELS)) if channels >> channel & 1]
     result = torch.zeros(len(selected), num_candidate_pages, block_size, device=ring.device)
     flat = result.flatten(1)
     rows = zip(
@@ -211,14 +221,75 @@ def attention_statistics(
                 p = (logits * scale).masked_fill_(hidden, float("-inf")).softmax(-1)
                 # A query older than every key that the head still has would leave NaN everywhere.
                 p.masked_fill_(hidden, 0.0)
-                packed, old_f = _packed(slot, num_pages, covered, layer, head)
-                fresh = new_f - old_f
-                first = 0 if slot < 0 else int(first_page[slot, layer, head])
-                begin = (start + first + (layer * heads + head) * fresh) * block_size
-                count = (packed + fresh) * block_size
-                span = slice(begin, begin + count)
-                for place, channel in enumerate(selected):
-                    flat[place, span] = _channel(channel, p, hidden)[:count]
+                place, count = _candidates(
+                    start, slot, num_pages, first_page, covered, new_f, layer, head, block_size
+                )
+                for out, channel in zip(flat, selected, strict=True):
+                    out[place : place + count] = _channel(channel, p, hidden)[:count]
+    return result
+
+
+def key_statistics(
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    state_slot: Tensor,
+    num_pages: Tensor,
+    first_page: Tensor,
+    covered: Tensor,
+    new_covered: Tensor,
+    page_start: Tensor,
+    num_candidate_pages: int,
+    channels: int,
+) -> Tensor:
+    """What each key is, whatever attends to it, over all layers and heads.
+
+    With the keys k of one head (tail included), after RoPE, per candidate key:
+
+        NORM      |k_j|, the L2 norm (arXiv 2406.11430)
+        LIKENESS  cos(k_j, mean over i of k_i / |k_i|), the cosine to the mean direction of the
+                  head's keys (KeyDiff, arXiv 2504.15364)
+
+    All in fp32, whatever the dtype of the cache. A key whose squares sum up to zero has no
+    direction: it is left out of the mean, and its LIKENESS is 0; so is that of all keys if the
+    directions themselves sum up to zero.
+
+    Args:
+        pages: ``[P, B, 2 * D]``, of which the values are not read.
+        new_covered, page_start, num_candidate_pages: as for :func:`attention_statistics`.
+        channels: part of the mask :data:`KEY_CHANNELS`; the others are not computed.
+
+    Returns:
+        ``[selected channels, num_candidate_pages, B]`` fp32, laid out as that op's.
+
+    Raises:
+        RuntimeError: ``channels`` has a bit of no such channel.
+    """
+    layers, heads = num_pages.shape[1:]
+    block_size, head_size = pages.shape[1], pages.shape[2] // 2
+    selected = _selected(channels, KEY_CHANNELS)
+    result = torch.zeros(len(selected), num_candidate_pages, block_size, device=pages.device)
+    flat = result.flatten(1)
+    rows = zip(
+        seq_lens.tolist(),
+        state_slot.tolist(),
+        new_covered.tolist(),
+        page_start.tolist(),
+        strict=True,
+    )
+    for r, (seq_len, slot, new_f, start) in enumerate(rows):
+        for layer, head in product(range(layers), range(heads)):
+            keys = _keys(
+                pages, block_table[r], seq_len, slot, num_pages, first_page, covered, layer, head
+            )[:, :head_size].float()
+            norms, directions = _directions(keys)
+            _, mean = _directions(directions.sum(0))  # of a mean, the count is no matter
+            channel = {NORM: norms[:, 0], LIKENESS: (directions * mean).sum(-1)}
+            place, count = _candidates(
+                start, slot, num_pages, first_page, covered, new_f, layer, head, block_size
+            )
+            for out, of_channel in zip(flat, selected, strict=True):
+                out[place : place + count] = channel[of_channel][:count]
     return result
 
 
@@ -378,6 +449,32 @@ def _packed(
     return (0, 0) if slot < 0 else (int(num_pages[slot, layer, head]), int(covered[slot]))
 
 
+def _selected(channels: int, known: int) -> list[int]:
+    """The channels of a mask, ascending."""
+    if channels & ~known:
+        raise RuntimeError(f"channels is {channels}, not a mask of the bits {known}")
+    return [channel for channel in range(len(CHANNELS)) if channels >> channel & 1]
+
+
+def _candidates(
+    start: int,
+    slot: int,
+    num_pages: Tensor,
+    first_page: Tensor,
+    covered: Tensor,
+    new_covered: int,
+    layer: int,
+    head: int,
+    block_size: int,
+) -> tuple[int, int]:
+    """Where the output for a head's candidate keys begins, and how many they are."""
+    packed, old_f = _packed(slot, num_pages, covered, layer, head)
+    first = 0 if slot < 0 else int(first_page[slot, layer, head])
+    fresh = new_covered - old_f
+    page = start + first + (layer * num_pages.shape[2] + head) * fresh
+    return page * block_size, (packed + fresh) * block_size
+
+
 def _keys(
     pages: Tensor,
     row: Tensor,
@@ -397,6 +494,12 @@ def _keys(
     j = torch.arange(-(-n // pages.shape[1]), device=pages.device)
     ids = layout.page_id(row, old_f, packed, first, layer * heads + head, layers * heads, j)
     return pages[ids].flatten(0, 1)[:n]
+
+
+def _directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms ``[..., 1]`` and vectors of norm 1; zeros stay zeros."""
+    norms = vectors.square().sum(-1, keepdim=True).sqrt()
+    return norms, torch.where(norms > 0, vectors / norms, 0)
 
 
 def _channel(channel: int, p: Tensor, hidden: Tensor) -> Tensor:

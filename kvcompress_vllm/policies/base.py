@@ -45,7 +45,7 @@ class Evidence:
     """Factor on the logits."""
     device: torch.device
     statistics: Mapping[int, Tensor] = field(default_factory=dict)
-    """``[L * H, n]`` fp32 by channel of the statistics op, those that the policy names."""
+    """``[L * H, n]`` fp32 by channel of the statistics ops, those that the policy names."""
     counts: Tensor | None = None
     """``[L * H, n]`` fp32, how many observed queries saw each candidate, where that is counted."""
     density: float = 1.0
@@ -122,12 +122,15 @@ class Policy(ABC):
     """How :meth:`pooled` pools: ``max``, or ``average`` with zeros beyond the ends."""
 
     channels: ClassVar[tuple[int, ...]] = ()
-    """Channels of the statistics op that it reads; the others are not computed."""
+    """Channels of ``ops.attention_statistics`` and ``ops.key_statistics`` that it reads; the others
+    are not computed."""
     needs_keys: ClassVar[bool] = False
-    """Whether it reads keys, values or queries themselves: slower; a layer of them is copied."""
+    """Whether it reads keys, values or queries themselves, beyond what channels tell: slower; a
+    layer of them is copied."""
     observes_all: ClassVar[bool] = False
     """Judges by the queries of the whole prompt, every ``query_stride``-th of them, whose
-    statistics are summed up chunk by chunk. At most three channels."""
+    statistics are summed up chunk by chunk. At most three channels of the attention; those of the
+    keys are taken once, at the compression."""
     history: ClassVar[int | None] = None
     """With ``observes_all``: only queries of so many tokens before the compression; None: all."""
     keeps_window: ClassVar[bool] = False

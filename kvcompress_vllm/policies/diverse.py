@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
-from kvcompress_vllm.policies.keydiff import unlikeness
 from kvcompress_vllm.validation import integer, number, option
 
 
@@ -32,19 +32,29 @@ class Diverse(Policy):
         *integer(1, odd=True),
     )
 
-    channels = (ops.SUM_SQUARES,)
-    needs_keys = True
+    channels = (ops.SUM_SQUARES, ops.LIKENESS)
     defaults = Defaults("global", window=16, pool=127)
 
     def score(self, evidence: Evidence) -> Tensor:
-        attention = self.pooled(evidence, evidence.statistics[ops.SUM_SQUARES])
+        attention = evidence.statistics[ops.SUM_SQUARES]
         count = min(int(self.share * max(0, evidence.open_kept)), evidence.num_open)
         if count == 0:
-            return attention
-        unlike = replace(self, pool=self.key_pool).pooled(evidence, unlikeness(evidence))
-        unlike = unlike.masked_fill(evidence.shielded(), float("-inf"))
-        # Pooled scores tie: the first of them, on every device.
-        chosen = unlike.argsort(dim=1, descending=True, stable=True)[:, :count]
+            return self.pooled(evidence, attention)
+        unlike = -evidence.statistics[ops.LIKENESS]
+        unlike = replace(self, pool=self.key_pool).pooled(evidence, unlike)
+        chosen = _first(unlike.masked_fill_(evidence.shielded(), float("-inf")), count)
         # More than the attention of all observed queries: chosen keys come before all others.
-        above = attention.new_full((1,), 2.0 * evidence.group * max(1, evidence.num_queries))
-        return attention.scatter_add(1, chosen, above.expand(chosen.shape))
+        above = 2.0 * evidence.group * max(1, evidence.num_queries)
+        return self.pooled(evidence, attention) + above * chosen
+
+
+def _first(scores: Tensor, count: int) -> Tensor:
+    """``[heads, n]`` bool: the ``count`` highest of every row of ``scores``.
+
+    Pooled scores tie: the first of them, on every device. Without sorting whole rows, which takes
+    longer than all else.
+    """
+    least = scores.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+    higher, tied = scores > least, scores == least
+    room = count - higher.sum(1, keepdim=True)
+    return higher | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))

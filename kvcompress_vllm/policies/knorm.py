@@ -9,25 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from kvcompress_vllm import ops
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
 
 
 @dataclass(frozen=True)
 class KNorm(Policy):
-    """Minus the norm of the key; one layer of keys at a time."""
+    """Minus the norm of the key."""
 
-    needs_keys = True
+    channels = (ops.NORM,)
     defaults = Defaults("uniform", window=1, pool=1)
 
     def score(self, evidence: Evidence) -> Tensor:
-        assert evidence.keys is not None
-        norms = torch.cat([
-            torch.linalg.vector_norm(
-                evidence.keys(layer)[:, : evidence.num_keys], dim=-1, dtype=torch.float32
-            )
-            for layer in range(evidence.layers)
-        ])  # fmt: skip
-        return self.pooled(evidence, -norms)
+        return self.pooled(evidence, -evidence.statistics[ops.NORM])

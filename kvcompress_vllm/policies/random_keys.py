@@ -29,21 +29,33 @@ class RandomKeys(Policy):
     defaults = Defaults("uniform", window=1, pool=1)
 
     def score(self, evidence: Evidence) -> Tensor:
-        base = int(_mix(torch.tensor(self.seed + 0x9E3779B9 * (evidence.seq_len + 1))))
-        slot = torch.arange(evidence.layers * evidence.heads, device=evidence.device)
-        start = _mix(base + 0x85EBCA77 * (slot + 1))
-        position = torch.arange(evidence.num_keys, device=evidence.device)
-        scores = torch.empty(len(slot), evidence.num_keys, device=evidence.device)
-        for part in torch.arange(len(slot)).split(evidence.heads):  # 64-bit numbers take room
-            # The upper 24 bits are exact in fp32.
-            first = start[part[0] : part[-1] + 1, None]
-            scores[part[0] : part[-1] + 1] = (_mix(first + 0x27D4EB2F * position) >> 8) * 2.0**-24
-        return scores
+        heads, device = evidence.layers * evidence.heads, evidence.device
+        base = _mix(
+            torch.tensor(
+                _signed(self.seed + 0x9E3779B9 * (evidence.seq_len + 1)), dtype=torch.int32
+            )
+        )
+        slot = torch.arange(1, heads + 1, dtype=torch.int32, device=device)
+        start = _mix(slot * _signed(0x85EBCA77) + int(base))
+        position = torch.arange(evidence.num_keys, dtype=torch.int32, device=device)
+        mixed = _mix(start[:, None] + position * _signed(0x27D4EB2F))
+        # The upper 24 bits are exact in fp32.
+        return _shifted(mixed, 8) * 2.0**-24
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3 on the low 32 bits of an int64 tensor."""
-    x = x & _LOW32
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW32
-    return x ^ (x >> 16)
+    """The finaliser of MurmurHash3 on int32, whose products wrap around as those of uint32."""
+    x = (x ^ _shifted(x, 16)) * _signed(0x85EBCA6B)
+    x = (x ^ _shifted(x, 13)) * _signed(0xC2B2AE35)
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """``x >> bits`` as of uint32."""
+    shifted: Tensor = (x >> bits) & (2 ** (32 - bits) - 1)
+    return shifted
+
+
+def _signed(x: int) -> int:
+    """The int32 with the low 32 bits of ``x``."""
+    return (x & 0xFFFFFFFF ^ 0x80000000) - 0x80000000

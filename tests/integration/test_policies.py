@@ -18,6 +18,7 @@ from tests.policies.test_parity import assert_same_choice, expected
         {"policy": "cake", "policy_options": {"gamma": 50}},
         {"policy": "adakv", "window": 16},
         {"policy": "expected_attention", "allocator": "global"},
+        {"policy": "diverse"},
     ],
     ids=lambda options: options["policy"],
 )

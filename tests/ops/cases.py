@@ -41,6 +41,10 @@ TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     ("statistics", torch.float32): (1e-7, 1e-4),
     # d(-p log p) is up to dp, and near p = 1 the value itself vanishes.
     ("entropy", torch.float32): (2e-5, 1e-4),
+    # Square roots of sums of up to 256 squares.
+    ("norm", torch.float32): (0.0, 1e-5),
+    # Cosines: sums of unit vectors, then a product with another; of random keys the sum is short.
+    ("likeness", torch.float32): (2e-6, 1e-5),
 }
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from cases import Request, make_batch, uneven
 
+from kvcompress_vllm import ops
+
 LAYERS, HEADS, GROUP, BLOCK_SIZE, HEAD_SIZE, WINDOW = 2, 2, 2, 16, 64, 20
 SLOTS = LAYERS * HEADS
 
@@ -48,7 +50,10 @@ def example(op: str, device: str = "cpu", scale: int = 1) -> list[Any]:
     elif op == "attention_statistics":
         args = [ring, batch.pages, *batch.rows(), torch.tensor([2, 0, 1], dtype=torch.int32),
                 torch.tensor([WINDOW, 9, 0], dtype=torch.int32), new_covered, page_start,
-                int(total.sum()), 127, 2, HEAD_SIZE**-0.5]  # fmt: skip
+                int(total.sum()), ops.ATTENTION_CHANNELS, 2, HEAD_SIZE**-0.5]  # fmt: skip
+    elif op == "key_statistics":
+        args = [batch.pages, *batch.rows(), new_covered, page_start, int(total.sum()),
+                ops.KEY_CHANNELS]  # fmt: skip
     elif op == "select_pages":
         freed = torch.tensor([[8 * scale], [12 * scale], [0]], dtype=torch.int32)
         args = [torch.randn(int(total.sum()), BLOCK_SIZE), page_start, *batch.state(), new_covered,

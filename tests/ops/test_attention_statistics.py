@@ -12,11 +12,20 @@ from cases import (
 )
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.ops import CHANNELS, ENTROPY, LAST, LOW_COUNT, MEAN_SQUARES, SUM, reference
+from kvcompress_vllm.ops import (
+    ATTENTION_CHANNELS,
+    ENTROPY,
+    LAST,
+    LOW_COUNT,
+    MEAN_SQUARES,
+    SUM,
+    reference,
+)
 
 LAYERS, HEADS = 2, 2
 SLOTS = LAYERS * HEADS
-ALL = (1 << len(CHANNELS)) - 1
+ALL = ATTENTION_CHANNELS
+CHANNELS = ops.CHANNELS[: ALL.bit_count()]
 
 
 def arguments(requests, num_queries, window, group, head_size, block_size, dtype, device,

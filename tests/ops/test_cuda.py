@@ -8,7 +8,7 @@ import torch
 from cases import Batch, Request, assert_close, assert_same_bits, make_batch, uneven
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.ops import reference
+from kvcompress_vllm.ops import KEY_CHANNELS, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,6 +97,41 @@ def test_captured_step_serves_any_batch():
         assert (out[len(lengths) :] == 7).all()
 
 
+def test_captured_key_statistics():
+    """Nothing waits for the device, and what was captured depends on no number of the rows."""
+    shape = (LAYERS, HEADS, BLOCK_SIZE, HEAD_SIZE, torch.bfloat16)
+    packed = Request(100, packed=uneven(3 * SLOTS, SLOTS), covered=9)
+    first = make_batch([Request(700), packed], *shape)
+    second = make_batch([packed, Request(40)], *shape)
+    device = [t.cuda() for t in (first.pages, *first.rows())]
+    covered = (first.seq_lens // BLOCK_SIZE).int().cuda()
+    starts = torch.tensor([0, 43 * SLOTS], device="cuda")
+    total = 60 * SLOTS
+
+    def step():
+        return ops.key_statistics(*device, covered, starts, total, KEY_CHANNELS)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for batch in (first, second, first):
+        for target, source in zip(device, (batch.pages, *batch.rows()), strict=True):
+            # The second batch is smaller; what it leaves of the first must not be read.
+            target[tuple(slice(n) for n in source.shape)] = source.cuda()
+        covered.copy_(batch.seq_lens // BLOCK_SIZE)
+        graph.replay()
+        expected = reference.key_statistics(
+            *(t.cpu() for t in (*device, covered, starts)), total, KEY_CHANNELS
+        )
+        assert_close("norm", out[0], expected[0])
+        assert_close("likeness", out[1], expected[1])
+
+
 def test_pool_with_64_bit_offsets():
     """The last blocks of a pool of more than 2^32 elements, against a small pool."""
     small = make_batch(
@@ -120,6 +155,15 @@ def test_pool_with_64_bit_offsets():
         ops.paged_attention(query, pages, rows, *b.rows()[1:], b.query_start, LAYER, SCALE, out)
         results.append(out)
     assert_same_bits(*results)
+
+    covered = (b.seq_lens // BLOCK_SIZE).int()
+    starts = torch.tensor([0, 2 * SLOTS, 11 * SLOTS], device="cuda")
+    statistics = [
+        ops.key_statistics(pages, rows, *b.rows()[1:], covered, starts, 11 * SLOTS, KEY_CHANNELS)
+        for pages, rows in ((b.pages, b.block_table), (pool, table))
+    ]
+    assert_same_bits(*statistics)
+    assert (statistics[0][0] > 0).all()
 
     kept = torch.ones(3, LAYERS, HEADS, dtype=torch.int32, device="cuda")
     kept[2] = 0

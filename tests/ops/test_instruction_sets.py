@@ -18,6 +18,8 @@ SAMPLE = [
     "test_attention_statistics.py::test_hostile_batch[cpu-8-32-2-dtype1]",
     "test_attention_statistics.py::test_hostile_batch[cpu-16-80-7-dtype0]",
     "test_attention_statistics.py::test_low_count_where_it_is_clear_cut[cpu]",
+    "test_key_statistics.py::test_hostile_batch[cpu-8-80-dtype1]",
+    "test_key_statistics.py::test_hostile_batch[cpu-16-128-dtype2]",
 ]
 
 

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../op_checks.h"
+#include "key_statistics.cuh"
+#include "launch.h"
+#include "ops.h"
+
+namespace kvc::gpu {
+namespace {
+
+template <typename T, int kHeadSize>
+void launch_key_statistics(const Launch& launch, const Tensor& like, KeyStatisticsParams p,
+                           int64_t requests, int64_t most_keys) {
+  using Shape = KeyStatisticsShape<T, kHeadSize>;
+  const auto first = sum_directions_kernel<T, kHeadSize>;
+  const auto second = key_statistics_kernel<T, kHeadSize>;
+  const int64_t heads = requests * p.rows.slots;
+  const int64_t splits =
+      launch.num_splits(second, Shape::kThreads, 0, heads,
+                        most_keys / (4 * Shape::kWarps * Shape::kKeys));  // four tiles per warp
+  const dim3 grid(static_cast<unsigned>(splits), p.rows.slots, static_cast<unsigned>(requests));
+  Tensor partial;  // lives until both kernels are in the stream
+  if (p.channels >> kLikeness & 1) {
+    partial = torch::stable::new_empty(like, {heads * splits * kHeadSize}, ScalarType::Float);
+    p.partial = partial.mutable_data_ptr<float>();
+    first<<<grid, Shape::kThreads, 0, launch.stream()>>>(p);
+  }
+  second<<<grid, Shape::kThreads, 0, launch.stream()>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+Tensor key_statistics(const Tensor& pages, const Tensor& block_table, const Tensor& seq_lens,
+                      const Tensor& state_slot, const Tensor& num_pages, const Tensor& first_page,
+                      const Tensor& covered, const Tensor& new_covered, const Tensor& page_start,
+                      int64_t num_candidate_pages, int64_t channels) {
+  KeyStatisticsParams p{};
+  p.rows = check_key_statistics(pages, block_table, seq_lens, state_slot, num_pages, first_page,
+                                covered, new_covered, page_start, num_candidate_pages, channels);
+  const int64_t requests = block_table.size(0), block_size = p.rows.block_size;
+  check_all_heads(pages, p.rows, requests);
+  const Tensor out = torch::stable::new_empty(
+      pages, {count_channels(channels), num_candidate_pages, block_size}, ScalarType::Float);
+  if (out.numel() == 0) return out;
+  p.pages = static_cast<const uint4*>(pages.const_data_ptr());
+  p.new_covered = new_covered.const_data_ptr<int32_t>();
+  p.page_start = page_start.const_data_ptr<int64_t>();
+  p.out = out.mutable_data_ptr<float>();
+  p.candidates = num_candidate_pages;
+  p.channels = static_cast<uint32_t>(channels);
+  const Launch launch(pages);
+  // Places that no head owns are zero, as in the reference.
+  STD_CUDA_CHECK(cudaMemsetAsync(p.out, 0, out.numel() * sizeof(float), launch.stream()));
+  if (requests == 0) return out;
+  // A guess of the longest head, for the grid only: any length is correct.
+  const int64_t most_keys = block_table.size(1) * block_size;
+  dispatch_dtype(pages.scalar_type(), [&](auto type) {
+    dispatch_head_size(pages.size(2) / 2, [&](auto size) {
+      launch_key_statistics<decltype(type), decltype(size)::value>(launch, pages, p, requests,
+                                                                   most_keys);
+    });
+  });
+  return out;
+}
+
+}  // namespace kvc::gpu

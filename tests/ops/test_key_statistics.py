@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from cases import (
+    CUDA_HEAD_SIZES,
+    DTYPES,
+    Request,
+    assert_close,
+    assert_same_bits,
+    make_batch,
+    uneven,
+)
+
+from kvcompress_vllm import ops
+from kvcompress_vllm.ops import KEY_CHANNELS, reference
+
+LAYERS, HEADS = 2, 2
+SLOTS = LAYERS * HEADS
+
+
+def arguments(requests, head_size, block_size, dtype, device, offset=0.0):
+    """All full blocks are candidates; pages that no request owns lie between the outputs.
+
+    Args:
+        offset: of every number of a key, which makes keys alike.
+    """
+    batch = make_batch(requests, LAYERS, HEADS, block_size, head_size, dtype)
+    batch.pages[..., :head_size] += offset
+    new_covered = batch.seq_lens // block_size
+    page_start, end = [], 1
+    for request, blocks in zip(requests, new_covered.tolist(), strict=True):
+        page_start.append(end)
+        end += sum(request.packed or ()) + (blocks - request.covered) * SLOTS + 1
+    b = batch.to(device)
+    starts = torch.tensor(page_start, dtype=torch.int64, device=device)
+    return [b.pages, *b.rows(), new_covered.int().to(device), starts, end, KEY_CHANNELS]
+
+
+def unsupported(args):
+    """What the CUDA kernel says of a shape that it does not take."""
+    head_size, block_size = args[0].shape[2] // 2, args[0].shape[1]
+    if args[0].device.type != "cuda":
+        return None
+    if head_size not in CUDA_HEAD_SIZES:
+        return f"head size must be .* not {head_size}"
+    if block_size < 8 or block_size & block_size - 1:
+        return f"pages .*{block_size}.* power of two"
+    return None
+
+
+def check(args):
+    expected = reference.key_statistics(
+        *(a.cpu() if isinstance(a, torch.Tensor) else a for a in args)
+    )
+    if unsupported(args):
+        with pytest.raises(RuntimeError, match=unsupported(args)):
+            ops.key_statistics(*args)
+        return expected
+    actual = ops.key_statistics(*args)
+    assert_close("norm", actual[0], expected[0])
+    assert_close("likeness", actual[1], expected[1])
+    return actual.cpu()
+
+
+def hostile(block_size):
+    """Packed and not, uneven with empty heads, no tail, less than a block, nothing at all."""
+    return [
+        Request(tail=5 * block_size + 3),
+        Request(tail=2 * block_size, packed=uneven(2 * SLOTS, SLOTS), covered=3),
+        Request(tail=block_size - 1, packed=uneven(SLOTS, SLOTS), covered=1),
+        Request(tail=0, queries=0),
+        Request(tail=0, packed=uneven(3 * SLOTS, SLOTS), covered=5),
+        Request(tail=64 + block_size + 1),
+        Request(tail=block_size),
+        Request(tail=block_size - 1),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [8, 24, *CUDA_HEAD_SIZES])
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_hostile_batch(device, dtype, head_size, block_size):
+    check(arguments(hostile(block_size), head_size, block_size, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 15, 16, 63, 64, 65, 127, 129, 515, 2051])
+def test_lengths_at_the_edges_of_a_tile(device, dtype, length):
+    """Heads of one split and of several, in one batch with a long one that decides how many."""
+    rows = [Request(tail=length), Request(tail=length + 1500)]
+    rows.append(Request(tail=length, packed=uneven(9 * SLOTS, SLOTS), covered=11))
+    check(arguments(rows, 128, 16, dtype, device, offset=0.25))
+
+
+@pytest.mark.parametrize("block_size", [1, 24, 64, 128])
+def test_blocks_that_do_not_divide_a_tile(device, block_size):
+    rows = [Request(tail=300), Request(tail=200, packed=uneven(SLOTS, SLOTS), covered=2)]
+    check(arguments(rows, 64, block_size, torch.float32, device))
+
+
+def test_against_the_papers_formula(device):
+    """In fp64, key by key, on a request that was never packed: no reference of ours."""
+    args = arguments([Request(tail=100)], 64, 16, torch.float32, device, offset=0.5)
+    got = ops.key_statistics(*args)[:, 1:-1].cpu().view(2, SLOTS, 96)
+    row = args[1][0].cpu()
+    blocks = row[: -(-100 // 16)].long()
+    keys = args[0].cpu().view(-1, SLOTS, 16, 128)[blocks].transpose(0, 1).flatten(1, 2)
+    keys = keys[:, :100, :64].double()
+    for head, of_head in enumerate(keys):
+        mean = sum(key / key.norm() for key in of_head) / len(of_head)
+        wanted = torch.tensor([key @ mean / (key.norm() * mean.norm()) for key in of_head[:96]])
+        torch.testing.assert_close(got[0, head].double(), of_head[:96].norm(dim=-1), atol=0,
+                                   rtol=1e-6)  # fmt: skip
+        torch.testing.assert_close(got[1, head].double(), wanted.double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_keys_of_one_direction(device, dtype):
+    """More than fp16 counts, and with squares beyond what fp16 holds."""
+    args = arguments([Request(tail=70_000)], 32, 32, dtype, device)
+    args[0][..., 0] += 300
+    statistics = check(args)
+    assert (statistics[0, 1:-1] > 250).all() and (statistics[1, 1:-1] > 0.99).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_without_length(device, dtype):
+    """Whole heads of them, single ones, and numbers whose squares vanish in 16 bits."""
+    args = arguments(hostile(16), 64, 16, dtype, device)
+    pages = args[0]
+    pages[::2, 3, :64] = 0
+    tiny = torch.finfo(dtype).tiny if dtype == torch.float16 else 1e-15
+    pages[:, 5, :64] = (tiny * torch.randn(64)).to(dtype).to(device)
+    statistics = check(args)
+    assert (statistics[0] == 0).any() and (statistics[1, statistics[0] == 0] == 0).all()
+    pages[..., :64] = 0
+    assert (ops.key_statistics(*args) == 0).all()
+
+
+def test_directions_that_cancel(device):
+    """The mean of opposite keys is zero, and nothing is like it."""
+    args = arguments([Request(tail=32)], 32, 16, torch.float32, device)
+    args[0][..., :32] = 0
+    args[0][:, ::2, 7], args[0][:, 1::2, 7] = 2.0, -2.0
+    statistics = check(args)
+    assert (statistics[0, 1:-1] == 2).all() and (statistics[1] == 0).all()
+
+
+@pytest.mark.parametrize("mask", [0, 1 << ops.NORM, 1 << ops.LIKENESS])
+def test_only_the_selected_channels(device, mask):
+    """Whatever else is asked for, a channel has the same bits."""
+    args = arguments(hostile(16), 80, 16, torch.bfloat16, device)
+    every = ops.key_statistics(*args)
+    args[-1] = mask
+    some = ops.key_statistics(*args)
+    assert_same_bits(some, every[[c - ops.NORM for c in (ops.NORM, ops.LIKENESS) if mask >> c & 1]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_free_memory_do_not_matter(device, dtype):
+    args = arguments(hostile(16), 64, 16, dtype, device)
+    before = ops.key_statistics(*args)
+    assert before.isfinite().all()
+    free = args[0].isnan()
+    for value in (0.0, float("inf"), float("nan")):
+        args[0][free] = value
+        args[0][..., 64:] = value
+        assert_same_bits(ops.key_statistics(*args), before)
+
+
+def test_the_same_bits_twice(device):
+    args = arguments([Request(tail=3000), *hostile(16)], 128, 16, torch.bfloat16, device)
+    assert_same_bits(ops.key_statistics(*args), ops.key_statistics(*args))
+
+
+@pytest.mark.parametrize("requests", [[], [Request(tail=0, queries=0)]])
+def test_empty_batches(device, requests):
+    args = arguments(requests, 64, 16, torch.float32, device)
+    assert (ops.key_statistics(*args) == 0).all()
+
+
+BAD = [
+    ("pages", 0, lambda t: t[:-1]),
+    ("pages", 0, lambda t: t.double()),
+    ("pages", 0, lambda t: t[..., :-1].contiguous()),
+    ("pages", 0, lambda t: t[..., ::2]),
+    ("block_table", 1, lambda t: t.long()),
+    ("seq_lens", 2, lambda t: t.long()),
+    ("state_slot", 3, lambda t: t[:0]),
+    ("num_pages", 4, lambda t: t.long()),
+    ("first_page", 5, lambda t: t[..., :1]),
+    ("covered", 6, lambda t: t.long()),
+    ("new_covered", 7, lambda t: t[None]),
+    ("page_start", 8, lambda t: t.int()),
+    ("num_candidate_pages", 9, lambda n: -1),
+    ("channels", 10, lambda n: n | 1),
+    ("channels", 10, lambda n: n << 1),
+    ("channels", 10, lambda n: -1),
+]
+
+
+@pytest.mark.parametrize(("name", "index", "change"), BAD)
+def test_bad_argument_is_named(device, name, index, change):
+    args = arguments([Request(tail=33)], 64, 16, torch.float32, device)
+    args[index] = change(args[index])
+    with pytest.raises(RuntimeError, match=name):
+        ops.key_statistics(*args)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "change"),
+    [
+        ("block_table", 1, lambda t: t + 99),
+        ("seq_lens", 2, lambda t: t + 99),
+        ("state_slot", 3, lambda t: t + 99),
+        ("new_covered", 7, lambda t: t + 1),
+        ("page_start", 8, lambda t: t + 2),
+        ("page_start", 8, lambda t: t - 2),
+        ("num_candidate_pages", 9, lambda n: n - 2),
+    ],
+)
+def test_bad_value_is_refused_on_the_cpu(name, index, change):
+    if not ops.backends()["CPU"]["key_statistics"]:
+        pytest.skip("no native CPU kernels are built")
+    args = arguments([Request(tail=33)], 64, 16, torch.float32, "cpu")
+    args[index] = change(args[index])
+    with pytest.raises(RuntimeError, match=name):
+        ops.key_statistics(*args)
