@@ -165,7 +165,7 @@ def test_another_policy_brings_its_own_preferences() -> None:
     config = KVCompressConfig(ratio=8, sinks=2, window=16, pool=3, allow_policies=True)
     assert config.with_policy(None) is config and config.with_policy("kv_compress") is config
     other = config.with_policy("snapkv")
-    assert (other.policy, other.allocator, other.pool) == ("snapkv", "uniform", 7)
+    assert (other.policy, other.allocator, other.pool) == ("snapkv", "uniform", 127)
     assert other.window == 16, "no more than the ring holds, though snapkv prefers 32"
     assert (other.ratio, other.sinks, other.recent) == (8.0, 2, 16)
     assert config.with_policy("tova").window == 1

@@ -48,7 +48,7 @@ class Cake(Policy):
 
     channels = (ops.SUM, ops.SUM_SQUARES, ops.HEAD_SUM_SQUARES, ops.ENTROPY)
     keeps_window = True
-    defaults = Defaults("uniform", window=32, pool=5)
+    defaults = Defaults("uniform", window=32, pool=127)
 
     def score(self, evidence: Evidence) -> Tensor:
         mean = evidence.statistics[ops.SUM] / (evidence.group * evidence.num_queries)

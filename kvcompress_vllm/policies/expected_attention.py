@@ -34,7 +34,7 @@ class ExpectedAttention(Policy):
     epsilon: float = option(0.02, "attention that every key is granted", *number(0))
 
     needs_keys = True
-    defaults = Defaults("layer", window=64, pool=1)
+    defaults = Defaults("layer", window=64, pool=127)
 
     def score(self, evidence: Evidence) -> Tensor:
         assert evidence.keys is not None

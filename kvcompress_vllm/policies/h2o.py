@@ -27,7 +27,7 @@ class H2O(Policy):
 
     channels = (ops.SUM,)
     observes_all = True
-    defaults = Defaults("uniform", window=64, pool=1, query_stride=32)
+    defaults = Defaults("uniform", window=64, pool=15, query_stride=32)
 
     def score(self, evidence: Evidence) -> Tensor:
         return self.pooled(evidence, evidence.statistics[ops.SUM])

@@ -20,7 +20,7 @@ class KeyDiff(Policy):
     """Minus the cosine to the mean direction."""
 
     channels = (ops.LIKENESS,)
-    defaults = Defaults("uniform", window=1, pool=1)
+    defaults = Defaults("uniform", window=1, pool=7)
 
     def score(self, evidence: Evidence) -> Tensor:
         return self.pooled(evidence, -evidence.statistics[ops.LIKENESS])

@@ -10,7 +10,7 @@ and heads decides (allocator ``global``).
 Paper and code: the code pools per query head and sums the group after; this follows the equations,
 group sum first. ``aggregation: average`` divides by the number of observed queries that see the
 key; the code has such a mode, the paper does not. The paper pools over 7 keys; the default is far
-wider, because it keeps whole passages (docs/policies.md).
+wider, because it keeps whole passages (docs/decisions/011).
 """
 
 from __future__ import annotations

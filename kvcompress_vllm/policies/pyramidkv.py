@@ -9,7 +9,7 @@ b`` less that number, so the total stays. Heads of a layer are equal (allocator 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class PyramidKV(SnapKV):
     """SnapKV with layer budgets falling linearly."""
 
     beta: float = option(20.0, "average budget over that of the last layer", *number(1))
+
+    # Late layers have room for few passages.
+    defaults = replace(SnapKV.defaults, pool=31)
 
     def layer_shares(self, evidence: Evidence) -> Tensor:
         average = float(max(1, evidence.open_kept))

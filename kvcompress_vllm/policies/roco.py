@@ -38,7 +38,7 @@ class RoCo(Policy):
 
     channels = (ops.SUM, ops.MEAN_SQUARES)
     observes_all = True
-    defaults = Defaults("uniform", window=64, pool=1, query_stride=32)
+    defaults = Defaults("uniform", window=64, pool=15, query_stride=32)
 
     def score(self, evidence: Evidence) -> Tensor:
         count = evidence.num_observations()

@@ -37,7 +37,7 @@ class Scissorhands(Policy):
     channels = (ops.SUM, ops.LOW_COUNT)
     observes_all = True
     history = 400
-    defaults = Defaults("uniform", window=64, pool=1, query_stride=8)
+    defaults = Defaults("uniform", window=64, pool=127, query_stride=8)
 
     def score(self, evidence: Evidence) -> Tensor:
         # Counted from the top: most keys are low for every query, and near 0 fp32 has room for the

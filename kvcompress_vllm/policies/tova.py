@@ -23,7 +23,7 @@ class Tova(Policy):
     """Attention of the last query, mean over the layer's heads."""
 
     channels = (ops.LAST,)
-    defaults = Defaults("uniform", window=1, pool=1)
+    defaults = Defaults("uniform", window=1, pool=127)
 
     def score(self, evidence: Evidence) -> Tensor:
         last = evidence.statistics[ops.LAST].unflatten(0, (evidence.layers, evidence.heads))

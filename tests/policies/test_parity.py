@@ -22,37 +22,48 @@ LAYER_WEIGHTS = {
 HEAD_WEIGHTS = {"adakv": literal.adakv_heads}
 SAME_SCORE = {"pyramidkv": literal.snapkv, "adakv": literal.snapkv}
 
-# Short windows so that slow code ends; a window shorter than a block, and one of several blocks.
+# Short windows so that slow code ends; one shorter than a block, and one of several blocks. The
+# papers' pools: wider ones, the defaults, leave few different scores in prompts so short.
 CASES = [
     {"policy": "kv_compress"},
     {"policy": "kv_compress", "policy_options": {"norm": "L1"}, "pool": 7, "window": 20},
     {"policy": "kv_compress", "policy_options": {"aggregation": "average"}, "window": 33},
     {"policy": "diverse"},
     {"policy": "diverse", "policy_options": {"share": 0.8, "key_pool": 1}, "pool": 5, "window": 20},
-    {"policy": "roco", "window": 24},
+    {"policy": "roco", "pool": 1, "window": 24},
     {"policy": "roco", "policy_options": {"recent_ratio": 0.4}, "window": 9, "pool": 3},
-    {"policy": "cake"},
-    {"policy": "cake", "window": 17, "policy_options": {"gamma": 5, "tau1": 1.6, "tau2": 0.4}},
-    {"policy": "cake", "window": 6},
-    {"policy": "scissorhands", "window": 24},
-    {"policy": "scissorhands", "window": 12, "policy_options": {"later": 0.25}},
-    {"policy": "snapkv"},
+    {"policy": "cake", "pool": 5},
+    {
+        "policy": "cake",
+        "pool": 5,
+        "window": 17,
+        "policy_options": {"gamma": 5, "tau1": 1.6, "tau2": 0.4},
+    },
+    {"policy": "cake", "pool": 5, "window": 6},
+    {"policy": "scissorhands", "pool": 1, "window": 24},
+    {"policy": "scissorhands", "pool": 1, "window": 12, "policy_options": {"later": 0.25}},
+    {"policy": "snapkv", "pool": 7},
     {"policy": "snapkv", "window": 16, "pool": 5, "policy_options": {"pooling": "average"}},
-    {"policy": "pyramidkv", "window": 16},
-    {"policy": "pyramidkv", "window": 10, "policy_options": {"beta": 2}},
-    {"policy": "adakv"},
-    {"policy": "adakv", "window": 8, "policy_options": {"alpha": 0.7}},
-    {"policy": "h2o", "window": 24},
-    {"policy": "tova"},
+    {"policy": "pyramidkv", "pool": 7, "window": 16},
+    {"policy": "pyramidkv", "pool": 7, "window": 10, "policy_options": {"beta": 2}},
+    {"policy": "adakv", "pool": 7},
+    {"policy": "adakv", "pool": 7, "window": 8, "policy_options": {"alpha": 0.7}},
+    {"policy": "h2o", "pool": 1, "window": 24},
+    {"policy": "tova", "pool": 1},
     {"policy": "mean_attention", "window": 30, "pool": 3},
-    {"policy": "keydiff"},
+    {"policy": "keydiff", "pool": 1},
     {"policy": "knorm"},
-    {"policy": "expected_attention", "window": 24, "policy_options": {"epsilon": 0.001}},
-    {"policy": "expected_attention", "window": 300},
+    {"policy": "expected_attention", "pool": 1, "window": 24, "policy_options": {"epsilon": 0.001}},
+    {"policy": "expected_attention", "pool": 1, "window": 300},
     {"policy": "mean_attention", "window": 300},
     {"policy": "streaming"},
     {"policy": "random"},
     {"policy": "random", "policy_options": {"seed": 7}},
+    # As wide as their defaults.
+    *({"policy": name, "window": 24} for name in ("snapkv", "cake", "h2o", "scissorhands")),
+    {"policy": "tova"},
+    {"policy": "keydiff"},
+    {"policy": "expected_attention", "window": 24},
 ]
 # Not on the model: where a layer's keys depend on the token alone, all that repeat tie in their
 # norm but for the rounding of RoPE, and pooling makes five ties of one.

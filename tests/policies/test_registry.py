@@ -129,9 +129,10 @@ def test_what_auto_stands_for() -> None:
     assert values() == ("global", 8, 127, 16)
     assert values(policy="kv_compress", window=64) == ("global", 64, 127, 16)
     assert values(policy="diverse") == ("global", 16, 127, 16)
-    assert values(policy="snapkv") == ("uniform", 32, 7, 32)
+    assert values(policy="snapkv") == ("uniform", 32, 127, 32)
     assert values(policy="snapkv", window="auto", pool=3) == ("uniform", 32, 3, 32)
-    assert values(policy="adakv", window=8) == ("layer", 8, 7, 16)
+    assert values(policy="adakv", window=8) == ("layer", 8, 127, 16)
+    assert values(policy="pyramidkv")[2] == 31  # late layers have room for few passages
     # A policy that keeps its window keeps it, whatever `recent` says.
     assert values(policy="cake", window=40, recent=2)[3] == 40
-    assert values(policy="tova", allocator="global") == ("global", 1, 1, 16)
+    assert values(policy="tova", allocator="global") == ("global", 1, 127, 16)
