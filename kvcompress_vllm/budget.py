@@ -57,6 +57,15 @@ def floor_pages(
     return max(1, -(-max(shields, config.min_tokens_per_head) // block_size))
 
 
+def fewest_blocks(
+    config: KVCompressConfig, block_size: int, covered: int = 0, own: Wish | None = None
+) -> int:
+    """Blocks that a ratio or a mass keeps at least: room for the floor of every head, and
+    ``min_budget_tokens``; arguments as of ``floor_pages``."""
+    floor = floor_pages(config, block_size, covered, own)
+    return max(floor, -(-config.min_budget_tokens // block_size))
+
+
 def packed_blocks(
     config: KVCompressConfig,
     num_tokens: int,
@@ -68,7 +77,7 @@ def packed_blocks(
     """Blocks C to keep of ``covered`` full blocks of a request of ``num_tokens`` tokens.
 
     Args:
-        ratio: lowers the budget further, down to the per-head floor.
+        ratio: lowers the budget further, down to the fewest blocks.
         own: what the request asked for, within the limits ``min_ratio`` and ``max_ratio``.
 
     Returns:
@@ -78,6 +87,7 @@ def packed_blocks(
     if num_tokens < config.min_prompt_tokens:
         return covered
     floor = floor_pages(config, block_size, covered, own)
+    fewest = fewest_blocks(config, block_size, covered, own)
     if own is not None and own.ratio is own.budget_tokens is None:
         own = None
     wanted = own or Wish(config.ratio, config.budget_tokens)
@@ -86,6 +96,7 @@ def packed_blocks(
         wanted = Wish(min(config.max_ratio or math.inf, max(config.min_ratio or 1, DEFAULT_RATIO)))
     if wanted.budget_tokens is not None:
         kept = -(-wanted.budget_tokens // block_size)
+        fewest = floor  # who names so few tokens means it
     else:
         assert wanted.ratio is not None
         kept = math.ceil(covered / wanted.ratio)
@@ -95,4 +106,4 @@ def packed_blocks(
             kept = max(kept, math.ceil(covered / config.max_ratio))
     if ratio is not None:
         kept = min(kept, math.ceil(covered / ratio))
-    return min(covered, max(kept, floor))
+    return min(covered, max(kept, fewest))

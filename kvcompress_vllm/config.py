@@ -108,6 +108,12 @@ class KVCompressConfig:
     sinks: int = _option(4, "first prompt tokens that are always kept", *_integer(0))
     min_tokens_per_head: int = _option(16, "tokens that every KV head keeps at least", *_integer(0))
     min_prompt_tokens: int = _option(128, "shorter requests are never compressed", *_integer(1))
+    min_budget_tokens: int = _option(
+        0,
+        "tokens kept per KV head on average that neither ratio nor mass goes below; short requests "
+        "keep more",
+        *_integer(0),
+    )
     decode: bool = _option(
         True,
         "compress what is generated, too, whenever it has outgrown the budget",

@@ -33,16 +33,16 @@ def mass_of(config: KVCompressConfig, own: Wish | None) -> float | None:
 
 
 def mass_blocks(
-    config: KVCompressConfig, curve: LossCurve, mass: float, covered: int, floor: int
+    config: KVCompressConfig, curve: LossCurve, mass: float, covered: int, fewest: int
 ) -> int:
     """Blocks C to keep of a request for ``mass``, within ``min_ratio`` and ``max_ratio``.
 
     Args:
         curve: of its candidates.
         covered: F of the compression.
-        floor: pages that every head keeps.
+        fewest: blocks whatever the mass.
     """
-    fewest = max(floor, math.ceil(covered / (config.max_ratio or HIGHEST_RATIO)))
+    fewest = max(fewest, math.ceil(covered / (config.max_ratio or HIGHEST_RATIO)))
     most = max(fewest, math.ceil(covered / (config.min_ratio or 1.0)))
     return min(curve.blocks[-1], max(fewest, min(most, curve.fewest_blocks(mass))))
 

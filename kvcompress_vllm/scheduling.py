@@ -498,7 +498,9 @@ class CompressionPlanner:
             return
         own, covered = tracked.own, tracked.due_at // self.block_size
         assert own is not None and own.mass is not None
-        kept = mass_blocks(self.config, scored.curve, own.mass, covered, self.floor(covered, own))
+        config = self.config.with_policy(own.policy)
+        fewest = budget.fewest_blocks(config, self.block_size, covered, own)
+        kept = mass_blocks(config, scored.curve, own.mass, covered, fewest)
         self._expected.learn(covered, kept)
         self.version += 1
         tracked.own = own._replace(ratio=rounded_ratio(covered / kept))

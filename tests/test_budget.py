@@ -22,6 +22,11 @@ B = 16
         ({"budget_tokens": 128}, 1600, 8),
         ({"budget_tokens": 129}, 1600, 9),
         ({"budget_tokens": 5000}, 1600, 100),
+        ({"ratio": 4, "min_budget_tokens": 250}, 800, 16),  # not 13
+        ({"ratio": 4, "min_budget_tokens": 250}, 1600, 25),
+        ({"ratio": 4, "min_budget_tokens": 250}, 160, 10),  # all there is
+        ({"ratio": 64, "recent": 300, "min_budget_tokens": 250}, 1600, 19),  # the shields
+        ({"budget_tokens": 128, "min_budget_tokens": 250}, 1600, 8),  # said outright
         ({"ratio": 4}, 127, 7),  # shorter than min_prompt_tokens
         ({"ratio": 4, "min_prompt_tokens": 1}, 33, 2),  # the shields hold both blocks
     ],
@@ -66,10 +71,14 @@ def test_what_is_kept_always_holds_the_shields(
         ({"max_ratio": 8}, Wish(ratio=20), 13),
         ({"max_ratio": 8}, Wish(budget_tokens=16), 13),
         ({"max_ratio": 8}, Wish(ratio=6), 17),
+        ({"min_budget_tokens": 320}, Wish(ratio=10), 20),
+        ({"min_budget_tokens": 320}, Wish(budget_tokens=160), 10),
+        ({"min_budget_tokens": 320, "max_ratio": 8}, Wish(ratio=30), 20),
     ],
 )
 def test_a_request_may_ask_within_the_limits(options: dict, own: Wish, kept: int) -> None:
     config = KVCompressConfig.from_dict({"ratio": 4, **options})
     assert budget.packed_blocks(config, 1600, 100, B, own=own) == kept
     # Pressure goes below what was asked for, never above.
-    assert budget.packed_blocks(config, 1600, 100, B, ratio=20, own=own) == min(kept, 5)
+    fewest = 5 if own.budget_tokens else max(5, config.min_budget_tokens // B)
+    assert budget.packed_blocks(config, 1600, 100, B, ratio=20, own=own) == min(kept, fewest)

@@ -43,6 +43,7 @@ def test_budget_tokens_replaces_the_default_ratio() -> None:
         ({"sinks": "x"}, "sinks", "'x'", "an integer >= 0"),
         ({"min_tokens_per_head": -5}, "min_tokens_per_head", "-5", "an integer >= 0"),
         ({"min_prompt_tokens": 0}, "min_prompt_tokens", "0", "an integer >= 1"),
+        ({"min_budget_tokens": -1}, "min_budget_tokens", "-1", "an integer >= 0"),
         ({"pool": 4}, "pool", "4", "an odd integer >= 1"),
         ({"allocator": "pyramid"}, "allocator", "'pyramid'", "global, layer, uniform"),
         ({"policy": 3}, "policy", "3", "kv_compress"),

@@ -113,6 +113,14 @@ def test_scored_first_and_compressed_once_the_curve_is_known() -> None:
     assert a.own == Wish(mass=0.9, ratio=2.5)
 
 
+def test_a_mass_keeps_the_least_budget_at_least() -> None:
+    p = planner(min_budget_tokens=640)
+    a = admitted(p, "a", 1600)
+    p.to_score({"a": 1600})
+    p.scored(scored(a))
+    assert p.target(a) == (100, 40)  # 37 hold the mass
+
+
 def test_a_generation_is_scored_again() -> None:
     p = planner()
     a = admitted(p, "a", 1600)

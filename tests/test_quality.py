@@ -21,6 +21,7 @@ from benchmarks.quality.__main__ import (
     run_engine,
 )
 from benchmarks.quality.cells import (
+    DECODED,
     EITHER,
     FULL,
     HIDDEN,
@@ -35,10 +36,28 @@ from benchmarks.quality.cells import (
     load,
     runs,
 )
-from benchmarks.quality.measure import Settings, by_engine, by_request, engine_of, kept_share
-from benchmarks.quality.prompts import CONTINUATION, TINY, Prompt, Prompts, check_tasks, parts
+from benchmarks.quality.measure import (
+    Settings,
+    by_engine,
+    by_request,
+    engine_of,
+    generated,
+    kept_share,
+    score,
+)
+from benchmarks.quality.prompts import (
+    CONTINUATION,
+    GIVEN,
+    TINY,
+    Prompt,
+    Prompts,
+    check_tasks,
+    parts,
+)
 from benchmarks.retrieval import TASKS
 from kvcompress_vllm import policies
+from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.usage import CompressionUsage
 
 RUN = {"model": "tiny", "dtype": "auto", "base": "recent=32", "seeds": "tuning"}
 
@@ -58,9 +77,12 @@ def test_the_grid_always_holds_the_controls() -> None:
 
 
 def test_perplexity_is_measured_over_a_compressed_context_only() -> None:
-    found = wanted("--questions", "visible,hidden", "--tasks", "qa,perplexity", "--ratios", "4")
-    modes = {(cell.task, cell.question) for cell in found if cell.policy == "kv_compress"}
-    assert modes == {("qa", VISIBLE), ("qa", HIDDEN), (PERPLEXITY, HIDDEN)}
+    modes = ["--questions", "visible,hidden,decoded"]
+    found = wanted(*modes, "--tasks", "qa,perplexity", "--ratios", "4")
+    assert {(cell.task, cell.question) for cell in found if cell.policy == "kv_compress"} == {
+        ("qa", VISIBLE), ("qa", HIDDEN), ("qa", DECODED), (PERPLEXITY, HIDDEN),
+        (PERPLEXITY, DECODED),
+    }  # fmt: skip
     assert {cell.question for cell in found if cell.policy == FULL} == {EITHER}
 
 
@@ -98,6 +120,19 @@ def test_all_policies_share_an_engine_at_equal_shields() -> None:
     # A window that is kept whole widens the shield of its own policy.
     assert len(engines(*alone, "--vary", "window=8,64")) == 2
     assert len(engines("--vary", "query_stride=0,1")) == 3
+
+
+def test_what_is_generated_is_compressed_by_an_engine_of_its_own() -> None:
+    found = wanted("--questions", "visible,hidden,decoded", "--tasks", "qa", "--ratios", "4")
+    prompts, generations = by_engine(found, "")
+    assert {cell.question for cell in prompts} == {EITHER, VISIBLE, HIDDEN}
+    assert {cell.question for cell in generations} == {DECODED}
+    for cell in [cell for cell in found if cell.policy != FULL]:
+        config = config_of(cell.choice, "")
+        assert config.decode == (cell.question == DECODED) and not config.on_pressure
+    assert len(by_engine(wanted("--questions", "decoded", "--vary", "interval=2,8"), "")) == 2
+    with pytest.raises(ValueError, match="decode=False"):
+        by_engine(found, "decode=false")
 
 
 @pytest.mark.parametrize(
@@ -279,8 +314,10 @@ def test_figures(tmp_path: Path) -> None:
 def test_kept_pages_of_all_ranks() -> None:
     ranks = [{"1-ab": [[8, 2], [4, 4]], "11-cd": [[0, 0]] * 2}, {"1-ef": [[1, 3], [6, 0]]}]
     assert by_request(ranks, "1") == [[8, 2, 1, 3], [4, 4, 6, 0]]
-    assert kept_share(ranks, "1", 8) == [[1, 0.25, 0.125, 0.375], [0.5, 0.5, 0.75, 0]]
-    assert by_request(ranks, "2") is None and kept_share(ranks, "2", 8) is None
+    ranks[1]["1-ef"][1][1] = 4  # 32 pages of 8 heads are 4 blocks
+    usage = CompressionUsage(compressions=2, blocks_before=9, blocks_after=5)  # one in the tail
+    assert kept_share(ranks, "1", usage) == [[1, 0.25, 0.125, 0.375], [0.5, 0.5, 0.75, 0.5]]
+    assert by_request(ranks, "2") is None and kept_share(ranks, "2", usage) is None
 
 
 # ---------------------------------------------------------------- prompts
@@ -364,6 +401,39 @@ def test_exact_answers_end() -> None:
     prompt = Prompt([1], 1, ("42",), 4, "exact")
     assert prompt.score(" 42", ended=True) == 1
     assert prompt.score("42", ended=False) == 0 and prompt.score("421", ended=True) == 0
+
+
+def output(tokens: list[int], logprobs: Any = None) -> Any:
+    completion = SimpleNamespace(token_ids=tokens, logprobs=logprobs, finish_reason="stop")
+    return SimpleNamespace(request_id="7", outputs=[completion], prompt_logprobs=None)
+
+
+def test_the_answer_begins_after_what_is_generated() -> None:
+    text = SimpleNamespace(decode=lambda tokens, skip_special_tokens: " ".join(map(str, tokens)))
+    prompt = Prompt([*range(GIVEN + 3)], 2, ("42",), 4, "exact")
+    last = [GIVEN, GIVEN + 1, GIVEN + 2]
+    visible, decoded = Choice("tova", question=VISIBLE), Choice("tova", question=DECODED)
+    assert generated(visible, prompt) == [] and generated(decoded, prompt) == last
+    assert score(output([42]), visible, prompt, text) == 1
+    assert score(output([*last, 42]), decoded, prompt, text) == 1
+    assert score(output([*last, 41]), decoded, prompt, text) == 0
+    with pytest.raises(RuntimeError, match="7 did not generate the 3 tokens"):
+        score(output([42]), decoded, prompt, text)
+    with pytest.raises(ValueError, match=f"of {GIVEN} tokens is not accepted"):
+        generated(decoded, Prompt([*range(GIVEN)], 2, ("42",), 4, "exact"))
+
+
+def test_the_loss_of_what_is_generated() -> None:
+    prompt = Prompt([*range(GIVEN + 4)], GIVEN + 1, (), 1, "nats")
+    assert list(prompt.measured) == [GIVEN + 2, GIVEN + 3]
+    last = [*range(GIVEN, GIVEN + 4)]
+    known = [{token: SimpleNamespace(logprob=-0.5 * i)} for i, token in enumerate(last)]
+    decoded = Choice("tova", question=DECODED)
+    assert score(output(last, known), decoded, prompt, None) == pytest.approx((1.0 + 1.5) / 2)
+
+
+def test_nothing_but_the_generation_is_compressed() -> None:
+    assert KVCompressConfig().min_prompt_tokens > GIVEN
 
 
 def test_parts_of_an_answer() -> None:

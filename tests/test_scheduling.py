@@ -73,6 +73,16 @@ def test_a_ratio_holds_for_prompt_and_generation_together() -> None:
         assert blocks - p.packed_size(num_tokens)[1] == 8
 
 
+def test_a_short_generation_is_not_squeezed_below_the_least_budget() -> None:
+    p = planner(ratio=4, interval=8, min_budget_tokens=256)
+    p.admit("a", 100)
+    held = decode(p, "a", 100, 2000)
+    assert held[0] == (24 * B, 16 + 8) and held[1] == (32 * B, 16 + 8)
+    # As without it, once a quarter is more.
+    assert all(blocks == max(16, -(-n // B // 4)) + 8 for n, blocks in held)
+    assert max(blocks for _, blocks in held) > 16 + 8
+
+
 def test_decode_false_leaves_generations_alone() -> None:
     p = planner(decode=False)
     p.admit("short", 100)
@@ -268,11 +278,17 @@ def test_generations_outgrow_their_budgets_further_where_slots_do_not_go_round()
     interval=st.integers(1, 20),
     prompt=st.integers(0, 3000),
     min_prompt_tokens=st.integers(1, 400),
+    min_budget_tokens=st.sampled_from([0, 100, 1000]),
 )
 def test_outgrown_at_is_the_first_such_place(
-    ratio: float, interval: int, prompt: int, min_prompt_tokens: int
+    ratio: float, interval: int, prompt: int, min_prompt_tokens: int, min_budget_tokens: int
 ) -> None:
-    p = planner(ratio=ratio, interval=interval, min_prompt_tokens=min_prompt_tokens)
+    p = planner(
+        ratio=ratio,
+        interval=interval,
+        min_prompt_tokens=min_prompt_tokens,
+        min_budget_tokens=min_budget_tokens,
+    )
     covered, kept = p.packed_size(prompt)
     covered, kept = (covered, kept) if kept < covered else (0, 0)
 

@@ -9,8 +9,10 @@
 Each cell is a policy, an allocator, a ratio, a question mode, varied options, a task and a length.
 The full cache, ``streaming`` and ``random`` are always measured beside the others, on the same
 samples. With the question ``visible`` the whole prompt is compressed; ``hidden``, what stands
-before the question is, and the question is read over it. ``perplexity`` is the loss on natural text
-(nats per token of its last 256) after what stands before was compressed.
+before the question is, and the question is read over it; ``decoded``, the engine is made to
+generate everything but the first tokens, context and question, and compresses it on the way as it
+does any generation. ``perplexity`` is the loss on natural text (nats per token of its last 256)
+after what stands before was compressed; where it is ``decoded``, those are compressed, too.
 
 Results are written as they come; a run with the same ``--output`` goes on where the last one ended,
 and a larger ``--samples`` adds to it. What the engines log goes to a file beside it, ``.log``.

@@ -18,12 +18,13 @@ from kvcompress_vllm.config import KVCompressConfig, parse_spec
 FULL = "full"
 """The policy name of the control that keeps everything; it has one allocator and ratio 1."""
 CONTROLS = (FULL, "streaming", "random")
-VISIBLE, HIDDEN = QUESTIONS = ("visible", "hidden")
-"""Whether the question is in what is compressed, or read over the compressed context."""
+VISIBLE, HIDDEN, DECODED = QUESTIONS = ("visible", "hidden", "decoded")
+"""Whether the question is in what is compressed, or read over the compressed context, or context
+and question are generated, and compressed on the way as generations are."""
 EITHER = "either"
 """The question mode of the full cache, for which it makes no difference."""
 PERPLEXITY = "perplexity"
-"""A task: how likely text is after its beginning was compressed. Hidden, of course."""
+"""A task: how likely text is after its beginning was compressed. Never visible, of course."""
 IGNORED_BY_CONTROLS = ("window", "pool", "policy_options.")
 """Options that ``streaming`` and ``random`` take no notice of."""
 
@@ -79,7 +80,7 @@ def grid(
     for policy, allocator, variant in product(every, allocators, variants):
         options = _own(policy, variant)
         for ratio, question, (task, length) in product(ratios, questions, tasks):
-            if task != PERPLEXITY or question == HIDDEN:
+            if task != PERPLEXITY or question != VISIBLE:
                 cell = Cell(policy, allocator, float(ratio), question, options, task, length)
                 seen[cell] = None
     yield from seen
@@ -109,8 +110,13 @@ def config_of(choice: Choice, base: str) -> KVCompressConfig:
         ValueError: options that are not accepted.
     """
     # Short answers over a fixed cache: nothing is compressed that the cell does not name.
-    options: dict[str, Any] = {"decode": False, "on_pressure": False}
+    options: dict[str, Any] = {"decode": choice.question == DECODED, "on_pressure": False}
     options |= parse_spec(base) | parse_spec(choice.options)
+    if choice.question == DECODED and options["decode"] is False:
+        raise ValueError(
+            "decode=False is not accepted with the question decoded, which measures what decode "
+            "compresses; it must be true"
+        )
     chosen = {"policy": choice.policy, "allocator": choice.allocator, "ratio": choice.ratio}
     return KVCompressConfig.from_dict(options | chosen)
 

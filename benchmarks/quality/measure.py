@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import longbench
-from benchmarks.quality.cells import FULL, HIDDEN, Cell, Choice, config_of, runs
-from benchmarks.quality.prompts import Prompt, Prompts
+from benchmarks.quality.cells import DECODED, FULL, HIDDEN, Cell, Choice, config_of, runs
+from benchmarks.quality.prompts import GIVEN, Prompt, Prompts
 from kvcompress_vllm import policies
 from kvcompress_vllm.config import KVCompressConfig
 
@@ -105,12 +105,15 @@ def start(settings: Settings, cells: Iterable[Cell]) -> Any:
         "disable_log_stats": True,
         **(settings.llm or {}),
     }
-    return LLM(
+    llm = LLM(
         settings.model,
         kv_compress={**json.loads(engine), "window": widest},
         worker_extension_cls="benchmarks.quality.worker.QualityWorker",
         **arguments,
     )
+    if any(choice.question == DECODED for choice in choices):
+        llm.collective_rpc("quality_force")
+    return llm
 
 
 def configure(llm: Any, choice: Choice, base: str) -> None:
@@ -128,22 +131,49 @@ def request(choice: Choice, prompt: Prompt) -> Any:
         extra = {"kv_compress_ratio": choice.ratio}
         if choice.question == HIDDEN:
             extra["kv_compress_context_tokens"] = prompt.context_tokens
+    forced = generated(choice, prompt)
+    plain = prompt.metric == "nats"
+    if forced:
+        from benchmarks.quality.forcing import KEY
+
+        extra[KEY] = forced
     return SamplingParams(
         temperature=0,
-        max_tokens=prompt.max_tokens,
-        prompt_logprobs=0 if prompt.metric == "nats" else None,
+        max_tokens=len(forced) if forced and plain else len(forced) + prompt.max_tokens,
+        min_tokens=len(forced),  # chat templates hold what ends an output otherwise
+        logprobs=0 if forced and plain else None,
+        prompt_logprobs=0 if plain and not forced else None,
         flat_logprobs=True,
         detokenize=False,
         extra_args=extra,
     )
 
 
+def generated(choice: Choice, prompt: Prompt) -> list[int]:
+    """What the engine is made to generate of a sample.
+
+    Raises:
+        ValueError: it is too short to generate anything.
+    """
+    if choice.question != DECODED:
+        return []
+    if len(prompt.tokens) <= GIVEN:
+        raise ValueError(
+            f"a sample of {len(prompt.tokens)} tokens is not accepted with the question decoded; "
+            f"it must have more than the {GIVEN} that are the prompt"
+        )
+    return prompt.tokens[GIVEN:]
+
+
 def generate(llm: Any, choice: Choice, prompts: list[Prompt]) -> list[Any]:
     """The outputs, in order."""
     from vllm.inputs import TokensPrompt
 
+    given = [
+        prompt.tokens[: len(prompt.tokens) - len(generated(choice, prompt))] for prompt in prompts
+    ]
     return llm.generate(  # type: ignore[no-any-return]
-        [TokensPrompt(prompt_token_ids=prompt.tokens) for prompt in prompts],
+        [TokensPrompt(prompt_token_ids=tokens) for tokens in given],
         [request(choice, prompt) for prompt in prompts],
         use_tqdm=False,
     )
@@ -199,6 +229,7 @@ def answers(
         recorded = record and choice.policy != FULL and counts[item[0]] <= RECORDED
         (first if recorded else rest).append(item)
     scores: dict[tuple[Cell, int], float] = {}
+    times: dict[Cell, list[int]] = {}
     shares: dict[Cell, list[list[list[float]]]] = {}
     tokenizer = llm.get_tokenizer()
     for asked in (first, rest):
@@ -207,12 +238,13 @@ def answers(
         outputs = generate(llm, choice, [prompt for _, _, prompt in asked])
         if asked is first and first:
             ranks = llm.collective_rpc("quality_recorded_pages")
-            for output, (cell, _, prompt) in zip(outputs, asked, strict=True):
-                kept = kept_share(ranks, output.request_id, covered(choice, prompt))
+            for output, (cell, _, _) in zip(outputs, asked, strict=True):
+                kept = kept_share(ranks, output.request_id, output.kv_compress)
                 if kept:
                     shares.setdefault(cell, []).append(kept)
         for output, (cell, seed, prompt) in zip(outputs, asked, strict=True):
-            scores[cell, seed] = score(output, prompt, tokenizer)
+            scores[cell, seed] = score(output, choice, prompt, tokenizer)
+            times.setdefault(cell, []).append(output.kv_compress.compressions)
     metrics = {cell: prompt.metric for cell, _, prompt in items}
     for cell in metrics:
         for some in runs(seed for c, seed in scores if c == cell):
@@ -221,34 +253,49 @@ def answers(
                 "first_seed": some[0],
                 "scores": [round(scores[cell, seed], 4) for seed in some],
             }
+            if choice.question == DECODED:
+                line["compressions"] = round(sum(times[cell]) / len(times[cell]), 1)
             if shares.get(cell):
                 maps = shares.pop(cell)
                 line |= {"kept_samples": len(maps), "kept": _mean(maps)}
             yield line
 
 
-def score(output: Any, prompt: Prompt, tokenizer: Any) -> float:
-    """Of one output; nats per token where the prompt is plain text."""
+def score(output: Any, choice: Choice, prompt: Prompt, tokenizer: Any) -> float:
+    """Of one output; nats per token where the prompt is plain text.
+
+    Raises:
+        RuntimeError: the engine did not generate what it was made to.
+    """
+    forced = generated(choice, prompt)
+    tokens = list(output.outputs[0].token_ids)
+    if tokens[: len(forced)] != forced:
+        raise RuntimeError(f"{output.request_id} did not generate the {len(forced)} tokens given")
     if prompt.metric == "nats":
-        later = prompt.measured
-        found = [output.prompt_logprobs[i][prompt.tokens[i]].logprob for i in later]
+        known = output.outputs[0].logprobs if forced else output.prompt_logprobs
+        first = len(prompt.tokens) - len(forced) if forced else 0
+        found = [known[i - first][prompt.tokens[i]].logprob for i in prompt.measured]
         return -math.fsum(found) / len(found)
-    reply = tokenizer.decode(list(output.outputs[0].token_ids), skip_special_tokens=True)
+    reply = tokenizer.decode(tokens[len(forced) :], skip_special_tokens=True)
     return prompt.score(reply, ended=output.outputs[0].finish_reason == "stop")
 
 
-def covered(choice: Choice, prompt: Prompt) -> int:
-    """Blocks that are compressed."""
-    tokens = prompt.context_tokens if choice.question == HIDDEN else len(prompt.tokens)
-    return tokens // BLOCK_SIZE
-
-
 def kept_share(
-    ranks: list[dict[str, list[list[int]]]], request_id: str, blocks: int
+    ranks: list[dict[str, list[list[int]]]], request_id: str, usage: Any
 ) -> list[list[float]] | None:
-    """Pages kept of those there were, ``[L][H]`` over all ranks; None: not compressed."""
+    """Pages kept by the last compression of those there would be, ``[L][H]`` over all ranks; None:
+    not compressed.
+
+    Args:
+        usage: the output's ``kv_compress``.
+    """
     pages = by_request(ranks, request_id)
-    return pages and [[count / blocks for count in heads] for heads in pages]
+    if not pages:
+        return None
+    every = [*chain(*pages)]
+    # All blocks but those of the tail, which are no pages of the last compression.
+    blocks = usage.blocks_before - usage.blocks_after + sum(every) // len(every)
+    return [[count / blocks for count in heads] for heads in pages]
 
 
 def by_request(ranks: list[dict[str, Any]], request_id: str) -> Any:

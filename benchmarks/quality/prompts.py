@@ -17,6 +17,9 @@ from benchmarks.retrieval.vocab import ASSISTANT, USER
 TINY = Path(__file__).parents[2] / "models" / "tiny"
 CONTINUATION = 256
 """Tokens whose likelihood is measured, at the end of a text."""
+GIVEN = 64
+"""Tokens of a sample that are the prompt where the rest is generated. Fewer than min_prompt_tokens
+by default, so that nothing is compressed but what was generated."""
 ROOM = 4
 """Tokens that an answer may be longer than the right one."""
 ROOM_TO_CHAT = 48

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
-from benchmarks.quality.cells import HIDDEN, PERPLEXITY, QUESTIONS, Cell, Choice, config_of
+from benchmarks.quality.cells import HIDDEN, PERPLEXITY, VISIBLE, Cell, Choice, config_of
 from benchmarks.quality.measure import (
     Settings,
     by_engine,
@@ -46,6 +46,8 @@ from tests.policies import literal, prompts
 from tests.policies.test_parity import HEAD_WEIGHTS, LAYER_WEIGHTS, SAME_SCORE, accepted
 
 BASE = "sinks=4,recent=32,query_stride=0"
+COMPARED = (VISIBLE, HIDDEN)
+"""Question modes with one compression."""
 ALL_QUERIES = "query_stride=1"
 """For policies that judge by all queries, beside the last window alone."""
 SAME_NATS = 1e-4
@@ -222,7 +224,7 @@ def ask(
         for (task, _, seed), prompt, output in zip(mine, given, outputs, strict=True):
             kept = [keys for heads in by_request(ranks, output.request_id) for keys in heads]
             tokens = list(output.outputs[0].token_ids)
-            nats = score(output, prompt, tokenizer) if prompt.metric == "nats" else None
+            nats = score(output, choice, prompt, tokenizer) if prompt.metric == "nats" else None
             yield Asked(choice, task, seed, prompt, kept, tokens, nats)
 
 
@@ -410,8 +412,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1, help="per task")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--ratio", type=float, default=6.0)
-    parser.add_argument("--questions", default=",".join(QUESTIONS))
+    parser.add_argument("--questions", default=",".join(COMPARED))
     args = parser.parse_args()
+    for question in args.questions.split(","):
+        if question not in COMPARED:
+            parser.error(
+                f"--questions {question!r} is not accepted; it must be one of {', '.join(COMPARED)}"
+            )
     names = policies.BUILT_IN if args.policies == "all" else args.policies.split(",")
     choices = [
         Choice(policy, allocator, args.ratio, question, options)

@@ -42,6 +42,12 @@ class QualityWorker:
         old = self.kv_compressor
         self.kv_compressor = Compressor(config, old.state, old.pages, old.scale)
 
+    def quality_force(self: Any) -> None:
+        """Have requests generate the tokens that they name; see ``forcing.py``."""
+        from benchmarks.quality import forcing  # imports vLLM
+
+        forcing.attach(self.model_runner)
+
     def quality_record(self: Any) -> None:
         """Record from now on what is kept."""
         self.kv_compressor.record = {}

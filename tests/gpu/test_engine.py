@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from benchmarks.quality.cells import DECODED, Cell, Choice
+from benchmarks.quality.measure import Settings, measure, start
 from kvcompress_vllm.integration.reports import reports_of
 from kvcompress_vllm.reports import Report, Scored
 from tests.integration.engines import engine, greedy, samples, scheduler
+from tests.integration.simulation import MODEL
 
 pytestmark = pytest.mark.gpu
 
@@ -119,3 +126,21 @@ def test_mass_budgets_and_reports(asynchronous: bool, monkeypatch: pytest.Monkey
         assert 0 < report.milliseconds < 1000
         kept.add(blocks)
     assert len(kept) > 3
+
+
+def test_the_quality_benchmark_has_runner_v2_generate_what_it_gives() -> None:
+    """Wrong tokens are an error of the benchmark itself."""
+    choices = [Choice("kv_compress", "auto", ratio, DECODED) for ratio in (1.0, 4.0)]
+    missing = {Cell(*choice, "single", 600): range(8) for choice in choices}
+    arguments = {"gpu_memory_utilization": 0.3, "num_gpu_blocks_override": 2000}
+    settings = Settings(str(MODEL), "recent=32", arguments)
+    llm = start(settings, missing)
+    try:
+        kept_all, compressed = measure(llm, settings, missing)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    assert sum(kept_all["scores"]) == 8 and kept_all["compressions"] == 0
+    assert compressed["compressions"] >= 2

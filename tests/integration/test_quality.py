@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from benchmarks.quality.cells import FULL, HIDDEN, PERPLEXITY, VISIBLE, Cell, Choice
-from benchmarks.quality.measure import Settings, measure, start
+from benchmarks.quality.cells import DECODED, FULL, HIDDEN, PERPLEXITY, VISIBLE, Cell, Choice
+from benchmarks.quality.measure import Settings, configure, generate, measure, score, start
+from benchmarks.quality.prompts import GIVEN, Prompts
 from benchmarks.quality.reference import ask, compare
 from tests.integration.engines import FIRST_SEED
 from tests.integration.simulation import MODEL
@@ -28,14 +29,26 @@ COMPARED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[Any]:
-    llm = start(SETTINGS, [Cell(*choice, "single", 600) for choice in COMPARED])
+GENERATED = Choice("kv_compress", "auto", 4.0, DECODED)
+
+
+def started(choices: list[Choice]) -> Iterator[Any]:
+    llm = start(SETTINGS, [Cell(*choice, "single", 600) for choice in choices])
     yield llm
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[Any]:
+    yield from started(COMPARED)
+
+
+@pytest.fixture(scope="module")
+def generating() -> Iterator[Any]:
+    yield from started([GENERATED])
 
 
 def test_the_engine_answers_like_the_literal_reference(llm: Any) -> None:
@@ -82,6 +95,47 @@ def test_measured_cells(llm: Any) -> None:
     # A prefix cache that knows all prompts, and slices of few samples, change nothing.
     again = measure(llm, SETTINGS, missing, most_tokens=1)
     assert sorted(map(str, again)) == sorted(map(str, lines))
+
+
+def test_what_is_generated_is_compressed_again_and_again(generating: Any) -> None:
+    tokenizer = generating.get_tokenizer()
+    source = Prompts(SETTINGS.model, tokenizer, 2048)
+    samples = [("single", 500, FIRST_SEED), ("kv40", 600, FIRST_SEED), (PERPLEXITY, 560, 1)]
+    prompts = [source.get(*sample) for sample in samples]
+
+    def asked(choice: Choice) -> tuple[list[Any], list[float]]:
+        configure(generating, choice, SETTINGS.base)
+        outputs = generate(generating, choice, prompts)
+        pairs = zip(outputs, prompts, strict=True)
+        return outputs, [score(output, choice, prompt, tokenizer) for output, prompt in pairs]
+
+    _, as_prompts = asked(Choice(FULL))
+    outputs, kept_all = asked(GENERATED._replace(ratio=1.0))
+    assert [output.kv_compress.compressions for output in outputs] == [0, 0, 0]
+    assert as_prompts[:2] == kept_all[:2] == [1, 1]
+    # Whether keys came from a prompt or by decoding makes no difference but for rounding.
+    assert kept_all[2] == pytest.approx(as_prompts[2], abs=1e-4)
+    outputs, compressed = asked(GENERATED)
+    for output, prompt in zip(outputs, prompts, strict=True):
+        assert list(output.prompt_token_ids) == prompt.tokens[:GIVEN]
+        usage = output.kv_compress
+        assert usage.compressions >= 2
+        # After the last one: a quarter, and what filled the tail.
+        assert usage.blocks_after == -(-usage.blocks_before // 4)
+    assert abs(compressed[2] - kept_all[2]) > 0.01
+    again, same = asked(GENERATED)
+    assert same == compressed and [output.kv_compress for output in again] == [
+        output.kv_compress for output in outputs
+    ]
+
+
+def test_measured_cells_of_generations(generating: Any) -> None:
+    cell = Cell(*GENERATED, "kv40", 600)
+    (line,) = measure(generating, SETTINGS, {cell: [FIRST_SEED, FIRST_SEED + 1]})
+    assert line["question"] == DECODED and len(line["scores"]) == 2
+    assert line["compressions"] >= 2
+    shares = [share for heads in line["kept"] for share in heads]
+    assert 0.25 <= sum(shares) / 12 < 0.3 and max(shares) - min(shares) > 0.1
 
 
 def test_an_engine_of_its_own_where_the_scheduler_must_know(llm: Any) -> None:
