@@ -155,7 +155,9 @@ def main() -> None:
             freed = allocation.freed_pages(
                 points, config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
             )
-            costs, masses = loss.page_masses(scores, evidence.shielded(), BLOCK_SIZE)
+            costs, masses = loss.page_masses(
+                scores, evidence.shielded(), BLOCK_SIZE, policy.worth(evidence)
+            )
             loss.loss_at(costs, masses, prompt.blocks, floor, freed)
 
         op = timed(lambda ring=ring, mask=mask: prompt.statistics(ring, mask)) if mask else 0.0

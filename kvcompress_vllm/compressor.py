@@ -343,7 +343,9 @@ class Compressor:
             item.candidate_blocks,
             lengths,
         )
-        costs, masses = loss.page_masses(scores, evidence.shielded(), block_size)
+        costs, masses = loss.page_masses(
+            scores, evidence.shielded(), block_size, self.policy.worth(evidence)
+        )
         longest = item.covered if lengths is None else lengths.flatten()
         lost = loss.loss_at(costs, masses, longest, self._floor, freed[1:])
         scores = scores.reshape(-1, block_size)

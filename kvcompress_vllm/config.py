@@ -56,9 +56,9 @@ class KVCompressConfig:
     """
 
     policy: str = _option(
-        "kv_compress",
+        AUTO,
         "how keys are scored",
-        f"one of {', '.join(policies.BUILT_IN)}, or a policy of another installed package",
+        f"one of {', '.join(policies.BUILT_IN)}, a policy of another installed package, or {AUTO}",
         lambda value: isinstance(value, str),
     )
     policy_options: Mapping[str, Any] = field(
@@ -163,6 +163,8 @@ class KVCompressConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.policy == AUTO:
+            object.__setattr__(self, "policy", policies.default(mass=self.mass is not None))
         policy = policies.find(self.policy)
         for name, general in GENERAL.items():
             if getattr(self, name) == AUTO:
@@ -233,7 +235,11 @@ class KVCompressConfig:
         unknown = [key for key in options if not _is_key(key)]
         if unknown:
             raise ValueError(f"kv_compress: unknown key {shown(unknown[0])}; {_known()}")
-        return cls(**_nested(options))
+        config = cls(**_nested(options))
+        # Not in the constructor: a request that chooses such a policy has a budget of its own.
+        if config.mass is not None:
+            check_mass(config.policy, "mass", config.mass)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The set options, JSON-serialisable; ``from_dict`` of it is an equal object."""
@@ -249,8 +255,26 @@ class KVCompressConfig:
 OPTIONS = {option.name: option for option in fields(KVCompressConfig)}
 
 
+def check_mass(policy: str, key: str, mass: float) -> None:
+    """Refuse a mass of scores that do not add up to one.
+
+    Args:
+        key: under which the mass was given.
+
+    Raises:
+        ValueError: the policy's scores depend on the budget, which a mass is to decide.
+    """
+    if not policies.find(policy).additive:
+        raise ValueError(
+            f"kv_compress: {key}={mass!r} needs a policy whose scores do not depend on how much is "
+            f"kept, such as {policies.default(mass=True)!r}; those of {policy!r} do"
+        )
+
+
 def default_text(name: str) -> str:
     """The default of an option, for help texts."""
+    if name == "policy":
+        return f"{policies.default(mass=False)}, with a mass {policies.default(mass=True)}"
     if name == "ratio":
         return f"{DEFAULT_RATIO:g} unless budget_tokens or mass is given"
     if name in GENERAL:

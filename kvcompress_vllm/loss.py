@@ -75,13 +75,16 @@ def curve_points(candidates: int, floor: int, kept: int) -> list[int]:
     return sorted(spaced | {floor, kept, candidates})
 
 
-def page_masses(scores: Tensor, shielded: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def page_masses(
+    scores: Tensor, shielded: Tensor, block_size: int, worth: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cost and mass of every page that a head could lose, in the order in which it would.
 
     Args:
         scores: ``[S, n]`` fp32; infinite ones count as shielded.
         shielded: ``[S, n]`` or ``[1, n]`` bool: keys that stay whatever their score, or absent.
         block_size: B, divides n.
+        worth: ``[S, n]`` fp32 >= 0, what masses are sums of; None: of the scores.
 
     Returns:
         ``[S, n / B]`` fp32 costs as of ``ops.select_pages``, inf where a page has shielded keys;
@@ -90,13 +93,17 @@ def page_masses(scores: Tensor, shielded: Tensor, block_size: int) -> tuple[Tens
     costs, sums, counts, lowest = [], [], [], []
     rows = max(1, KEYS_AT_ONCE // scores.shape[1])
     hidden = shielded.expand_as(scores).split(rows)
-    for part, mask in zip(scores.split(rows), hidden, strict=True):
-        pages = part.masked_fill(mask, torch.inf).sort(-1).values.unflatten(-1, (-1, block_size))
+    counted = (scores if worth is None else worth).split(rows)
+    for part, mask, values in zip(scores.split(rows), hidden, counted, strict=True):
+        ordered, order = part.masked_fill(mask, torch.inf).sort(-1)
+        in_order = ordered if worth is None else values.gather(-1, order)
+        pages = ordered.unflatten(-1, (-1, block_size))
         open_ = pages < torch.inf
+        values = in_order.view_as(pages).masked_fill(~open_, 0)
         costs.append(pages[..., -1])
-        sums.append(pages.masked_fill(~open_, 0).sum(-1).double())
+        sums.append(values.sum(-1).double())
         counts.append(open_.sum(-1))
-        lowest.append(pages[:, 0, 0].amin())
+        lowest.append(values[:, 0, 0].amin())
     least = torch.stack(lowest).amin().clamp(max=0).double()
     return torch.cat(costs), torch.cat(sums) - least * torch.cat(counts)
 
@@ -132,5 +139,6 @@ def loss_at(
 
 def scratch_bytes(num_keys: int) -> int:
     """Memory that a curve over ``num_keys`` candidate keys of all heads takes while it is made."""
-    # A copy, sorted values and their indices, and as much again for the sort. Pages are few.
+    # A copy, sorted values and their indices, and as much again for the sort. Pages are few. What
+    # keys are worth in the order of their scores takes the place of the sort's own memory.
     return 32 * min(num_keys, KEYS_AT_ONCE) + 4 * num_keys

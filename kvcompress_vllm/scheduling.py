@@ -462,12 +462,16 @@ class CompressionPlanner:
         ]
 
     def sized(self, own: Wish | None) -> Wish | None:
-        """What a request asked for, with the ratio that is expected of a mass. All methods that
-        take ``own`` take it so."""
+        """What a request asked for, with the ratio that is expected of a mass, and a policy whose
+        scores have one. All methods that take ``own`` take it so."""
         mass = mass_of(self.config, own)
         if mass is None:
             return own
-        return (own or Wish())._replace(mass=mass, ratio=self._expected.ratio)
+        own = own or Wish()
+        policy = own.policy
+        if not policies.find(policy or self.config.policy).additive:
+            policy = policies.default(mass=True)
+        return own._replace(mass=mass, ratio=self._expected.ratio, policy=policy)
 
     def to_score(self, num_computed: Mapping[str, int]) -> list[Tracked]:
         """Requests with a mass budget whose observation is complete; each once per compression.

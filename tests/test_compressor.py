@@ -135,7 +135,9 @@ def test_compressing_again_and_again_equals_the_literal_algorithm(
     allocator: str, pool: int, recent: int
 ) -> None:
     torch.manual_seed(3)
-    config = KVCompressConfig(window=W, pool=pool, recent=recent, allocator=allocator)
+    config = KVCompressConfig(
+        policy="kv_compress", window=W, pool=pool, recent=recent, allocator=allocator
+    )
     paged, literal = Paged(config), Literal()
     for num_new, kept in [(333, 5), (70, 6), (16, 6), (200, 4), (9, 4), (35, 5)]:
         # Keys of very different length make heads keep very different numbers.

@@ -12,7 +12,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 def test_nothing_given_means_the_documented_defaults() -> None:
     config = KVCompressConfig.from_dict({})
-    assert (config.policy, config.ratio, config.budget_tokens) == ("kv_compress", 4.0, None)
+    assert (config.policy, config.ratio, config.budget_tokens) == ("diverse", 4.0, None)
     assert KVCompressConfig.from_dict(config.to_dict()) == config
     json.dumps(config.to_dict())  # additional_config is hashed as JSON
 
@@ -117,7 +117,7 @@ def test_options_of_a_policy_may_come_before_its_name() -> None:
     check({"policy_options": {"gamma": 5}, "policy": "cake"})
     with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='roco'"):
         check({"policy_options.gamma": 5, "policy": "roco"})
-    with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='kv_compress'"):
+    with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='diverse'"):
         KVCompressConfig.from_dict({"policy_options.gamma": 5})
 
 
@@ -164,7 +164,7 @@ def test_every_paper_has_a_preset() -> None:
 
 def test_another_policy_brings_its_own_preferences() -> None:
     config = KVCompressConfig(ratio=8, sinks=2, window=16, pool=3, allow_policies=True)
-    assert config.with_policy(None) is config and config.with_policy("kv_compress") is config
+    assert config.with_policy(None) is config and config.with_policy("diverse") is config
     other = config.with_policy("snapkv")
     assert (other.policy, other.allocator, other.pool) == ("snapkv", "uniform", 127)
     assert other.window == 16, "no more than the ring holds, though snapkv prefers 32"
@@ -172,6 +172,14 @@ def test_another_policy_brings_its_own_preferences() -> None:
     assert config.with_policy("tova").window == 1
     with pytest.raises(ValueError, match="policy='nap' is not accepted"):
         config.with_policy("nap")
+
+
+def test_a_mass_is_of_scores_that_add_up() -> None:
+    assert KVCompressConfig.from_dict({"mass": 0.98}).policy == "kv_compress"
+    assert KVCompressConfig.from_dict({"mass": 0.98, "policy": "cake"}).policy == "cake"
+    for policy in ("diverse", "roco"):
+        with pytest.raises(ValueError, match=f"mass=0.98 needs a policy .*those of '{policy}' do"):
+            KVCompressConfig.from_dict({"mass": 0.98, "policy": policy})
 
 
 def test_limits_may_be_given_before_the_ratio() -> None:

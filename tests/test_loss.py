@@ -138,6 +138,23 @@ def test_the_floor_of_a_cheap_head_makes_others_pay() -> None:
     assert lost.tolist() == pytest.approx([16 / 688, 176 / 688])
 
 
+def test_what_keys_are_worth_need_not_be_their_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages go in the order of the scores, and what they are worth is lost."""
+    scores, worth = torch.randn(6, 64), torch.rand(6, 64)
+    shielded = torch.zeros(6, 64, dtype=torch.bool)
+    shielded[:, 60:] = True
+    shielded[5] = True  # nothing of this head is open
+    worth[5] = -torch.inf
+    order = scores[:5, :60].sort(-1).indices
+    wanted = torch.cat([worth[:5].gather(-1, order), torch.zeros(5, 4)], 1).view(5, -1, B).sum(-1)
+    for pieces in (1 << 20, 130):
+        monkeypatch.setattr(loss, "KEYS_AT_ONCE", pieces)
+        costs, masses = loss.page_masses(scores, shielded, B, worth)
+        assert costs.equal(loss.page_masses(scores, shielded, B)[0])
+        torch.testing.assert_close(masses[:5], wanted.double(), rtol=1e-6, atol=1e-6)
+        assert masses[5].eq(0).all()
+
+
 def test_no_mass_is_no_loss() -> None:
     costs, masses = loss.page_masses(torch.zeros(2, 64), torch.zeros(1, 64, dtype=torch.bool), B)
     assert loss.loss_at(costs, masses, 4, 1, torch.tensor([[4]])).tolist() == [0]

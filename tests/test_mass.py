@@ -201,3 +201,14 @@ def test_what_interrupts_a_prefill_waits_for_no_curve() -> None:
     p = planner(prefill_peak_tokens=640)
     a = admitted(p, "a", 1600)
     assert a.due_at == 640 and p.due({"a": 640}) == [a]
+
+
+def test_a_mass_asked_of_a_policy_without_one_is_kv_compress() -> None:
+    """Scores of diverse depend on the budget: no sum of them could decide it."""
+    planner = CompressionPlanner(KVCompressConfig(ratio=4), B, 4, 4, 4000)
+    wish = planner.sized(Wish(mass=0.9))
+    assert wish is not None and (wish.policy, wish.mass) == ("kv_compress", 0.9)
+    assert planner.sized(Wish(ratio=2)) == Wish(ratio=2) and planner.sized(None) is None
+    planner = CompressionPlanner(config(policy="cake"), B, 4, 4, 4000)
+    own = planner.sized(None)
+    assert own is not None and (own.policy, own.mass) == (None, 0.9)

@@ -566,7 +566,7 @@ def test_differences_from_the_reference_are_explained_or_not() -> None:
 
 
 ENDING_ENGINE = """#!{python}
-import json, sys
+import json, os, sys
 given = json.load(sys.stdin)
 cell, seeds = given["missing"][0]
 names = ["policy", "allocator", "ratio", "question", "options", "task", "length"]
@@ -577,7 +577,7 @@ print("(EngineCore pid=7) INFO all is well")
 print(json.dumps(line))
 for text in ("Traceback (most recent call last):", "  step", *["  frame"] * 90, "ValueError: why"):
     print("(EngineCore pid=7) ERROR", text)
-print("x" * 5000, file=sys.stderr)
+os.write(2, b"x" * 5000 + b"\\n")  # at once: the reader writes to the same file
 sys.exit(3)
 """
 

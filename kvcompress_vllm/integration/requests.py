@@ -22,7 +22,8 @@ from typing import Any
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.budget import KEEP_ALL, Wish
-from kvcompress_vllm.config import OPTIONS, KVCompressConfig
+from kvcompress_vllm.config import OPTIONS, KVCompressConfig, check_mass
+from kvcompress_vllm.mass import mass_of
 from kvcompress_vllm.scheduling import most_held
 from kvcompress_vllm.validation import integer, shown
 
@@ -164,5 +165,9 @@ def check_request(config: KVCompressConfig, params: Any, resumable: bool) -> Non
                 f"{', '.join(policies.names())}"
             )
         config.with_policy(wish.policy)
+    if wish is not None and wish.policy is not None:
+        mass = mass_of(config, wish)
+        if mass is not None:
+            check_mass(wish.policy, "mass" if wish.mass is None else MASS, mass)
     if resumable:
         raise ValueError("kv_compress: resumable (streaming input) requests are not supported")

@@ -58,6 +58,11 @@ def names() -> tuple[str, ...]:
     return (*BUILT_IN, *sorted(others - BUILT_IN.keys()))
 
 
+def default(mass: bool) -> str:
+    """The policy where none is named; ``mass``: for a budget that is a share of its scores."""
+    return "kv_compress" if mass else "diverse"
+
+
 def observing_all() -> tuple[str, ...]:
     """Those of ours that judge by all queries."""
     return tuple(name for name, policy in BUILT_IN.items() if policy.observes_all)

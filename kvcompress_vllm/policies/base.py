@@ -136,11 +136,19 @@ class Policy(ABC):
     keeps_window: ClassVar[bool] = False
     """The observed window is kept whole: ``recent`` is raised to ``window``, and its keys do not
     take part in pooling, since not every observed query sees them."""
+    additive: ClassVar[bool] = True
+    """Scores do not depend on how much is kept, so that a sum of them is a mass, and a budget can
+    be a share of it."""
     defaults: ClassVar[Defaults] = Defaults()
 
     @abstractmethod
     def score(self, evidence: Evidence) -> Tensor:
         """``[L * H, n]`` fp32, finite; higher means keep. Shielded keys may have any score."""
+
+    def worth(self, evidence: Evidence) -> Tensor | None:
+        """``[L * H, n]`` fp32: what each key counts for in the loss curve, where that is not its
+        score; None: its score."""
+        return None
 
     def layer_shares(self, evidence: Evidence) -> Tensor | None:
         """``[L]`` weights >= 0 by which layers share the budget above the shields; None: equally.

@@ -33,19 +33,24 @@ class Diverse(Policy):
     )
 
     channels = (ops.SUM_SQUARES, ops.LIKENESS)
-    defaults = Defaults("global", window=16, pool=127)
+    additive = False
+    defaults = Defaults("global", window=8, pool=127)
+
+    def worth(self, evidence: Evidence) -> Tensor:
+        """The attention, also of keys that KeyDiff chose."""
+        return self.pooled(evidence, evidence.statistics[ops.SUM_SQUARES])
 
     def score(self, evidence: Evidence) -> Tensor:
-        attention = evidence.statistics[ops.SUM_SQUARES]
         count = min(int(self.share * max(0, evidence.open_kept)), evidence.num_open)
+        attention = self.worth(evidence)
         if count == 0:
-            return self.pooled(evidence, attention)
+            return attention
         unlike = -evidence.statistics[ops.LIKENESS]
         unlike = replace(self, pool=self.key_pool).pooled(evidence, unlike)
         chosen = _first(unlike.masked_fill_(evidence.shielded(), float("-inf")), count)
         # More than the attention of all observed queries: chosen keys come before all others.
         above = 2.0 * evidence.group * max(1, evidence.num_queries)
-        return self.pooled(evidence, attention) + above * chosen
+        return attention + above * chosen
 
 
 def _first(scores: Tensor, count: int) -> Tensor:

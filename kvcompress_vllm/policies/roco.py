@@ -38,6 +38,7 @@ class RoCo(Policy):
 
     channels = (ops.SUM, ops.MEAN_SQUARES)
     observes_all = True
+    additive = False
     defaults = Defaults("uniform", window=64, pool=15, query_stride=32)
 
     def score(self, evidence: Evidence) -> Tensor:

@@ -58,7 +58,7 @@ def test_resumable_sessions_are_refused() -> None:
 
 def test_policies_are_the_operators_to_allow() -> None:
     asked = SamplingParams(extra_args={"kv_compress_policy": "snapkv"})
-    with pytest.raises(ValueError, match=r"'snapkv' is not accepted; .*'kv_compress' only"):
+    with pytest.raises(ValueError, match=r"'snapkv' is not accepted; .*'diverse' only"):
         check_request(KVCompressConfig(), asked, resumable=False)
     check_request(KVCompressConfig(policy="snapkv"), asked, resumable=False)
     allowing = KVCompressConfig(allow_policies=True)
@@ -66,3 +66,19 @@ def test_policies_are_the_operators_to_allow() -> None:
     unknown = SamplingParams(extra_args={"kv_compress_policy": "nap"})
     with pytest.raises(ValueError, match=r"^kv_compress_policy='nap' is not accepted; .*snapkv"):
         check_request(allowing, unknown, resumable=False)
+
+
+def test_a_mass_is_of_scores_that_add_up() -> None:
+    def check(config: KVCompressConfig, **extra_args: Any) -> None:
+        check_request(config, SamplingParams(extra_args=extra_args), resumable=False)
+
+    allowing = KVCompressConfig(allow_policies=True)
+    check(allowing, kv_compress_mass=0.9)  # by the attention of kv_compress
+    check(allowing, kv_compress_mass=0.9, kv_compress_policy="cake")
+    check(allowing, kv_compress_ratio=2, kv_compress_policy="roco")
+    with pytest.raises(ValueError, match=r"kv_compress_mass=0\.9 needs .*those of 'diverse' do"):
+        check(allowing, kv_compress_mass=0.9, kv_compress_policy="diverse")
+    by_mass = KVCompressConfig(mass=0.8, allow_policies=True)
+    check(by_mass, kv_compress_ratio=2, kv_compress_policy="roco")
+    with pytest.raises(ValueError, match=r"mass=0\.8 needs .*those of 'roco' do"):
+        check(by_mass, kv_compress_policy="roco")
