@@ -51,11 +51,14 @@ def scores(press: Any, a: literal.Attention) -> torch.Tensor:
     ("press", "options"),
     [
         (kvpress.SnapKVPress(0.5, window_size=32, kernel_size=5), {"policy": "snapkv", **AVERAGE}),
-        (kvpress.TOVAPress(0.5), {"policy": "tova"}),
-        (kvpress.KeyDiffPress(0.5), {"policy": "keydiff"}),
+        (kvpress.TOVAPress(0.5), {"policy": "tova", "pool": 1}),
+        (kvpress.KeyDiffPress(0.5), {"policy": "keydiff", "pool": 1}),
         (kvpress.KnormPress(0.5), {"policy": "knorm"}),
         # All queries: a window as long as the prompt.
-        (kvpress.ObservedAttentionPress(0.5), {"policy": "mean_attention", "window": 512}),
+        (
+            kvpress.ObservedAttentionPress(0.5),
+            {"policy": "mean_attention", "window": 512, "pool": 1},
+        ),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, dict) else "",
 )
