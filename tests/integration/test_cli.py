@@ -13,7 +13,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from kvcompress_vllm.config import OPTIONS, default_text
 from tests.integration.simulation import MODEL
 
-DEFAULT = {"ratio": 4.0, "policy": "kv_compress"}
+DEFAULT = {"ratio": 4.0, "policy": "diverse"}
 
 
 def parse(*flags: str) -> EngineArgs:

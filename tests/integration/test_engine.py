@@ -62,7 +62,7 @@ def test_kept_keys_equal_a_literal_implementation(allocator: str) -> None:
     model = Llama(MODEL)
     # The engine's floor holds all shields wherever the prompt ends: 4 + 16 tokens are two pages.
     setting = Setting(ratio=6, allocator=allocator, min_tokens=32)
-    with engine({"ratio": 6, "allocator": allocator}) as llm:
+    with engine({"policy": "kv_compress", "ratio": 6, "allocator": allocator}) as llm:
         for task, length in [("single", 1200), ("kv40", 800)]:
             ((prompt, _),) = samples(task, length, 1)
             heads = kept(llm, prompt)
