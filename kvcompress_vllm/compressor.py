@@ -18,7 +18,7 @@ from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.plan import Compression, Observed
 from kvcompress_vllm.policies import Evidence, Policy
 from kvcompress_vllm.protection import Protected
-from kvcompress_vllm.reports import PendingReports
+from kvcompress_vllm.reports import PendingLengths, PendingReports
 from kvcompress_vllm.state import RUNNING, PackedState
 from kvcompress_vllm.transfer import Stopwatch, to_device
 
@@ -44,6 +44,8 @@ class Compressor:
         self.config, self.policy = self._use(None)
         self._floor = budget.floor_pages(config, pages.shape[1])
         self._protected = Protected(state)
+        self._lengths: dict[int, PendingLengths] = {}
+        """By state slot, since its latest compression."""
         self.record: dict[str, list[Tensor]] | None = None
         """For tests, when not None: by request id, the kept key indices of every (layer, head)."""
 
@@ -285,7 +287,20 @@ class Compressor:
             for index, item in enumerate(due):
                 heads_of = keys[index * slots : (index + 1) * slots]
                 self.record[item.request_id] = [head.flatten() for head in heads_of]
-        return PendingReports(due, points, torch.cat(lost), kept_pages, watch)
+        pending = PendingReports(due, points, torch.cat(lost), kept_pages, watch)
+        for item, lengths in zip(due, pending.lengths(), strict=True):
+            self._lengths[item.state_slot] = lengths
+        return pending
+
+    def _width(self, item: Compression) -> int:
+        """Pages of the longest head among the candidates, or more while only the device knows.
+
+        Of a long generation heads keep far fewer pages than it has blocks.
+        """
+        longest = self._lengths[item.state_slot].longest() if item.old_kept else None
+        if longest is None:
+            return item.covered
+        return longest + item.covered - item.old_covered
 
     def _choose(
         self,
@@ -298,9 +313,8 @@ class Compressor:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of one request's candidate keys, how many pages go, and what that loses.
 
-        Policies see one rectangle of ``covered`` pages per head. Heads that were packed before have
-        fewer: they end with it, so that the latest keys are in line. How long they are only the
-        device knows.
+        Policies see one rectangle, as wide as the longest head. Heads that were packed before end
+        with it, so that the latest keys are in line. How long each is only the device knows.
 
         Args:
             row: ``[M]`` int32 block ids.
@@ -314,24 +328,25 @@ class Compressor:
         """
         if counts is not None:
             statistics = torch.cat([statistics, counts[None]])
-        channels, pages, block_size = statistics.shape
+        pages, block_size = statistics.shape[1:]
         layers, heads = self.state.num_pages.shape[1:]
         slots, device = layers * heads, statistics.device
         lengths = absent = place = None
+        width = self._width(item)
         if item.old_kept:
             fresh = item.covered - item.old_covered
             lengths = self.state.num_pages[item.state_slot] + fresh
             first = self.state.first_page[item.state_slot].view(slots, 1)
             first = first + torch.arange(slots, device=device).unsqueeze(1) * fresh
-            j = torch.arange(item.covered, device=device) - item.covered + lengths.view(slots, 1)
+            j = torch.arange(width, device=device) - width + lengths.view(slots, 1)
             place = torch.where(j >= 0, first + j, pages).flatten().long()
             absent = (j < 0).repeat_interleave(block_size, 1)
-            padded = torch.cat([statistics, statistics.new_zeros(channels, 1, block_size)], dim=1)
-            statistics = padded[:, place]
-        evidence = self._evidence(item, row, statistics, num_recent, absent)
+            statistics = statistics[:, place.clamp(max=pages - 1)]
+            statistics.masked_fill_((j < 0).view(1, -1, 1), 0)
+        evidence = self._evidence(item, row, statistics, num_recent, absent, width)
         scores = self.policy.score(evidence)
         if item.protect:
-            scores = self._protected.shield(item, scores)
+            scores = self._protected.shield(item, scores, block_size)
         freed = allocation.freed_pages(
             [len(item.new_blocks), *points],
             self.config.allocator,
@@ -346,7 +361,7 @@ class Compressor:
         costs, masses = loss.page_masses(
             scores, evidence.shielded(), block_size, self.policy.worth(evidence)
         )
-        longest = item.covered if lengths is None else lengths.flatten()
+        longest = width if lengths is None else lengths.flatten()
         lost = loss.loss_at(costs, masses, longest, self._floor, freed[1:])
         scores = scores.reshape(-1, block_size)
         if place is not None:
@@ -362,8 +377,9 @@ class Compressor:
         statistics: Tensor,
         num_recent: int,
         absent: Tensor | None,
+        width: int,
     ) -> Evidence:
-        """What the policy may look at; ``statistics`` ``[channels, L * H * covered, B]``."""
+        """What the policy may look at; ``statistics`` ``[channels, L * H * width, B]``."""
         state, block_size = self.state, self.pages.shape[1]
         layers, heads = state.num_pages.shape[1:]
         num_queries = min(self.config.window, item.num_tokens)
@@ -380,14 +396,15 @@ class Compressor:
             item.observe_slot,
             min(self.config.window, item.num_tokens),
             packed,
+            (item.covered - width) * block_size,
         )
         return Evidence(
             layers=layers,
             heads=heads,
             group=state.ring.shape[3] // heads,
-            num_keys=item.covered * block_size,
+            num_keys=width * block_size,
             num_kept=len(item.new_blocks) * block_size,
-            seq_len=item.num_tokens,
+            seq_len=item.num_tokens - (item.covered - width) * block_size,
             num_queries=num_queries,
             num_sinks=self.config.sinks,
             num_recent=num_recent,

@@ -36,6 +36,7 @@ def readers(
     observe_slot: int,
     num_queries: int,
     packed: Packed | None,
+    left_out: int = 0,
 ) -> tuple[Reader, Reader, Reader]:
     """Functions of a layer: its keys, its values, its observed queries.
 
@@ -45,17 +46,18 @@ def readers(
         seq_len: its tokens.
         num_queries: observed queries n, those of the last n positions.
         packed: None: never compressed, so that key j is the one of position j.
+        left_out: first columns, which every head begins after.
 
     Returns:
-        Two functions that give ``[H, seq_len, D]`` and one that gives ``[H, G, n, D]``. Heads that
-        kept fewer keys begin with zeros.
+        Two functions that give ``[H, seq_len - left_out, D]`` and one that gives ``[H, G, n, D]``.
+        Heads that kept fewer keys begin with zeros.
     """
     layers, heads = state.num_pages.shape[1:]
     block_size, head_size = pages.shape[1], pages.shape[2] // 2
     covered = packed.covered if packed else 0
 
     def read(layer: int, part: Tensor) -> Tensor:
-        column = torch.arange(seq_len, device=pages.device)
+        column = torch.arange(left_out, seq_len, device=pages.device)
         head_slot = layer * heads + torch.arange(heads, device=pages.device)[:, None]
         num_pages, first_page = (
             table[packed.state_slot, layer][:, None] if packed else torch.zeros_like(head_slot)

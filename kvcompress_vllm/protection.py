@@ -27,15 +27,15 @@ class Protected:
         """By state slot: for every range that begins in the packed part, ``[L * H]`` int64, its
         first key in each head."""
 
-    def shield(self, item: Compression, scores: Tensor) -> Tensor:
+    def shield(self, item: Compression, scores: Tensor, block_size: int) -> Tensor:
         """Scores with +inf where a range is.
 
         Args:
             scores: ``[L * H, n]`` fp32 of the candidates, heads at the right edge.
         """
-        block_size = scores.shape[1] // item.covered
         column = torch.arange(scores.shape[1], device=scores.device)
-        indent = self._indent(item, block_size)
+        # No head may be as long as the request: columns count from where the longest begins.
+        indent = self._indent(item, block_size) - item.covered * block_size + scores.shape[1]
         for (start, end), begin in zip(
             item.protect, self._candidates(item, block_size), strict=False
         ):

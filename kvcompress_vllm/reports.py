@@ -40,6 +40,18 @@ class Scored(NamedTuple):
     curve: LossCurve
 
 
+class PendingLengths(NamedTuple):
+    """How long the heads of a packed request are, once the device has come so far."""
+
+    kept_pages: Tensor
+    """``[L, H]`` int32 on the host, or on its way there."""
+    watch: Stopwatch
+
+    def longest(self) -> int | None:
+        """Most pages that a head keeps; None: not yet known."""
+        return int(self.kept_pages.max()) if self.watch.done() else None
+
+
 class PendingReports:
     """Reports of compressions that the device may not have finished; host copies are under way.
 
@@ -63,6 +75,11 @@ class PendingReports:
         self._lost = to_host(lost)
         self._kept_pages = None if kept_pages is None else to_host(kept_pages)
         watch.stop()
+
+    def lengths(self) -> list[PendingLengths]:
+        """How long the heads of each request are afterwards, in the order of ``due``."""
+        kept_pages = () if self._kept_pages is None else self._kept_pages
+        return [PendingLengths(of_request, self._watch) for of_request in kept_pages]
 
     def collect(self) -> list[Report | Scored]:
         """Wait until the device is done, and read the reports. From any thread."""

@@ -53,6 +53,10 @@ class Stopwatch:
         if self._events is not None:
             self._events[1].record()
 
+    def done(self) -> bool:
+        """Whether the device has come so far as where it was stopped."""
+        return self._events is None or self._events[1].query()
+
     def milliseconds(self) -> float:
         """Time between start and stop; waits until the device has come so far."""
         if self._events is None:

@@ -191,7 +191,7 @@ class Request:
         evidence = self.evidence[-1]
         for head in range(SLOTS):
             n = len(self.literal.keys[head]) - (self.num_tokens - item.covered * B)
-            first = item.covered * B - n
+            first = evidence.num_keys - n
             sums = self.literal.sums[head][:, :n]
             for channel, values in evidence.statistics.items():
                 if channel == ops.LIKENESS:

@@ -9,6 +9,7 @@ import torch
 from kvcompress_vllm import policies
 from kvcompress_vllm.config import KVCompressConfig
 from kvcompress_vllm.policies import Evidence
+from kvcompress_vllm.reports import PendingLengths
 from tests.policies import literal
 from tests.policies.prompts import setting
 from tests.policies.test_parity import SAME_SCORE, assert_same_choice
@@ -84,6 +85,32 @@ def test_second_compression_equals_the_literal_one(policy: str, pool: int | str)
         assert all(head[len(head) - len(tail) :] == tail for head in index)
         kept_keys = [head[: len(head) - len(tail)] for head in index]
         assert_same_choice(kept_keys, wanted, scores.flatten(0, 1))
+
+
+@pytest.mark.parametrize("allocator", ["global", "uniform"])
+@pytest.mark.parametrize("policy", sorted(policies.BUILT_IN.keys() - {"random"}))
+def test_columns_without_keys_change_nothing(
+    policy: str, allocator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the longest head is not known yet, the rectangle is as wide as the request. (What
+    ``random`` keeps hashes columns.)"""
+
+    def run() -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(2)
+        paged, widths = Paged(config_of(policy, allocator)), []
+        width = paged.compressor._width
+        monkeypatch.setattr(
+            paged.compressor, "_width", lambda item: widths.append(width(item)) or widths[-1]
+        )
+        for num_new, kept in [(333, 6), (90, 5), (150, 5), (250, 7)]:
+            paged.compress(grow(paged, num_new), kept)
+        return [paged.keys(i) for i in range(SLOTS)], widths[-1]
+
+    kept, width = run()
+    monkeypatch.setattr(PendingLengths, "longest", lambda self: None)
+    wide, full = run()
+    assert width < full == (333 + 90 + 150 + 250) // B
+    assert all(a.equal(b) for a, b in zip(kept, wide, strict=True))
 
 
 @pytest.mark.parametrize("allocator", ["global", "layer", "uniform"])

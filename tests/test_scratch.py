@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that is set aside for a compression is enough for it, whatever the policy."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvcompress_vllm import policies
+from kvcompress_vllm.compressor import MOST_TOKENS, Compressor, scratch_bytes
+from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.plan import Compression
+from kvcompress_vllm.state import PackedState
+
+L, H, G, D, B = 6, 2, 2, 32, 16
+TOKENS = MOST_TOKENS + 100
+BLOCKS = TOKENS // B
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of tensors made while it is active; what ops use inside is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Storages of arguments were there before.
+        known = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in known and key not in self._seen:
+                    self._seen[key] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._freed, key)
+        return result
+
+    def _freed(self, key: int) -> None:
+        self.live -= self._seen.pop(key, 0)
+
+
+def peak(policy: str, again: bool) -> tuple[int, int]:
+    """Bytes that compressing one long prompt takes at most, and those set aside."""
+    config = KVCompressConfig.from_dict({"policy": policy, "query_stride": 0, "window": 8})
+    state = PackedState(
+        num_blocks=2 * BLOCKS, num_layers=L, num_kv_heads=H, num_query_heads=H * G, head_size=D,
+        state_slots=2, observe_slots=1, window=8, dtype=torch.bfloat16, device=torch.device("cpu"),
+    )  # fmt: skip
+    state.ring.normal_()
+    pages = torch.empty(2 * BLOCKS * L * H, B, 2 * D, dtype=torch.bfloat16).normal_()
+    compressor = Compressor(config, state, pages, D**-0.5)
+    row = list(range(1, BLOCKS + 2))
+    spare = list(range(BLOCKS + 2, 2 * BLOCKS))
+    kept = BLOCKS // 4
+    first = Compression("a", 0, 0, TOKENS, 0, 0, BLOCKS, row, spare[:kept])
+    due = [first]
+    if again:
+        # Most of it is still there: heads of uneven length, nearly as many keys as tokens.
+        most = BLOCKS - 5
+        compressor.run([Compression("a", 0, 0, TOKENS, 0, 0, BLOCKS - 1, row, spare[:most])])
+        row = spare[:most] + [0] * (BLOCKS - 1 - most) + row[BLOCKS - 1 :]
+        due = [Compression("a", 0, 0, TOKENS, BLOCKS - 1, most, BLOCKS, row, spare[most:])]
+        due[0] = due[0]._replace(new_blocks=list(range(1, kept + 1)))
+    with LiveBytes() as counted:
+        reports = compressor.run(due)
+    del reports
+    return counted.peak, scratch_bytes(compressor.policy, TOKENS, L, H, D)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("policy", policies.BUILT_IN)
+def test_scratch_is_enough(policy: str, again: bool) -> None:
+    taken, reserved = peak(policy, again)
+    assert 0.2 * reserved < taken <= reserved, f"{taken / reserved:.2f}"
