@@ -21,7 +21,7 @@ from torch import Tensor
 POINTS = 64
 """Block counts at which a curve is known, at most."""
 
-KEYS_AT_ONCE = 1 << 22
+KEYS_AT_ONCE = 1 << 20
 """Keys that are sorted at once; bounds the memory."""
 
 
