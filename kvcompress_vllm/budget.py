@@ -86,8 +86,7 @@ def packed_blocks(
     """
     if num_tokens < config.min_prompt_tokens:
         return covered
-    floor = floor_pages(config, block_size, covered, own)
-    fewest = fewest_blocks(config, block_size, covered, own)
+    asked = own
     if own is not None and own.ratio is own.budget_tokens is None:
         own = None
     wanted = own or Wish(config.ratio, config.budget_tokens)
@@ -96,9 +95,11 @@ def packed_blocks(
         wanted = Wish(min(config.max_ratio or math.inf, max(config.min_ratio or 1, DEFAULT_RATIO)))
     if wanted.budget_tokens is not None:
         kept = -(-wanted.budget_tokens // block_size)
-        fewest = floor  # who names so few tokens means it
+        # Who names so few tokens means it.
+        fewest = floor_pages(config, block_size, covered, asked)
     else:
         assert wanted.ratio is not None
+        fewest = fewest_blocks(config, block_size, covered, asked)
         kept = math.ceil(covered / wanted.ratio)
     if own is not None:
         kept = min(kept, math.ceil(covered / (config.min_ratio or 1.0)))

@@ -382,6 +382,7 @@ class Compressor:
         """What the policy may look at; ``statistics`` ``[channels, L * H * width, B]``."""
         state, block_size = self.state, self.pages.shape[1]
         layers, heads = state.num_pages.shape[1:]
+        left_out = (item.covered - width) * block_size
         num_queries = min(self.config.window, item.num_tokens)
         counts = None
         if item.observed is not None:
@@ -396,7 +397,7 @@ class Compressor:
             item.observe_slot,
             min(self.config.window, item.num_tokens),
             packed,
-            (item.covered - width) * block_size,
+            left_out,
         )
         return Evidence(
             layers=layers,
@@ -404,7 +405,7 @@ class Compressor:
             group=state.ring.shape[3] // heads,
             num_keys=width * block_size,
             num_kept=len(item.new_blocks) * block_size,
-            seq_len=item.num_tokens - (item.covered - width) * block_size,
+            seq_len=item.num_tokens - left_out,
             num_queries=num_queries,
             num_sinks=self.config.sinks,
             num_recent=num_recent,

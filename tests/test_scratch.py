@@ -67,18 +67,18 @@ def peak(policy: str, again: bool) -> tuple[int, int]:
     compressor = Compressor(config, state, pages, D**-0.5)
     row = list(range(1, BLOCKS + 2))
     spare = list(range(BLOCKS + 2, 2 * BLOCKS))
-    kept = BLOCKS // 4
-    first = Compression("a", 0, 0, TOKENS, 0, 0, BLOCKS, row, spare[:kept])
-    due = [first]
+    old_covered = old_kept = 0
     if again:
         # Most of it is still there: heads of uneven length, nearly as many keys as tokens.
-        most = BLOCKS - 5
-        compressor.run([Compression("a", 0, 0, TOKENS, 0, 0, BLOCKS - 1, row, spare[:most])])
-        row = spare[:most] + [0] * (BLOCKS - 1 - most) + row[BLOCKS - 1 :]
-        due = [Compression("a", 0, 0, TOKENS, BLOCKS - 1, most, BLOCKS, row, spare[most:])]
-        due[0] = due[0]._replace(new_blocks=list(range(1, kept + 1)))
+        old_covered, old_kept = BLOCKS - 1, BLOCKS - 5
+        packed = spare[:old_kept]
+        compressor.run([Compression("a", 0, 0, TOKENS, 0, 0, old_covered, row, packed)])
+        spare = row[:old_covered]
+        row = packed + [0] * (old_covered - old_kept) + row[old_covered:]
+    new = spare[: BLOCKS // 4]
+    item = Compression("a", 0, 0, TOKENS, old_covered, old_kept, BLOCKS, row, new)
     with LiveBytes() as counted:
-        reports = compressor.run(due)
+        reports = compressor.run([item])
     del reports
     return counted.peak, scratch_bytes(compressor.policy, TOKENS, L, H, D)
 

@@ -9,7 +9,7 @@ unused table entries and unused state rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,28 @@ TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     # Cosines: sums of unit vectors, then a product with another; of random keys the sum is short.
     ("likeness", torch.float32): (2e-6, 1e-5),
 }
+
+
+def unsupported(pages: Tensor) -> str | None:
+    """What the statistics kernels on CUDA say of pages of a shape that they do not take."""
+    head_size, block_size = pages.shape[2] // 2, pages.shape[1]
+    if pages.device.type != "cuda":
+        return None
+    if head_size not in CUDA_HEAD_SIZES:
+        return f"head size must be .* not {head_size}"
+    if block_size < 8 or block_size & block_size - 1:
+        return f"pages .*{block_size}.* power of two"
+    return None
+
+
+def page_starts(counts: Iterable[int]) -> tuple[Tensor, int]:
+    """Where the candidate pages of each request begin, ``[R]`` int64, and how many pages there are:
+    one that no request owns before each request's, and one after the last."""
+    starts, end = [], 1
+    for count in counts:
+        starts.append(end)
+        end += count + 1
+    return torch.tensor(starts, dtype=torch.int64), end
 
 
 @dataclasses.dataclass

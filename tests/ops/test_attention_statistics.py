@@ -2,13 +2,14 @@
 import pytest
 import torch
 from cases import (
-    CUDA_HEAD_SIZES,
     DTYPES,
     Request,
     assert_close,
     assert_same_bits,
     make_batch,
+    page_starts,
     uneven,
+    unsupported,
 )
 
 from kvcompress_vllm import ops
@@ -38,22 +39,22 @@ def arguments(requests, num_queries, window, group, head_size, block_size, dtype
     ring = ring.to(dtype)[:, 1:]
     observe_slot = torch.randperm(places)[: len(requests)].int()
     new_covered = batch.seq_lens // block_size
-    page_start, end = [], 1
+    starts, end = page_starts(
+        sum(request.packed or ()) + (blocks - request.covered) * SLOTS
+        for request, blocks in zip(requests, new_covered.tolist(), strict=True)
+    )
     for r, (n, slot) in enumerate(zip(num_queries, observe_slot.tolist(), strict=True)):
         seq_len = int(batch.seq_lens[r])
         positions = torch.arange(seq_len - 1 - (n - 1) * stride, seq_len, stride)
         assert positions.numel() == n and (positions >= 0).all()
         shape = (LAYERS, n, HEADS * group, head_size)
         ring[:, slot, positions // stride % window] = (2 * torch.randn(shape)).to(dtype)
-        packed, old = sum(requests[r].packed or ()), requests[r].covered
-        page_start.append(end)
-        end += packed + (int(new_covered[r]) - old) * SLOTS + 1
     b = batch.to(device)
     tail = (
         observe_slot,
         torch.tensor(num_queries, dtype=torch.int32),
         new_covered.int(),
-        torch.tensor(page_start, dtype=torch.int64),
+        starts,
     )
     # Copying drops the gap that the slice left.
     moved = torch.empty(LAYERS, places + 1, *ring.shape[2:], dtype=dtype, device=device)[:, 1:]
@@ -62,24 +63,12 @@ def arguments(requests, num_queries, window, group, head_size, block_size, dtype
             head_size**-0.5]  # fmt: skip
 
 
-def unsupported(args):
-    """What the CUDA kernel says of a shape that it does not take."""
-    head_size, block_size = args[0].shape[-1], args[1].shape[1]
-    if args[0].device.type != "cuda":
-        return None
-    if head_size not in CUDA_HEAD_SIZES:
-        return f"head size must be .* not {head_size}"
-    if block_size < 8 or block_size & block_size - 1:
-        return f"pages .*{block_size}.* power of two"
-    return None
-
-
 def check(args):
     expected = reference.attention_statistics(
         *(a.cpu() if isinstance(a, torch.Tensor) else a for a in args)
     )
-    if unsupported(args):
-        with pytest.raises(RuntimeError, match=unsupported(args)):
+    if unsupported(args[1]):
+        with pytest.raises(RuntimeError, match=unsupported(args[1])):
             ops.attention_statistics(*args)
         return expected
     actual = ops.attention_statistics(*args).cpu()

@@ -8,7 +8,9 @@ from cases import (
     assert_close,
     assert_same_bits,
     make_batch,
+    page_starts,
     uneven,
+    unsupported,
 )
 
 from kvcompress_vllm import ops
@@ -27,33 +29,20 @@ def arguments(requests, head_size, block_size, dtype, device, offset=0.0):
     batch = make_batch(requests, LAYERS, HEADS, block_size, head_size, dtype)
     batch.pages[..., :head_size] += offset
     new_covered = batch.seq_lens // block_size
-    page_start, end = [], 1
-    for request, blocks in zip(requests, new_covered.tolist(), strict=True):
-        page_start.append(end)
-        end += sum(request.packed or ()) + (blocks - request.covered) * SLOTS + 1
+    starts, end = page_starts(
+        sum(request.packed or ()) + (blocks - request.covered) * SLOTS
+        for request, blocks in zip(requests, new_covered.tolist(), strict=True)
+    )
     b = batch.to(device)
-    starts = torch.tensor(page_start, dtype=torch.int64, device=device)
-    return [b.pages, *b.rows(), new_covered.int().to(device), starts, end, KEY_CHANNELS]
-
-
-def unsupported(args):
-    """What the CUDA kernel says of a shape that it does not take."""
-    head_size, block_size = args[0].shape[2] // 2, args[0].shape[1]
-    if args[0].device.type != "cuda":
-        return None
-    if head_size not in CUDA_HEAD_SIZES:
-        return f"head size must be .* not {head_size}"
-    if block_size < 8 or block_size & block_size - 1:
-        return f"pages .*{block_size}.* power of two"
-    return None
+    return [b.pages, *b.rows(), new_covered.int().to(device), starts.to(device), end, KEY_CHANNELS]
 
 
 def check(args):
     expected = reference.key_statistics(
         *(a.cpu() if isinstance(a, torch.Tensor) else a for a in args)
     )
-    if unsupported(args):
-        with pytest.raises(RuntimeError, match=unsupported(args)):
+    if unsupported(args[0]):
+        with pytest.raises(RuntimeError, match=unsupported(args[0])):
             ops.key_statistics(*args)
         return expected
     actual = ops.key_statistics(*args)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from cases import assert_same_bits, uneven
+from cases import assert_same_bits, page_starts, uneven
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,18 +24,17 @@ def tables(rows, layers, heads, block_size):
     num_pages = torch.full((num_states, layers, heads), 1 << 30, dtype=torch.int32)
     first_page, covered = num_pages.clone(), torch.full((num_states,), 1 << 30, dtype=torch.int32)
     state_slot = torch.full((len(rows),), -1, dtype=torch.int32)
-    page_start, end = [], 1
-    for r, (packed, old, new) in enumerate(rows):
+    for r, (packed, old, _) in enumerate(rows):
         if packed is not None:
             slot = num_states - 1 - r
             state_slot[r] = slot
             num_pages[slot] = torch.tensor(packed).view(layers, heads)
             first_page[slot] = layout.exclusive_cumsum(num_pages[slot])
             covered[slot] = old
-        page_start.append(end)
-        end += sum(packed or ()) + (new - old) * layers * heads + 1
     new_covered = torch.tensor([new for _, _, new in rows], dtype=torch.int32)
-    start = torch.tensor(page_start, dtype=torch.int64)
+    start, end = page_starts(
+        sum(packed or ()) + (new - old) * layers * heads for packed, old, new in rows
+    )
     scores = torch.full((end, block_size), float("-inf"))
     return scores, start, state_slot, num_pages, first_page, covered, new_covered
 
