@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress_vllm.integration import hooks
-from kvcompress_vllm.integration.hooks import HOOKS, Hook
+from kvcompress_vllm.integration.compat import hooks
+from kvcompress_vllm.integration.compat.hooks import HOOKS, Hook
 
 
 def test_every_hook_is_intact() -> None:
