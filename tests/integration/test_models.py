@@ -22,7 +22,10 @@ SMALL = {
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {"num_key_value_heads": 1, "head_dim": 32}),  # gelu_tanh_and_mul
     "phi": ("PhiConfig", {}),  # gelu_new
-    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "gpt2": (
+        "GPT2Config",
+        {"n_inner": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    ),
     # A window that no request outgrows is full attention.
     "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 512}),
     "phi3": ("Phi3Config", {"num_key_value_heads": 2, "sliding_window": 262144}),

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.start.refusals import REFUSALS, check, check_kernels
+from kvcompress_vllm.integration.worker.longest_request import check_longest_request
 from tests.integration.simulation import MODEL
 
 README = (MODEL.parents[1] / "README.md").read_text()
@@ -234,6 +238,31 @@ def test_chunked_local_attention() -> None:
     config.model_config.hf_text_config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ValueError, match="kv_compress: sliding window or chunked local attention"):
         check(config)
+
+
+def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
+    args = EngineArgs(
+        str(MODEL), max_model_len=2048, block_size=16, additional_config={"kv_compress": {}}
+    )
+    config = args.create_engine_config()
+    config.cache_config.num_gpu_blocks_override = 90
+    stock = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    specs = [KVCompressSpec.of(stock, 8)] * 4
+    with pytest.raises(ValueError, match=r"has 90 blocks of 16 tokens.* may need 128;") as error:
+        check_longest_request(config, specs, 1 << 30)
+    peak = re.search(r"--kv-compress-prefill-peak-tokens (\d+)", str(error.value))
+    assert peak is not None and "--max-model-len" in str(error.value)
+    # What is named helps, and no larger one does.
+    for tokens, fits in ((int(peak[1]), True), (int(peak[1]) + 256, False)):
+        config.additional_config["kv_compress"]["prefill_peak_tokens"] = tokens
+        if fits:
+            check_longest_request(config, specs, 1 << 30)
+        else:
+            with pytest.raises(ValueError, match="keep less"):
+                check_longest_request(config, specs, 1 << 30)
+    config.additional_config["kv_compress"]["prefill_peak_tokens"] = None
+    config.cache_config.num_gpu_blocks_override = 128
+    check_longest_request(config, specs, 1 << 30)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)
