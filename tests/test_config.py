@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvcompress_vllm import policies
+from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
 from kvcompress_vllm.config.spelling import check, parse_spec, parse_value
 
@@ -114,6 +117,13 @@ def test_options_of_a_policy_may_come_before_its_name() -> None:
     check({"query_stride": 4})
     check({"query_stride": 4, "policy": "roco"})
     check({"query_stride": 4, "policy": "kv_compress"})  # allow_policies may follow
+    for name, value in [("query_stride", 5000), ("policy_options.gamma", "x")]:
+        with pytest.raises(ValueError, match=f"{name}='?{value}'? is not accepted"):
+            check({name: value})  # whatever follows
+    with pytest.raises(
+        ValueError, match=r"unknown policy_options key 'gama' \(did you mean 'gamma'"
+    ):
+        check({"policy_options": {"gama": 5}})
     check({"policy_options.gamma": 5})
     check({"policy_options": {"gamma": 5}, "policy": "cake"})
     with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='roco'"):
@@ -128,12 +138,19 @@ def test_options_of_a_policy_may_come_before_its_name() -> None:
         ("policy_options=3", "policy_options='3' is not accepted; it must be a mapping"),
         ("policy_options.gamma=", "policy_options.gamma='' is not accepted"),
         ("policy=cake,policy_options.=1", "unknown policy_options. for"),
-        ("ratio", "neither key=value"),
+        ("ratio", "ratio has no value; give options as ratio=VALUE"),
+        ("cakes", "unknown preset 'cakes' \\(did you mean 'cake'\\?\\).*neither key=value"),
         ("./some/model", "the model before --kv-compress"),
         ("ratio=2,ratio=3", "given twice"),
         ("speed=9", "unknown key 'speed'"),
         ("ratio=", "ratio=''"),
         ("ratio=[2", "ratio='\\[2'"),
+        ("ratio=1:30", "ratio='1:30' is not accepted"),  # 90 in YAML 1.1
+        ("ratio=0x10", "ratio='0x10' is not accepted"),
+        ("ratio=1_0", "ratio='1_0' is not accepted"),
+        ("rati=8", "unknown key 'rati' \\(did you mean 'ratio'\\?\\)"),
+        ("{ratio: 8, ratio: 2}", "'ratio' is given twice"),
+        ("{" + "x" * 999 + ": 1}", "unknown key 'xxx"),
         ("no/such.yaml", "cannot read"),
     ],
 )
@@ -150,6 +167,86 @@ def test_yaml_file(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             parse_spec(str(path))
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.yaml"
+    path.write_text("window: 010\nratio: 1e1\n")
+    wanted = {"window": 10, "ratio": 10.0}
+    assert parse_spec(str(path)) == parse_spec("window=010,ratio=1e1") == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ratio: 2\nratio: 3\n", "'ratio' is given twice"),
+        ("sinks: &a 4\nrecent: *a\n", "aliases are not accepted"),
+        ("policy_options: !!python/name:os.system\n", "could not determine a constructor"),
+        (f"policy: {'x' * 20_000}\n", "policy='xxx"),
+        (f"ratio: {'[' * 60}{']' * 60}\n", "ratio=\\[\\["),
+        ("#" * 70_000, "it has 70000 bytes, more than 65536"),
+        (f"!!{'y' * 9999} ratio: 2\n", "cannot read"),
+        ("? [1, 2]\n: 3\n", "cannot read|unknown key"),
+    ],
+    ids=["twice", "alias", "tag", "long word", "nested", "long file", "long tag", "list as key"],
+)
+def test_a_bad_file_is_refused_in_a_few_lines(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        parse_spec(str(path))
+    assert len(str(error.value)) < 1000
+
+
+def test_nested_aliases_are_refused_before_they_grow(tmp_path: Path) -> None:
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    path = tmp_path / "laughs.yaml"
+    path.write_text("\n".join(["a0: &a0 [x]", *levels]))
+    with pytest.raises(ValueError, match="aliases are not accepted") as error:
+        parse_spec(str(path))
+    assert len(str(error.value)) < 1000
+
+
+def test_values_that_nest_make_no_long_message() -> None:
+    value: Any = ["x"] * 9
+    for _ in range(9):
+        value = [value] * 9
+    with pytest.raises(ValueError, match="ratio=") as error:
+        KVCompressConfig.from_dict({"ratio": value})
+    assert len(str(error.value)) < 300
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")  # reading it would wait for ever
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    for name in ("fifo", "folder", "device"):
+        with pytest.raises(ValueError, match=f"cannot read .*{name}.yaml': it is no regular file"):
+            parse_spec(str(tmp_path / f"{name}.yaml"))
+
+
+def test_presets_are_found_by_name() -> None:
+    assert presets.names() == tuple(path.stem for path in CONFIGS)
+    for path in CONFIGS:
+        assert parse_spec(path.stem) == parse_spec(str(path))
+    assert parse_spec("expected_attention")["policy"] == "expected_attention"
+
+
+def test_options_written_out_win_over_a_preset_or_file(tmp_path: Path) -> None:
+    preset = parse_spec("cake")
+    path = tmp_path / "own.yaml"
+    path.write_text("ratio: 6\npolicy_options:\n  gamma: 7\n")
+    assert preset["budget_tokens"] == 1024
+    without = {key: value for key, value in preset.items() if key != "budget_tokens"}
+    # One budget takes the place of another, whichever comes first.
+    for spec in ("cake,ratio=3", "ratio=3,cake", "cake, ratio-8, ratio=3"):
+        assert parse_spec(spec) == {**without, "ratio": 3}
+    mixed = parse_spec(f"cake,{path},policy_options.tau1=2")
+    assert mixed["policy_options"] == {"gamma": 7, "tau1": 2, "tau2": 1}
+    assert mixed["ratio"] == 6 and "budget_tokens" not in mixed
+    with pytest.raises(ValueError, match="exclude each other"):
+        KVCompressConfig.from_dict(parse_spec("cake,ratio=3,mass=0.5"))
+    KVCompressConfig.from_dict(mixed)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -186,9 +283,16 @@ def test_a_mass_is_of_scores_that_add_up() -> None:
 def test_limits_may_be_given_before_the_ratio() -> None:
     check({"max_ratio": 3})
     check({"max_ratio": 3, "ratio": 2})
-    with pytest.raises(ValueError, match="must not decrease"):
+    with pytest.raises(ValueError, match=r"max_ratio=3 .* at least min_ratio=5"):
         check({"max_ratio": 3, "min_ratio": 5})
-    with pytest.raises(ValueError, match="must not decrease"):
-        KVCompressConfig(max_ratio=3)  # in the end the default ratio is 4
+    # In the end the default ratio is 4.
+    for options, message in [
+        ({"max_ratio": 2}, r"max_ratio=2 .* at least ratio=4 \(the default; give another ratio\)"),
+        ({"min_ratio": 5}, r"min_ratio=5 .* at most ratio=4 \(the default; give another ratio\)"),
+        ({"max_ratio": 2, "ratio": 8}, "max_ratio=2 .* at least ratio=8$"),
+        ({"min_ratio": 9, "ratio": 8}, "min_ratio=9 .* at most ratio=8$"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            KVCompressConfig.from_dict(options)
     with pytest.raises(ValueError, match=r"max_ratio=0.5 is not accepted"):
         check({"max_ratio": 0.5})

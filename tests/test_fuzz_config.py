@@ -12,8 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.config.spelling import check, parse_spec, parse_value
-from tests.fuzzing import KEYS, SPECS, TEXT_VALUES, VALUES, fuzz, names_what_is_wrong
+from kvcompress_vllm.config.spelling import check, over, parse_spec, parse_value
+from kvcompress_vllm.policies import BUILT_IN
+from tests.fuzzing import KEYS, SCALARS, SPECS, TEXT_VALUES, VALUES, fuzz, names_what_is_wrong
 
 MAPPINGS = st.dictionaries(KEYS, VALUES, max_size=4)
 
@@ -56,15 +57,34 @@ def test_command_line_text(spec: str) -> None:
     built(options)
 
 
+COMPLETIONS = [
+    {},
+    {"allow_policies": True},
+    {"budget_tokens": 64},
+    {"ratio": 1e18},
+    *({"policy": name, **more} for name in BUILT_IN for more in ({}, {"budget_tokens": 64})),
+]
+"""What may follow a flag that is not valid on its own."""
+
+
 @fuzz
-@given(KEYS, TEXT_VALUES)
+@given(KEYS, TEXT_VALUES | SCALARS.map(str))
+@example("query_stride", "5000")
+@example("policy_options.gamma", "x")
+@example("policy_options.gama", "1")
+@example("min_ratio", "1e18")
 def test_one_flag_after_another(name: str, text: str) -> None:
-    """What ``--kv-compress-NAME VALUE`` does, ``policy_options`` included."""
-    name = name.split(".")[0]
+    """What ``--kv-compress-NAME VALUE`` does, ``policy_options`` included: what the parser lets
+    through can become valid."""
+    option, _, of_policy = name.partition(".")
     try:
-        check({name: parse_value(name, text)})
+        value = parse_value(option, f"{of_policy}={text}" if of_policy else text)
+        check({option: value})
     except ValueError as error:
         assert names_what_is_wrong(str(error)), error
+        assert len(str(error)) < 1000
+        return
+    assert any(built(over(more, {option: value})) for more in COMPLETIONS), (name, text)
 
 
 @fuzz
@@ -72,6 +92,8 @@ def test_one_flag_after_another(name: str, text: str) -> None:
 @example(data=b"ratio: 0b_")
 @example(data=b"[" * 5000)
 @example(data=b"\xff")
+@example(data=b"&a [*a, *a]")
+@example(data=b"ratio: 2\nratio: 3\n")
 def test_yaml_file(data: Any, tmp_path_factory: Any) -> None:
     if not isinstance(data, bytes):
         text = MAPPINGS.map(lambda options: yaml.safe_dump(options, allow_unicode=True))
@@ -83,4 +105,5 @@ def test_yaml_file(data: Any, tmp_path_factory: Any) -> None:
     except ValueError as error:
         assert names_what_is_wrong(str(error)), error
         return
-    assert built(options) is not None, "a file is checked when it is read"
+    # A file is checked when it is read, as far as flags that follow cannot mend it.
+    assert any(built(over(more, options)) for more in COMPLETIONS), options

@@ -8,14 +8,23 @@ the key, the value and what is accepted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.compression.allocation import ALLOCATORS
-from kvcompress_vllm.config.rules import Rule, choice, number, refusal, shown
-from kvcompress_vllm.config.rules import integer as _integer
+from kvcompress_vllm.config.rules import (
+    Rule,
+    choice,
+    flag,
+    integer,
+    number,
+    option,
+    refusal,
+    shown,
+    unknown,
+)
 
 DEFAULT_RATIO = 4.0
 BUDGETS = ("ratio", "budget_tokens", "mass")
@@ -33,13 +42,6 @@ def _or_auto(rule: Rule) -> Rule:
     return f"{accepted}, or {AUTO}", lambda value: value == AUTO or accepts(value)
 
 
-def _option(
-    default: Any, help: str, accepted: str, accepts: Callable[[Any], bool], optional: bool = False
-) -> Any:
-    metadata = {"help": help, "accepted": accepted, "accepts": accepts, "optional": optional}
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
 class KVCompressConfig:
     """What to keep, and how to choose it. Immutable; validated when built.
@@ -51,7 +53,7 @@ class KVCompressConfig:
         ValueError: a value is not accepted, or several of those are given.
     """
 
-    policy: str = _option(
+    policy: str = option(
         AUTO,
         "how keys are scored",
         f"one of {', '.join(policies.BUILT_IN)}, a policy of another installed package, or {AUTO}",
@@ -66,93 +68,90 @@ class KVCompressConfig:
             "optional": False,
         },
     )
-    ratio: float | None = _option(
+    ratio: float | None = option(
         None,
         "compressible blocks per kept block; 1 keeps everything",
         *number(1),
         optional=True,
     )
-    budget_tokens: int | None = _option(
+    budget_tokens: int | None = option(
         None,
         "tokens kept per KV head on average, instead of a ratio",
-        *_integer(1),
+        *integer(1),
         optional=True,
     )
-    mass: float | None = _option(
+    mass: float | None = option(
         None,
         "share of the score mass that each compression keeps, in as few blocks as do, instead of a "
         "ratio",
         *number(0, 1, above=True),
         optional=True,
     )
-    allow_policies: bool = _option(
+    allow_policies: bool = option(
         False,
         "requests may choose another policy",
-        "true or false",
-        lambda value: isinstance(value, bool),
+        *flag(),
     )
-    window: int = _option(
-        AUTO, "how many of the last prompt queries are observed", *_or_auto(_integer(1, 512))
+    window: int = option(
+        AUTO, "how many of the last prompt queries are observed", *_or_auto(integer(1, 512))
     )
-    query_stride: int = _option(
+    query_stride: int = option(
         AUTO,
         "policies that judge by all queries observe every so-many-th one; 1 is exact, 0 leaves "
         "them with the last window",
-        *_or_auto(_integer(0, 4096)),
+        *_or_auto(integer(0, 4096)),
     )
-    recent: int = _option(AUTO, "last prompt tokens that are always kept", *_or_auto(_integer(0)))
-    sinks: int = _option(4, "first prompt tokens that are always kept", *_integer(0))
-    min_tokens_per_head: int = _option(16, "tokens that every KV head keeps at least", *_integer(0))
-    min_prompt_tokens: int = _option(128, "shorter requests are never compressed", *_integer(1))
-    min_budget_tokens: int = _option(
+    recent: int = option(AUTO, "last prompt tokens that are always kept", *_or_auto(integer(0)))
+    sinks: int = option(4, "first prompt tokens that are always kept", *integer(0))
+    min_tokens_per_head: int = option(16, "tokens that every KV head keeps at least", *integer(0))
+    min_prompt_tokens: int = option(128, "shorter requests are never compressed", *integer(1))
+    min_budget_tokens: int = option(
         0,
         "tokens kept per KV head on average that neither ratio nor mass goes below; short requests "
         "keep more",
-        *_integer(0),
+        *integer(0),
     )
-    decode: bool = _option(
+    decode: bool = option(
         True,
         "compress what is generated, too, whenever it has outgrown the budget",
-        "true or false",
-        lambda value: isinstance(value, bool),
+        *flag(),
     )
-    interval: int = _option(
+    interval: int = option(
         8,
         "blocks by which a generation outgrows its budget before it is compressed again",
-        *_integer(1),
+        *integer(1),
     )
-    on_pressure: bool = _option(
+    on_pressure: bool = option(
         True,
         "when the KV cache runs short, compress early rather than have vLLM preempt",
-        "true or false",
-        lambda value: isinstance(value, bool),
+        *flag(),
     )
-    prefill_peak_tokens: int | None = _option(
+    prefill_peak_tokens: int | None = option(
         None,
         "tokens of KV cache that a prompt may hold while it is read; a longer one is compressed "
         "in between; none: the whole prompt",
-        *_integer(256),
+        *integer(256),
         optional=True,
     )
-    min_ratio: float | None = _option(
+    min_ratio: float | None = option(
         None,
         "least ratio that a request may ask for",
         *number(1),
         optional=True,
     )
-    max_ratio: float | None = _option(
+    max_ratio: float | None = option(
         None,
         "highest ratio that a request may ask for, or be compressed to when the KV cache runs "
         "short; none: as asked for, and never beyond the budget",
         *number(1),
         optional=True,
     )
-    pool: int = _option(
+    pool: int = option(
         AUTO,
         "width of the pooling of scores over neighbouring tokens; 1 is off",
-        *_or_auto(_integer(1, odd=True)),
+        *_or_auto(integer(1, odd=True)),
     )
-    allocator: str = _option(
+    allocator: str = option(
         AUTO,
         "which heads compete for the budget: all of the request, those of a layer, or none",
         *_or_auto(choice(*ALLOCATORS)),
@@ -166,14 +165,11 @@ class KVCompressConfig:
             if getattr(self, name) == AUTO:
                 preferred = getattr(policy.defaults, name)
                 object.__setattr__(self, name, general if preferred is None else preferred)
-        if self.ratio is self.budget_tokens is self.mass is None:
+        defaulted = self.ratio is self.budget_tokens is self.mass is None
+        if defaulted:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if value is None and option.metadata["optional"]:
-                continue
-            if not option.metadata["accepts"](value):
-                raise refusal(option.name, value, option.metadata["accepted"])
+        for name in OPTIONS:
+            check_value(name, getattr(self, name))
         given = [f"{name}={getattr(self, name)!r}" for name in BUDGETS if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(
@@ -181,13 +177,7 @@ class KVCompressConfig:
             )
         if self.ratio is not None:
             object.__setattr__(self, "ratio", float(self.ratio))
-        limits = (self.min_ratio or 1.0, self.ratio, self.max_ratio)
-        set_limits = [limit for limit in limits if limit is not None]
-        if set_limits != sorted(set_limits):
-            raise ValueError(
-                f"kv_compress: min_ratio={self.min_ratio!r}, ratio={self.ratio!r} and "
-                f"max_ratio={self.max_ratio!r} must not decrease"
-            )
+        self._check_limits(" (the default; give another ratio)" if defaulted else "")
         if self.query_stride and not (policy.observes_all or self.allow_policies):
             raise ValueError(
                 f"kv_compress: query_stride={self.query_stride!r} is for policies that judge by "
@@ -197,6 +187,16 @@ class KVCompressConfig:
             object.__setattr__(self, "recent", max(self.recent, self.window))
         object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))
         self.create_policy()
+
+    def _check_limits(self, hint: str) -> None:
+        """Refuse a ratio outside the operator's own limits; ``hint`` says where it comes from."""
+        least, ratio, most = self.min_ratio, self.ratio, self.max_ratio
+        if least is not None and ratio is not None and least > ratio:
+            raise refusal("min_ratio", least, f"at most ratio={ratio:g}{hint}")
+        if most is not None and ratio is not None and most < ratio:
+            raise refusal("max_ratio", most, f"at least ratio={ratio:g}{hint}")
+        if least is not None and most is not None and most < least:
+            raise refusal("max_ratio", most, f"at least min_ratio={least:g}")
 
     def create_policy(self) -> policies.Policy:
         """The policy with its options."""
@@ -228,10 +228,10 @@ class KVCompressConfig:
             raise ValueError(
                 f"kv_compress: {shown(options)} is not a mapping of options; {known_keys()}"
             )
-        unknown = [key for key in options if not is_key(key)]
-        if unknown:
-            raise ValueError(f"kv_compress: unknown key {shown(unknown[0])}; {known_keys()}")
-        config = cls(**_nested(options))
+        for key in options:
+            if not is_key(key):
+                raise ValueError(f"kv_compress: {unknown('key', key, OPTIONS)}; {known_keys()}")
+        config = cls(**nested(options))
         # Not in the constructor: a request that chooses such a policy has a budget of its own.
         if config.mass is not None:
             check_mass(config.policy, "mass", config.mass)
@@ -248,7 +248,18 @@ class KVCompressConfig:
         return " ".join(f"{key}={value}" for key, value in options.items())
 
 
-OPTIONS = {option.name: option for option in fields(KVCompressConfig)}
+OPTIONS = {entry.name: entry for entry in fields(KVCompressConfig)}
+
+
+def check_value(name: str, value: Any) -> None:
+    """Refuse what an option does not accept, whatever the others are.
+
+    Raises:
+        ValueError: naming option, value and what is accepted.
+    """
+    rule = OPTIONS[name].metadata
+    if not (value is None and rule["optional"]) and not rule["accepts"](value):
+        raise refusal(name, value, rule["accepted"])
 
 
 def check_mass(policy: str, key: str, mass: float) -> None:
@@ -274,7 +285,10 @@ def default_text(name: str) -> str:
     if name == "ratio":
         return f"{DEFAULT_RATIO:g} unless budget_tokens or mass is given"
     if name in GENERAL:
-        return f"{AUTO}, which is {GENERAL[name]} unless the policy prefers another value"
+        usual = policies.default(mass=False)
+        preferred = getattr(policies.find(usual).defaults, name)
+        value = GENERAL[name] if preferred is None else preferred
+        return f"{AUTO}, what the policy prefers: for {usual} {value}"
     default = OPTIONS[name].default
     return "none" if default is None or default is MISSING else str(default)
 
@@ -284,11 +298,16 @@ def is_key(key: Any) -> bool:
     return key in OPTIONS or (isinstance(key, str) and key.startswith(f"{POLICY_OPTIONS}."))
 
 
-def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
     """``policy_options.NAME`` moved into the mapping ``policy_options``."""
     prefix = f"{POLICY_OPTIONS}."
-    plain = {key: value for key, value in options.items() if not key.startswith(prefix)}
-    dotted = {key[len(prefix) :]: options[key] for key in options if key.startswith(prefix)}
+    plain: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(key, str) and key.startswith(prefix):
+            dotted[key[len(prefix) :]] = value
+        else:
+            plain[key] = value
     if dotted and isinstance(plain.get(POLICY_OPTIONS, {}), Mapping):
         plain[POLICY_OPTIONS] = {**plain.get(POLICY_OPTIONS, {}), **dotted}
     return plain

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
 
@@ -17,9 +18,16 @@ LARGEST_NUMBER = 1e18
 """An accepted integer fits 64 bits, so it can be sent to the engine, and converts to a float."""
 
 
-def option(default: Any, help: str, accepted: str, accepts: Callable[[Any], bool]) -> Any:
-    """A dataclass field with its help text and its rule."""
-    return field(default=default, metadata={"help": help, "accepted": accepted, "accepts": accepts})
+LONGEST_SHOWN = 120
+"""Characters of a user's text that an error message repeats."""
+
+
+def option(
+    default: Any, help: str, accepted: str, accepts: Callable[[Any], bool], optional: bool = False
+) -> Any:
+    """A dataclass field with its help text and its rule; ``optional``: None is accepted, too."""
+    metadata = {"help": help, "accepted": accepted, "accepts": accepts, "optional": optional}
+    return field(default=default, metadata=metadata)
 
 
 def integer(low: int, high: int | None = None, odd: bool = False) -> Rule:
@@ -56,6 +64,11 @@ def number(low: float, high: float | None = None, above: bool = False) -> Rule:
     return accepted, accepts
 
 
+def flag() -> Rule:
+    """True or false, and no number in their place."""
+    return "true or false", lambda value: isinstance(value, bool)
+
+
 def choice(*values: str) -> Rule:
     """One of some words."""
     return f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values
@@ -70,7 +83,28 @@ def shown(value: Any) -> str:
     """A value as error messages show it: not longer than a line, and marked where its size is
     what is wrong."""
     if not isinstance(value, int | float) or not abs(value) > LARGEST_INTEGER:
-        return reprlib.repr(value)
+        return shortened(reprlib.repr(value))  # which bounds each level, not what nests
     # Python does not print integers of thousands of digits.
     text = repr(value) if isinstance(value, float) or abs(value) < 10**40 else "10**40 or more"
     return f"{text} (too large)" if value > 0 else "less than -10**9"
+
+
+def shortened(text: str, longest: int = LONGEST_SHOWN) -> str:
+    """The text, its middle left out where it is longer than an error message should be."""
+    if len(text) <= longest:
+        return text
+    half = (longest - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
+def closeness(one: str, other: str) -> float:
+    """How alike two words are, from 0 to 1."""
+    return difflib.SequenceMatcher(None, one[:LONGEST_SHOWN], other).ratio()
+
+
+def unknown(what: str, name: Any, known: Iterable[str]) -> str:
+    """``unknown WHAT 'NAME'``, and which known one it probably stands for."""
+    text = f"unknown {what} {shown(name)}"
+    # Matching takes time that grows with the square of the length.
+    near = difflib.get_close_matches(str(name)[:LONGEST_SHOWN].lower(), list(known), 1, 0.6)
+    return f"{text} (did you mean {near[0]!r}?)" if near else text

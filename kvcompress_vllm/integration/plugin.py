@@ -69,7 +69,8 @@ def _patch_engine_config(engine_args: Any) -> None:
 
     @functools.wraps(stock)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from kvcompress_vllm.integration.start.wiring import check, wire
+        from kvcompress_vllm.integration.start.refusals import check
+        from kvcompress_vllm.integration.start.wiring import wire
 
         config = wire(self)
         vllm_config = stock(self, *args, **kwargs)

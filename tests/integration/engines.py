@@ -34,8 +34,9 @@ def samples(task: str, length: int, count: int, offset: int = 0) -> list[tuple[s
 
 @contextlib.contextmanager
 def engine(options: dict[str, Any] | None = None, **arguments: Any) -> Iterator[LLM]:
-    """An LLM on the bundled model; ``options`` None leaves compression off."""
+    """An LLM on the bundled model, or ``model=``; ``options`` None leaves compression off."""
     defaults = {
+        "model": str(MODEL),
         "dtype": "float32",
         "max_model_len": 2048,
         "max_num_seqs": 16,
@@ -44,7 +45,7 @@ def engine(options: dict[str, Any] | None = None, **arguments: Any) -> Iterator[
         "kv_cache_memory_bytes": 64 << 20,
         "enforce_eager": True,
     }
-    llm = LLM(str(MODEL), kv_compress=options, **{**defaults, **arguments})
+    llm = LLM(kv_compress=options, **{**defaults, **arguments})
     try:
         yield llm
     finally:

@@ -10,6 +10,7 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import OPTIONS, default_text
 from tests.integration.simulation import MODEL
 
@@ -44,6 +45,18 @@ def test_without_the_flag_nothing_changes() -> None:
         (["--kv-compress", "ratio=2", "--kv-compress-ratio", "8", "--kv-compress-pool=3"],
          {"ratio": 8.0, "pool": 3}),
         (["--kv-compress", str(MODEL.parents[1] / "configs" / "ratio-8.yaml")], {"ratio": 8.0}),
+        (["--kv-compress", "cake"], {"policy": "cake", "budget_tokens": 1024}),
+        # A preset or file gives way to what is written out, before and after it.
+        (["--kv-compress", str(MODEL.parents[1] / "configs" / "cake.yaml"),
+          "--kv-compress-ratio", "3"], {"policy": "cake", "ratio": 3.0, "window": 32}),
+        (["--kv-compress-ratio", "3", "--kv-compress", "cake"], {"policy": "cake", "ratio": 3.0}),
+        (["--kv-compress", "cake,ratio=3"], {"policy": "cake", "ratio": 3.0}),
+        (["--kv-compress", "cake", "--kv-compress-policy-options", "tau1=2"],
+         {"policy_options": {"gamma": 200, "tau1": 2, "tau2": 1}}),
+        (["--additional-config", '{"kv_compress": "cake"}', "--kv-compress-mass", "0.9"],
+         {"policy": "cake", "mass": 0.9}),
+        (["--kv-compress", '{"ratio": 8, "decode": false}'], {"ratio": 8.0, "decode": False}),
+        (["--kv-compress.ratio", "8"], {"ratio": 8.0}),
         (["--kv-compress", "ratio=8", "--additional-config", '{"x": 1}'], {"ratio": 8.0}),
         (["--kv-compress", "ratio=8", "--additional-config.x", "1"], {"ratio": 8.0}),
         (["--additional-config", '{"kv_compress": {"ratio": 2, "sinks": 9}}'],
@@ -57,7 +70,7 @@ def test_without_the_flag_nothing_changes() -> None:
 def test_spellings(flags: list[str], expected: dict[str, Any]) -> None:
     options = resolved(*flags)
     assert options is not None and expected.items() <= options.items()
-    assert ("ratio" in options) != ("budget_tokens" in options)
+    assert len({"ratio", "budget_tokens", "mass"} & options.keys()) == 1
 
 
 @pytest.mark.parametrize("value", ["false", "null"])
@@ -72,6 +85,9 @@ def test_yaml_config_of_vllm(tmp_path: Path) -> None:
     path.write_text("kv-compress: true\nkv-compress-ratio: 8\n")
     options = resolved("--config", str(path))
     assert options is not None and options["ratio"] == 8.0
+    path.write_text("kv-compress:\n  ratio: 8\n  decode: false\n")
+    options = resolved("--config", str(path))
+    assert options is not None and (options["ratio"], options["decode"]) == (8.0, False)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +99,14 @@ def test_yaml_config_of_vllm(tmp_path: Path) -> None:
         (["--kv-compress", "./model"], "the model before --kv-compress"),
         (["--kv-compress", "ratio=2", "--kv-compress-budget-tokens", "64"], "exclude each other"),
         (["--kv-compress", "/no/such/file.yaml"], "cannot read '/no/such/file.yaml'"),
+        (["--kv-compress", "cak"], "unknown preset 'cak' (did you mean 'cake'?)"),
+        (["--kv-compress", "cake", "--kv-compress", "ratio=2", "--kv-compress-mass", "0.5"],
+         "exclude each other"),
+        (["--kv-compress-query-stride", "5000"], "query_stride=5000 is not accepted"),
+        (["--kv-compress-policy-options", "gama=1"], "did you mean 'gamma'?"),
         (["--kv-compress-speed", "9"], "unrecognized arguments: --kv-compress-speed"),
     ],
-)
+)  # fmt: skip
 def test_bad_flags_end_parsing(flags, message, capsys) -> None:
     with pytest.raises(SystemExit):
         parse(*flags)
@@ -97,6 +118,24 @@ def test_bad_additional_config_ends_before_the_engine() -> None:
         resolved("--additional-config", '{"kv_compress": {"ration": 8}}')
     with pytest.raises(ValueError, match=r"7 is not a mapping"):
         resolved("--additional-config", '{"kv_compress": 7}')
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["kv-compress", "kvcompress", "kvCompress", "kv_compression", "KV_COMPRESS", "kv_compres",
+     "kv_compress_ratio", "kv_cache_compression", "--kv-compress"],
+)  # fmt: skip
+def test_a_misspelt_key_does_not_leave_compression_off(key: str) -> None:
+    for value in ({"ratio": 8}, True, False):
+        args = EngineArgs(str(MODEL), additional_config={key: value})
+        with pytest.raises(ValueError, match=f"key '{key}' .* not accepted; it must be 'kv_comp"):
+            args.create_engine_config()
+
+
+@pytest.mark.parametrize("key", ["kv_cache", "compress", "kv_transfer", "keep", "x", ""])
+def test_keys_of_others_are_theirs(key: str) -> None:
+    args = EngineArgs(str(MODEL), additional_config={key: 1})
+    assert args.create_engine_config().additional_config == {key: 1}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +166,8 @@ def test_help_lists_every_flag_with_its_default(command: list[str]) -> None:
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     text = " ".join(result.stdout.split())
+    assert f"Presets:{','.join(presets.names())}." in "".join(text.split())  # may break at "-"
+    assert "for diverse 127" in text
     for name in OPTIONS:
         assert f"--kv-compress-{name.replace('_', '-')}" in text
         assert f"Default: {default_text(name)}." in text

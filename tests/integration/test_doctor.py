@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat.hooks import HOOKS
 from kvcompress_vllm.integration.start import doctor
@@ -39,6 +40,8 @@ def test_all_is_well() -> None:
     assert f"vLLM hooks: {len(HOOKS)} of {len(HOOKS)} intact" in lines
     assert "plugin kv_compress (vllm.general_plugins): visible to vLLM" in lines
     assert "PROBLEM" not in result.stdout and "ratio=4.0" in result.stdout
+    assert f"presets: {', '.join(presets.names())}" in lines and "cake" in presets.names()
+    assert "CUDA" not in result.stderr, "nobody asked for it"
 
 
 def test_json() -> None:
@@ -50,7 +53,7 @@ def test_json() -> None:
     assert report["kernels"]["CPU"].keys() == SCHEMAS.keys()
     assert report["hooks"] == {"checked": len(HOOKS), "broken": []}
     assert KVCompressConfig.from_dict(report["defaults"]) == KVCompressConfig()
-    assert "kv_compress" in report["policies"]
+    assert "kv_compress" in report["policies"] and "cake" in report["presets"]
 
 
 def test_a_broken_hook_is_named() -> None:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.integration.start.wiring import REFUSALS, check, check_kernels
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
+from kvcompress_vllm.integration.start.refusals import REFUSALS, check, check_kernels
+from kvcompress_vllm.integration.worker.longest_request import check_longest_request
 from tests.integration.simulation import MODEL
 
 README = (MODEL.parents[1] / "README.md").read_text()
@@ -39,7 +43,7 @@ def refused(model: str, feature: str, **arguments: Any) -> None:
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral",
           "sliding_window": 512}, "sliding window"),
         ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 512,
-          "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64}, "sliding window"),
+          "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64}, "soft caps"),
         ({"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
           "kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
           "v_head_dim": 32, "n_routed_experts": 8}, "multi-head latent attention"),
@@ -117,6 +121,110 @@ def test_resolved_settings(part: str, field: str, value: Any, feature: str) -> N
         check(config)
 
 
+Attributes = dict[str, Any]
+
+
+def with_model(attributes: Attributes, max_model_len: int = 2048) -> VllmConfig:
+    """The engine's configuration as if the model's had these attributes, which saves vLLM the
+    import of every model."""
+    config = engine_config()
+    text = config.model_config.hf_text_config
+    for name, value in attributes.items():
+        setattr(text, name, value)
+    if len(set(attributes.get("layer_types", ()))) < 2:  # what vLLM does
+        config.cache_config.sliding_window = attributes.get("sliding_window")
+    config.model_config.max_model_len = max_model_len
+    return config
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"sliding_window": 512},
+         "has a window of 512 tokens in every layer, and max_model_len is 2048; --max-model-len "
+         "512 or --disable-sliding-window"),
+        ({"sliding_window": 512, "layer_types": [SLIDING, FULL, SLIDING, SLIDING]},
+         "has 3 of 4 layers (0, 2-3) of sliding_attention with a window of 512 tokens; "
+         "--disable-sliding-window, which caps max_model_len at 512, drops it"),
+        # vLLM's Cohere 2 rotates keys where there is a window: without it, it is another model.
+        ({"sliding_window": 512, "layer_types": [SLIDING, FULL], "model_type": "cohere2"},
+         "with a window of 512 tokens; without --kv-compress"),
+        ({"layer_types": [FULL, "chunked_attention"]},
+         "has 1 of 2 layers (1) of chunked_attention; without"),
+        ({"attn_logit_softcapping": 50.0}, "caps them at 50 in every layer"),
+        ({"model_type": "bloom"}, "ALiBi"),
+        ({"model_type": "falcon", "alibi": True}, "ALiBi"),
+        ({"model_type": "gpt_oss", "sliding_window": 128, "layer_types": [SLIDING, FULL]},
+         "attention sinks"),
+        ({"add_swa_attention_sink_bias": True}, "attention sinks"),
+        ({"num_kv_shared_layers": 2}, "has 2 layers that read the keys of others"),
+        ({"model_type": "hrm_text"}, "attention to later tokens of the prompt"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_model_its_layers_and_the_way_out(
+    attributes: Attributes, message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"kv_compress: .* not supported") as error:
+        check(with_model(attributes))
+    assert message in str(error.value)
+    assert f"{str(MODEL)!r} (LlamaForCausalLM)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "max_model_len"),
+    [
+        ({"sliding_window": 262144}, 2048),  # Phi-4-mini
+        ({"sliding_window": 512}, 512),  # Mistral 0.1
+        ({"sliding_window": 512, "layer_types": [SLIDING] * 4}, 100),
+    ],
+)
+def test_a_window_that_no_request_outgrows_is_left_out(
+    attributes: Attributes, max_model_len: int
+) -> None:
+    config = with_model(attributes, max_model_len)
+    check(config)
+    assert config.model_config.get_sliding_window() is None
+    assert config.cache_config.sliding_window is None
+
+
+def test_a_window_of_some_layers_is_not_touched() -> None:
+    config = with_model({"sliding_window": 4096, "layer_types": [SLIDING, FULL]})
+    with pytest.raises(ValueError, match="sliding window"):
+        check(config)
+    assert config.model_config.get_sliding_window() == 4096
+
+
+def test_the_ways_out_of_a_window(tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    model = model_like(tmp_path, **mistral, sliding_window=512)
+    refused(model, "sliding window")
+    for way_out in ({"disable_sliding_window": True}, {"max_model_len": 512}):
+        args = EngineArgs(model, additional_config={"kv_compress": {}}, **way_out)
+        config = args.create_engine_config()
+        assert config.model_config.max_model_len == 512
+        assert config.model_config.get_sliding_window() is None
+
+
+def test_the_models_own_quantised_cache_names_the_way_out() -> None:
+    config = engine_config()
+    config.cache_config.cache_dtype = "fp8"  # as vLLM resolves it from a checkpoint
+    with pytest.raises(ValueError, match="a cache of fp8; --kv-cache-dtype bfloat16"):
+        check(config)
+
+
+def test_a_hybrid_without_other_layers_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite 4 dense: the code of a hybrid, and every layer attention."""
+    dense = with_model({"layer_types": [FULL] * 4})
+    hybrid = with_model({"layer_types": [FULL, "mamba", FULL, "mamba"]})
+    monkeypatch.setattr(type(dense.model_config), "is_hybrid", property(lambda self: True))
+    check(dense)
+    with pytest.raises(ValueError, match=r"hybrid .*has 2 of 4 layers \(1, 3\) of mamba"):
+        check(hybrid)
+
+
 @pytest.mark.parametrize("name", ["is_hybrid", "is_attention_free"])
 def test_resolved_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = engine_config()
@@ -130,6 +238,31 @@ def test_chunked_local_attention() -> None:
     config.model_config.hf_text_config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ValueError, match="kv_compress: sliding window or chunked local attention"):
         check(config)
+
+
+def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
+    args = EngineArgs(
+        str(MODEL), max_model_len=2048, block_size=16, additional_config={"kv_compress": {}}
+    )
+    config = args.create_engine_config()
+    config.cache_config.num_gpu_blocks_override = 90
+    stock = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    specs = [KVCompressSpec.of(stock, 8)] * 4
+    with pytest.raises(ValueError, match=r"has 90 blocks of 16 tokens.* may need 128;") as error:
+        check_longest_request(config, specs, 1 << 30)
+    peak = re.search(r"--kv-compress-prefill-peak-tokens (\d+)", str(error.value))
+    assert peak is not None and "--max-model-len" in str(error.value)
+    # What is named helps, and no larger one does.
+    for tokens, fits in ((int(peak[1]), True), (int(peak[1]) + 256, False)):
+        config.additional_config["kv_compress"]["prefill_peak_tokens"] = tokens
+        if fits:
+            check_longest_request(config, specs, 1 << 30)
+        else:
+            with pytest.raises(ValueError, match="keep less"):
+                check_longest_request(config, specs, 1 << 30)
+    config.additional_config["kv_compress"]["prefill_peak_tokens"] = None
+    config.cache_config.num_gpu_blocks_override = 128
+    check_longest_request(config, specs, 1 << 30)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's CUDA wheel on a machine without GPU: its CPU platform with what the wheel lacks.
 
-The wheel carries none of the CPU kernels, so this supplies the three ops that a dense decoder
+The wheel carries none of the CPU kernels, so this supplies the ops that a dense decoder looks up or
 calls in any case and keeps all others on PyTorch; attention runs on our own backend.
 
 It is made for a quick start. vLLM's CPU sampler is compiled by TorchInductor even with
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 from vllm.platforms.cpu import CpuPlatform
+
+from kvcompress_vllm.integration.cpu.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,11 +32,6 @@ _LIBRARY: torch.library.Library | None = None
 
 def _init_cpu_memory_env(nodes: list[int]) -> None:
     """NUMA binding, which only the CPU build of vLLM has."""
-
-
-def _silu_and_mul(out: Tensor, x: Tensor) -> None:
-    gate, up = x.chunk(2, dim=-1)
-    torch.mul(silu(gate), up, out=out)
 
 
 def _compute_slot_mapping(
@@ -64,11 +60,14 @@ class KVCompressCpuPlatform(CpuPlatform):
         _LIBRARY = torch.library.Library("_C", "FRAGMENT")
         for schema, function in (
             ("init_cpu_memory_env(int[] nodes) -> ()", _init_cpu_memory_env),
-            ("silu_and_mul(Tensor! out, Tensor input) -> ()", _silu_and_mul),
             (
                 "compute_slot_mapping_kernel_impl(Tensor query_start, Tensor positions, "
                 "Tensor block_table, Tensor(a!) slot_mapping, int block_size) -> ()",
                 _compute_slot_mapping,
+            ),
+            *(
+                (f"{name}(Tensor! out, Tensor input) -> ()", function)
+                for name, function in ACTIVATIONS.items()
             ),
         ):
             _LIBRARY.define(schema)

@@ -11,10 +11,11 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvcompress_vllm.integration.cpu.platform import KVCompressCpuPlatform
+from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.worker import KVCompressWorkerMixin
 
 
-class KVCompressCPUWorker(KVCompressWorkerMixin, CPUWorker):
+class KVCompressCPUWorker(LongestRequestMixin, KVCompressWorkerMixin, CPUWorker):
     """Compression on a machine without GPU."""
 
     def determine_available_memory(self) -> int:

@@ -15,8 +15,9 @@ class LLM(vllm.LLM):
     """``vllm.LLM`` plus ``kv_compress``.
 
     Args:
-        kv_compress: options as a dict, ``True`` for the defaults, a ``key=value,...`` string or
-            the path of a YAML file; ``None`` and ``False`` leave compression off.
+        kv_compress: options as a dict, ``True`` for the defaults, or a string as after the flag:
+            a preset, ``key=value,...``, both (``"cake,ratio=3"``), or the path of a YAML file;
+            ``None`` and ``False`` leave compression off.
 
     Raises:
         ValueError: unknown keys, bad values, or a model or feature that is not supported.

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvcompress_vllm import __version__, ops, policies
+from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat import hooks
 
@@ -33,6 +37,8 @@ def examine() -> dict[str, Any]:
     # Before vLLM is imported: its log goes to standard output, which is ours.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # vLLM imports it, and it complains where there is a toolkit and no GPU; we say what is there.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     report: dict[str, Any] = {"problems": [], "warnings": []}
     report["versions"] = {
         "kvcompress_vllm": __version__,
@@ -45,6 +51,9 @@ def examine() -> dict[str, Any]:
     _examine_plugins(report)
     report["defaults"] = KVCompressConfig().to_dict()
     report["policies"] = list(policies.names())
+    report["presets"] = list(presets.names())
+    if not report["presets"]:
+        report["problems"].append(f"no presets in {presets.FOLDER}; install the package again")
     return report
 
 
@@ -77,6 +86,7 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"plugin {plugin['name']} ({plugin['group']}): {state}")
     lines.append("defaults: " + " ".join(f"{k}={v}" for k, v in report["defaults"].items()))
     lines.append(f"policies: {', '.join(report['policies'])}")
+    lines.append(f"presets: {', '.join(report['presets'])}")
     lines += [f"warning: {text}" for text in report["warnings"]]
     lines += [f"PROBLEM: {text}" for text in report["problems"]]
     lines.append("not fit to run" if report["problems"] else "all is well")
@@ -93,7 +103,11 @@ def _version(package: str) -> str | None:
 def _examine_torch(report: dict[str, Any]) -> None:
     report["versions"]["cuda"] = torch.version.cuda
     report["gpus"] = []
-    if torch.cuda.is_available():
+    with warnings.catch_warnings(record=True) as complaints:
+        available = torch.cuda.is_available()
+    if Path("/dev/nvidiactl").exists():  # elsewhere nobody asked for CUDA
+        report["warnings"] += [str(complaint.message) for complaint in complaints]
+    if available:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
             name = torch.cuda.get_device_name(index)

@@ -8,17 +8,22 @@ the key is present exactly when compression is on.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvcompress_vllm.config.options import BUDGETS, OPTIONS, KVCompressConfig, default_text
-from kvcompress_vllm.config.spelling import check, parse_spec, parse_value
+from kvcompress_vllm.config import presets
+from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig, default_text
+from kvcompress_vllm.config.rules import closeness, shown
+from kvcompress_vllm.config.spelling import check, over, parse_spec, parse_value, split_spec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "kv_compress"
 GROUP = "KVCompress"
+_PRESET = f"{KEY}_preset"
+"""Where the options of presets and files wait; those written out wait under ``KEY``."""
 
 
 def resolved_config(vllm_config: VllmConfig) -> KVCompressConfig | None:
@@ -32,14 +37,33 @@ def user_options(additional_config: Any) -> KVCompressConfig | None:
     """Read what a user put into ``additional_config``; ``False`` and ``None`` mean off.
 
     Raises:
-        ValueError: unknown keys or bad values.
+        ValueError: unknown keys or bad values, or a key that was probably meant to be ours.
     """
+    _check_spelling(additional_config)
     value = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
     if value is None or value is False:
         return None
     if isinstance(value, str):
         value = parse_spec(value)
     return KVCompressConfig.from_dict({} if value is True else value)
+
+
+def _check_spelling(additional_config: Any) -> None:
+    """Refuse keys that would silently leave compression off.
+
+    Raises:
+        ValueError: naming the key and ours.
+    """
+    for key in additional_config if isinstance(additional_config, Mapping) else ():
+        letters = re.sub("[^a-z]", "", key.lower()) if isinstance(key, str) else ""
+        meant = letters.startswith(("kvcompress", "kvcachecompress")) or (
+            letters.startswith("k") and closeness(letters, "kvcompress") > 0.85
+        )
+        if key != KEY and meant:
+            raise ValueError(
+                f"kv_compress: the key {shown(key)} of additional_config is not accepted; it must "
+                f'be {KEY!r}, which holds the options: {{"{KEY}": {{"ratio": 8}}}}'
+            )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=argparse.SUPPRESS,
         metavar="SPEC",
-        help="Compress the KV cache. SPEC is key=value,... or the path of a .yaml file; without "
-        "it the defaults below apply.",
+        help="Compress the KV cache. SPEC is a preset, the path of a .yaml file, key=value, or "
+        "several of these with commas between, as cake,ratio=8; without it the defaults below "
+        f"apply. What is written out wins over presets and files. Presets: "
+        f"{', '.join(presets.names())}.",
     )
     for name, option in OPTIONS.items():
         group.add_argument(
@@ -76,8 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def merge_arguments(args: argparse.Namespace) -> None:
     """Move the parsed flags into ``args.additional_config``, over what it holds already."""
-    options = getattr(args, KEY, None)
-    if options is None:
+    options, preset = getattr(args, KEY, None), getattr(args, _PRESET, None)
+    if options is None and preset is None:
         return
     additional = dict(getattr(args, "additional_config", None) or {})
     given = additional.get(KEY)
@@ -85,10 +111,7 @@ def merge_arguments(args: argparse.Namespace) -> None:
         given = parse_spec(given)
     base = dict(given) if isinstance(given, Mapping) else {}
     # The ways to state the budget exclude each other: the flag wins over the dict.
-    if set(BUDGETS) & options.keys():
-        for name in BUDGETS:
-            base.pop(name, None)
-    additional[KEY] = {**base, **options}
+    additional[KEY] = over(over(base, preset or {}), options or {})
     args.additional_config = additional
 
 
@@ -100,10 +123,9 @@ class _MergeSpec(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        # vLLM's YAML --config turns `kv-compress: true` into a bare flag, but a mapping into JSON.
+        # vLLM's YAML --config turns `kv-compress: true` into a bare flag, and a mapping into JSON.
         try:
-            options = parse_spec(values or "")
-            _merge(namespace, options)
+            _merge(namespace, *split_spec(values or ""))
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from error
 
@@ -121,12 +143,19 @@ class _MergeOption(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         try:
-            _merge(namespace, {self.option: parse_value(self.option, values)})
+            _merge(namespace, {}, {self.option: parse_value(self.option, values)})
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from error
 
 
-def _merge(namespace: argparse.Namespace, options: dict[str, Any]) -> None:
-    merged = {**getattr(namespace, KEY, {}), **options}
-    check(merged)
-    setattr(namespace, KEY, merged)
+def _merge(
+    namespace: argparse.Namespace, preset: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Add to what waits. Of two presets the later wins; two budgets written out exclude each
+    other, since none of them is more particular."""
+    preset = over(getattr(namespace, _PRESET, {}), preset)
+    options = {**getattr(namespace, KEY, {}), **options}
+    check(options)
+    check(over(preset, options))
+    setattr(namespace, _PRESET, preset)
+    setattr(namespace, KEY, options)

@@ -24,6 +24,7 @@ from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import backend, reports
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
+from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
 from kvcompress_vllm.records.plan import StepPlan
 
@@ -218,7 +219,7 @@ class KVCompressWorkerMixin(Worker):
         return scratch_bytes(policy, most, layers, heads, state.ring.shape[-1], running)
 
 
-class KVCompressWorker(KVCompressWorkerMixin, Worker):
+class KVCompressWorker(LongestRequestMixin, KVCompressWorkerMixin, Worker):
     """The GPU worker."""
 
 

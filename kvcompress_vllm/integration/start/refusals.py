@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compression does not work with: refused by name once vLLM has resolved its configuration,
+before the engine starts and any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from kvcompress_vllm import ops
+from kvcompress_vllm.integration.start import attention_kinds as kinds
+
+
+class Refusal(NamedTuple):
+    """A feature that compression does not work with.
+
+    Attributes:
+        applies: whether it is asked for; a text says what of the model asks for it, and what helps.
+    """
+
+    feature: str
+    setting: str
+    applies: Callable[[VllmConfig], bool | str]
+
+
+def _uses_quantised_kv(config: VllmConfig) -> bool | str:
+    dtype = config.cache_config.cache_dtype
+    if dtype in ("auto", "float16", "bfloat16", "float32"):
+        return False
+    return f"has a cache of {dtype}; --kv-cache-dtype bfloat16 keeps it in 16 bits"
+
+
+def _shares_kv(config: VllmConfig) -> bool | str:
+    shared = getattr(config.model_config.hf_text_config, "num_kv_shared_layers", None)
+    if shared:
+        return f"has {shared} layers that read the keys of others"
+    return config.cache_config.kv_sharing_fast_prefill
+
+
+REFUSALS = (
+    Refusal(
+        "pooling and embedding models",
+        "--runner pooling",
+        lambda c: c.model_config.runner_type != "generate",
+    ),
+    Refusal("encoder-decoder models", "the model", lambda c: c.model_config.is_encoder_decoder),
+    Refusal("multi-head latent attention (MLA)", "the model", lambda c: c.model_config.use_mla),
+    Refusal("hybrid (Mamba, linear attention) models", "the model", kinds.layers_without_attention),
+    # Before windows, which may have a way out: these have none.
+    Refusal("ALiBi", "the model", kinds.alibi),
+    Refusal("soft caps of attention scores", "the model", kinds.soft_cap),
+    Refusal("attention sinks", "the model", kinds.sinks),
+    Refusal("attention to later tokens of the prompt", "the model", kinds.not_causal),
+    Refusal("sliding window or chunked local attention", "the model", kinds.local),
+    Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),
+    Refusal(
+        "speculative decoding", "--speculative-config", lambda c: c.speculative_config is not None
+    ),
+    Refusal(
+        "KV connectors and KV offloading",
+        "--kv-transfer-config, --kv-offloading-size",
+        lambda c: c.kv_transfer_config is not None,
+    ),
+    Refusal(
+        "encoder cache transfer", "--ec-transfer-config", lambda c: c.ec_transfer_config is not None
+    ),
+    Refusal(
+        "pipeline parallelism",
+        "--pipeline-parallel-size",
+        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+    ),
+    Refusal(
+        "decode context parallelism",
+        "--decode-context-parallel-size",
+        lambda c: c.parallel_config.decode_context_parallel_size > 1,
+    ),
+    Refusal(
+        "prefill context parallelism",
+        "--prefill-context-parallel-size",
+        lambda c: c.parallel_config.prefill_context_parallel_size > 1,
+    ),
+    Refusal("dual-batch overlap", "--enable-dbo", lambda c: c.parallel_config.use_ubatching),
+    Refusal("sleep mode", "--enable-sleep-mode", lambda c: c.model_config.enable_sleep_mode),
+    Refusal(
+        "KV sharing between layers",
+        "--kv-sharing-fast-prefill, the model",
+        _shares_kv,
+    ),
+    Refusal(
+        "KV cache events",
+        "--kv-events-config",
+        lambda c: c.kv_events_config is not None and c.kv_events_config.enable_kv_cache_events,
+    ),
+)
+"""Checked in order once vLLM has resolved its configuration; also the table in the README."""
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Refuse what compression does not support, before the engine starts.
+
+    Raises:
+        ValueError: naming the feature, the setting that asks for it, or the model and what of it
+            does, and the way out.
+    """
+    kinds.drop_idle_window(vllm_config)
+    for refusal in REFUSALS:
+        found = refusal.applies(vllm_config)
+        if found:
+            raise ValueError(_text(refusal, vllm_config, found))
+    if current_platform.is_cuda():
+        check_kernels(vllm_config)
+
+
+def _text(refusal: Refusal, config: VllmConfig, found: bool | str) -> str:
+    model = config.model_config
+    text = (
+        f"kv_compress: {refusal.feature} is not supported together with --kv-compress "
+        f"({refusal.setting})"
+    )
+    if isinstance(found, str) or refusal.setting == "the model":
+        name = f"{model.model!r} ({', '.join(model.architectures)})"
+        text += f": {name} {found if isinstance(found, str) else 'is one'}"
+    if refusal.setting.startswith("--"):
+        return f"{text}; leave out {refusal.setting.removesuffix(', the model')} or --kv-compress"
+    return f"{text}; without --kv-compress it runs as ever"
+
+
+def check_kernels(vllm_config: VllmConfig) -> None:
+    """Refuse shapes that the CUDA kernels are not built for.
+
+    Raises:
+        ValueError: naming the shape and what is accepted.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    problem = ops.cuda_problem(
+        model.get_head_size(),
+        model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel),
+        vllm_config.cache_config.block_size or 16,
+    )
+    if problem is not None:
+        raise ValueError(f"kv_compress: {problem} is not supported together with --kv-compress")

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the KV cache can hold the longest request alone; vLLM's own answer knows of no way out
+that compression offers."""
+
+from __future__ import annotations
+
+import copy
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.worker.gpu_worker import Worker
+
+from kvcompress_vllm.integration.start.flags import KEY
+
+LEAST_PEAK = 256
+"""The smallest accepted ``prefill_peak_tokens``, and the steps in which one is looked for."""
+
+
+class LongestRequestMixin(Worker):
+    """Before all other parts of a worker: looks at the memory that they found."""
+
+    def determine_available_memory(self) -> int:
+        available = super().determine_available_memory()
+        if available > 0:  # else vLLM says what to do
+            specs = list(self.get_kv_cache_spec().values())
+            check_longest_request(self.vllm_config, specs, available)
+        return available
+
+
+def check_longest_request(
+    vllm_config: VllmConfig, specs: list[KVCacheSpec], available: int
+) -> None:
+    """Refuse a KV cache that is smaller than what one request may need.
+
+    Args:
+        specs: one per layer, all alike.
+        available: bytes.
+
+    Raises:
+        ValueError: with both numbers in blocks, and what helps.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    blocks = available // sum(spec.page_size_bytes for spec in specs)
+    if cache.num_gpu_blocks_override is not None:
+        blocks = cache.num_gpu_blocks_override
+    if model.original_max_model_len == -1:
+        return  # vLLM takes what fits
+    needed = _blocks_needed(vllm_config, specs[0])
+    if needed <= blocks:
+        return
+    peak = _peak_that_fits(vllm_config, specs[0], blocks)
+    raise ValueError(
+        f"kv_compress: the KV cache has {blocks} blocks of {cache.block_size} tokens, and a "
+        f"request of max_model_len={model.max_model_len} tokens may need {needed}; "
+        + (
+            f"give --kv-compress-prefill-peak-tokens {peak}, with which longer prompts are "
+            "compressed while they are read, "
+            if peak is not None
+            else "keep less (a higher ratio), "
+        )
+        + "reduce --max-model-len, or enlarge the cache (--gpu-memory-utilization, "
+        "--kv-cache-memory-bytes, --num-gpu-blocks-override)"
+    )
+
+
+def _blocks_needed(vllm_config: VllmConfig, spec: KVCacheSpec) -> int:
+    return -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+
+
+def _peak_that_fits(vllm_config: VllmConfig, spec: KVCacheSpec, blocks: int) -> int | None:
+    """The largest ``prefill_peak_tokens`` with which the longest request fits; None: there is none,
+    or another one is set already."""
+    options = vllm_config.additional_config[KEY]
+    if options.get("prefill_peak_tokens") is not None:
+        return None
+    most = blocks * vllm_config.cache_config.block_size // LEAST_PEAK * LEAST_PEAK
+    trial = copy.copy(vllm_config)
+    for peak in range(most, 0, -LEAST_PEAK):
+        trial.additional_config = {KEY: {**options, "prefill_peak_tokens": peak}}
+        if _blocks_needed(trial, spec) <= blocks:
+            return peak
+    return None
