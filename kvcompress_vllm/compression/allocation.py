@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm.cache.transfer import to_device
-from kvcompress_vllm.policies import Evidence, Policy
-
-ALLOCATORS = ("global", "layer", "uniform")
+from kvcompress_vllm.policies.base import Evidence, Policy
 
 
 def freed_pages(
@@ -42,7 +40,7 @@ def freed_pages(
 
     Args:
         kept: blocks C, P of them.
-        allocator: one of :data:`ALLOCATORS`.
+        allocator: one of :data:`~kvcompress_vllm.config.options.ALLOCATORS`.
         scores: ``[L * H, n]`` fp32 from ``policy``.
         block_size: B.
         floor_pages: pages that every head keeps.
@@ -81,7 +79,7 @@ def freed_pages(
     if lengths is None:
         lengths = torch.full((layers, heads), full, dtype=torch.int32, device=device)
     if shares is None:
-        shares = torch.ones(layers, device=device)
+        shares = torch.ones(layers, dtype=torch.float64, device=device)
     shares = shares.expand(len(kept), -1)
     total = to_device(kept, torch.int64, device) * layers
     if allocator == "uniform":

@@ -21,7 +21,7 @@ from kvcompress_vllm.compression import allocation, gather, loss
 from kvcompress_vllm.compression.pending import PendingLengths, PendingReports
 from kvcompress_vllm.compression.protection import Protected
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.policies import Evidence, Policy
+from kvcompress_vllm.policies.base import Evidence, Policy
 from kvcompress_vllm.records import budget
 from kvcompress_vllm.records.plan import Compression, Observed
 
@@ -131,7 +131,9 @@ class Compressor:
         if of_keys:
             parts.append(ops.key_statistics(*pages, *candidates, of_keys))
         if not parts:
-            return torch.empty(0, starts[-1], self.pages.shape[1], device=device)
+            return torch.empty(
+                0, starts[-1], self.pages.shape[1], dtype=torch.float32, device=device
+            )
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _count(
@@ -231,7 +233,7 @@ class Compressor:
             budget.num_recent(self.config, count, blocks, block_size)
             for count, blocks in zip(num_tokens, covered, strict=True)
         ]
-        scores = torch.empty(starts[-1], block_size, device=device)
+        scores = torch.empty(starts[-1], block_size, dtype=torch.float32, device=device)
         points = [
             loss.curve_points(item.candidate_blocks, self._floor, blocks)
             for item, blocks in zip(due, kept, strict=True)
@@ -368,7 +370,7 @@ class Compressor:
         lost = loss.loss_at(costs, masses, longest, self._floor, freed[1:])
         scores = scores.reshape(-1, block_size)
         if place is not None:
-            result = torch.empty(pages + 1, block_size, device=device)
+            result = torch.empty(pages + 1, block_size, dtype=torch.float32, device=device)
             result[place] = scores
             scores = result[:pages]
         return scores, freed[0], lost

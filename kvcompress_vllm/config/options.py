@@ -13,11 +13,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.compression.allocation import ALLOCATORS
 from kvcompress_vllm.config.rules import Rule, choice, number, refusal, shown
 from kvcompress_vllm.config.rules import integer as _integer
 
 DEFAULT_RATIO = 4.0
+ALLOCATORS = ("global", "layer", "uniform")
+"""Which heads compete for pages; see ``compression/allocation.py``."""
 BUDGETS = ("ratio", "budget_tokens", "mass")
 """How much is kept; exclude each other."""
 AUTO = "auto"

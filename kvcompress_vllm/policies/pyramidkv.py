@@ -32,4 +32,6 @@ class PyramidKV(SnapKV):
         average = float(max(1, evidence.open_kept))
         first = min(2 * average - average / self.beta, float(evidence.num_open))
         last = max(0.0, 2 * average - first)
-        return torch.linspace(first, last, evidence.layers, device=evidence.device)
+        return torch.linspace(
+            first, last, evidence.layers, dtype=torch.float32, device=evidence.device
+        )

@@ -47,4 +47,6 @@ class Scissorhands(Policy):
         return self.pooled(evidence, not_low + mean)
 
     def layer_shares(self, evidence: Evidence) -> Tensor:
-        return torch.linspace(1.0, self.later, evidence.layers, device=evidence.device)
+        return torch.linspace(
+            1.0, self.later, evidence.layers, dtype=torch.float32, device=evidence.device
+        )

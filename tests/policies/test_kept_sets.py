@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kvcompress_vllm import policies
+from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 from tests.policies import literal, prompts
 from tests.policies.test_again import config_of, grow
@@ -78,6 +80,25 @@ def test_kept_keys_are_those_on_record(scene: str, policy: str) -> None:
     assert [len(keys) for keys in kept] == [bits.bit_count() for bits in before]
     swapped = sum((now & ~then).bit_count() for now, then in zip(sets, before, strict=True))
     assert swapped <= 0.01 * sum(map(len, kept)), f"{swapped} other keys"
+
+
+@pytest.mark.parametrize("policy", policies.BUILT_IN)
+def test_pytorchs_default_dtype_does_not_matter(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM leaves the model's dtype as PyTorch's default when a model fails to load."""
+    stock = Compressor.run
+
+    def run(self: Compressor, *args: Any, **kwargs: Any) -> Any:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    wanted = _again(policy)
+    monkeypatch.setattr(Compressor, "run", run)
+    assert _again(policy) == wanted
 
 
 def record() -> None:

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies of other packages, as if they were installed."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import metadata
+
+import pytest
+
+from kvcompress_vllm.policies import registry
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **found: str) -> list[str]:
+    """Have these entry points, ``name="module:Class"``, and nothing loaded of them.
+
+    Returns:
+        The groups that were asked for; grows with every look at what is installed.
+    """
+    entries = [metadata.EntryPoint(name, value, registry.ENTRY_POINTS) for name, value in
+               found.items()]  # fmt: skip
+    asked: list[str] = []
+
+    def entry_points(*, group: str) -> metadata.EntryPoints:
+        asked.append(group)
+        return metadata.EntryPoints(entries).select(group=group)
+
+    monkeypatch.setattr(registry.metadata, "entry_points", entry_points)
+    for name in ("_installed", "_load"):
+        monkeypatch.setattr(registry, name, cache(getattr(registry, name).__wrapped__))
+    return asked
