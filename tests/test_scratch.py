@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.cache.state import PackedState
-from kvcompress_vllm.compression.compressor import MOST_TOKENS, Compressor, scratch_bytes
+from kvcompress_vllm.compression.batch import MOST_TOKENS
+from kvcompress_vllm.compression.compressor import Compressor, scratch_bytes
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.plan import Compression
 

@@ -456,7 +456,7 @@ def _candidates(
     packed, old_f = _packed(slot, num_pages, covered, layer, head)
     first = 0 if slot < 0 else int(first_page[slot, layer, head])
     fresh = new_covered - old_f
-    page = start + first + (layer * num_pages.shape[2] + head) * fresh
+    page = start + layout.first_candidate(first, layer * num_pages.shape[2] + head, fresh)
     return page * block_size, (packed + fresh) * block_size
 
 
