@@ -177,7 +177,7 @@ class Compressor:
             rectangle = Rectangle.of(self._rank, item, self._width(item))
             known = evidence_of(self._rank, due, index, rectangle, own, counts)
             verdict = self._verdict(due, index, known, rectangle, points[index], failures)
-            scores[begin:end] = rectangle.gathered(verdict.scores.view(-1, found.shape[2]))
+            scores[begin:end] = rectangle.gathered(verdict.scores.reshape(-1, found.shape[2]))
             freed.append(verdict.freed[0])
             lost.append(verdict.lost)
         return scores, freed, torch.cat(lost)

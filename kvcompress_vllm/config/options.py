@@ -86,11 +86,12 @@ class KVCompressConfig:
         *number(0, 1, above=True),
         optional=True,
     )
-    allow_policies: bool = _option(
+    allow_policies: bool | tuple[str, ...] = _option(
         False,
-        "requests may choose another policy",
-        "true or false",
-        lambda value: isinstance(value, bool),
+        "requests may choose another policy: any, or one of these; true leaves out policies of "
+        "other packages that fail a trial at startup",
+        "true, false or names of policies such as snapkv+keydiff",
+        lambda value: isinstance(value, bool) or (isinstance(value, tuple) and bool(value)),
     )
     window: int = _option(
         AUTO, "how many of the last prompt queries are observed", *_or_auto(_integer(1, 512))
@@ -167,6 +168,7 @@ class KVCompressConfig:
             if getattr(self, name) == AUTO:
                 preferred = getattr(policy.defaults, name)
                 object.__setattr__(self, name, general if preferred is None else preferred)
+        object.__setattr__(self, "allow_policies", _allowed(self.allow_policies))
         if self.ratio is self.budget_tokens is self.mass is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         for option in fields(self):
@@ -198,6 +200,12 @@ class KVCompressConfig:
             object.__setattr__(self, "recent", max(self.recent, self.window))
         object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))
         self.create_policy()
+
+    def allowed_policies(self) -> tuple[str, ...]:
+        """What requests may name as their policy; the configured one, always."""
+        if isinstance(self.allow_policies, bool):
+            return policies.names() if self.allow_policies else (self.policy,)
+        return tuple(dict.fromkeys((self.policy, *self.allow_policies)))
 
     def create_policy(self) -> policies.Policy:
         """The policy with its options."""
@@ -240,13 +248,31 @@ class KVCompressConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The set options, JSON-serialisable; ``from_dict`` of it is an equal object."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, {})}
+        options = {key: value for key, value in asdict(self).items() if value not in (None, {})}
+        if isinstance(self.allow_policies, tuple):
+            options["allow_policies"] = list(self.allow_policies)
+        return options
 
     def __str__(self) -> str:
         options = self.to_dict()
+        if isinstance(self.allow_policies, tuple):
+            options["allow_policies"] = "+".join(self.allow_policies)
         for name, value in options.pop(POLICY_OPTIONS, {}).items():
             options[f"{POLICY_OPTIONS}.{name}"] = value
         return " ".join(f"{key}={value}" for key, value in options.items())
+
+
+def _allowed(value: Any) -> Any:
+    """``allow_policies`` as a tuple of names where it names some."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split("+")]
+    if not isinstance(value, list | tuple):
+        return value
+    for name in value:
+        if name not in policies.names():
+            accepted = f"true, false or some of {', '.join(policies.names())}, joined by +"
+            raise refusal("allow_policies", name, accepted)
+    return tuple(dict.fromkeys(value))
 
 
 OPTIONS = {option.name: option for option in fields(KVCompressConfig)}

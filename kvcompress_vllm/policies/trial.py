@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies import judge
 from kvcompress_vllm.policies.base import Evidence, Policy
@@ -42,6 +44,36 @@ def check(name: str, config: KVCompressConfig) -> None:
                 f"kv_compress: policy={name!r} failed a trial with {num_keys} made-up keys: "
                 f"{error}; correct it (docs/policies.md, 'Your own') or name another policy"
             ) from error
+
+
+def allowed(config: KVCompressConfig) -> tuple[KVCompressConfig, dict[str, str]]:
+    """The configuration with ``allow_policies`` as what requests may really choose.
+
+    Policies of ours are not tried again; our tests did. Those of other packages are, the configured
+    one and all that requests may choose.
+
+    Returns:
+        The configuration; where it allowed all, those that are left out, and why.
+
+    Raises:
+        ValueError: the configured policy, or one that ``allow_policies`` names, fails.
+    """
+    if config.policy in policies.others():
+        check(config.policy, config)
+    if config.allow_policies is not True:
+        for name in set(config.allowed_policies()) & set(policies.others()) - {config.policy}:
+            check(name, config.with_policy(name))
+        return config, {}
+    failed: dict[str, str] = {}
+    for name in policies.others():
+        try:
+            check(name, config.with_policy(name))
+        except ValueError as error:
+            failed[name] = str(error)
+    if not failed:
+        return config, {}
+    left = tuple(name for name in policies.names() if name not in failed)
+    return replace(config, allow_policies=left), failed
 
 
 def evidence(

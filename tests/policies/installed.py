@@ -15,17 +15,20 @@ def install(monkeypatch: pytest.MonkeyPatch, **found: str) -> list[str]:
     """Have these entry points, ``name="module:Class"``, and nothing loaded of them.
 
     Returns:
-        The groups that were asked for; grows with every look at what is installed.
+        Our group, as often as it was asked for; grows with every look at what is installed.
     """
     entries = [metadata.EntryPoint(name, value, registry.ENTRY_POINTS) for name, value in
                found.items()]  # fmt: skip
     asked: list[str] = []
+    stock = metadata.entry_points
 
-    def entry_points(*, group: str) -> metadata.EntryPoints:
-        asked.append(group)
-        return metadata.EntryPoints(entries).select(group=group)
+    def entry_points(**wanted: str) -> metadata.EntryPoints:
+        if wanted.get("group") != registry.ENTRY_POINTS:
+            return stock(**wanted)  # vLLM finds its plugins so
+        asked.append(wanted["group"])
+        return metadata.EntryPoints(entries)
 
-    monkeypatch.setattr(registry.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(metadata, "entry_points", entry_points)
     for name in ("_installed", "_load"):
         monkeypatch.setattr(registry, name, cache(getattr(registry, name).__wrapped__))
     return asked

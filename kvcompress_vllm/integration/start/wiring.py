@@ -7,12 +7,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.start.flags import KEY, user_options
 from kvcompress_vllm.integration.worker import backend
+from kvcompress_vllm.policies import trial
+
+logger = init_logger("vllm.kv_compress")
 
 _SCHEDULER = "kvcompress_vllm.integration.engine.scheduler.make_scheduler"
 _WORKER = "kvcompress_vllm.integration.worker.worker.KVCompressWorker"
@@ -33,6 +37,9 @@ def wire(engine_args: Any) -> KVCompressConfig | None:
         if isinstance(engine_args.additional_config, dict):
             engine_args.additional_config.pop(KEY, None)
         return None
+    config, failed = trial.allowed(config)
+    for reason in failed.values():
+        logger.warning("%s; requests cannot choose it", reason)
     engine_args.additional_config = {**engine_args.additional_config, KEY: config.to_dict()}
     worker = _CPU_WORKER if current_platform.is_cpu() else _WORKER
     _set(engine_args, "scheduler_cls", _SCHEDULER, unset=None)
@@ -146,6 +153,7 @@ def check(vllm_config: VllmConfig) -> None:
             )
     if current_platform.is_cuda():
         check_kernels(vllm_config)
+        check_graphs(vllm_config, ops.missing_kernels("cuda"))
 
 
 def check_kernels(vllm_config: VllmConfig) -> None:
@@ -162,3 +170,19 @@ def check_kernels(vllm_config: VllmConfig) -> None:
     )
     if problem is not None:
         raise ValueError(f"kv_compress: {problem} is not supported together with --kv-compress")
+
+
+def check_graphs(vllm_config: VllmConfig, missing: str | None) -> None:
+    """Refuse to capture CUDA graphs without kernels: the references copy to the host and back.
+
+    Args:
+        missing: which ops have none, as ``ops.missing_kernels`` says it.
+
+    Raises:
+        ValueError: naming them and both ways out.
+    """
+    if missing is not None and not vllm_config.model_config.enforce_eager:
+        raise ValueError(
+            f"kv_compress: {missing}. Without them CUDA graphs cannot be captured: build them with "
+            "KVCOMPRESS_BUILD=cuda, or give --enforce-eager to run the references, which are slow"
+        )

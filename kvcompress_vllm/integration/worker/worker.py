@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, KVCacheTensor
@@ -66,7 +67,11 @@ class KVCompressWorkerMixin(Worker):
         return specs
 
     def determine_available_memory(self) -> int:
-        available = super().determine_available_memory()
+        KVCompressImpl.profiling = True
+        try:
+            available = super().determine_available_memory()
+        finally:
+            KVCompressImpl.profiling = False
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available  # the user sized the cache itself
         if available <= 0:
@@ -162,7 +167,8 @@ class KVCompressWorkerMixin(Worker):
             builder.bind(context)
         self.kv_compress_context = context
         self.kv_compress_runner = runner
-        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, impl.scale)
+        agree = _agree if self.parallel_config.tensor_parallel_size > 1 else None
+        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, impl.scale, agree)
         message = ops.missing_kernels(self.device.type)
         if message:
             logger.warning("kv_compress: %s", message)
@@ -220,6 +226,13 @@ class KVCompressWorkerMixin(Worker):
 
 class KVCompressWorker(KVCompressWorkerMixin, Worker):
     """The GPU worker."""
+
+
+def _agree(flags: torch.Tensor) -> torch.Tensor:
+    """Of every rank's flags the largest. vLLM reads the reports of one rank only, and a policy may
+    fail on the heads of another."""
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, get_tp_group().device_group)
+    return flags
 
 
 def packed_config(config: KVCacheConfig) -> KVCacheConfig:
