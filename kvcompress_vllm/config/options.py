@@ -160,14 +160,22 @@ class KVCompressConfig:
         *_or_auto(choice(*ALLOCATORS)),
     )
 
+    shares: str = _option(
+        AUTO,
+        "how layers share the budget, and the heads of each: as another policy's paper has it, "
+        "such as diverse with shares=cake",
+        policies.shares.ACCEPTED,
+        lambda value: isinstance(value, str),
+    )
+
     def __post_init__(self) -> None:
         if self.policy == AUTO:
             object.__setattr__(self, "policy", policies.default(mass=self.mass is not None))
         policy = policies.find(self.policy)
-        for name, general in GENERAL.items():
+        preferred = {**GENERAL, **_preferred(policy, self.shares)}
+        for name, value in preferred.items():
             if getattr(self, name) == AUTO:
-                preferred = getattr(policy.defaults, name)
-                object.__setattr__(self, name, general if preferred is None else preferred)
+                object.__setattr__(self, name, value)
         object.__setattr__(self, "allow_policies", _allowed(self.allow_policies))
         if self.ratio is self.budget_tokens is self.mass is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
@@ -196,10 +204,27 @@ class KVCompressConfig:
                 f"kv_compress: query_stride={self.query_stride!r} is for policies that judge by "
                 f"all queries ({', '.join(policies.observing_all())}); {self.policy!r} does not"
             )
+        self._check_shares()
         if policy.keeps_window:
             object.__setattr__(self, "recent", max(self.recent, self.window))
         object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))
         self.create_policy()
+
+    def _check_shares(self) -> None:
+        """Refuse shares that would change nothing."""
+        for name in policies.shares.named(self.shares) or ():
+            part = policies.shares.find(name)
+            needed = ("layer",) if part.of_heads else ("layer", "uniform")
+            if self.allocator not in needed:
+                raise ValueError(
+                    f"kv_compress: shares={self.shares!r} cannot be combined with "
+                    f"allocator={self.allocator!r}: {name!r} needs {' or '.join(needed)}"
+                )
+            if part.window is not None and self.window < 2:
+                raise ValueError(
+                    f"kv_compress: shares={self.shares!r} cannot be combined with "
+                    f"window={self.window!r}: {name!r} compares at least 2 queries"
+                )
 
     def allowed_policies(self) -> tuple[str, ...]:
         """What requests may name as their policy; the configured one, always."""
@@ -209,7 +234,7 @@ class KVCompressConfig:
 
     def create_policy(self) -> policies.Policy:
         """The policy with its options."""
-        return policies.create(self.policy, self.pool, self.policy_options)
+        return policies.create(self.policy, self.pool, self.policy_options, self.shares)
 
     def with_policy(self, name: str | None) -> KVCompressConfig:
         """The same for a request that chose its policy: at what that one prefers, except that no
@@ -222,7 +247,7 @@ class KVCompressConfig:
             return self
         assert name is not None
         preferred = policies.find(name).defaults.window or GENERAL["window"]
-        own = {"policy", POLICY_OPTIONS, *GENERAL} - {"query_stride"}
+        own = {"policy", POLICY_OPTIONS, "shares", *GENERAL} - {"query_stride"}
         options = {key: value for key, value in self.to_dict().items() if key not in own}
         return KVCompressConfig(policy=name, window=min(preferred, self.window), **options)
 
@@ -260,6 +285,26 @@ class KVCompressConfig:
         for name, value in options.pop(POLICY_OPTIONS, {}).items():
             options[f"{POLICY_OPTIONS}.{name}"] = value
         return " ".join(f"{key}={value}" for key, value in options.items())
+
+
+def _preferred(policy: type[policies.Policy], share: Any) -> dict[str, Any]:
+    """What ``auto`` stands for with these scores and shares."""
+    defaults = {k: v for k, v in vars(policy.defaults).items() if v is not None}
+    parts = [policies.shares.find(name) for name in _named(share)]
+    if parts:
+        # Under `global` nothing is shared, and heads that do not compete have no shares either.
+        of_heads = any(part.of_heads for part in parts)
+        uniform = defaults.get("allocator") == "uniform" and not of_heads
+        defaults["allocator"] = "uniform" if uniform else "layer"
+        windows = [part.window for part in parts if part.window is not None]
+        defaults["window"] = max([defaults.get("window", GENERAL["window"]), *windows])
+    return defaults
+
+
+def _named(share: Any) -> tuple[str, ...]:
+    if not isinstance(share, str):
+        raise refusal("shares", share, policies.shares.ACCEPTED)
+    return policies.shares.named(share) or ()
 
 
 def _allowed(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvcompress_vllm.policies import shares
 from kvcompress_vllm.policies.registry import (
     BUILT_IN,
     ENTRY_POINTS,
@@ -16,7 +17,9 @@ from kvcompress_vllm.policies.registry import (
     find,
     names,
     observing_all,
+    options_of,
     others,
+    shares_of,
 )
 
 if TYPE_CHECKING:
@@ -42,5 +45,8 @@ __all__ = [
     "find",
     "names",
     "observing_all",
+    "options_of",
     "others",
+    "shares",
+    "shares_of",
 ]

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompress_vllm.config.rules import refusal
 from kvcompress_vllm.ops.channels import ATTENTION_CHANNELS, CHANNELS, channel_mask
+from kvcompress_vllm.policies import shares
 
 if TYPE_CHECKING:
     from kvcompress_vllm.policies.base import Policy
+    from kvcompress_vllm.policies.shares.base import Shares
 
 ENTRY_POINTS = "kvcompress_vllm.policies"
 BUILT_IN: dict[str, str] = {
@@ -78,36 +80,73 @@ def find(name: str) -> type[Policy]:
     return found
 
 
-def create(name: str, pool: int, options: Mapping[str, Any]) -> Policy:
+def create(name: str, pool: int, options: Mapping[str, Any], share: str = shares.AUTO) -> Policy:
     """Build a policy.
 
     Args:
         name: one of :func:`names`.
         pool: width of the pooling over neighbouring tokens.
-        options: the policy's own options, by name.
+        options: the options of the policy and of its shares, by name.
+        share: how layers and heads share, as the option ``shares``.
 
     Raises:
-        ValueError: the name or an option is unknown, a value is not accepted, or the policy of
-            another package cannot be built or asks for channels that there are not.
+        ValueError: the name or an option is unknown, a value is not accepted, the shares do not go
+            with the policy, or the policy of another package cannot be built or asks for channels
+            that there are not.
     """
-    policy = find(name)
-    known = policy.options()
+    policy, chosen = find(name), shares_of(name, share)
+    known = options_of(name, share)
     for key, value in options.items():
         if key not in known:
             accepted = f"its options are {', '.join(known)}" if known else "it has none"
+            given = "" if share == shares.AUTO else f" with shares={share!r}"
             raise ValueError(
-                f"kv_compress: unknown policy_options.{key} for policy={name!r}; {accepted}"
+                f"kv_compress: unknown policy_options.{key} for policy={name!r}{given}; {accepted}"
             )
         if not known[key].metadata["accepts"](value):
             raise refusal(f"policy_options.{key}", value, known[key].metadata["accepted"])
+    own = policy.options()
     try:
-        built = policy(pool=pool, **options)
+        built = policy(pool=pool, **{key: options[key] for key in options if key in own})
     except Exception as error:  # its __post_init__, or a method that it leaves abstract
         raise ValueError(
             f"kv_compress: policy={name!r} cannot be built: {type(error).__name__}: {error}"
         ) from error
     check_channels(name, built)
-    return built
+    if share == shares.AUTO and not chosen:
+        return built  # those of another package bring their own
+    from kvcompress_vllm.policies.combined import Combined
+
+    parts: dict[bool, Shares] = {}
+    for part in map(shares.find, chosen):
+        parts[part.of_heads] = part(**{k: options[k] for k in options if k in part.options()})
+    return Combined(pool=pool, scorer=built, layers=parts.get(False), heads=parts.get(True))
+
+
+def shares_of(name: str, share: str) -> tuple[str, ...]:
+    """Names of the shares that go with a policy.
+
+    Raises:
+        ValueError: they are unknown, or need what the policy does not observe.
+    """
+    policy, chosen = find(name), shares.named(share)
+    if chosen is None:
+        return policy.own_shares
+    for part in chosen:
+        if policy.observes_all and channel_mask(shares.find(part).channels) & ATTENTION_CHANNELS:
+            raise ValueError(
+                f"kv_compress: shares={share!r} cannot be combined with policy={name!r}: "
+                f"{part!r} looks at the attention of the last queries, and {name!r} at all"
+            )
+    return chosen
+
+
+def options_of(name: str, share: str = shares.AUTO) -> dict[str, Any]:
+    """What ``policy_options`` may set of a policy and its shares, by name."""
+    known = find(name).options()
+    for part in shares_of(name, share):
+        known.update(shares.find(part).options())
+    return known
 
 
 def check_channels(name: str, policy: Policy) -> None:

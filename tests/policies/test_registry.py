@@ -129,7 +129,7 @@ def test_every_policy_is_described(name: str) -> None:
     policy = policies.find(name)
     module = __import__(policy.__module__, fromlist=["_"])
     assert "https://arxiv.org/abs/" in module.__doc__ or name == "random"
-    for known in policy.options().values():
+    for known in policies.options_of(name).values():
         assert known.metadata["help"] and known.metadata["accepts"](known.default)
     built = policies.create(name, 1, {})
     assert list(built.channels) == sorted(set(built.channels))
@@ -139,7 +139,7 @@ def test_every_policy_is_described(name: str) -> None:
     assert KVCompressConfig.from_dict(config.to_dict()) == config
     documentation = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
     assert f"`{name}`" in documentation
-    assert all(f"`{key}`" in documentation for key in policy.options())
+    assert all(f"`{key}`" in documentation for key in policies.options_of(name))
 
 
 def test_what_auto_stands_for() -> None:
