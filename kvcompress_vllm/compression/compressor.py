@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.cache.state import RUNNING, PackedState
+from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.cache.transfer import Stopwatch, to_device
 from kvcompress_vllm.compression import allocation, batch, loss, statistics
 from kvcompress_vllm.compression.batch import Batch, Rank
@@ -72,7 +72,7 @@ class Compressor:
         agree: Agree | None = None,
     ) -> None:
         self._configured = config
-        self._rank = Rank(state, pages, scale)
+        self.rank = Rank(state, pages, scale)
         self._agree = agree
         self._policies: dict[str | None, tuple[KVCompressConfig, Policy]] = {}
         self._protected = Protected(state)
@@ -83,15 +83,15 @@ class Compressor:
 
     @property
     def state(self) -> PackedState:
-        return self._rank.state
+        return self.rank.state
 
     @property
     def pages(self) -> Tensor:
-        return self._rank.pages
+        return self.rank.pages
 
     @property
     def device(self) -> torch.device:
-        return self._rank.pages.device
+        return self.rank.pages.device
 
     @property
     def policy(self) -> Policy:
@@ -114,18 +114,18 @@ class Compressor:
         pending = []
         for policy, floor, stride in dict.fromkeys(map(kind, due)):
             alike = [item for item in due if kind(item) == (policy, floor, stride)]
-            for items in batch.batches(alike, batch.MOST_TOKENS // self._rank.block_size):
-                together = Batch.of(items, *self._use(policy), self._rank, floor)
+            for items in batch.batches(alike, batch.MOST_TOKENS // self.rank.block_size):
+                together = Batch.of(items, *self._use(policy), self.rank, floor)
                 pending.append(self._run(together, score_only))
         return pending
 
     def accumulate(self, chunks: Sequence[Compression]) -> None:
         """Add what was observed to the running statistics."""
         for item in chunks:
-            alone = Batch.of([item], *self._use(item.policy), self._rank)
+            alone = Batch.of([item], *self._use(item.policy), self.rank)
             mask = ops.channel_mask(alone.policy.channels) & ops.ATTENTION_CHANNELS
-            found = statistics.measure(self._rank, alone, mask)
-            statistics.add_up(self._rank, item, alone.rows[0], found)
+            found = statistics.measure(self.rank, alone, mask)
+            statistics.add_up(self.rank, item, alone.rows[0], found)
 
     def _use(self, name: str | None) -> tuple[KVCompressConfig, Policy]:
         """Configuration and policy for the requests that chose ``name``."""
@@ -141,7 +141,7 @@ class Compressor:
             loss.curve_points(item.candidate_blocks, due.floor_pages, len(item.new_blocks))
             for item in due.items
         ]
-        found = statistics.measure(self._rank, due, ops.channel_mask(due.policy.channels))
+        found = statistics.measure(self.rank, due, ops.channel_mask(due.policy.channels))
         scores, freed, lost = self._judge(due, found, points, failures, not score_only)
         if score_only:
             return PendingReports(due.items, points, lost, None, watch, failures)
@@ -173,9 +173,9 @@ class Compressor:
             item, own, counts = due.items[index], found[:, begin:end], None
             if item.observed is not None:
                 row = due.rows[index]
-                counts = statistics.add_up(self._rank, item, row, own[:summed], store)
-            rectangle = Rectangle.of(self._rank, item, self._width(item))
-            known = evidence_of(self._rank, due, index, rectangle, own, counts)
+                counts = statistics.add_up(self.rank, item, row, own[:summed], store)
+            rectangle = Rectangle.of(self.rank, item, self._width(item))
+            known = evidence_of(self.rank, due, index, rectangle, own, counts)
             verdict = self._verdict(due, index, known, rectangle, points[index], failures)
             scores[begin:end] = rectangle.gathered(verdict.scores.reshape(-1, found.shape[2]))
             freed.append(verdict.freed[0])
@@ -194,7 +194,7 @@ class Compressor:
         """What a request's keys are worth, and which heads give back how much. A policy that fails
         is replaced by the latest keys, one threshold over all heads: a choice that can always be
         made."""
-        item, block_size, allocator = due.items[index], self._rank.block_size, due.config.allocator
+        item, block_size, allocator = due.items[index], self.rank.block_size, due.config.allocator
         try:
             judged = judge.scores(due.policy, known)
             scores = self._shielded(item, judged.scores)
@@ -222,7 +222,7 @@ class Compressor:
     def _shielded(self, item: Compression, scores: Tensor) -> Tensor:
         if not item.protect:
             return scores
-        return self._protected.shield(item, scores, self._rank.block_size)
+        return self._protected.shield(item, scores, self.rank.block_size)
 
     def _width(self, item: Compression) -> int:
         """Pages of the longest head among the candidates, or more while only the device knows.
@@ -250,7 +250,7 @@ class Compressor:
                 to_device(part.recent, torch.int32, scores.device),
                 due.config.sinks,
                 due.floor_pages,
-                part.num_kept * self._rank.slots,
+                part.num_kept * self.rank.slots,
             )
             chosen.append(Selection(which, part, kept_pages, kept_first, kept_keys))
         return chosen
@@ -294,35 +294,10 @@ class Compressor:
         """Follow protected ranges, and record what is kept."""
         begin = 0
         for index, item in enumerate(part.items):
-            end = begin + len(item.new_blocks) * self._rank.slots
+            end = begin + len(item.new_blocks) * self.rank.slots
             if item.protect:
                 self._protected.moved(item, kept_keys[begin:end], kept_pages[index])
             if self.record is not None:
                 heads = kept_keys[begin:end].split(kept_pages[index].flatten().tolist())
                 self.record[item.request_id] = [keys.flatten() for keys in heads]
             begin = end
-
-
-def scratch_bytes(
-    policy: Policy,
-    num_tokens: int,
-    num_layers: int,
-    num_kv_heads: int,
-    head_size: int,
-    running: bool = False,
-) -> int:
-    """Memory that a compression takes while it runs.
-
-    Args:
-        num_tokens: tokens of the longest request.
-    """
-    # Per candidate key: its statistics, then its score and the policy's temporaries; or the
-    # statistics once more, while those of two ops are put together.
-    count = len(policy.channels)
-    per_key = 4 * (count + max(5, count))
-    if running:
-        per_key += 3 * 4 * RUNNING  # the statistics so far, their sums, and an intermediate
-    keys = max(num_tokens, batch.MOST_TOKENS) * num_layers * num_kv_heads
-    # One layer of keys or values, as copied, in fp32, and an intermediate of it.
-    copies = 3 * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0
-    return keys * per_key + loss.scratch_bytes(keys) + copies

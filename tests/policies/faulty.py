@@ -110,3 +110,12 @@ class Huge(Policy):
 
     def score(self, evidence: Evidence) -> Any:
         return torch.full_like(some(evidence), 3e38)
+
+
+@dataclass(frozen=True)
+class LateRaisesOnRank1(Policy):
+    def score(self, evidence: Evidence) -> Any:
+        group = torch.distributed
+        if evidence.num_keys > TRIAL and group.is_initialized() and group.get_rank() == 1:
+            raise KeyError("no such channel")
+        return some(evidence)

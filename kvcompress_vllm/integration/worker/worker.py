@@ -17,8 +17,9 @@ from vllm.v1.worker.gpu_worker import Worker
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.cache.state import PackedState
-from kvcompress_vllm.compression.compressor import Compressor, scratch_bytes
+from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.pending import PendingReports
+from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.sizing import observe_slots
@@ -219,9 +220,11 @@ class KVCompressWorkerMixin(Worker):
         """What the largest possible compression takes while it runs."""
         most = min(self.model_config.max_model_len, num_blocks * self.cache_config.block_size)
         _, layers, heads = state.num_pages.shape
-        policy = self.kv_compress_config.create_policy()
-        running = state.running is not None
-        return scratch_bytes(policy, most, layers, heads, state.ring.shape[-1], running)
+        running, head_size = state.running is not None, state.ring.shape[-1]
+        return max(
+            scratch_bytes(policy, most, layers, heads, head_size, running)
+            for policy in usable_policies(self.kv_compress_config)
+        )
 
 
 class KVCompressWorker(KVCompressWorkerMixin, Worker):
