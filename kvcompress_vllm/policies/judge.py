@@ -7,6 +7,7 @@ A policy may come from another package. Whatever it raises or returns becomes a
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -103,10 +104,21 @@ def latest_first(evidence: Evidence) -> Tensor:
 def _asked(method: str, ask: Callable[[], T]) -> T:
     try:
         return ask()
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # sys.exit included: the engine is not a policy's to end
+        if isinstance(error, KeyboardInterrupt) or _is_from_a_signal(error):
+            raise
         raise PolicyError(f"{method} raised {type(error).__name__}: {error}") from error
+
+
+def _is_from_a_signal(error: BaseException) -> bool:
+    """Whether a signal handler raised it, which may happen in the middle of anything: vLLM ends its
+    workers so."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    handlers = (signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT))
+    raised_in = None if trace is None else trace.tb_frame.f_code
+    return any(getattr(handler, "__code__", None) is raised_in for handler in handlers)
 
 
 def _check(

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.policies import trial
+from kvcompress_vllm.policies import judge, trial
 from kvcompress_vllm.records.plan import Compression
 from tests.policies.installed import install
 from tests.policies.test_again import grow
@@ -167,3 +169,21 @@ def test_the_example_of_the_docs_works(monkeypatch: pytest.MonkeyPatch, tmp_path
     install(monkeypatch, first_keys="my_package:FirstKeys")
     options = {"policy": "first_keys", "policy_options": {"strength": 2.0}}
     trial.allowed(KVCompressConfig.from_dict(options))
+
+
+def test_the_engine_still_ends_on_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's workers raise SystemExit in a handler, once; a policy may be running just then."""
+
+    def handler(number: int, frame: object) -> None:
+        raise SystemExit
+
+    config = config_of("snapkv")
+    policy = config.create_policy()
+    made_up = trial.evidence(policy, config, 256, 64, False)
+    object.__setattr__(policy, "score", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit):
+            judge.scores(policy, made_up)
+    finally:
+        signal.signal(signal.SIGTERM, before)
