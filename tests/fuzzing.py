@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import OPTIONS
-from kvcompress_vllm.policies import BUILT_IN
+from kvcompress_vllm.policies import BUILT_IN, options_of
 
 EXAMPLES = int(os.environ.get("KVCOMPRESS_FUZZ", "200"))
 fuzz = settings(
@@ -23,7 +23,7 @@ fuzz = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
-POLICY_OPTIONS = sorted({name for policy in BUILT_IN.values() for name in policy.options()})
+POLICY_OPTIONS = sorted({name for policy in BUILT_IN for name in options_of(policy)})
 NUMBERS = (
     st.integers(-2, 300)
     | st.integers()

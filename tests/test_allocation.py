@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress_vllm.compression.allocation import freed_pages, water_fill
-from kvcompress_vllm.policies import Evidence, Policy
+from kvcompress_vllm.policies import Evidence, Policy, judge
+from kvcompress_vllm.policies.judge import PolicyError
 
 LAYERS, HEADS, BLOCK = 3, 2, 16
 
@@ -91,7 +92,14 @@ def freed(allocator: str, policy: Policy, blocks: int = 12, kept: int = 4, floor
     )  # fmt: skip
     table = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
     (pages,) = freed_pages(
-        [kept], allocator, policy, evidence, policy.score(evidence), BLOCK, floor, blocks, table
+        [kept],
+        allocator,
+        judge.shares(policy, evidence, policy.score(evidence), allocator),
+        evidence,
+        BLOCK,
+        floor,
+        blocks,
+        table,
     )
     assert pages.dtype == torch.int32 and int(pages.sum()) == (blocks - kept) * LAYERS * HEADS
     return pages.tolist()
@@ -143,7 +151,7 @@ def test_broken_numbers_are_refused() -> None:
     for kept, floor in ((1, 2), (13, 1)):
         with pytest.raises(RuntimeError, match=f"keep {kept} of 12 blocks with {floor} per head"):
             freed("layer", Shares(), kept=kept, floor=floor)
-    with pytest.raises(RuntimeError, match=r"layer_shares .* shape \(2,\), not \(3,\)"):
+    with pytest.raises(PolicyError, match=r"layer_shares .* shape \(2,\) .* shape \(3,\)"):
         freed("layer", Shares(layers=(1.0, 2.0)))
-    with pytest.raises(RuntimeError, match=r"head_shares .* shape \(1, 2\), not \(3, 2\)"):
+    with pytest.raises(PolicyError, match=r"head_shares .* shape \(1, 2\) .* shape \(3, 2\)"):
         freed("layer", Shares(heads=((1.0, 2.0),)))

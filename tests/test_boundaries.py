@@ -44,7 +44,22 @@ def test_core_imports_leave_vllm_out() -> None:
 def test_loading_the_plugin_module_is_cheap() -> None:
     code = (
         "import sys, kvcompress_vllm.integration.plugin\n"
-        "assert not {'vllm', 'transformers'} & sys.modules.keys()"
+        "assert not {'vllm', 'transformers', 'torch'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_and_policies_load_no_library() -> None:
+    """Every process of vLLM imports the plugin, most of them without the flag."""
+    code = (
+        "import sys, kvcompress_vllm.integration.plugin, kvcompress_vllm.config.spelling\n"
+        "from kvcompress_vllm import ops, policies\n"
+        "assert 'torch' not in sys.modules and ops.SUM == 0 and 'cake' in policies.names()\n"
+        "kvcompress_vllm.KVCompressConfig.from_dict({'policy': 'cake', 'ratio': 3})\n"
+        "libraries = [line for line in open('/proc/self/maps') if 'kvcompress_vllm/_C' in line]\n"
+        "others = {'snapkv', 'diverse', 'kv_compress'}\n"
+        "assert not libraries and not {f'kvcompress_vllm.policies.{o}' for o in others} & "
+        "sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -207,7 +207,7 @@ def test_many_compressions_at_once_equal_each_on_its_own() -> None:
                 ("b", 1, 900, range(40, 97), range(160, 163)),
             ]
         ]
-        from kvcompress_vllm.compression import compressor as module
+        from kvcompress_vllm.compression import batch as module
 
         limit, module.MOST_TOKENS = module.MOST_TOKENS, most_blocks * B
         try:

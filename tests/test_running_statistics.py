@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from kvcompress_vllm import ops, policies
+from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
@@ -22,6 +22,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies.h2o import H2O
 from kvcompress_vllm.records.plan import Compression, Observation
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from tests.policies.installed import install
 
 L, H, G, D, B = 2, 2, 2, 8, 16
 SLOTS = L * H
@@ -230,14 +231,14 @@ def test_sums_of_all_queries(policy: str, stride: int) -> None:
     assert compressions >= 2
 
 
+@dataclass(frozen=True)
+class Both(H2O):
+    channels = (ops.SUM, ops.LIKENESS)
+
+
 def test_what_keys_are_is_not_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy of both: channels of the attention add up over chunks, those of the keys do not."""
-
-    @dataclass(frozen=True)
-    class Both(H2O):
-        channels = (ops.SUM, ops.LIKENESS)
-
-    monkeypatch.setitem(policies.BUILT_IN, "both", Both)
+    install(monkeypatch, both="tests.test_running_statistics:Both")
     torch.manual_seed(5)
     request = Request(config_of("both", query_stride=8), 277)
     compressions = 0

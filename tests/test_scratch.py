@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.cache.state import PackedState
-from kvcompress_vllm.compression.compressor import MOST_TOKENS, Compressor, scratch_bytes
+from kvcompress_vllm.compression.batch import MOST_TOKENS
+from kvcompress_vllm.compression.compressor import Compressor
+from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.plan import Compression
 
@@ -88,3 +90,13 @@ def peak(policy: str, again: bool) -> tuple[int, int]:
 def test_scratch_is_enough(policy: str, again: bool) -> None:
     taken, reserved = peak(policy, again)
     assert 0.2 * reserved < taken <= reserved, f"{taken / reserved:.2f}"
+
+
+def test_what_requests_may_choose_counts() -> None:
+    def names(**options: Any) -> set[str]:
+        config = KVCompressConfig.from_dict(options)
+        return {type(policy).__name__ for policy in usable_policies(config)}
+
+    assert names() == {"Diverse"}
+    assert names(allow_policies="expected_attention") == {"Diverse", "ExpectedAttention"}
+    assert len(names(allow_policies=True)) >= len(policies.BUILT_IN) - 3  # some are only shares

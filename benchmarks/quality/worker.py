@@ -40,7 +40,7 @@ class QualityWorker:
         if config.query_stride and _history(config.policy) != _history(started.policy):
             raise ValueError(f"policy={config.policy!r} needs an engine of its own")
         old = self.kv_compressor
-        self.kv_compressor = Compressor(config, old.state, old.pages, old.scale)
+        self.kv_compressor = Compressor(config, *old.rank)
 
     def quality_force(self: Any) -> None:
         """Have requests generate the tokens that they name; see ``forcing.py``."""

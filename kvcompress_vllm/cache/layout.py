@@ -27,11 +27,16 @@ compressed has ``C = F = 0``, so the same formulas describe it.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 NOT_PACKED = -1
 """Value of ``owner`` and ``state_slot`` where there is no packed request."""
+
+
+Index = TypeVar("Index", int, Tensor)
 
 
 def page_id(
@@ -62,6 +67,19 @@ def page_id(
     index = torch.where(packed, i.div(slots, rounding_mode="floor"), covered + j - num_pages)
     slot = torch.where(packed, i.remainder(slots), head_slot)
     return row.long()[index] * slots + slot
+
+
+def first_candidate(first_page: Index, head_slot: Index, fresh: int) -> Index:
+    """Index of a head's first candidate page among those of its request.
+
+    Candidates are a head's packed pages (p), then the full pages of its tail (t), ``fresh`` of
+    them, head after head in (layer, head) order::
+
+        head_slot     0            1        2
+        candidates    p p p t t    p t t    p p t t
+        first at      0            3 + 2    4 + 4       first_page + head_slot * fresh
+    """
+    return first_page + head_slot * fresh
 
 
 def num_keys(seq_len: int, covered: int, num_pages: int, block_size: int) -> int:

@@ -69,7 +69,9 @@ class PackedState:
         pages = num_blocks * num_layers * num_kv_heads
         self.running: Tensor | None = None
         if running:
-            self.running = torch.zeros(pages, block_size, RUNNING, device=device)
+            self.running = torch.zeros(
+                pages, block_size, RUNNING, dtype=torch.float32, device=device
+            )
         self._first_block: dict[int, int] = {}
 
     @property

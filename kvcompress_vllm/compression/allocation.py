@@ -22,17 +22,15 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm.cache.transfer import to_device
-from kvcompress_vllm.policies import Evidence, Policy
-
-ALLOCATORS = ("global", "layer", "uniform")
+from kvcompress_vllm.policies.base import Evidence
+from kvcompress_vllm.policies.judge import Shares
 
 
 def freed_pages(
     kept: Sequence[int],
     allocator: str,
-    policy: Policy,
+    shares: Shares,
     evidence: Evidence,
-    scores: Tensor,
     block_size: int,
     floor_pages: int,
     candidate_blocks: int,
@@ -42,20 +40,18 @@ def freed_pages(
 
     Args:
         kept: blocks C, P of them.
-        allocator: one of :data:`ALLOCATORS`.
-        scores: ``[L * H, n]`` fp32 from ``policy``.
+        allocator: one of :data:`~kvcompress_vllm.config.options.ALLOCATORS`.
+        shares: of the policy, as far as the allocator uses them.
         block_size: B.
         floor_pages: pages that every head keeps.
         candidate_blocks: candidate pages that a head has on average.
         lengths: ``[L, H]`` int32 candidate pages of each head; None: as many as the average.
 
     Returns:
-        ``[P, A]`` int32, with the policy's shares at ``evidence``: for each C a row of the
-        selection op's ``num_freed``. A is the same for all requests of one configuration.
+        ``[P, A]`` int32: for each C a row of the selection op's ``num_freed``.
 
     Raises:
-        RuntimeError: a C is below the floor or above what there is, or the policy's shares have a
-            wrong shape.
+        RuntimeError: a C is below the floor or above what there is.
     """
     layers, heads = evidence.layers, evidence.heads
     full, device = candidate_blocks, evidence.device
@@ -70,37 +66,27 @@ def freed_pages(
         return to_device(freed, torch.int32, device)
     # Shares are of what the shields leave, as in the papers.
     base = (evidence.num_sinks + evidence.num_recent) / block_size
-    shares = policy.layer_shares(evidence)
-    _check_shape("layer_shares", shares, (layers,))
-    within = policy.head_shares(evidence, scores) if allocator == "layer" else None
-    _check_shape("head_shares", within, (layers, heads))
-    if shares is None and within is None:
+    of_layers, within = shares
+    if of_layers is None and within is None:
         groups = layers if allocator == "layer" else layers * heads
         each = [[(full - blocks) * layers * heads // groups] for blocks in kept]
         return to_device(each, torch.int32, device).expand(-1, groups)
     if lengths is None:
         lengths = torch.full((layers, heads), full, dtype=torch.int32, device=device)
-    if shares is None:
-        shares = torch.ones(layers, device=device)
-    shares = shares.expand(len(kept), -1)
+    if of_layers is None:
+        of_layers = torch.ones(layers, dtype=torch.float64, device=device)
+    of_layers = of_layers.expand(len(kept), -1)
     total = to_device(kept, torch.int64, device) * layers
     if allocator == "uniform":
         # In blocks per head, so that the heads of a layer are exactly equal, as they always were.
-        pages = water_fill(shares, total, floor_pages, lengths.amin(-1), base)
+        pages = water_fill(of_layers, total, floor_pages, lengths.amin(-1), base)
         return (lengths - pages.unsqueeze(-1)).flatten(1).int()
     candidates = lengths.sum(-1)
-    per_layer = water_fill(shares, total * heads, floor_pages * heads, candidates, base * heads)
+    per_layer = water_fill(of_layers, total * heads, floor_pages * heads, candidates, base * heads)
     if within is None:
         return (candidates - per_layer).int()
     within = within.expand(len(kept), -1, -1)
     return (lengths - water_fill(within, per_layer, floor_pages, lengths, base)).flatten(1).int()
-
-
-def _check_shape(name: str, shares: Tensor | None, shape: tuple[int, ...]) -> None:
-    if shares is not None and shares.shape != shape:
-        raise RuntimeError(
-            f"kv_compress: {name} of the policy has shape {tuple(shares.shape)}, not {shape}"
-        )
 
 
 def water_fill(weights: Tensor, total: Tensor, low: int, high: Tensor, base: float) -> Tensor:

@@ -63,7 +63,7 @@ def page_masses(
         open_ = pages < torch.inf
         values = in_order.view_as(pages).masked_fill(~open_, 0)
         costs.append(pages[..., -1])
-        sums.append(values.sum(-1).double())
+        sums.append(values.sum(-1, dtype=torch.float64))  # scores may be near the largest fp32
         counts.append(open_.sum(-1))
         lowest.append(values[:, 0, 0].amin())
     least = torch.stack(lowest).amin().clamp(max=0).double()

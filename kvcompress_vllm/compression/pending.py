@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvcompress_vllm.cache.transfer import Stopwatch, to_host
+from kvcompress_vllm.compression.failures import Failures
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.plan import Compression
 from kvcompress_vllm.records.report import Report, Scored
@@ -36,6 +37,7 @@ class PendingReports:
         lost: ``[sum of points]`` share lost at each.
         kept_pages: ``[R, L, H]`` int32; None: they were only scored.
         watch: started before the first kernel; stopped here.
+        failures: what their policy did wrong.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class PendingReports:
         lost: Tensor,
         kept_pages: Tensor | None,
         watch: Stopwatch,
+        failures: Failures,
     ) -> None:
+        self._failures, self._flags = failures, to_host(failures.flags(lost.device))
         self._due, self._points, self._watch = due, points, watch
         self._lost = to_host(lost)
         self._kept_pages = None if kept_pages is None else to_host(kept_pages)
@@ -61,11 +65,12 @@ class PendingReports:
         milliseconds = self._watch.milliseconds()
         lost = iter(self._lost.tolist())
         curves = [LossCurve(points, list(islice(lost, len(points)))) for points in self._points]
-        items = list(zip(self._due, curves, strict=True))
+        failures = self._failures.messages(self._flags.tolist())
+        items = list(zip(self._due, curves, failures, strict=True))
         if self._kept_pages is None:
             return [
-                Scored(item.request_id, item.state_slot, item.num_tokens, curve)
-                for item, curve in items
+                Scored(item.request_id, item.state_slot, item.num_tokens, curve, failure)
+                for item, curve, failure in items
             ]
         blocks = sum(item.candidate_blocks for item in self._due)
         return [
@@ -78,6 +83,7 @@ class PendingReports:
                 curve.lost_at(len(item.new_blocks)),
                 milliseconds * item.candidate_blocks / blocks,
                 curve,
+                failure,
             )
-            for (item, curve), kept in zip(items, self._kept_pages.tolist(), strict=True)
+            for (item, curve, failure), kept in zip(items, self._kept_pages.tolist(), strict=True)
         ]

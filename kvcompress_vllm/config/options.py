@@ -13,7 +13,6 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.compression.allocation import ALLOCATORS
 from kvcompress_vllm.config.rules import (
     Rule,
     choice,
@@ -27,6 +26,8 @@ from kvcompress_vllm.config.rules import (
 )
 
 DEFAULT_RATIO = 4.0
+ALLOCATORS = ("global", "layer", "uniform")
+"""Which heads compete for pages; see ``compression/allocation.py``."""
 BUDGETS = ("ratio", "budget_tokens", "mass")
 """How much is kept; exclude each other."""
 AUTO = "auto"
@@ -87,10 +88,12 @@ class KVCompressConfig:
         *number(0, 1, above=True),
         optional=True,
     )
-    allow_policies: bool = option(
+    allow_policies: bool | tuple[str, ...] = option(
         False,
-        "requests may choose another policy",
-        *flag(),
+        "requests may choose another policy: any, or one of these; true leaves out policies of "
+        "other packages that fail a trial at startup",
+        "true, false or names of policies such as snapkv+keydiff",
+        lambda value: isinstance(value, bool) or (isinstance(value, tuple) and bool(value)),
     )
     window: int = option(
         AUTO, "how many of the last prompt queries are observed", *_or_auto(integer(1, 512))
@@ -157,14 +160,23 @@ class KVCompressConfig:
         *_or_auto(choice(*ALLOCATORS)),
     )
 
+    shares: str = option(
+        AUTO,
+        "how layers share the budget, and the heads of each: as another policy's paper has it, "
+        "such as diverse with shares=cake",
+        policies.shares.ACCEPTED,
+        lambda value: isinstance(value, str),
+    )
+
     def __post_init__(self) -> None:
         if self.policy == AUTO:
             object.__setattr__(self, "policy", policies.default(mass=self.mass is not None))
         policy = policies.find(self.policy)
-        for name, general in GENERAL.items():
+        preferred = {**GENERAL, **_preferred(policy, self.shares)}
+        for name, value in preferred.items():
             if getattr(self, name) == AUTO:
-                preferred = getattr(policy.defaults, name)
-                object.__setattr__(self, name, general if preferred is None else preferred)
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "allow_policies", _allowed(self.allow_policies))
         defaulted = self.ratio is self.budget_tokens is self.mass is None
         if defaulted:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
@@ -183,6 +195,7 @@ class KVCompressConfig:
                 f"kv_compress: query_stride={self.query_stride!r} is for policies that judge by "
                 f"all queries ({', '.join(policies.observing_all())}); {self.policy!r} does not"
             )
+        self._check_shares()
         if policy.keeps_window:
             object.__setattr__(self, "recent", max(self.recent, self.window))
         object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))
@@ -198,9 +211,31 @@ class KVCompressConfig:
         if least is not None and most is not None and most < least:
             raise refusal("max_ratio", most, f"at least min_ratio={least:g}")
 
+    def _check_shares(self) -> None:
+        """Refuse shares that would change nothing."""
+        for name in policies.shares.named(self.shares) or ():
+            part = policies.shares.find(name)
+            needed = ("layer",) if part.of_heads else ("layer", "uniform")
+            if self.allocator not in needed:
+                raise ValueError(
+                    f"kv_compress: shares={self.shares!r} cannot be combined with "
+                    f"allocator={self.allocator!r}: {name!r} needs {' or '.join(needed)}"
+                )
+            if part.window is not None and self.window < 2:
+                raise ValueError(
+                    f"kv_compress: shares={self.shares!r} cannot be combined with "
+                    f"window={self.window!r}: {name!r} compares at least 2 queries"
+                )
+
+    def allowed_policies(self) -> tuple[str, ...]:
+        """What requests may name as their policy; the configured one, always."""
+        if isinstance(self.allow_policies, bool):
+            return policies.names() if self.allow_policies else (self.policy,)
+        return tuple(dict.fromkeys((self.policy, *self.allow_policies)))
+
     def create_policy(self) -> policies.Policy:
         """The policy with its options."""
-        return policies.create(self.policy, self.pool, self.policy_options)
+        return policies.create(self.policy, self.pool, self.policy_options, self.shares)
 
     def with_policy(self, name: str | None) -> KVCompressConfig:
         """The same for a request that chose its policy: at what that one prefers, except that no
@@ -213,7 +248,7 @@ class KVCompressConfig:
             return self
         assert name is not None
         preferred = policies.find(name).defaults.window or GENERAL["window"]
-        own = {"policy", POLICY_OPTIONS, *GENERAL} - {"query_stride"}
+        own = {"policy", POLICY_OPTIONS, "shares", *GENERAL} - {"query_stride"}
         options = {key: value for key, value in self.to_dict().items() if key not in own}
         return KVCompressConfig(policy=name, window=min(preferred, self.window), **options)
 
@@ -239,10 +274,15 @@ class KVCompressConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The set options, JSON-serialisable; ``from_dict`` of it is an equal object."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, {})}
+        options = {key: value for key, value in asdict(self).items() if value not in (None, {})}
+        if isinstance(self.allow_policies, tuple):
+            options["allow_policies"] = list(self.allow_policies)
+        return options
 
     def __str__(self) -> str:
         options = self.to_dict()
+        if isinstance(self.allow_policies, tuple):
+            options["allow_policies"] = "+".join(self.allow_policies)
         for name, value in options.pop(POLICY_OPTIONS, {}).items():
             options[f"{POLICY_OPTIONS}.{name}"] = value
         return " ".join(f"{key}={value}" for key, value in options.items())
@@ -260,6 +300,39 @@ def check_value(name: str, value: Any) -> None:
     rule = OPTIONS[name].metadata
     if not (value is None and rule["optional"]) and not rule["accepts"](value):
         raise refusal(name, value, rule["accepted"])
+
+
+def _preferred(policy: type[policies.Policy], share: Any) -> dict[str, Any]:
+    """What ``auto`` stands for with these scores and shares."""
+    defaults = {k: v for k, v in vars(policy.defaults).items() if v is not None}
+    parts = [policies.shares.find(name) for name in _named(share)]
+    if parts:
+        # Under `global` nothing is shared, and heads that do not compete have no shares either.
+        of_heads = any(part.of_heads for part in parts)
+        uniform = defaults.get("allocator") == "uniform" and not of_heads
+        defaults["allocator"] = "uniform" if uniform else "layer"
+        windows = [part.window for part in parts if part.window is not None]
+        defaults["window"] = max([defaults.get("window", GENERAL["window"]), *windows])
+    return defaults
+
+
+def _named(share: Any) -> tuple[str, ...]:
+    if not isinstance(share, str):
+        raise refusal("shares", share, policies.shares.ACCEPTED)
+    return policies.shares.named(share) or ()
+
+
+def _allowed(value: Any) -> Any:
+    """``allow_policies`` as a tuple of names where it names some."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split("+")]
+    if not isinstance(value, list | tuple):
+        return value
+    for name in value:
+        if name not in policies.names():
+            accepted = f"true, false or some of {', '.join(policies.names())}, joined by +"
+            raise refusal("allow_policies", name, accepted)
+    return tuple(dict.fromkeys(value))
 
 
 def check_mass(policy: str, key: str, mass: float) -> None:

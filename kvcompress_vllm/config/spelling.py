@@ -75,9 +75,10 @@ def check(options: Mapping[str, Any]) -> None:
 
 def _check_policy_options(options: Mapping[Any, Any]) -> None:
     """Refuse what no policy accepts."""
-    if set(policies.names()) - policies.BUILT_IN.keys():
+    if policies.others():
         return  # another package may have it; none of them is imported before it is named
-    every = [policy.options() for policy in policies.BUILT_IN.values()]
+    every = [policies.options_of(name) for name in policies.BUILT_IN]
+    every += [policies.shares.find(name).options() for name in policies.shares.BUILT_IN]
     for name, value in options.items():
         rules = [of_one[name].metadata for of_one in every if name in of_one]
         if not rules:

@@ -4,19 +4,16 @@
 The reference is registered under ``CompositeExplicitAutograd``; ``_C`` and ``_C_cuda`` register CPU
 and CUDA kernels of the same signature, which PyTorch's dispatcher then prefers. Arguments are
 documented in :mod:`kvcompress_vllm.ops.reference`.
+
+Importing this package loads nothing: the first op that somebody asks for registers them all. So a
+process that only reads options or channels pays for no library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from kvcompress_vllm.ops import reference
-from kvcompress_vllm.ops.reference import (
+from kvcompress_vllm.ops.channels import (
     ATTENTION_CHANNELS,
     CHANNELS,
     ENTROPY,
@@ -31,6 +28,17 @@ from kvcompress_vllm.ops.reference import (
     SUM_SQUARES,
     channel_mask,
 )
+
+if TYPE_CHECKING:
+    from kvcompress_vllm.ops.registration import (
+        attention_statistics,
+        compact_pages,
+        key_statistics,
+        observe_queries,
+        paged_attention,
+        select_pages,
+        write_kv,
+    )
 
 _ROWS = "Tensor block_table, Tensor seq_lens, "
 _STATE = "Tensor state_slot, Tensor num_pages, Tensor first_page, Tensor covered, "
@@ -64,6 +72,10 @@ SCHEMAS = {
 
 def backends() -> dict[str, dict[str, bool]]:
     """Which device runs which op natively: ``{"CPU": {op: bool}, "CUDA": {op: bool}}``."""
+    import torch
+
+    from kvcompress_vllm.ops import registration  # noqa: F401
+
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
         device: {op: has(f"kvcompress_vllm::{op}", device) for op in SCHEMAS}
@@ -105,46 +117,14 @@ def cuda_problem(head_size: int, group: int, block_size: int) -> str | None:
     return None
 
 
-def _load(library: str) -> None:
-    for path in Path(__file__).parents[1].glob(f"{library}.*so"):
-        torch.ops.load_library(str(path))
+def __getattr__(name: str) -> Any:
+    if name in SCHEMAS:
+        from kvcompress_vllm.ops import registration
 
+        # So that the next one who asks finds it here.
+        return globals().setdefault(name, getattr(registration, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-def _fake_statistics(pages: Tensor, num_candidate_pages: int, channels: int) -> Tensor:
-    shape = (channels.bit_count(), num_candidate_pages, pages.shape[1])
-    return pages.new_empty(shape, dtype=torch.float32)
-
-
-def _fake_select(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    num_pages, num_freed, num_kept_pages = rest[2], rest[6], rest[-1]
-    heads = scores.new_empty((num_freed.shape[0], *num_pages.shape[1:]), dtype=torch.int32)
-    keys = scores.new_empty((num_kept_pages, scores.shape[1]), dtype=torch.int32)
-    return heads, torch.empty_like(heads), keys
-
-
-_FAKES: dict[str, Callable[..., object]] = {
-    "attention_statistics": lambda _, pages, *rest: _fake_statistics(pages, *rest[-4:-2]),
-    "key_statistics": lambda pages, *rest: _fake_statistics(pages, *rest[-2:]),
-    "select_pages": _fake_select,
-}
-_LIB = torch.library.Library("kvcompress_vllm", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _LIB.define(_name + _schema)
-    _LIB.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"kvcompress_vllm::{_name}", _FAKES.get(_name, lambda *_: None), lib=_LIB
-    )
-_load("_C")
-if torch.version.cuda:
-    _load("_C_cuda")
-
-write_kv = torch.ops.kvcompress_vllm.write_kv
-observe_queries = torch.ops.kvcompress_vllm.observe_queries
-paged_attention = torch.ops.kvcompress_vllm.paged_attention
-attention_statistics = torch.ops.kvcompress_vllm.attention_statistics
-key_statistics = torch.ops.kvcompress_vllm.key_statistics
-select_pages = torch.ops.kvcompress_vllm.select_pages
-compact_pages = torch.ops.kvcompress_vllm.compact_pages
 
 __all__ = [
     "ATTENTION_CHANNELS",

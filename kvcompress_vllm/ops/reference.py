@@ -14,40 +14,25 @@ Several ops describe the same rows, always by the same six tensors:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from kvcompress_vllm.cache import layout
-
-CHANNELS = (
-    "SUM",
-    "SUM_SQUARES",
-    "HEAD_SUM_SQUARES",
-    "LOW_COUNT",
-    "MEAN_SQUARES",
-    "ENTROPY",
-    "LAST",
-    "NORM",
-    "LIKENESS",
+from kvcompress_vllm.ops.channels import (
+    ATTENTION_CHANNELS,
+    CHANNELS,
+    ENTROPY,
+    HEAD_SUM_SQUARES,
+    KEY_CHANNELS,
+    LIKENESS,
+    LOW_COUNT,
+    MEAN_SQUARES,
+    NORM,
+    SUM,
+    SUM_SQUARES,
 )
-"""Names of what is known of a key, in one numbering: channel c is bit ``1 << c`` of a mask. Up to
-LAST they are channels of :func:`attention_statistics`, from NORM on of :func:`key_statistics`."""
-SUM, SUM_SQUARES, HEAD_SUM_SQUARES, LOW_COUNT, MEAN_SQUARES, ENTROPY, LAST = range(7)
-NORM, LIKENESS = 7, 8
-
-ATTENTION_CHANNELS = (1 << NORM) - 1
-"""Mask of all channels of :func:`attention_statistics`."""
-KEY_CHANNELS = 1 << NORM | 1 << LIKENESS
-"""Mask of all channels of :func:`key_statistics`."""
-
-
-def channel_mask(channels: Iterable[int]) -> int:
-    """These channels as a mask. Each op takes its part, ``& ATTENTION_CHANNELS`` or ``&
-    KEY_CHANNELS``."""
-    return sum(1 << channel for channel in set(channels))
 
 
 def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -187,7 +172,7 @@ def attention_statistics(
     selected = _selected(channels, ATTENTION_CHANNELS)
     if query_stride < 1:
         raise RuntimeError(f"query_stride must be at least 1, not {query_stride}")
-    result = torch.zeros(len(selected), num_candidate_pages, block_size, device=ring.device)
+    result = ring.new_zeros((len(selected), num_candidate_pages, block_size), dtype=torch.float32)
     flat = result.flatten(1)
     rows = zip(
         seq_lens.tolist(),
@@ -268,7 +253,7 @@ def key_statistics(
     layers, heads = num_pages.shape[1:]
     block_size, head_size = pages.shape[1], pages.shape[2] // 2
     selected = _selected(channels, KEY_CHANNELS)
-    result = torch.zeros(len(selected), num_candidate_pages, block_size, device=pages.device)
+    result = pages.new_zeros((len(selected), num_candidate_pages, block_size), dtype=torch.float32)
     flat = result.flatten(1)
     rows = zip(
         seq_lens.tolist(),
@@ -471,7 +456,7 @@ def _candidates(
     packed, old_f = _packed(slot, num_pages, covered, layer, head)
     first = 0 if slot < 0 else int(first_page[slot, layer, head])
     fresh = new_covered - old_f
-    page = start + first + (layer * num_pages.shape[2] + head) * fresh
+    page = start + layout.first_candidate(first, layer * num_pages.shape[2] + head, fresh)
     return page * block_size, (packed + fresh) * block_size
 
 
@@ -511,7 +496,7 @@ def _channel(channel: int, p: Tensor, hidden: Tensor) -> Tensor:
     if channel == HEAD_SUM_SQUARES:
         return p.sum(1).square().sum(0)
     if channel == LOW_COUNT:
-        visible = (~hidden).sum(-1, keepdim=True)
+        visible = (~hidden).sum(-1, keepdim=True, dtype=torch.float32)
         return ((p.mean(0) < 1.0 / visible) & ~hidden).sum(0).float()
     if channel == MEAN_SQUARES:
         return p.mean(0).square().sum(0)

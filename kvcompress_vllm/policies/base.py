@@ -139,6 +139,9 @@ class Policy(ABC):
     additive: ClassVar[bool] = True
     """Scores do not depend on how much is kept, so that a sum of them is a mass, and a budget can
     be a share of it."""
+    own_shares: ClassVar[tuple[str, ...]] = ()
+    """Names of the shares of its paper (``policies/shares``), unless others are chosen; their
+    options are its own."""
     defaults: ClassVar[Defaults] = Defaults()
 
     @abstractmethod
@@ -187,5 +190,5 @@ class Policy(ABC):
 
     @classmethod
     def options(cls) -> dict[str, Any]:
-        """The fields that ``policy_options`` may set, by name."""
+        """The fields that ``policy_options`` may set, by name; without those of its shares."""
         return {option.name: option for option in fields(cls) if "accepts" in option.metadata}

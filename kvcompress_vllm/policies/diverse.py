@@ -50,7 +50,7 @@ class Diverse(Policy):
         chosen = _first(unlike.masked_fill_(evidence.shielded(), float("-inf")), count)
         # More than the attention of all observed queries: chosen keys come before all others.
         above = 2.0 * evidence.group * max(1, evidence.num_queries)
-        return attention + above * chosen
+        return attention.add(chosen, alpha=above)
 
 
 def _first(scores: Tensor, count: int) -> Tensor:

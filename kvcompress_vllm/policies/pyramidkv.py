@@ -11,11 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from kvcompress_vllm.config.rules import number, option
-from kvcompress_vllm.policies.base import Evidence
 from kvcompress_vllm.policies.snapkv import SnapKV
 
 
@@ -23,13 +18,6 @@ from kvcompress_vllm.policies.snapkv import SnapKV
 class PyramidKV(SnapKV):
     """SnapKV with layer budgets falling linearly."""
 
-    beta: float = option(20.0, "average budget over that of the last layer", *number(1))
-
+    own_shares = ("pyramidkv",)
     # Late layers have room for few passages.
     defaults = replace(SnapKV.defaults, pool=31)
-
-    def layer_shares(self, evidence: Evidence) -> Tensor:
-        average = float(max(1, evidence.open_kept))
-        first = min(2 * average - average / self.beta, float(evidence.num_open))
-        last = max(0.0, 2 * average - first)
-        return torch.linspace(first, last, evidence.layers, device=evidence.device)

@@ -40,7 +40,7 @@ class RandomKeys(Policy):
         position = torch.arange(evidence.num_keys, dtype=torch.int32, device=device)
         mixed = _mix(start[:, None] + position * _signed(0x27D4EB2F))
         # The upper 24 bits are exact in fp32.
-        return _shifted(mixed, 8) * 2.0**-24
+        return _shifted(mixed, 8).float() * 2.0**-24
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.config.rules import number, option
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
 
 
@@ -30,10 +28,7 @@ from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
 class Scissorhands(Policy):
     """Observed queries that did not find the key low, then mean attention."""
 
-    later: float = option(
-        2.0, "share of the last layer over that of the first", *number(0, above=True)
-    )
-
+    own_shares = ("scissorhands",)
     channels = (ops.SUM, ops.LOW_COUNT)
     observes_all = True
     history = 400
@@ -45,6 +40,3 @@ class Scissorhands(Policy):
         not_low = evidence.num_queries - evidence.statistics[ops.LOW_COUNT]
         mean = evidence.statistics[ops.SUM] / (evidence.group * max(1, evidence.num_queries))
         return self.pooled(evidence, not_low + mean)
-
-    def layer_shares(self, evidence: Evidence) -> Tensor:
-        return torch.linspace(1.0, self.later, evidence.layers, device=evidence.device)

@@ -24,6 +24,8 @@ class Report(NamedTuple):
     milliseconds: float
     """Of the rank's stream. Requests that were compressed together share it by their blocks."""
     curve: LossCurve
+    failure: str | None = None
+    """What the policy did wrong; then the request kept its latest keys, and must not go on."""
 
 
 class Scored(NamedTuple):
@@ -33,3 +35,4 @@ class Scored(NamedTuple):
     state_slot: int
     num_tokens: int
     curve: LossCurve
+    failure: str | None = None

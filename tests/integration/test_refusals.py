@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
+from kvcompress_vllm.integration.start import refusals
 from kvcompress_vllm.integration.start.refusals import REFUSALS, check, check_kernels
 from kvcompress_vllm.integration.worker.longest_request import check_longest_request
 from tests.integration.simulation import MODEL
@@ -296,3 +297,18 @@ def test_shapes_without_cuda_kernels(
 def test_head_sizes_are_those_that_the_kernels_are_built_for() -> None:
     source = (MODEL.parents[1] / "csrc/cuda/launch.h").read_text()
     assert tuple(map(int, re.findall(r"case (\d+):", source))) == ops.CUDA_HEAD_SIZES
+
+
+def test_cuda_graphs_need_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The references wait for the device, which a capture does not allow: not found out there."""
+    options = {"additional_config": {"kv_compress": {}}, "block_size": 16}
+    graphs = EngineArgs(str(MODEL), **options).create_engine_config()
+    graphs.model_config.enforce_eager = False
+    eager = EngineArgs(str(MODEL), enforce_eager=True, **options).create_engine_config()
+    monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(ops, "backends", lambda: {"CUDA": {"write_kv": False, "compact": True}})
+    with pytest.raises(ValueError, match=r"write_kv.*KVCOMPRESS_BUILD=cuda, or give --enforce"):
+        check(graphs)
+    check(eager)
+    monkeypatch.setattr(ops, "backends", lambda: {"CUDA": {"write_kv": True}})
+    check(graphs)

@@ -6,13 +6,13 @@ import torch
 from examples import example
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.ops import reference
+from kvcompress_vllm.ops import reference, registration
 
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)
 def test_opcheck(device, op):
     torch.library.opcheck(
-        getattr(torch.ops.kvcompress_vllm, op).default,
+        getattr(registration, op).default,
         tuple(example(op, device)),
         test_utils=(
             "test_schema",
@@ -58,3 +58,18 @@ def test_torch_compile_keeps_the_op(device):
     out = compiled(*args[:-1], torch.zeros_like(args[-1]))
     ops.paged_attention(*args)
     assert torch.equal(out, args[-1] * 2)
+
+
+@pytest.mark.parametrize("op", ops.SCHEMAS)
+def test_the_reference_names_its_dtypes(op):
+    """vLLM leaves the model's dtype as PyTorch's default when a model fails to load."""
+    before = list(example(op))
+    after = example_again(before)
+    wanted = getattr(reference, op)(*before)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = getattr(reference, op)(*after)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)

@@ -2,7 +2,6 @@
 """Policies by name, their options, and those of other packages."""
 
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,9 @@ from kvcompress_vllm import ops, policies
 from kvcompress_vllm.config.options import GENERAL, KVCompressConfig
 from kvcompress_vllm.config.rules import integer, option
 from kvcompress_vllm.policies import Defaults, Evidence, Policy
+from kvcompress_vllm.policies.random_keys import RandomKeys
 from tests.policies import prompts
+from tests.policies.installed import install
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,36 @@ class FirstKeys(Policy):
 NOT_A_POLICY = "a string"
 
 
+class Unbuilt(Policy):
+    """Leaves its method abstract."""
+
+
+@dataclass(frozen=True)
+class UnknownChannel(FirstKeys):
+    channels = (ops.SUM, 99)
+
+
+@dataclass(frozen=True)
+class ManyChannels(FirstKeys):
+    channels = (ops.SUM, ops.SUM_SQUARES, ops.ENTROPY, ops.LAST, ops.NORM)
+    observes_all = True
+
+
 @pytest.fixture
 def others(monkeypatch: pytest.MonkeyPatch) -> None:
     here = "tests.policies.test_registry"
-    found = metadata.EntryPoints(
-        metadata.EntryPoint(name, value, policies.ENTRY_POINTS)
-        for name, value in {
-            "first": f"{here}:FirstKeys",
-            "random": f"{here}:FirstKeys",
-            "broken": "no_such_package.module:Policy",
-            "missing": f"{here}:NoSuchClass",
-            "wrong": f"{here}:NOT_A_POLICY",
-        }.items()
+    install(
+        monkeypatch,
+        first=f"{here}:FirstKeys",
+        random=f"{here}:FirstKeys",
+        broken="no_such_package.module:Policy",
+        missing=f"{here}:NoSuchClass",
+        wrong=f"{here}:NOT_A_POLICY",
+        leaving="tests.policies.leaving:Policy",
+        unbuilt=f"{here}:Unbuilt",
+        channels=f"{here}:UnknownChannel",
+        many=f"{here}:ManyChannels",
     )
-    monkeypatch.setattr(metadata, "entry_points", lambda **wanted: found.select(**wanted))
 
 
 @pytest.mark.usefixtures("others")
@@ -65,7 +82,11 @@ def test_a_policy_of_another_package() -> None:
         ("broken", "'broken' cannot be loaded from no_such_package.module:Policy: ModuleNotFound"),
         ("missing", "'missing' cannot be loaded from .*:NoSuchClass: AttributeError"),
         ("wrong", "'wrong' from .*:NOT_A_POLICY is no subclass of"),
-        ("unknown", "'unknown' is not accepted; .* kv_compress, .*, random, broken, first"),
+        ("unknown", "'unknown' is not accepted; .* kv_compress, .*, random, broken, channels, fir"),
+        ("leaving", "'leaving' cannot be loaded from tests.policies.leaving:Policy: SystemExit: 3"),
+        ("unbuilt", "'unbuilt' cannot be built: TypeError: .*abstract"),
+        ("channels", r"'channels' has channels=\(0, 99\); they must be some of .*SUM, SUM_SQUARES"),
+        ("many", "'many' judges by all queries with 4 channels of the attention; .* room for 3"),
     ],
 )
 def test_a_bad_policy_is_a_problem_only_where_it_is_named(name: str, message: str) -> None:
@@ -76,7 +97,7 @@ def test_a_bad_policy_is_a_problem_only_where_it_is_named(name: str, message: st
 
 @pytest.mark.usefixtures("others")
 def test_our_names_are_ours() -> None:
-    assert policies.find("random") is policies.BUILT_IN["random"]
+    assert policies.find("random") is RandomKeys
     assert policies.names().count("random") == 1
 
 
@@ -108,7 +129,7 @@ def test_every_policy_is_described(name: str) -> None:
     policy = policies.find(name)
     module = __import__(policy.__module__, fromlist=["_"])
     assert "https://arxiv.org/abs/" in module.__doc__ or name == "random"
-    for known in policy.options().values():
+    for known in policies.options_of(name).values():
         assert known.metadata["help"] and known.metadata["accepts"](known.default)
     built = policies.create(name, 1, {})
     assert list(built.channels) == sorted(set(built.channels))
@@ -118,7 +139,7 @@ def test_every_policy_is_described(name: str) -> None:
     assert KVCompressConfig.from_dict(config.to_dict()) == config
     documentation = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
     assert f"`{name}`" in documentation
-    assert all(f"`{key}`" in documentation for key in policy.options())
+    assert all(f"`{key}`" in documentation for key in policies.options_of(name))
 
 
 def test_what_auto_stands_for() -> None:
@@ -136,3 +157,14 @@ def test_what_auto_stands_for() -> None:
     # A policy that keeps its window keeps it, whatever `recent` says.
     assert values(policy="cake", window=40, recent=2)[3] == 40
     assert values(policy="tova", allocator="global") == ("global", 1, 127, 16)
+
+
+def test_what_is_installed_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = install(monkeypatch, first="tests.policies.test_registry:FirstKeys")
+    config = KVCompressConfig.from_dict({"policy": "first", "allow_policies": True})
+    for _ in range(3):
+        assert policies.find("first") is FirstKeys and "first" in policies.names()
+        config.with_policy("snapkv")
+        with pytest.raises(ValueError, match="'nobody' is not accepted"):
+            policies.find("nobody")
+    assert asked == [policies.ENTRY_POINTS]

@@ -17,7 +17,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -102,17 +102,40 @@ class _KVCompressMixin(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        failures: dict[str, str] = {}
         for report in reports_of(model_runner_output):
-            if isinstance(report, Scored):
+            if report.failure is not None:
+                failures[report.request_id] = report.failure
+            elif isinstance(report, Scored):
                 self.kv_compress_planner.scored(report)
             else:
                 self._recorder.measured(report, self.kv_compress_planner.reported(report))
+        failed = self._fail(failures)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in failed:
+            per_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            per_client.outputs.append(_error(request, failures[request.request_id]))
         if self._usage:
             for per_client in outputs.values():
                 send(self._usage, per_client.outputs)
             self._usage.keep(self.requests)
         return outputs
+
+    def _fail(self, failures: Mapping[str, str]) -> list[Request]:
+        """Finish requests whose policy failed. What a worker kept of them is as many blocks as was
+        said, so the accounting is exact; but their answers would not be those of their policy."""
+        failed = [self.requests[name] for name in failures if name in self.requests]
+        failed = [request for request in failed if not request.is_finished()]
+        for request in failed:
+            own = self._wish(request)
+            logger.error(
+                "kv_compress: %r ends with an error: policy=%r: %s",
+                request.request_id,
+                (own.policy if own is not None else None) or self.kv_compress_planner.config.policy,
+                failures[request.request_id],
+            )
+        self.finish_requests([r.request_id for r in failed], RequestStatus.FINISHED_ERROR)
+        return failed
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
@@ -416,6 +439,18 @@ def make_scheduler(**kwargs: Any) -> Scheduler:
     """What ``scheduler_cls`` names; picks the class once vLLM has decided on async scheduling."""
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (KVCompressAsyncScheduler if asynchronous else KVCompressScheduler)(**kwargs)
+
+
+def _error(request: Request, reason: str) -> EngineCoreOutput:
+    """The last output of a request that ends with an error; HTTP 500."""
+    return EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=request.get_finished_reason(),
+        stop_reason=f"kv_compress: {reason}",
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
+    )
 
 
 def _log_banner(scheduler: _KVCompressMixin) -> None:

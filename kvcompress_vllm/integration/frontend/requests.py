@@ -20,7 +20,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig, check_mass
 from kvcompress_vllm.config.rules import integer, shown
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
@@ -154,15 +153,12 @@ def check_request(config: KVCompressConfig, params: Any, resumable: bool) -> Non
     """
     wish = request_wish(params)
     if wish is not None and wish.policy not in (None, config.policy):
-        if not config.allow_policies:
+        allowed = config.allowed_policies()
+        if wish.policy not in allowed:
+            only = "" if len(allowed) > 1 else " only (allow_policies=false)"
             raise ValueError(
                 f"{POLICY}={shown(wish.policy)} is not accepted; this server uses "
-                f"{config.policy!r} only (allow_policies=false)"
-            )
-        if wish.policy not in policies.names():
-            raise ValueError(
-                f"{POLICY}={shown(wish.policy)} is not accepted; it must be one of "
-                f"{', '.join(policies.names())}"
+                f"{', '.join(map(repr, allowed))}{only}"
             )
         config.with_policy(wish.policy)
     if wish is not None and wish.policy is not None:

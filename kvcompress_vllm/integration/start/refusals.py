@@ -112,6 +112,7 @@ def check(vllm_config: VllmConfig) -> None:
             raise ValueError(_text(refusal, vllm_config, found))
     if current_platform.is_cuda():
         check_kernels(vllm_config)
+        check_graphs(vllm_config, ops.missing_kernels("cuda"))
 
 
 def _text(refusal: Refusal, config: VllmConfig, found: bool | str) -> str:
@@ -142,3 +143,19 @@ def check_kernels(vllm_config: VllmConfig) -> None:
     )
     if problem is not None:
         raise ValueError(f"kv_compress: {problem} is not supported together with --kv-compress")
+
+
+def check_graphs(vllm_config: VllmConfig, missing: str | None) -> None:
+    """Refuse to capture CUDA graphs without kernels: the references copy to the host and back.
+
+    Args:
+        missing: which ops have none, as ``ops.missing_kernels`` says it.
+
+    Raises:
+        ValueError: naming them and both ways out.
+    """
+    if missing is not None and not vllm_config.model_config.enforce_eager:
+        raise ValueError(
+            f"kv_compress: {missing}. Without them CUDA graphs cannot be captured: build them with "
+            "KVCOMPRESS_BUILD=cuda, or give --enforce-eager to run the references, which are slow"
+        )

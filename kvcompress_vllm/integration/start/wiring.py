@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.start.flags import KEY, user_options
 from kvcompress_vllm.integration.worker import backend
+from kvcompress_vllm.policies import trial
+
+logger = init_logger("vllm.kv_compress")
 
 _SCHEDULER = "kvcompress_vllm.integration.engine.scheduler.make_scheduler"
 _WORKER = "kvcompress_vllm.integration.worker.worker.KVCompressWorker"
@@ -30,6 +34,9 @@ def wire(engine_args: Any) -> KVCompressConfig | None:
         if isinstance(engine_args.additional_config, dict):
             engine_args.additional_config.pop(KEY, None)
         return None
+    config, failed = trial.allowed(config)
+    for reason in failed.values():
+        logger.warning("%s; requests cannot choose it", reason)
     engine_args.additional_config = {**engine_args.additional_config, KEY: config.to_dict()}
     worker = _CPU_WORKER if current_platform.is_cpu() else _WORKER
     _set(engine_args, "scheduler_cls", _SCHEDULER, unset=None)

@@ -124,6 +124,9 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
 class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
     """Writes K/V, observes queries and attends, for one layer."""
 
+    profiling: ClassVar[bool] = False
+    """Whether vLLM measures memory: it then runs batches of nothing before there is a cache."""
+
     def __init__(
         self,
         num_heads: int,

@@ -179,8 +179,13 @@ class KVCompressCudaImpl(KVCompressImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        if attn_metadata is None or self._context is None:  # profiling run, no cache yet
+        if attn_metadata is None or (self._context is None and self.profiling):  # no cache yet
             return output.fill_(0)
+        if self._context is None:
+            raise RuntimeError(
+                "kv_compress: attention runs before the worker has bound its state, on "
+                f"{attn_metadata.num_actual_tokens} tokens"
+            )
         meta, state = attn_metadata, self._context.state
         assert isinstance(meta, KVCompressCudaMetadata) and meta.ring_index is not None
         query = query.view(-1, self.num_heads, self.head_size)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, KVCacheTensor
@@ -16,8 +17,9 @@ from vllm.v1.worker.gpu_worker import Worker
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.cache.state import PackedState
-from kvcompress_vllm.compression.compressor import Compressor, scratch_bytes
+from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.pending import PendingReports
+from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.sizing import observe_slots
@@ -67,7 +69,11 @@ class KVCompressWorkerMixin(Worker):
         return specs
 
     def determine_available_memory(self) -> int:
-        available = super().determine_available_memory()
+        KVCompressImpl.profiling = True
+        try:
+            available = super().determine_available_memory()
+        finally:
+            KVCompressImpl.profiling = False
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available  # the user sized the cache itself
         if available <= 0:
@@ -163,7 +169,8 @@ class KVCompressWorkerMixin(Worker):
             builder.bind(context)
         self.kv_compress_context = context
         self.kv_compress_runner = runner
-        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, impl.scale)
+        agree = _agree if self.parallel_config.tensor_parallel_size > 1 else None
+        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, impl.scale, agree)
         message = ops.missing_kernels(self.device.type)
         if message:
             logger.warning("kv_compress: %s", message)
@@ -214,13 +221,22 @@ class KVCompressWorkerMixin(Worker):
         """What the largest possible compression takes while it runs."""
         most = min(self.model_config.max_model_len, num_blocks * self.cache_config.block_size)
         _, layers, heads = state.num_pages.shape
-        policy = self.kv_compress_config.create_policy()
-        running = state.running is not None
-        return scratch_bytes(policy, most, layers, heads, state.ring.shape[-1], running)
+        running, head_size = state.running is not None, state.ring.shape[-1]
+        return max(
+            scratch_bytes(policy, most, layers, heads, head_size, running)
+            for policy in usable_policies(self.kv_compress_config)
+        )
 
 
 class KVCompressWorker(LongestRequestMixin, KVCompressWorkerMixin, Worker):
     """The GPU worker."""
+
+
+def _agree(flags: torch.Tensor) -> torch.Tensor:
+    """Of every rank's flags the largest. vLLM reads the reports of one rank only, and a policy may
+    fail on the heads of another."""
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, get_tp_group().device_group)
+    return flags
 
 
 def packed_config(config: KVCacheConfig) -> KVCacheConfig:

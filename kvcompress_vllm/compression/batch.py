@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that are compressed together. Letters as in ``cache/layout.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.policies.base import Policy
+from kvcompress_vllm.records import budget
+from kvcompress_vllm.records.plan import Compression
+
+MOST_TOKENS = 4096
+"""Candidate tokens of a batch of compressions, unless a single request has more. Bounds the memory
+for statistics and scores without making many small compressions wait for each other."""
+
+
+class Rank(NamedTuple):
+    """What compressions of one rank read and change."""
+
+    state: PackedState
+    pages: Tensor
+    """``[P, B, 2 * D]`` page pool."""
+    scale: float
+    """Factor on the attention logits."""
+
+    @property
+    def block_size(self) -> int:
+        return self.pages.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """L, H."""
+        _, layers, heads = self.state.num_pages.shape
+        return layers, heads
+
+    @property
+    def slots(self) -> int:
+        """L * H, heads of the rank and pages of a block."""
+        layers, heads = self.shape
+        return layers * heads
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that one policy judges, with one floor, observed alike."""
+
+    items: Sequence[Compression]
+    config: KVCompressConfig
+    policy: Policy
+    floor_pages: int
+    """Pages that every head keeps."""
+    rows: Tensor
+    """``[R, M]`` int32 block ids."""
+    state_slot: Tensor
+    """``[R]`` int32, -1: never packed."""
+    covered: Tensor
+    """``[R]`` int32, F afterwards."""
+    page_start: Tensor
+    """``[R]`` int64, first candidate page of every request."""
+    spans: list[tuple[int, int]]
+    """The same on the host: candidate pages ``[begin, end)`` of every request."""
+    recent: list[int]
+    """Candidate keys at the end of every head that the recent window shields."""
+
+    @classmethod
+    def of(
+        cls,
+        items: Sequence[Compression],
+        config: KVCompressConfig,
+        policy: Policy,
+        rank: Rank,
+        floor_pages: int | None = None,
+    ) -> Batch:
+        """Put what the ops read on the device.
+
+        Args:
+            floor_pages: None: as configured.
+        """
+        device, size = rank.pages.device, rank.block_size
+        rows = padded_rows([item.old_blocks for item in items], device)
+        starts = _starts(item.candidate_blocks * rank.slots for item in items)
+        return cls(
+            items,
+            config,
+            policy,
+            floor_pages or budget.floor_pages(config, size),
+            rows,
+            rank.state.state_slots(rows),
+            to_device([item.covered for item in items], torch.int32, device),
+            to_device(starts[:-1], torch.int64, device),
+            list(pairwise(starts)),
+            [budget.num_recent(config, item.num_tokens, item.covered, size) for item in items],
+        )
+
+    def part(self, which: list[int]) -> Batch:
+        """Some of its requests, whose candidates stay where they are."""
+        if len(which) == len(self.items):
+            return self
+        index = to_device(which, torch.int64, self.rows.device)
+        return replace(
+            self,
+            items=[self.items[i] for i in which],
+            rows=self.rows[index],
+            state_slot=self.state_slot[index],
+            covered=self.covered[index],
+            page_start=self.page_start[index],
+            recent=[self.recent[i] for i in which],
+            spans=[self.spans[i] for i in which],
+        )
+
+    @property
+    def num_pages(self) -> int:
+        """Candidate pages of the batch."""
+        return self.spans[-1][1]
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks that its requests keep, sum of C."""
+        return sum(len(item.new_blocks) for item in self.items)
+
+
+def batches(due: Sequence[Compression], most_blocks: int) -> Iterator[list[Compression]]:
+    """Runs of requests with at most ``most_blocks`` candidate blocks, or of a single request."""
+    batch: list[Compression] = []
+    blocks = 0
+    for item in due:
+        if batch and blocks + item.candidate_blocks > most_blocks:
+            yield batch
+            batch, blocks = [], 0
+        batch.append(item)
+        blocks += item.candidate_blocks
+    if batch:
+        yield batch
+
+
+def padded_rows(blocks: list[list[int]], device: torch.device) -> Tensor:
+    """``[R, M]`` int32, ragged rows padded with the null block."""
+    width = max(map(len, blocks))
+    padded = [row + [0] * (width - len(row)) for row in blocks]
+    return to_device(padded, torch.int32, device)
+
+
+def _starts(counts: Iterable[int]) -> list[int]:
+    """Exclusive prefix sums, and the total last."""
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
+    return starts

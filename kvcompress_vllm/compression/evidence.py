@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy may look at, as one rectangle per request. Letters as in ``cache/layout.py``.
+
+Heads that were packed before differ in length, and how long each is only the device knows. Policies
+see all of them as wide as the longest; shorter ones end with it, so that the latest keys are in
+line::
+
+    candidates, one head after the other   a a a a a t t   b b t t   c c c t t
+    place                                  a a a a a t t
+                                           . . . b b t t      t: full blocks of the tail
+                                           . . c c c t t      .: absent
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcompress_vllm.cache import layout
+from kvcompress_vllm.compression import gather
+from kvcompress_vllm.compression.batch import Batch, Rank
+from kvcompress_vllm.policies.base import Evidence
+from kvcompress_vllm.records.plan import Compression
+
+
+class Rectangle(NamedTuple):
+    """Where the candidate pages of a request lie in what its policy sees."""
+
+    width: int
+    """Pages of every head."""
+    pages: int
+    """Candidate pages of the request."""
+    lengths: Tensor | None = None
+    """``[L, H]`` int32, candidate pages of each head; None: all heads are as long as it is wide."""
+    place: Tensor | None = None
+    """``[L * H * width]`` int64, the candidate page that is seen there; ``pages``: none."""
+    absent: Tensor | None = None
+    """``[L * H, width]`` bool, places without one."""
+
+    @classmethod
+    def of(cls, rank: Rank, item: Compression, width: int) -> Rectangle:
+        """Args: width: pages of the longest head, or more."""
+        pages = item.candidate_blocks * rank.slots
+        if not item.old_kept:
+            return cls(width, pages)
+        state, slots, device = rank.state, rank.slots, rank.pages.device
+        fresh = item.covered - item.old_covered
+        lengths = state.num_pages[item.state_slot] + fresh
+        first = layout.first_candidate(
+            state.first_page[item.state_slot].view(slots, 1),
+            torch.arange(slots, device=device).unsqueeze(1),
+            fresh,
+        )
+        j = torch.arange(width, device=device) - width + lengths.view(slots, 1)
+        place = torch.where(j >= 0, first + j, pages).flatten().long()
+        return cls(width, pages, lengths, place, j < 0)
+
+    def spread(self, statistics: Tensor) -> Tensor:
+        """``[channels, L * H * width, B]`` of ``[channels, pages, B]``; 0 where there is none."""
+        if self.place is None or self.absent is None:
+            return statistics
+        spread = statistics[:, self.place.clamp(max=self.pages - 1)]
+        return spread.masked_fill_(self.absent.view(1, -1, 1), 0)
+
+    def gathered(self, scores: Tensor) -> Tensor:
+        """``[pages, B]`` of ``[L * H * width, B]``."""
+        if self.place is None:
+            return scores
+        result = scores.new_empty((self.pages + 1, scores.shape[1]))
+        result[self.place] = scores
+        return result[: self.pages]
+
+
+def evidence_of(
+    rank: Rank,
+    batch: Batch,
+    index: int,
+    rectangle: Rectangle,
+    statistics: Tensor,
+    counts: Tensor | None,
+) -> Evidence:
+    """What is known of one request of a batch.
+
+    Args:
+        statistics: ``[channels, pages, B]`` of this request; heads may differ in length.
+        counts: ``[pages, B]`` queries that saw each key, or None.
+    """
+    item, config, state = batch.items[index], batch.config, rank.state
+    (layers, heads), block_size = rank.shape, rank.block_size
+    left_out = (item.covered - rectangle.width) * block_size
+    window = min(config.window, item.num_tokens)
+    absent = rectangle.absent
+    if counts is not None:
+        statistics = torch.cat([statistics, counts[None]])
+    statistics = rectangle.spread(statistics)
+    keys, values, queries = gather.readers(
+        rank.pages,
+        batch.rows[index],
+        item.num_tokens,
+        state,
+        item.observe_slot,
+        window,
+        gather.Packed(item.state_slot, item.old_covered) if item.old_kept else None,
+        left_out,
+    )
+    by_channel = [part.reshape(layers * heads, -1) for part in statistics]
+    return Evidence(
+        layers=layers,
+        heads=heads,
+        group=state.ring.shape[3] // heads,
+        num_keys=rectangle.width * block_size,
+        num_kept=len(item.new_blocks) * block_size,
+        seq_len=item.num_tokens - left_out,
+        num_queries=item.observed.before + item.observed.num_queries if item.observed else window,
+        num_sinks=config.sinks,
+        num_recent=batch.recent[index],
+        scale=rank.scale,
+        device=rank.pages.device,
+        statistics=dict(zip(sorted(batch.policy.channels), by_channel, strict=counts is None)),
+        counts=None if counts is None else by_channel[-1],
+        density=item.candidate_blocks / item.covered,
+        absent=None if absent is None else absent.repeat_interleave(block_size, 1),
+        keys=keys,
+        values=values,
+        queries=queries,
+    )

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that compressions take while they run; set aside beside the KV cache."""
+
+from __future__ import annotations
+
+from kvcompress_vllm.cache.state import RUNNING
+from kvcompress_vllm.compression import loss
+from kvcompress_vllm.compression.batch import MOST_TOKENS
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.policies.base import Policy
+
+
+def usable_policies(config: KVCompressConfig) -> list[Policy]:
+    """The configured policy, and those that requests may choose instead."""
+    found = []
+    for name in config.allowed_policies():
+        try:
+            found.append(config.with_policy(name).create_policy())
+        except ValueError:
+            continue  # nobody can choose it: the front end refuses with the same error
+    return found
+
+
+def scratch_bytes(
+    policy: Policy,
+    num_tokens: int,
+    num_layers: int,
+    num_kv_heads: int,
+    head_size: int,
+    running: bool = False,
+) -> int:
+    """Memory that a compression takes while it runs.
+
+    Args:
+        num_tokens: tokens of the longest request.
+    """
+    # Per candidate key: its statistics, then its score and the policy's temporaries; or the
+    # statistics once more, while those of two ops are put together.
+    count = len(policy.channels)
+    per_key = 4 * (count + max(5, count))
+    if running:
+        per_key += 3 * 4 * RUNNING  # the statistics so far, their sums, and an intermediate
+    keys = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads
+    # One layer of keys or values, as copied, in fp32, and an intermediate of it.
+    copies = 3 * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0
+    return keys * per_key + loss.scratch_bytes(keys) + copies

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of every candidate key: by the ops, and summed up over a prompt's chunks.
+
+Letters as in ``cache/layout.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompress_vllm import ops
+from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.compression.batch import Batch, Rank
+from kvcompress_vllm.records.plan import Compression, Observed
+
+
+def measure(rank: Rank, batch: Batch, channels: int) -> Tensor:
+    """``[channels, pages, B]`` fp32 of the candidates of a batch, one request after the other.
+
+    Args:
+        channels: mask; each op that has one of them runs, and its channels keep their order.
+    """
+    state, device = rank.state, rank.pages.device
+    pages = (
+        rank.pages,
+        batch.rows,
+        to_device([item.num_tokens for item in batch.items], torch.int32, device),
+        batch.state_slot,
+        *state.tables,
+    )
+    candidates = batch.covered, batch.page_start, batch.num_pages
+    parts: list[Tensor] = []
+    of_keys = channels & ops.KEY_CHANNELS
+    if of_attention := channels & ~of_keys:  # refuses what nobody knows
+        observed = batch.items[0].observed
+        num_queries = [
+            item.observed.num_queries
+            if item.observed
+            else min(batch.config.window, item.num_tokens)
+            for item in batch.items
+        ]
+        parts.append(
+            ops.attention_statistics(
+                state.ring,
+                *pages,
+                to_device([item.observe_slot for item in batch.items], torch.int32, device),
+                to_device(num_queries, torch.int32, device),
+                *candidates,
+                of_attention,
+                observed.stride if observed else 1,
+                rank.scale,
+            )
+        )
+    if of_keys:
+        parts.append(ops.key_statistics(*pages, *candidates, of_keys))
+    if not parts:
+        shape = (0, batch.num_pages, rank.block_size)
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def add_up(
+    rank: Rank, item: Compression, row: Tensor, statistics: Tensor, store: bool = True
+) -> Tensor:
+    """Add the statistics of the observed queries to the running ones of a request.
+
+    Args:
+        row: ``[M]`` int32 block ids.
+        statistics: ``[channels, pages, B]`` of this request, those of the attention alone; become
+            the sums.
+        store: False leaves the running statistics as they are.
+
+    Returns:
+        ``[pages, B]`` fp32, how many queries saw each key.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    running, observed = rank.state.running, item.observed
+    if running is None or observed is None:
+        raise RuntimeError(f"kv_compress: {item.request_id} has no running statistics")
+    pages, ages, known = _candidates(rank, item, row, observed)
+    seen = ages.div(observed.stride, rounding_mode="floor") + 1
+    counts = seen.clamp(max=observed.num_queries).float()
+    before = running[pages].masked_fill_(~known[:, None, None], 0)
+    counts += before[..., -1]
+    for channel, values in enumerate(statistics):
+        values += before[..., channel]
+    if not store:
+        return counts
+    sums = torch.zeros_like(before)
+    sums[..., -1] = counts
+    sums[..., : len(statistics)] = statistics.permute(1, 2, 0)
+    running[pages] = sums
+    return counts
+
+
+def _candidates(
+    rank: Rank, item: Compression, row: Tensor, observed: Observed
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a request's candidates, in the order of the statistics op.
+
+    Returns:
+        ``[pages]`` page ids; ``[pages, B]`` tokens after each key, a lower bound for keys that were
+        packed before; ``[pages]`` bool, whether a page has running statistics.
+    """
+    state, device, block_size = rank.state, rank.pages.device, rank.block_size
+    slots, fresh = rank.slots, item.covered - item.old_covered
+    index = torch.arange(slots, device=device)
+    if item.old_kept:
+        packed = state.num_pages[item.state_slot].flatten().long()
+        first = state.first_page[item.state_slot].flatten().long()
+    else:
+        packed = first = torch.zeros_like(index)
+    total = item.candidate_blocks * slots
+    head = index.repeat_interleave(packed + fresh, output_size=total)
+    begin = layout.first_candidate(first, index, fresh)
+    j = torch.arange(total, device=device) - begin[head]
+    pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, slots, j)
+    # In the row's own count of blocks; packed pages stand for some block before them.
+    block = torch.where(j < packed[head], item.old_covered - 1, item.old_covered + j - packed[head])
+    position = block[:, None] * block_size + torch.arange(block_size, device=device)
+    return pages, item.num_tokens - 1 - position, block < observed.known
