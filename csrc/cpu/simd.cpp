@@ -22,7 +22,8 @@
 #endif
 
 #define KVC_TABLE \
-  {gemm, dots, squares, softmax_panel, softmax_row, scale, statistics, from_half, from_bfloat16}
+  {gemm,  dots,       squares, softmax_panel, softmax_row, \
+   scale, statistics, raise,   from_half,     from_bfloat16}
 
 namespace kvc {
 

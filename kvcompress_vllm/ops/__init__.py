@@ -50,6 +50,10 @@ SCHEMAS = {
         f"(Tensor pages, {_ROWS}{_STATE}Tensor new_covered, Tensor page_start, "
         "int num_candidate_pages, int channels) -> Tensor"
     ),
+    "echo_scores": (
+        f"(Tensor query, Tensor pages, {_ROWS}{_STATE}Tensor segments, Tensor rotation, int layer, "
+        "int max_segment, int num_sinks, bool interleaved, float scale, Tensor(a!) scores) -> ()"
+    ),
     "select_pages": (
         f"(Tensor scores, Tensor page_start, {_STATE}Tensor new_covered, Tensor num_freed, "
         "Tensor num_recent, int num_sinks, int floor_pages, int num_kept_pages) "
@@ -143,6 +147,7 @@ observe_queries = torch.ops.kvcompress_vllm.observe_queries
 paged_attention = torch.ops.kvcompress_vllm.paged_attention
 attention_statistics = torch.ops.kvcompress_vllm.attention_statistics
 key_statistics = torch.ops.kvcompress_vllm.key_statistics
+echo_scores = torch.ops.kvcompress_vllm.echo_scores
 select_pages = torch.ops.kvcompress_vllm.select_pages
 compact_pages = torch.ops.kvcompress_vllm.compact_pages
 
@@ -166,6 +171,7 @@ __all__ = [
     "channel_mask",
     "compact_pages",
     "cuda_problem",
+    "echo_scores",
     "key_statistics",
     "missing_kernels",
     "observe_queries",
