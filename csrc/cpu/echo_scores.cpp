@@ -99,12 +99,13 @@ class Runner {
 
   // Row `row` of the segment (a query, a member of the group) as lane `lane`, read and repeated.
   void load_query(const Simd& simd, const T* query, int32_t row, int32_t lane) {
-    to_float(simd, query + row / call_.group * call_.query_token +
-                       row % call_.group * call_.query_head,
+    to_float(simd,
+             query + row / call_.group * call_.query_token + row % call_.group * call_.query_head,
              row_.data(), call_.head_size);
     turned_ = row_;
     for (int64_t i = 0; i < call_.pairs; ++i) {
-      const int64_t x = call_.interleaved ? 2 * i : i, y = x + (call_.interleaved ? 1 : call_.pairs);
+      const int64_t x = call_.interleaved ? 2 * i : i,
+                    y = x + (call_.interleaved ? 1 : call_.pairs);
       const float cos = call_.rotation[2 * i], sin = call_.rotation[2 * i + 1];
       // Rounded as the model's own rotation would be.
       turned_[x] = static_cast<float>(static_cast<T>(row_[x] * cos - row_[y] * sin));
@@ -194,9 +195,9 @@ void echo_scores(const Tensor& query, const Tensor& pages, const Tensor& block_t
                  const Tensor& first_page, const Tensor& covered, const Tensor& segments,
                  const Tensor& rotation, int64_t layer, int64_t max_segment, int64_t num_sinks,
                  bool interleaved, double scale, Tensor scores) {
-  const PagedRows rows = check_echo_scores(query, pages, block_table, seq_lens, state_slot,
-                                           num_pages, first_page, covered, segments, rotation,
-                                           layer, max_segment, num_sinks, scores);
+  const PagedRows rows =
+      check_echo_scores(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
+                        covered, segments, rotation, layer, max_segment, num_sinks, scores);
   check_head_size(query.size(2));
   const int64_t num_segments = segments.size(0), heads = num_pages.size(2);
   Call call{rows,

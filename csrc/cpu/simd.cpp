@@ -21,7 +21,7 @@
 #define KVC_END_TARGET KVC_PRAGMA(GCC pop_options)
 #endif
 
-#define KVC_TABLE \
+#define KVC_TABLE                                          \
   {gemm,  dots,       squares, softmax_panel, softmax_row, \
    scale, statistics, raise,   from_half,     from_bfloat16}
 

@@ -96,9 +96,7 @@ template <typename T, int kHeadSize>
 struct EchoShape {
   static constexpr int kRows = 64;
   // Keys are held by parts of the head where whole ones would not fit every device.
-  static constexpr int kPart = kHeadSize <= 128  ? kHeadSize
-                               : kHeadSize == 256 ? 64
-                                                  : kHeadSize / 2;
+  static constexpr int kPart = kHeadSize <= 128 ? kHeadSize : kHeadSize == 256 ? 64 : kHeadSize / 2;
   static constexpr int kParts = kHeadSize / kPart;
   static constexpr int kKeyStride = kPart * sizeof(T) + 16;  // odd in 16 bytes: no conflicts
   static constexpr int kQueryStride = kHeadSize * sizeof(T) + 16;
@@ -167,8 +165,8 @@ __device__ __forceinline__ void turn_queries(const EchoParams& p, const float2* 
     for (int i = threadIdx.x; i < Shape::kRows * pairs; i += kEchoThreads) {
       const int row = i / pairs, pair = i - row * pairs;
       T* at = reinterpret_cast<T*>(shared + row * Shape::kQueryStride) + pair;
-      const float2 y = turn(static_cast<float>(at[0]), static_cast<float>(at[pairs]),
-                            rotation[pair]);
+      const float2 y =
+          turn(static_cast<float>(at[0]), static_cast<float>(at[pairs]), rotation[pair]);
       at[0] = from_float<T>(y.x);
       at[pairs] = from_float<T>(y.y);
     }
@@ -216,11 +214,10 @@ __global__ void __launch_bounds__(kEchoThreads, 2) echo_kernel(EchoParams p) {
       int page = kMostPages;
       if (sink < 0) page = live ? (held >> shift) - first_page : 0;
       const int64_t place = static_cast<int64_t>(page_ids[page]) * (mask + 1) + (held & mask);
-      copy_async(shared_address(keys + (sink < 0 ? slot : kEchoKeys + sink) * kKeyStride) +
-                     word * 16,
-                 static_cast<const T*>(p.pages) + place * 2 * kHeadSize + part * Shape::kPart +
-                     word * 8,
-                 live);
+      copy_async(
+          shared_address(keys + (sink < 0 ? slot : kEchoKeys + sink) * kKeyStride) + word * 16,
+          static_cast<const T*>(p.pages) + place * 2 * kHeadSize + part * Shape::kPart + word * 8,
+          live);
     }
   };
 
@@ -464,8 +461,8 @@ __global__ void __launch_bounds__(kEchoThreads) echo_plain_kernel(EchoParams p, 
       const int row = first + i / head_size, d = i % head_size;
       float x = 0.f, y = 0.f;
       if (row < rows) {
-        const float* from = query + row / p.group * p.query_stride_t +
-                            row % p.group * p.query_stride_h;
+        const float* from =
+            query + row / p.group * p.query_stride_t + row % p.group * p.query_stride_h;
         x = y = from[d];
         if (d < 2 * p.pairs) {
           const bool second = p.interleaved ? d % 2 : d >= p.pairs;

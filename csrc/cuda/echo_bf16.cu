@@ -3,6 +3,7 @@
 
 namespace kvc::gpu {
 
-template Tensor launch_echo<__nv_bfloat16>(const Launch&, const Tensor&, EchoParams*, int64_t, int64_t);
+template Tensor launch_echo<__nv_bfloat16>(const Launch&, const Tensor&, EchoParams*, int64_t,
+                                           int64_t);
 
 }  // namespace kvc::gpu

@@ -24,8 +24,8 @@ Tensor launch_echo(const Launch& launch, const Tensor& like, EchoParams* p, int6
       KVC_CHECK(per_processor > 0, "the echo kernel does not fit this device");
       p->splits = echo_splits(
           units, int64_t{per_processor} * launch.attribute(cudaDevAttrMultiProcessorCount), tiles);
-      partial = torch::stable::new_empty(like, {units * p->splits * p->max_segment},
-                                         ScalarType::Float);
+      partial =
+          torch::stable::new_empty(like, {units * p->splits * p->max_segment}, ScalarType::Float);
       p->partial = partial.mutable_data_ptr<float>();
       return dim3(static_cast<unsigned>(segments), p->num_heads, p->splits);
     };

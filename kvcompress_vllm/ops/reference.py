@@ -314,14 +314,14 @@ def echo_scores(
     """What a repetition of the prompt would pay to each of its keys, for one layer.
 
     A token that is repeated has the query of its first reading, rotated by the distance between
-    the two (RoPE composes). KVzip (arXiv:2505.23416) runs the repetition; here it is computed from
+    the two (RoPE composes). KVzip (Kim et al., 2025) runs the repetition; here it is computed from
     the queries of prefill, segment by segment. For query i of segment [a, b), ``q1`` as it is and
     ``q2`` rotated, S the head's first ``num_sinks`` keys:
 
         Z_i = sum of exp(q2.k * scale) over S
             + sum of exp(q2.k * scale) over the keys of [a, b)
             + sum of exp(q1.k * scale) over the keys of [a, i]
-        scores_j = max over i in [a, b) and the query heads of the KV head of exp(q2.k_j * scale) / Z_i
+        scores_j = max over i in [a, b) and the KV head's query heads of exp(q2.k_j * scale) / Z_i
 
     S counts where it is inside the segment, too, for the repetition sees it twice; it ends with the
     segment if that is shorter. ``q2`` is rounded to the dtype of ``query``, as a model's own
@@ -486,7 +486,8 @@ def compact_pages(
     (l, h) gets ``kept_pages`` of them from its exclusive prefix sum within the request on.
 
     Args:
-        pages: ``[P, B, 2 * D]``, changed; new blocks never overlap the old ones of any request.
+        pages: ``[P, B, 2 * D]``, changed; new blocks never overlap the old ones of any request. Or
+            what else is stored by key, ``[P, B, n]`` of 4 bytes or a multiple of 16 for each.
         block_table, state_slot, ...: the rows and state before this compression.
         kept_pages, kept_first, kept_keys: from :func:`select_pages`.
         new_blocks: ``[R, >= C]`` int32 block ids.

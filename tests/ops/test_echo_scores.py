@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from itertools import pairwise
+
 import pytest
 import torch
 from cases import (
@@ -32,7 +34,7 @@ def angles(pairs, delta=256.0):
 def cut(begin, end, segment):
     """[begin, end), cut at the multiples of ``segment``."""
     edges = [begin, *range((begin // segment + 1) * segment, end, segment), end]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def segments_of(batch, segment=SEGMENT):
@@ -286,7 +288,9 @@ def test_against_a_literal_repetition(device):
     args = arguments(batch, group, size, torch.float32, device,
                      segments=segments_of(batch, m))  # fmt: skip
     args[QUERY] = turned(raw, at, frequency).to(device)
-    args[ROTATION] = torch.stack([(delta * frequency).cos(), (delta * frequency).sin()], -1).to(device)
+    args[ROTATION] = torch.stack([(delta * frequency).cos(), (delta * frequency).sin()], -1).to(
+        device
+    )
     ops.echo_scores(*args)
     pages = batch.pages.view(-1, LAYERS, HEADS, 16, 2 * size)[batch.block_table[0].long(), LAYER]
     keys = pages.transpose(0, 1).flatten(1, 2)[:, :n, :size]
