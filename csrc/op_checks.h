@@ -131,6 +131,41 @@ inline PagedRows check_key_statistics(const Tensor& pages, const Tensor& block_t
   return rows;
 }
 
+// The rows, query [>= T, H * G, D], segments [S, 4], rotation [n, 2], scores [P, B]. Returns the
+// rows.
+inline PagedRows check_echo_scores(const Tensor& query, const Tensor& pages,
+                                   const Tensor& block_table, const Tensor& seq_lens,
+                                   const Tensor& state_slot, const Tensor& num_pages,
+                                   const Tensor& first_page, const Tensor& covered,
+                                   const Tensor& segments, const Tensor& rotation, int64_t layer,
+                                   int64_t max_segment, int64_t num_sinks, const Tensor& scores) {
+  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, block_table.size(0), pages);
+  KVC_CHECK_TENSOR(query, pages.scalar_type(), 3, pages);
+  KVC_CHECK_LAST_DENSE(query);
+  const int64_t heads = num_pages.size(2), head_size = query.size(2);
+  KVC_CHECK_SIZE(pages, 2, 2 * head_size);
+  KVC_CHECK(query.size(1) > 0 && query.size(1) % heads == 0, "query has ", query.size(1),
+            " heads, not a multiple of the ", heads, " KV heads of num_pages");
+  KVC_CHECK_TENSOR(segments, ScalarType::Int, 2, pages);
+  KVC_CHECK_DENSE(segments);
+  KVC_CHECK_SIZE(segments, 1, 4);
+  KVC_CHECK_TENSOR(rotation, ScalarType::Float, 2, pages);
+  KVC_CHECK_DENSE(rotation);
+  KVC_CHECK_SIZE(rotation, 1, 2);
+  KVC_CHECK(2 * rotation.size(0) <= head_size, "rotation has ", rotation.size(0),
+            " pairs, the head only ", head_size, " dimensions");
+  KVC_CHECK_TENSOR(scores, ScalarType::Float, 2, pages);
+  KVC_CHECK_DENSE(scores);
+  KVC_CHECK_SIZE(scores, 0, pages.size(0));
+  KVC_CHECK_SIZE(scores, 1, pages.size(1));
+  KVC_CHECK(0 <= layer && layer < num_pages.size(1), "layer must be in [0, ", num_pages.size(1),
+            "), not ", layer);
+  KVC_CHECK(max_segment >= 1, "max_segment must be positive, not ", max_segment);
+  KVC_CHECK(num_sinks >= 0, "num_sinks must not be negative");
+  return rows;
+}
+
 // scores [pages, B], the state, page_start, new_covered and num_recent [R], num_freed [R, A].
 // Returns the state part of the rows.
 inline PagedRows check_select_pages(const Tensor& scores, const Tensor& page_start,

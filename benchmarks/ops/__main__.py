@@ -19,6 +19,7 @@ import torch
 from benchmarks.ops.compression import bench_compression
 from benchmarks.ops.copies import bench_copies
 from benchmarks.ops.decode import bench_decode, bench_prefill
+from benchmarks.ops.echo import bench_echo
 from benchmarks.ops.plot import plot_decode
 from benchmarks.ops.timing import Report, copy_bandwidth
 from kvcompress_vllm import ops
@@ -28,6 +29,7 @@ BENCHES: dict[str, Callable[[Report, torch.device], None]] = {
     "prefill": bench_prefill,
     "compression": bench_compression,
     "copies": bench_copies,
+    "echo": bench_echo,
 }
 
 

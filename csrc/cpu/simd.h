@@ -66,6 +66,8 @@ struct Simd {
   float (*softmax_row)(float* logits, int64_t num_keys, float* maximum, float* sum);
   void (*scale)(float* values, int64_t count, float factor);
   void (*statistics)(const StatisticsTile&);
+  // top[k, i] = max(top[k, i], logits[k, i] - shift[i]) for 16 lanes i; a NaN stays.
+  void (*raise)(const float* logits, const float* shift, int64_t num_keys, float* top);
   void (*from_half)(const uint16_t* in, float* out, int64_t count);
   void (*from_bfloat16)(const uint16_t* in, float* out, int64_t count);
 };

@@ -267,6 +267,17 @@ inline void statistics(const StatisticsTile& s) {
   }
 }
 
+inline void raise(const float* logits, const float* shift, int64_t num_keys, float* top) {
+  for (int v = 0; v < kPanel; v += KVC_LANES) {
+    const Vec by = load(shift + v);
+    for (int64_t k = v; k < num_keys * kPanel; k += kPanel) {
+      const Vec x = load(logits + k) - by, old = load(top + k);
+      const Vec higher = x <= old ? old : x;  // x if it is NaN
+      store(top + k, old == old ? higher : old);
+    }
+  }
+}
+
 // Exact for every value. Normal halves get 112 more on the exponent by a product, which also keeps
 // infinities and NaN; halves with exponent 0 become normal floats by a difference.
 inline Vec half_to_float(UnsignedVec half) {

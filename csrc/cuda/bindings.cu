@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvcompress_vllm, CUDA, m) {
   m.impl("paged_attention", TORCH_BOX(&kvc::gpu::paged_attention));
   m.impl("attention_statistics", TORCH_BOX(&kvc::gpu::attention_statistics));
   m.impl("key_statistics", TORCH_BOX(&kvc::gpu::key_statistics));
+  m.impl("echo_scores", TORCH_BOX(&kvc::gpu::echo_scores));
   m.impl("select_pages", TORCH_BOX(&kvc::gpu::select_pages));
   m.impl("compact_pages", TORCH_BOX(&kvc::gpu::compact_pages));
 }

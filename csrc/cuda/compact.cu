@@ -16,9 +16,11 @@ void compact_pages(const Tensor& pages, const Tensor& block_table, const Tensor&
                                kept_pages, kept_first, kept_keys, new_blocks);
   const int64_t requests = block_table.size(0);
   const int64_t bytes = pages.size(2) * pages.element_size();
-  KVC_CHECK(bytes % 16 == 0 && is_aligned(pages.const_data_ptr(), 16),
+  const bool narrow = bytes == sizeof(uint32_t);
+  const int64_t word = narrow ? sizeof(uint32_t) : sizeof(uint4);
+  KVC_CHECK(bytes % word == 0 && is_aligned(pages.const_data_ptr(), word),
             "pages must be aligned to 16 bytes, and so must every K/V pair");
-  p.pages = static_cast<uint4*>(pages.mutable_data_ptr());
+  p.pages = pages.mutable_data_ptr();
   p.kept_pages = kept_pages.const_data_ptr<int32_t>();
   p.kept_first = kept_first.const_data_ptr<int32_t>();
   p.kept_keys = kept_keys.const_data_ptr<int32_t>();
@@ -26,12 +28,13 @@ void compact_pages(const Tensor& pages, const Tensor& block_table, const Tensor&
   p.new_blocks_stride = new_blocks.stride(0);
   p.num_kept = kept_keys.size(0);
   p.num_requests = static_cast<int32_t>(requests);
-  p.words = static_cast<int32_t>(bytes / 16);
+  p.words = static_cast<int32_t>(bytes / word);
   if (p.num_kept == 0 || requests == 0) return;
   const Launch launch(pages);
   const int64_t per_block = kThreads / kWarp;
-  compact_pages_kernel<kThreads>
-      <<<(p.num_kept + per_block - 1) / per_block, kThreads, 0, launch.stream()>>>(p);
+  const auto kernel =
+      narrow ? compact_pages_kernel<kThreads, uint32_t> : compact_pages_kernel<kThreads, uint4>;
+  kernel<<<(p.num_kept + per_block - 1) / per_block, kThreads, 0, launch.stream()>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

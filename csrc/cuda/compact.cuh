@@ -9,7 +9,7 @@ namespace kvc::gpu {
 
 struct CompactParams {
   PagedRows rows;             // before this compression
-  uint4* pages;               // [P, B, words]
+  void* pages;                // [P, B, words]
   const int32_t* kept_pages;  // [R, L * H]
   const int32_t* kept_first;  // [R, L * H] exclusive prefix sum over R, L, H
   const int32_t* kept_keys;   // [K, B]
@@ -17,7 +17,7 @@ struct CompactParams {
   int64_t new_blocks_stride;
   int64_t num_kept;      // K, new pages in all
   int32_t num_requests;  // R
-  int32_t words;         // 16-byte words per K/V pair, 2 * D * element size / 16
+  int32_t words;         // per key, 2 * D * element size / 16 of K and V
 };
 
 // Last index in `first[0, n)` (ascending) with first[index] <= page. The warp tests 32 places at a
@@ -36,9 +36,10 @@ __device__ __forceinline__ int find_head(const int32_t* first, int n, int64_t pa
   return begin;
 }
 
-constexpr int kInFlight = 8;  // 16-byte loads per lane before the stores
+constexpr int kInFlight = 8;  // loads per lane before the stores
 
-template <int kThreads>
+// Word: 16 bytes, or 4 where a key has only one number.
+template <int kThreads, typename Word>
 __global__ void __launch_bounds__(kThreads) compact_pages_kernel(CompactParams p) {
   const int lane = threadIdx.x % kWarp;
   const int64_t page = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -53,7 +54,8 @@ __global__ void __launch_bounds__(kThreads) compact_pages_kernel(CompactParams p
   const int base = p.kept_first[request * slots];
   const int32_t target = packed_page_id(p.new_blocks + request * p.new_blocks_stride,
                                         static_cast<int32_t>(page - base), slots);
-  uint4* out = p.pages + static_cast<int64_t>(target) * block_size * p.words;
+  Word* pages = static_cast<Word*>(p.pages);
+  Word* out = pages + static_cast<int64_t>(target) * block_size * p.words;
   const int32_t* keys = p.kept_keys + page * block_size;
   for (int row = 0; row < block_size; row += kWarp) {
     const int rows = min(kWarp, block_size - row);
@@ -63,16 +65,16 @@ __global__ void __launch_bounds__(kThreads) compact_pages_kernel(CompactParams p
       const int key = keys[row + lane];
       from = static_cast<int64_t>(head.page_id(key / block_size)) * block_size + key % block_size;
     }
-    uint4* target_rows = out + static_cast<int64_t>(row) * p.words;
+    Word* target_rows = out + static_cast<int64_t>(row) * p.words;
     const int count = rows * p.words;
     for (int i = lane; i < ceil_div(count, kWarp) * kWarp; i += kInFlight * kWarp) {
       // All loads before the first store: the compiler may not move them, both go to `pages`.
-      uint4 words[kInFlight];
+      Word words[kInFlight];
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
         const int word = i + k * kWarp;
         const int64_t source = __shfl_sync(kAllLanes, from, min(word / p.words, rows - 1));
-        if (word < count) words[k] = __ldcs(p.pages + source * p.words + word % p.words);
+        if (word < count) words[k] = __ldcs(pages + source * p.words + word % p.words);
       }
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {

@@ -34,6 +34,12 @@ Tensor key_statistics(const Tensor& pages, const Tensor& block_table, const Tens
                       const Tensor& covered, const Tensor& new_covered, const Tensor& page_start,
                       int64_t num_candidate_pages, int64_t channels);
 
+void echo_scores(const Tensor& query, const Tensor& pages, const Tensor& block_table,
+                 const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
+                 const Tensor& first_page, const Tensor& covered, const Tensor& segments,
+                 const Tensor& rotation, int64_t layer, int64_t max_segment, int64_t num_sinks,
+                 bool interleaved, double scale, const Tensor& scores);
+
 std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tensor& page_start,
                                                 const Tensor& state_slot, const Tensor& num_pages,
                                                 const Tensor& first_page, const Tensor& covered,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvcompress_vllm.ops.registration import (
         attention_statistics,
         compact_pages,
+        echo_scores,
         key_statistics,
         observe_queries,
         paged_attention,
@@ -57,6 +58,10 @@ SCHEMAS = {
     "key_statistics": (
         f"(Tensor pages, {_ROWS}{_STATE}Tensor new_covered, Tensor page_start, "
         "int num_candidate_pages, int channels) -> Tensor"
+    ),
+    "echo_scores": (
+        f"(Tensor query, Tensor pages, {_ROWS}{_STATE}Tensor segments, Tensor rotation, int layer, "
+        "int max_segment, int num_sinks, bool interleaved, float scale, Tensor(a!) scores) -> ()"
     ),
     "select_pages": (
         f"(Tensor scores, Tensor page_start, {_STATE}Tensor new_covered, Tensor num_freed, "
@@ -146,6 +151,7 @@ __all__ = [
     "channel_mask",
     "compact_pages",
     "cuda_problem",
+    "echo_scores",
     "key_statistics",
     "missing_kernels",
     "observe_queries",

@@ -52,5 +52,6 @@ observe_queries = torch.ops.kvcompress_vllm.observe_queries
 paged_attention = torch.ops.kvcompress_vllm.paged_attention
 attention_statistics = torch.ops.kvcompress_vllm.attention_statistics
 key_statistics = torch.ops.kvcompress_vllm.key_statistics
+echo_scores = torch.ops.kvcompress_vllm.echo_scores
 select_pages = torch.ops.kvcompress_vllm.select_pages
 compact_pages = torch.ops.kvcompress_vllm.compact_pages

@@ -39,6 +39,9 @@ TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     ("peaked attention", torch.float32): (3e-4, 1e-3),
     # Probabilities: an error of the logit is a relative error of p, and logits reach 30 here.
     ("statistics", torch.float32): (1e-7, 1e-4),
+    # The same, as the difference of two logarithms.
+    ("echo", torch.float32): (1e-7, 1e-4),
+    ("peaked echo", torch.float32): (3e-4, 1e-3),
     # d(-p log p) is up to dp, and near p = 1 the value itself vanishes.
     ("entropy", torch.float32): (2e-5, 1e-4),
     # Square roots of sums of up to 256 squares.

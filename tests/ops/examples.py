@@ -54,6 +54,12 @@ def example(op: str, device: str = "cpu", scale: int = 1) -> list[Any]:
     elif op == "key_statistics":
         args = [batch.pages, *batch.rows(), new_covered, page_start, int(total.sum()),
                 ops.KEY_CHANNELS]  # fmt: skip
+    elif op == "echo_scores":
+        first = tail + 3 - tail // 2
+        segments = torch.tensor([[0, first, first + 30, 0], [0, first + 30, tail + 3, 30]])
+        args = [query, batch.pages, *batch.rows(), segments.int(), torch.randn(24, 2), 1,
+                tail, 4, False, HEAD_SIZE**-0.5,
+                torch.zeros(batch.pages.shape[:2])]  # fmt: skip
     elif op == "select_pages":
         freed = torch.tensor([[8 * scale], [12 * scale], [0]], dtype=torch.int32)
         args = [torch.randn(int(total.sum()), BLOCK_SIZE), page_start, *batch.state(), new_covered,

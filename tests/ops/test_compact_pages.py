@@ -73,6 +73,15 @@ def test_hostile_batch(device, dtype, head_size, block_size):
     assert_same_bits(per_block[~new], before.view_as(per_block)[~new])
 
 
+@pytest.mark.parametrize("numbers", [1, 4])
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64])
+def test_scores_move_with_their_keys(device, numbers, block_size):
+    """One number per key, and the four of the running statistics, instead of K and V."""
+    args = arguments(*hostile(block_size), block_size, 32, torch.float32)
+    args[0] = torch.randn(*args[0].shape[:2], numbers)
+    check(device, args)
+
+
 def test_runs_of_neighbours(device):
     """Keys that survive together, across page borders and not: copied in runs."""
     args = arguments([Request(tail=96)], [6], [[2, 2, 2, 2]], 16, 32, torch.float32)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Batch, Request, assert_close, assert_same_bits, make_batch, uneven
+from examples import example
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.ops import KEY_CHANNELS, reference
@@ -132,6 +133,17 @@ def test_captured_key_statistics():
         assert_close("likeness", out[1], expected[1])
 
 
+def test_echo_scores_do_not_wait():
+    """Prefill steps are launched while the device still works on the step before."""
+    args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in example("echo_scores")]
+    ops.echo_scores(*args)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.echo_scores(*args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_pool_with_64_bit_offsets():
     """The last blocks of a pool of more than 2^32 elements, against a small pool."""
     small = make_batch(
@@ -164,6 +176,17 @@ def test_pool_with_64_bit_offsets():
     ]
     assert_same_bits(*statistics)
     assert (statistics[0][0] > 0).all()
+
+    segments = torch.tensor([[0, 30, 40, 0]], dtype=torch.int32, device="cuda")
+    rotation = torch.randn(HEAD_SIZE // 2, 2, device="cuda")
+    scores = torch.zeros(pool.shape[:2], device="cuda")
+    few = scores[: used * SLOTS].clone()
+    query = torch.randn(10, HEADS * GROUP, HEAD_SIZE, device="cuda").bfloat16()
+    for pages, rows, out in ((b.pages, b.block_table, few), (pool, table, scores)):
+        ops.echo_scores(query, pages, rows, *b.rows()[1:], segments, rotation, LAYER, 256, 4, False,
+                        SCALE, out)  # fmt: skip
+    assert (few > 0).sum() == 10 * HEADS
+    assert_same_bits(scores[(blocks - used) * SLOTS :], few)
 
     kept = torch.ones(3, LAYERS, HEADS, dtype=torch.int32, device="cuda")
     kept[2] = 0

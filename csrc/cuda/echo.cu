@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../op_checks.h"
+#include "echo.h"
+#include "ops.h"
+
+namespace kvc::gpu {
+
+void echo_scores(const Tensor& query, const Tensor& pages, const Tensor& block_table,
+                 const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
+                 const Tensor& first_page, const Tensor& covered, const Tensor& segments,
+                 const Tensor& rotation, int64_t layer, int64_t max_segment, int64_t num_sinks,
+                 bool interleaved, double scale, const Tensor& scores) {
+  EchoParams p{};
+  p.rows = check_echo_scores(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
+                             covered, segments, rotation, layer, max_segment, num_sinks, scores);
+  const int64_t num_segments = segments.size(0), heads = num_pages.size(2);
+  const int64_t group = query.size(1) / heads;
+  check_all_heads(pages, p.rows, block_table.size(0));
+  KVC_CHECK(group <= 16, "query has ", group, " heads per KV head; the most on CUDA is 16");
+  KVC_CHECK(max_segment <= kEchoKeys, "max_segment must be at most ", kEchoKeys, " on CUDA, not ",
+            max_segment);
+  KVC_CHECK(num_sinks <= kEchoSinks, "num_sinks must be at most ", kEchoSinks, " on CUDA, not ",
+            num_sinks);
+  KVC_CHECK(is_aligned(rotation.const_data_ptr(), sizeof(float2)),
+            "rotation must be aligned to 8 bytes");
+  if (num_segments == 0) return;
+  p.query = query.const_data_ptr();
+  p.pages = pages.const_data_ptr();
+  p.segments = segments.const_data_ptr<int32_t>();
+  p.rotation = static_cast<const float2*>(rotation.const_data_ptr());
+  p.scores = scores.mutable_data_ptr<float>();
+  p.query_stride_t = query.stride(0);
+  p.query_stride_h = query.stride(1);
+  p.num_heads = static_cast<int32_t>(heads);
+  p.group = static_cast<int32_t>(group);
+  p.layer = static_cast<int32_t>(layer);
+  p.max_segment = static_cast<int32_t>(max_segment);
+  p.num_sinks = static_cast<int32_t>(num_sinks);
+  p.pairs = static_cast<int32_t>(rotation.size(0));
+  p.scale_log2 = static_cast<float>(scale) * kLog2E;
+  p.interleaved = interleaved;
+  p.aligned = is_aligned(p.query, 16) && p.query_stride_t % 8 == 0 && p.query_stride_h % 8 == 0;
+  const Launch launch(pages);
+  Tensor partial;
+  dispatch_dtype(pages.scalar_type(), [&](auto type) {
+    partial = launch_echo<decltype(type)>(launch, pages, &p, num_segments, query.size(2));
+  });
+  constexpr int kCombineThreads = 256;
+  const dim3 grid(static_cast<unsigned>(num_segments), p.num_heads);
+  echo_combine_kernel<kCombineThreads><<<grid, kCombineThreads, 0, launch.stream()>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace kvc::gpu
