@@ -74,3 +74,11 @@ def shown(value: Any) -> str:
     # Python does not print integers of thousands of digits.
     text = repr(value) if isinstance(value, float) or abs(value) < 10**40 else "10**40 or more"
     return f"{text} (too large)" if value > 0 else "less than -10**9"
+
+
+def printable(text: str, most: int = 100) -> str:
+    """Text of a client's, such as a request id, as logs and errors show it: on one line, of bounded
+    length, and without characters that a terminal obeys."""
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-(most // 2) :]}"
+    return text if text.isprintable() else ascii(text)[1:-1]
