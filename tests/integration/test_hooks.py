@@ -36,7 +36,7 @@ def test_assignments_to_vllm_are_all_registered() -> None:
         for path in folder.rglob("*.py")
         for attribute, annotated in re.findall(
             r"(?:engine_args|kv_cache_manager|model_state|InputProcessor|StatLoggerManager|plugins"
-            r"|cpu_runner|RequestState|chat|completion|AsyncLLM|server|batch|messages|responses"
+            r"|cpu_runner|RequestState|chat|completion|AsyncLLM|server|chat_batch|messages|responses"
             r"|tokens)"
             r"\.(\w+) = |(\w+)\.__annotations__\[",
             path.read_text(),

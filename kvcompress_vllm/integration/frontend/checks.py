@@ -127,6 +127,25 @@ def check_at_call(responses: Any) -> None:
     responses._generate_with_builtin_tools = _generate_with_builtin_tools
 
 
+def check_batches(chat: Any) -> None:
+    """Check the bodies of ``vllm run-batch``, which come by no route.
+
+    Args:
+        chat: vLLM's ``OpenAIServingChat``.
+    """
+    stock = chat.create_chat_completion
+
+    @functools.wraps(stock)
+    async def create_chat_completion(request: Any, raw_request: Any = None) -> Any:
+        if raw_request is None:
+            with bad_request():
+                unknown = request.model_extra or {}
+                requests.check_body({**unknown, requests.XARGS: request.vllm_xargs})
+        return await stock(request, raw_request)
+
+    chat.create_chat_completion = create_chat_completion
+
+
 def pass_xargs(messages: Any) -> None:
     """Let ``/v1/messages`` take ``vllm_xargs``, which its protocol does not know.
 

@@ -116,6 +116,9 @@ class KVCompressEndpoints:
         responses = getattr(state, "openai_serving_responses", None)
         if responses is not None:
             checks.check_at_call(responses)
+        chat = getattr(state, "openai_serving_chat", None)
+        if chat is not None:
+            checks.check_batches(chat)
         messages = getattr(state, "anthropic_serving_messages", None)
         if messages is not None:
             checks.pass_xargs(messages)

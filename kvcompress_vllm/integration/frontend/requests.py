@@ -242,8 +242,12 @@ def check_context(config: KVCompressConfig, request: Any) -> None:
         return
     tokens = request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids
     prompt, least = len(() if tokens is None else tokens), config.min_prompt_tokens
+    if prompt < least:
+        raise ValueError(
+            f"{CONTEXT}={wish.context_tokens} is not accepted; it must be left out: the prompt has "
+            f"{prompt} tokens, and none below min_prompt_tokens={least} is compressed"
+        )
     if not least <= wish.context_tokens <= prompt:
-        # A prompt that is shorter than the least has no context that could be compressed.
         raise ValueError(
             f"{CONTEXT}={wish.context_tokens} is not accepted; it must be an integer >= {least} "
             f"(min_prompt_tokens) and <= {prompt}, the tokens of the prompt"
@@ -266,7 +270,12 @@ def check_body(body: Mapping[str, Any]) -> None:
             _misplaced(inner, name)
             if isinstance(inner.get(XARGS), Mapping):
                 _misplaced(inner[XARGS], f"{name}.{XARGS}")
-    given = body.get(XARGS)
+    sampling, given = body.get("sampling_params"), body.get(XARGS)
+    if isinstance(sampling, Mapping):  # /inference/v1/generate
+        for where, inner in (("sampling_params", sampling), (XARGS, given)):
+            if isinstance(inner, Mapping):
+                _misplaced(inner, where, "sampling_params.extra_args")
+        return
     if not isinstance(given, Mapping):
         return
     asked = _asked(given)
@@ -282,12 +291,12 @@ def check_body(body: Mapping[str, Any]) -> None:
     parse(given)
 
 
-def _misplaced(given: Mapping[Any, Any], where: str) -> None:
+def _misplaced(given: Mapping[Any, Any], where: str, right: str = XARGS) -> None:
     key = next((key for key in KEYS if key in given), None) or misspelt(given)
     if key is not None:
         known = "" if key in KEYS else f"; {_meant(key)}"
         raise ValueError(
-            f"{shown_key(key)} in {where} is not accepted; it must be in {XARGS}{known}"
+            f"{shown_key(key)} in {where} is not accepted; it must be in {right}{known}"
         )
 
 

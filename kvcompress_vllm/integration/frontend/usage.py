@@ -86,10 +86,10 @@ def report_in_usage(state: Any) -> None:
     for chat in filter(None, (getattr(state, name, None) for name in chats)):
         chat.chat_completion_full_generator = _full(chat.chat_completion_full_generator)
         chat.chat_completion_stream_generator = _stream(chat.chat_completion_stream_generator)
-    batch = getattr(state, "openai_serving_chat_batch", None)
-    if batch is not None:
-        batch.chat_completion_full_generator_batch = _batch_full(
-            batch.chat_completion_full_generator_batch
+    chat_batch = getattr(state, "openai_serving_chat_batch", None)
+    if chat_batch is not None:
+        chat_batch.chat_completion_full_generator_batch = _batch_full(
+            chat_batch.chat_completion_full_generator_batch
         )
     messages = getattr(state, "anthropic_serving_messages", None)
     if messages is not None:
