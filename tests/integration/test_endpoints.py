@@ -51,7 +51,7 @@ def test_usage(server: Server) -> None:
     client = server.client
 
     def last_lines(count: int) -> list[dict[str, int]]:
-        lines = re.findall(r"(\d+) -> (\d+) blocks\n", server.log.read_text())[-count:]
+        lines = re.findall(r"tokens, (\d+) -> (\d+) blocks\n", server.log.read_text())[-count:]
         keys = ("blocks_before", "blocks_after")
         return [
             {"compressions": 1, **dict(zip(keys, map(int, blocks), strict=True))}
@@ -202,7 +202,9 @@ def test_what_clients_send_cannot_forge_log_lines(server: Server) -> None:
     identity = "forged\n\x1b[31m"
     body = {"prompt": PROMPT, "max_tokens": 4, "request_id": identity}
     assert post(server, "/v1/completions", body).status_code == 200
-    ours = [line for line in server.log.read_text().split("\n") if "kv_compress: cmpl-forged" in line]
+    ours = [
+        line for line in server.log.read_text().split("\n") if "kv_compress: cmpl-forged" in line
+    ]
     assert len(ours) == 1 and r"cmpl-forged\n\x1b[31m" in ours[0] and "blocks" in ours[0]
     summary = re.findall(r"kv_compress: (\d+) requests? compressed", server.log.read_text())
     assert summary, "at INFO one line per second, without any name"
@@ -435,6 +437,23 @@ def test_the_page(browser: Any, tmp_path: Path) -> None:
         complete(server, prompts[0])
         check_totals(5)  # without a reload
         assert browser.get_log("browser") == []
+
+
+def test_the_page_asks_for_the_key(browser: Any, server: Server) -> None:
+    page = Page(browser, server)
+    for key, told in (("wrong", "does not accept this API key"), ("secret", "")):
+        form = browser.find_element("id", "key")
+        page.wait(form.is_displayed)
+        assert not browser.find_element("id", "shown").is_displayed()
+        text = browser.find_element("id", "key-text")
+        text.clear()
+        text.send_keys(key)
+        form.find_element("css selector", "button").click()
+        page.wait(lambda told=told: told in page.text("notice"))
+        if told:
+            page.wait(form.is_displayed)
+    page.wait(lambda: "ratio=4.0" in page.text("options"))
+    assert browser.find_element("id", "shown").is_displayed() and not form.is_displayed()
 
 
 def test_without_statistics_the_page_says_why(browser: Any, tmp_path: Path) -> None:
