@@ -26,7 +26,6 @@ from dataclasses import dataclass
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.records import budget
 from kvcompress_vllm.records.budget import Wish
 from kvcompress_vllm.records.curve import LossCurve
@@ -326,8 +325,7 @@ class CompressionPlanner:
             return
         if request_id in self.requests or not self.can_admit(num_tokens, own):
             raise RuntimeError(
-                f"kv_compress: cannot admit {printable(request_id)}: "
-                f"tracked={request_id in self.requests}, "
+                f"kv_compress: cannot admit {request_id}: tracked={request_id in self.requests}, "
                 f"{len(self._state_slots)} state and {len(self._observe_slots)} observation slots"
             )
         tracked = Tracked(request_id, self._state_slots.pop(), due_at, num_tokens, own=own)
@@ -543,9 +541,7 @@ class CompressionPlanner:
         """
         tracked = self.requests[request_id]
         if tracked.observe_slot is None:
-            raise RuntimeError(
-                f"kv_compress: {printable(request_id)} is compressed without observation"
-            )
+            raise RuntimeError(f"kv_compress: {request_id} is compressed without observation")
         self.version += not tracked.kept
         tracked.covered, tracked.kept = self.target(tracked)
         tracked.curve = tracked.decided = tracked.ratio = None

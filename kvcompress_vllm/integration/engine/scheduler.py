@@ -316,11 +316,7 @@ class _KVCompressMixin(Scheduler):
 
     def _wish(self, request: Request) -> Wish | None:
         """What a request asked for, as the planner takes it."""
-        # Read once: this is asked on every step that a request waits.
-        read = vars(request)
-        if "kv_compress_wish" not in read:
-            read["kv_compress_wish"] = request_wish(request.sampling_params)
-        return self.kv_compress_planner.sized(read["kv_compress_wish"])
+        return self.kv_compress_planner.sized(request_wish(request.sampling_params))
 
     def _fits(self, request: Request, reserve: int) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""

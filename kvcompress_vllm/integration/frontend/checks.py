@@ -115,7 +115,9 @@ def check_at_call(responses: Any) -> None:
     Args:
         responses: vLLM's ``OpenAIServingResponses``.
     """
-    stock = responses._generate_with_builtin_tools
+    stock = getattr(responses, "_generate_with_builtin_tools", None)
+    if stock is None:  # a release that checks earlier, or by another name: see hooks.py
+        return
 
     @functools.wraps(stock)
     def _generate_with_builtin_tools(*args: Any, **kwargs: Any) -> Any:

@@ -82,7 +82,7 @@ def install() -> None:
     # `vllm run-batch` builds no app, and so loads no plugins. Offline there is no server at all,
     # whose import would take a second.
     server = sys.modules.get("vllm.entrypoints.openai.api_server")
-    if server is not None:
+    if hasattr(server, "_init_endpoint_plugins_state"):
         _init_without_app(server)
 
 

@@ -240,8 +240,7 @@ def check_context(config: KVCompressConfig, request: Any) -> None:
     wish = request_wish(getattr(request, "sampling_params", None))
     if wish is None or wish.context_tokens is None:
         return
-    tokens = request.prompt_embeds if request.prompt_token_ids is None else request.prompt_token_ids
-    prompt, least = len(() if tokens is None else tokens), config.min_prompt_tokens
+    prompt, least = _prompt_tokens(request), config.min_prompt_tokens
     if prompt < least:
         raise ValueError(
             f"{CONTEXT}={wish.context_tokens} is not accepted; it must be left out: the prompt has "
@@ -252,6 +251,14 @@ def check_context(config: KVCompressConfig, request: Any) -> None:
             f"{CONTEXT}={wish.context_tokens} is not accepted; it must be an integer >= {least} "
             f"(min_prompt_tokens) and <= {prompt}, the tokens of the prompt"
         )
+
+
+def _prompt_tokens(request: Any) -> int:
+    """Tokens of a prompt; one of embeddings has a row for each."""
+    given = request.prompt_token_ids
+    if given is None:
+        given = getattr(request, "prompt_embeds", None)
+    return 0 if given is None else len(given)
 
 
 def check_body(body: Mapping[str, Any]) -> None:

@@ -80,37 +80,13 @@ def report_in_usage(state: Any) -> None:
     """Have the ``usage`` of a server's responses say it; wraps methods of its servings only.
 
     Args:
-        state: vLLM's ``State``; servings that it lacks are left out.
+        state: vLLM's ``State``; servings and methods that it lacks are left out.
     """
-    chats = ("openai_serving_chat", "openai_serving_chat_batch", "anthropic_serving_messages")
-    for chat in filter(None, (getattr(state, name, None) for name in chats)):
-        chat.chat_completion_full_generator = _full(chat.chat_completion_full_generator)
-        chat.chat_completion_stream_generator = _stream(chat.chat_completion_stream_generator)
-    chat_batch = getattr(state, "openai_serving_chat_batch", None)
-    if chat_batch is not None:
-        chat_batch.chat_completion_full_generator_batch = _batch_full(
-            chat_batch.chat_completion_full_generator_batch
-        )
-    messages = getattr(state, "anthropic_serving_messages", None)
-    if messages is not None:
-        messages.messages_full_converter = _messages_full(messages.messages_full_converter)
-        messages.message_stream_converter = _messages_stream(messages.message_stream_converter)
-    completion = getattr(state, "openai_serving_completion", None)
-    if completion is not None:
-        completion.request_output_to_completion_response = _completion_full(
-            completion.request_output_to_completion_response
-        )
-        completion.completion_stream_generator = _completion_stream(
-            completion.completion_stream_generator
-        )
-    tokens = getattr(state, "serving_tokens", None)
-    if tokens is not None:
-        tokens.serve_tokens_full_generator = _full(tokens.serve_tokens_full_generator)
-        tokens.serve_tokens_stream_generator = _stream(tokens.serve_tokens_stream_generator)
-    responses = getattr(state, "openai_serving_responses", None)
-    if responses is not None:
-        responses._generate_with_builtin_tools = _turns(responses._generate_with_builtin_tools)
-        responses.responses_full_generator = _responses_full(responses.responses_full_generator)
+    for name, method, wrap in _WRAPPED:
+        serving = getattr(state, name, None)
+        stock = getattr(serving, method, None)
+        if stock is not None:
+            setattr(serving, method, wrap(stock))
 
 
 def total(outputs: Iterable[Any]) -> dict[str, int]:
@@ -312,3 +288,22 @@ def _with_usage(chunk: str, seen: dict[Any, Any]) -> str:
 
 def _dumped(message: Any) -> str:
     return json.dumps(message, ensure_ascii=False, separators=(",", ":"))
+
+
+_WRAPPED = (
+    ("openai_serving_completion", "request_output_to_completion_response", _completion_full),
+    ("openai_serving_completion", "completion_stream_generator", _completion_stream),
+    ("openai_serving_chat", "chat_completion_full_generator", _full),
+    ("openai_serving_chat", "chat_completion_stream_generator", _stream),
+    ("openai_serving_chat_batch", "chat_completion_full_generator_batch", _batch_full),
+    ("openai_serving_responses", "_generate_with_builtin_tools", _turns),
+    ("openai_serving_responses", "responses_full_generator", _responses_full),
+    # Chat completions beneath, which their converters make messages of.
+    ("anthropic_serving_messages", "chat_completion_full_generator", _full),
+    ("anthropic_serving_messages", "chat_completion_stream_generator", _stream),
+    ("anthropic_serving_messages", "messages_full_converter", _messages_full),
+    ("anthropic_serving_messages", "message_stream_converter", _messages_stream),
+    ("serving_tokens", "serve_tokens_full_generator", _full),
+    ("serving_tokens", "serve_tokens_stream_generator", _stream),
+)
+"""Serving in vLLM's ``State``, its method, and what to make of it."""
