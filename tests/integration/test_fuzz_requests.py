@@ -157,7 +157,9 @@ def outcome(server: Server, body: dict[str, Any]) -> str:
     reply = httpx.post(f"{server.url}/v1/completions", json={**body, **more}, timeout=240)
     if reply.status_code == 400:
         message = reply.json()["error"]["message"]
-        named = names_what_is_wrong(message) or "vllm_xargs" in message  # of a type of no key
+        named = names_what_is_wrong(message) or any(
+            reason in message for reason in ("vllm_xargs", "blocks of 16 tokens as this request")
+        )
         return "" if named and len(message) < 2000 else f"no help: {message[:500]}"
     if reply.status_code != 200:
         return f"HTTP {reply.status_code}: {reply.text[:500]}"

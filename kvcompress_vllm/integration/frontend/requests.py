@@ -285,17 +285,13 @@ def check_body(body: Mapping[str, Any]) -> None:
         return
     if not isinstance(given, Mapping):
         return
-    asked = _asked(given)
-    for key, value in asked.items():
-        if key != SWITCH and isinstance(value, bool):
-            raise ValueError(f"{key}={value} is not accepted; it must be {_accepted(key)}")
-    budgets = [key for key in asked if key != SWITCH]
+    parse(given)
+    budgets = [key for key in KEYS if key in given and key != SWITCH]
     if body.get("use_beam_search") and budgets:
         raise ValueError(
             f"{budgets[0]} is not accepted with use_beam_search; it must be left out: beams are "
             "never compressed"
         )
-    parse(given)
 
 
 def _misplaced(given: Mapping[Any, Any], where: str, right: str = XARGS) -> None:
@@ -305,14 +301,6 @@ def _misplaced(given: Mapping[Any, Any], where: str, right: str = XARGS) -> None
         raise ValueError(
             f"{shown_key(key)} in {where} is not accepted; it must be in {right}{known}"
         )
-
-
-def _accepted(key: str) -> str:
-    if key == CONTEXT:
-        return _POSITIVE[0]
-    return (
-        _RANGES if key == PROTECT else OPTIONS[key.removeprefix(f"{PREFIX}_")].metadata["accepted"]
-    )
 
 
 def check_request(config: KVCompressConfig, params: Any, resumable: bool) -> None:
