@@ -132,8 +132,9 @@ def test_bodies() -> None:
         inner = {"vllm_xargs": {field: 1}}
         assert f"{field} in extra_body.vllm_xargs" in body_error(extra_body=inner)
         assert f"{field} in extra_args is not" in body_error(extra_args={field: 1})
-        tokens_in = body_error(sampling_params={}, **inner)
-        assert tokens_in.endswith("it must be in sampling_params.extra_args")
+        for wrong in (inner, {field: 1}, {"sampling_params": {field: 1}}):
+            tokens_in = body_error(token_ids=[1], **wrong)
+            assert tokens_in.endswith("it must be in sampling_params.extra_args")
     assert "did you mean kv_compress_ratio?" in body_error(kvcompress_ratio=1)
     beams = {"use_beam_search": True}
     assert "kv_compress_ratio is not" in body_error(vllm_xargs={"kv_compress_ratio": 2}, **beams)

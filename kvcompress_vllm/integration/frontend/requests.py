@@ -269,22 +269,21 @@ def check_body(body: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the key and where it belongs, or what its value must be.
     """
-    _misplaced(body, "the body")
-    # What the Python client's argument is for, sent as it stands.
-    for name in ("extra_body", "extra_args"):
+    tokens_in = "token_ids" in body  # /inference/v1/generate
+    right = "sampling_params.extra_args" if tokens_in else XARGS
+    _misplaced(body, "the body", right)
+    # What the Python client has arguments for, sent as it stands.
+    for name in ("extra_body", "extra_args", "sampling_params"):
         inner = body.get(name)
         if isinstance(inner, Mapping):
-            _misplaced(inner, name)
+            _misplaced(inner, name, right)
             if isinstance(inner.get(XARGS), Mapping):
-                _misplaced(inner[XARGS], f"{name}.{XARGS}")
-    sampling, given = body.get("sampling_params"), body.get(XARGS)
-    if isinstance(sampling, Mapping):  # /inference/v1/generate
-        for where, inner in (("sampling_params", sampling), (XARGS, given)):
-            if isinstance(inner, Mapping):
-                _misplaced(inner, where, "sampling_params.extra_args")
-        return
+                _misplaced(inner[XARGS], f"{name}.{XARGS}", right)
+    given = body.get(XARGS)
     if not isinstance(given, Mapping):
         return
+    if tokens_in:
+        _misplaced(given, XARGS, right)
     parse(given)
     budgets = [key for key in KEYS if key in given and key != SWITCH]
     if body.get("use_beam_search") and budgets:
@@ -294,7 +293,7 @@ def check_body(body: Mapping[str, Any]) -> None:
         )
 
 
-def _misplaced(given: Mapping[Any, Any], where: str, right: str = XARGS) -> None:
+def _misplaced(given: Mapping[Any, Any], where: str, right: str) -> None:
     key = next((key for key in KEYS if key in given), None) or misspelt(given)
     if key is not None:
         known = "" if key in KEYS else f"; {_meant(key)}"
