@@ -21,7 +21,6 @@ from kvcompress_vllm.compression import allocation, gather, loss
 from kvcompress_vllm.compression.pending import PendingLengths, PendingReports
 from kvcompress_vllm.compression.protection import Protected
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.policies import Evidence, Policy
 from kvcompress_vllm.records import budget
 from kvcompress_vllm.records.plan import Compression, Observed
@@ -155,9 +154,7 @@ class Compressor:
         """
         running, observed = self.state.running, item.observed
         if running is None or observed is None:
-            raise RuntimeError(
-                f"kv_compress: {printable(item.request_id)} has no running statistics"
-            )
+            raise RuntimeError(f"kv_compress: {item.request_id} has no running statistics")
         pages, ages, known = self._candidates(item, row, observed)
         seen = ages.div(observed.stride, rounding_mode="floor") + 1
         counts = seen.clamp(max=observed.num_queries).float()

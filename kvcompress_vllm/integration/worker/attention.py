@@ -30,7 +30,6 @@ from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.cache.transfer import to_device
-from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.records.plan import Observation
 
 
@@ -114,8 +113,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
         for item in self.context.observations:
             if item.request_id not in rows:
                 raise RuntimeError(
-                    f"kv_compress: observed request {printable(item.request_id)} is not in the "
-                    "batch"
+                    f"kv_compress: observed request {item.request_id} is not in the batch"
                 )
             begin, end = starts[rows[item.request_id]], starts[rows[item.request_id] + 1]
             for position in item.positions(end - begin, window):
