@@ -62,8 +62,8 @@ SPECS = st.lists(st.tuples(KEYS, TEXT_VALUES).map("=".join) | st.text(max_size=1
 def names_what_is_wrong(message: str) -> bool:
     """Whether an error message says whose it is, what is wrong, and what is accepted."""
     reasons = (
-        "it must be", "the keys are", "exclude each other", "given twice", "has no value",
-        "its options are", "it has none", "this server uses",
+        "it must be", "the keys are", "The keys are", "exclude each other", "given twice",
+        "has no value", "its options are", "it has none", "this server uses",
         "is for policies", "cannot read", "needs kv_compress",
     )  # fmt: skip
     return "kv_compress" in message and any(reason in message for reason in reasons)

@@ -28,6 +28,8 @@ WORDS = [
     "while",
 ]
 NUM_PREFIXES = 8
+MIN_CONTEXT = 128
+"""The default of ``min_prompt_tokens``; the engine of a soak has no more."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Cases:
         kind = "chat" if chat else "completion"
         if choice.random() < 0.4:
             wish = self._wish(choice)
+            if "kv_compress_context_tokens" in wish:
+                wish = self._context(choice, body)
             if self.compressing:
                 body["vllm_xargs"] = wish
             kind += ", own budget" if wish.get("kv_compress", 1) else ", opted out"
@@ -157,10 +161,17 @@ class Cases:
                 {"kv_compress_ratio": choice.choice([1, 1.5, 2, 16, 1000])},
                 {"kv_compress_budget_tokens": choice.choice([1, 64, 300, 10**6])},
                 {"kv_compress_protect": "0:64,100:180", "kv_compress_ratio": 16},
-                {"kv_compress_context_tokens": choice.choice([1, 100, 10**6])},
+                {"kv_compress_context_tokens": None},
                 {"kv_compress_policy": choice.choice(["snapkv", "tova", "streaming"])},
             ]
         )
+
+    def _context(self, choice: random.Random, body: dict[str, Any]) -> dict[str, Any]:
+        """A context within a prompt of known length that is long enough to be compressed."""
+        length = len(body.get("prompt", ()))
+        if length < MIN_CONTEXT:
+            return {}
+        return {"kv_compress_context_tokens": choice.randint(MIN_CONTEXT, length)}
 
     def _longest(self, choice: random.Random) -> Case:
         """A prompt that leaves room for one token, or none for more than the model has."""
@@ -193,12 +204,16 @@ class Cases:
                 ("kv_compress_budget_tokens", [64]),
                 ("kv_compress_policy", "best"),
                 ("kv_compress_context_tokens", 0),
+                ("kv_compress_context_tokens", 10**6),
+                ("kv_compress_ratio", True),
+                ("kvcompress_ratio", 2),
                 ("kv_compress_protect", "9:3"),
                 ("kv_compress", "no"),
                 ("kv_compress_window", 3),
             ]
         )
         body: dict[str, Any] = {"model": "model", "max_tokens": 4, "vllm_xargs": {key: value}}
+        body["stream"] = choice.random() < 0.5
         if choice.random() < 0.5:
             body["messages"] = [{"role": "user", "content": "hello"}]
             return Case("bad vllm_xargs", CHAT, body, refused=key)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.records.plan import PackedRow
 
 
@@ -113,18 +114,18 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
         total = len(row.packed_blocks) * layers * heads
         if int(pages.min()) < 0 or int(pages.sum()) != total:
             raise RuntimeError(
-                f"kv_compress: {row.request_id} has {int(pages.sum())} packed pages "
+                f"kv_compress: {printable(row.request_id)} has {int(pages.sum())} packed pages "
                 f"in {len(row.packed_blocks)} blocks of {layers * heads}"
             )
         first = layout.exclusive_cumsum(state.num_pages[row.state_slot])
         if not first.equal(state.first_page[row.state_slot]):
             raise RuntimeError(
-                f"kv_compress: pages of {row.request_id} overlap: counts "
+                f"kv_compress: pages of {printable(row.request_id)} overlap: counts "
                 f"{pages.tolist()}, first pages "
                 f"{state.first_page[row.state_slot].flatten().tolist()}"
             )
         if int(state.covered[row.state_slot]) != row.covered:
             raise RuntimeError(
-                f"kv_compress: {row.request_id} covers {row.covered} blocks, the "
+                f"kv_compress: {printable(row.request_id)} covers {row.covered} blocks, the "
                 f"worker has {int(state.covered[row.state_slot])}"
             )

@@ -97,6 +97,13 @@ def shortened(text: str, longest: int = LONGEST_SHOWN) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
+def printable(text: str, longest: int = LONGEST_SHOWN) -> str:
+    """Text of a client's, such as a request id, as logs and errors show it: on one line, of bounded
+    length, and without characters that a terminal obeys."""
+    text = shortened(text, longest)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def closeness(one: str, other: str) -> float:
     """How alike two words are, from 0 to 1."""
     return difflib.SequenceMatcher(None, one[:LONGEST_SHOWN], other).ratio()

@@ -73,11 +73,14 @@ def _patch_engine_config(engine_args: Any) -> None:
         from kvcompress_vllm.integration.start.wiring import wire
 
         config = wire(self)
+        if config is not None:
+            from kvcompress_vllm.integration.frontend import checks, endpoints, prometheus, usage
+
+            checks.refuse_rust_frontend()
         vllm_config = stock(self, *args, **kwargs)
         if config is not None:
-            from kvcompress_vllm.integration.frontend import endpoints, prometheus, usage
-
             check(vllm_config)
+            checks.install()
             prometheus.install()
             usage.install()
             endpoints.install()
@@ -95,15 +98,24 @@ def _patch_requests() -> None:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from kvcompress_vllm.integration.frontend.requests import check_length, check_request
         from kvcompress_vllm.integration.start.flags import resolved_config
 
         config = resolved_config(self.vllm_config)
-        if config is not None:
+        if config is None:
+            return stock(self, request_id, prompt, params, *args, **kwargs)
+        from kvcompress_vllm.integration.frontend.checks import bad_request
+        from kvcompress_vllm.integration.frontend.requests import (
+            check_context,
+            check_length,
+            check_request,
+        )
+
+        with bad_request():
             check_request(config, params, kwargs.get("resumable", False))
         request = stock(self, request_id, prompt, params, *args, **kwargs)
-        if config is not None:
+        with bad_request():
             check_length(config, self.vllm_config, request)
+            check_context(config, request)
         return request
 
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from starlette.datastructures import State
 
+from kvcompress_vllm.integration.frontend import endpoints
 from tests.integration.engines import engine, samples
 from tests.integration.simulation import MODEL
 from tests.integration.test_server import Server, complete, serve
@@ -29,8 +37,9 @@ def times(count: int, usage: dict[str, int]) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    flags = ["--kv-compress", "ratio=4", "--api-key", "secret"]
-    with serve(tmp_path_factory.mktemp("server"), *flags) as running:
+    flags = ["--kv-compress", "ratio=4,allow_policies=true", "--api-key", "secret"]
+    environment = {"KVCOMPRESS_PAGE": "api-key"}
+    with serve(tmp_path_factory.mktemp("server"), *flags, environment=environment) as running:
         running.api_key = "secret"
         yield running
 
@@ -42,7 +51,7 @@ def test_usage(server: Server) -> None:
     client = server.client
 
     def last_lines(count: int) -> list[dict[str, int]]:
-        lines = re.findall(r"(\d+) -> (\d+) blocks\n", server.log.read_text())[-count:]
+        lines = re.findall(r"tokens, (\d+) -> (\d+) blocks\n", server.log.read_text())[-count:]
         keys = ("blocks_before", "blocks_after")
         return [
             {"compressions": 1, **dict(zip(keys, map(int, blocks), strict=True))}
@@ -101,6 +110,137 @@ def test_usage(server: Server) -> None:
     assert "Traceback" not in log and "Error in" not in log
 
 
+PROMPT, ANSWER = samples("single", 600, 1, offset=1500)[0]
+QUESTION = PROMPT[len("<|user|>") : -len("<|assistant|>")]
+MESSAGES = [{"role": "user", "content": QUESTION}]
+TOKENS_IN = "/inference/v1/generate"
+INCLUDED = {"stream_options": {"include_usage": True}}
+ROUTES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "/v1/completions": ({"prompt": PROMPT, "max_tokens": 8}, INCLUDED),
+    "/v1/chat/completions": ({"messages": MESSAGES, "max_tokens": 8}, INCLUDED),
+    "/v1/chat/completions/batch": ({"messages": [MESSAGES] * 2, "max_tokens": 8}, None),
+    "/v1/responses": ({"input": QUESTION, "max_output_tokens": 8}, {}),
+    "/v1/messages": ({"messages": MESSAGES, "max_tokens": 8}, {}),
+    "/invocations": ({"messages": MESSAGES, "max_tokens": 8}, INCLUDED),
+    TOKENS_IN: ({"token_ids": [1500] * 590, "sampling_params": {"max_tokens": 8}}, INCLUDED),
+}
+"""A body for every route that generates, and what its stream needs to tell the usage."""
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "too small": ({"kv_compress_ratio": 0.5}, "kv_compress_ratio=0.5 is not accepted"),
+    "true": ({"kv_compress_ratio": True}, "kv_compress_ratio=True is not accepted"),
+    "misspelt": ({"kvcompress_ratio": 2}, "did you mean kv_compress_ratio?"),
+    "bare": ({"ratio": 2}, "did you mean kv_compress_ratio?"),
+    "policy": ({"kv_compress_policy": "nap"}, "kv_compress_policy='nap' is not accepted"),
+    "object": ({"kv_compress_ratio": {"a": 1}}, "kv_compress_ratio={'a': 1} is not accepted"),
+    "beyond the prompt": ({"kv_compress_context_tokens": 5000}, "the tokens of the prompt"),
+    "too short": ({"kv_compress_context_tokens": 100}, ">= 128 (min_prompt_tokens)"),
+    "too long": ({"kv_compress_protect": "0:1," * 10**6}, "4096 characters together"),
+    "long key": ({f"kv_compress_\n\x1b{'x' * 10**6}": 1}, r"unknown kv_compress_\n\x1bxxx"),
+}
+
+
+def post(server: Server, route: str, body: dict[str, Any]) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {server.api_key}"}
+    body = {"model": "tiny", **body}
+    return httpx.post(f"{server.url}{route}", json=body, headers=headers, timeout=300)
+
+
+def asking(route: str, xargs: dict[str, Any]) -> dict[str, Any]:
+    """The body of a route with these xargs, where it takes them."""
+    body, _ = ROUTES[route]
+    if route != TOKENS_IN:
+        return {**body, "vllm_xargs": xargs}
+    return {**body, "sampling_params": {**body["sampling_params"], "extra_args": xargs}}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_tells_and_takes(server: Server, route: str) -> None:
+    """The usage, streamed or not, and a request's own wish."""
+    body, streamed = ROUTES[route]
+    usage = post(server, route, body).json()["usage"]["kv_compress"]
+    choices = 2 if route.endswith("batch") else 1
+    assert usage["compressions"] == choices
+    assert usage["blocks_before"] in range(36 * choices, 38 * choices + 1)
+    assert usage["blocks_after"] in (9 * choices, 10 * choices, 11 * choices)
+    off = post(server, route, asking(route, {"kv_compress": False})).json()
+    assert off["usage"]["kv_compress"] == NEVER
+    if streamed is not None:
+        reply = post(server, route, {**body, **streamed, "stream": True})
+        assert reply.status_code == 200
+        told = re.findall(r'"kv_compress":(\{[^}]*\})', reply.text)
+        assert [json.loads(item) for item in told] == [usage], "once, at the end"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_bad_requests_are_refused_before_a_response_begins(
+    server: Server, route: str, streamed: bool
+) -> None:
+    for name, (xargs, expected) in BAD.items():
+        reply = post(server, route, {**asking(route, xargs), "stream": streamed})
+        assert reply.status_code == 400, (name, reply.text[:500])
+        error = reply.json()["error"]
+        assert expected in error["message"] and len(reply.text) < 1000, (name, reply.text[:1000])
+    body, _ = ROUTES[route]
+    for field in ("kv_compress", "kv_compress_ratio"):
+        reply = post(server, route, {**body, field: False, "stream": streamed})
+        assert reply.status_code == 400 and f"{field} in the body" in reply.text
+
+
+def test_bad_for_one_of_several_is_bad_for_all(server: Server) -> None:
+    xargs = {"kv_compress_context_tokens": 200}
+    prompts = [[1500] * 300, [1500] * 150]
+    for more in ({"n": 3}, {"prompt": prompts}, {"prompt": prompts[::-1], "n": 2}):
+        body = {"prompt": prompts[1], "max_tokens": 4, "stream": True, "vllm_xargs": xargs}
+        reply = post(server, "/v1/completions", {**body, **more})
+        assert reply.status_code == 400 and "<= 150, the tokens of the prompt" in reply.text
+    good = {"prompt": prompts[:1] * 2, "max_tokens": 4, "stream": True, "vllm_xargs": xargs}
+    assert post(server, "/v1/completions", good).text.endswith("data: [DONE]\n\n")
+
+
+def test_what_clients_send_cannot_forge_log_lines(server: Server) -> None:
+    identity = "forged\n\x1b[31m"
+    body = {"prompt": PROMPT, "max_tokens": 4, "request_id": identity}
+    assert post(server, "/v1/completions", body).status_code == 200
+    ours = [
+        line for line in server.log.read_text().split("\n") if "kv_compress: cmpl-forged" in line
+    ]
+    assert len(ours) == 1 and r"cmpl-forged\n\x1b[31m" in ours[0] and "blocks" in ours[0]
+    summary = re.findall(r"kv_compress: (\d+) requests? compressed", server.log.read_text())
+    assert summary, "at INFO one line per second, without any name"
+
+
+def test_batches(tmp_path: Path) -> None:
+    """``vllm run-batch``: each line for itself, with its usage."""
+    good = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8}
+    bodies = [
+        good,
+        {**good, "vllm_xargs": {"kv_compress_ratio": 0.5}},
+        {**good, "kvcompress_ratio": 2},
+        {**good, "vllm_xargs": {"kv_compress": False}},
+    ]
+    lines = [
+        {"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": body}
+        for i, body in enumerate(bodies)
+    ]
+    given, results = tmp_path / "in", tmp_path / "out"
+    given.write_text("\n".join(map(json.dumps, lines)))
+    environment = {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
+    subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch", "-i", str(given), "-o",
+         str(results), "--model", str(MODEL), "--served-model-name", "tiny", "--kv-compress",
+         "ratio=4", "--kv-cache-memory-bytes", "64M"],
+        env=environment, check=True, timeout=300,
+    )  # fmt: skip
+    told = {line["custom_id"]: line for line in map(json.loads, results.read_text().splitlines())}
+    usage = [told[i]["response"]["body"]["usage"]["kv_compress"] for i in ("0", "3")]
+    assert usage[0]["compressions"] == 1 and usage[1] == NEVER
+    errors = [told[i]["error"]["error"]["message"] for i in ("1", "2")]
+    assert "kv_compress_ratio=0.5 is not accepted" in errors[0]
+    assert "kvcompress_ratio in the body is not accepted" in errors[1]
+
+
 def test_offline() -> None:
     """A generation that is compressed again and again, and what vLLM returns with it."""
     from vllm import SamplingParams
@@ -124,20 +264,25 @@ def test_offline() -> None:
 
 def test_data(server: Server) -> None:
     complete(server, samples("single", 600, 1, offset=1500)[0][0])
-    # Like /metrics it is open in spite of the API key: it tells the same.
-    answer = httpx.get(f"{server.url}/kv-compress/data").json()
+    address = f"{server.url}/kv-compress/data"
+    for wrong in ({}, {"Authorization": "Bearer other"}):
+        assert httpx.get(address, headers=wrong).status_code == 401
+    headers = {"Authorization": "Bearer secret"}
+    answer = httpx.get(address, headers=headers).json()
     assert answer["no_data"] is None and "ratio=4.0" in answer["options"]
     assert (answer["model"], answer["engines"], answer["api_servers"]) == ("tiny", 1, 1)
     assert answer["blocks"] == round(64 * 2**20 / (16 * LAYERS * HEADS * 2 * 64 * 2)) - 1
     seconds = [sample[0] for sample in answer["samples"]]
     assert seconds == list(range(int(seconds[0]), int(answer["time"]) + 1))
     assert {len(sample) for sample in answer["samples"]} == {len(answer["columns"])}
-    later = httpx.get(f"{server.url}/kv-compress/data?since={seconds[-1] - 1}").json()
+    later = httpx.get(f"{address}?since={seconds[-1] - 1}", headers=headers).json()
     assert later["samples"][0] == answer["samples"][-1]
 
     for value in ("x", "nan", ""):
-        reply = httpx.get(f"{server.url}/kv-compress/data?since={value}")
+        reply = httpx.get(f"{address}?since={value}", headers=headers)
         assert reply.status_code == 400 and "since" in reply.json()["error"]["param"]
+    head = httpx.head(address, headers=headers)
+    assert head.status_code == 200 and head.content == b"" and "no-store" in str(head.headers)
     assert httpx.post(f"{server.url}/kv-compress").status_code == 405
     assert httpx.get(f"{server.url}/kv-compress/other").status_code == 404
     assert httpx.get(f"{server.url}/v1/models").status_code == 401
@@ -148,7 +293,30 @@ def test_the_page_is_one_file(server: Server) -> None:
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
     assert set(re.findall(r'(?:src|href)="([^"]*)"', reply.text)) == {"data:,"}
     assert "uPlot=function" in reply.text and ".uplot" in reply.text
-    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    policy = reply.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    head = httpx.head(f"{server.url}/kv-compress")
+    assert head.status_code == 200 and head.content == b""
+    assert head.headers["content-security-policy"] == policy
+
+
+def test_who_may_see_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def paths(access: str | None) -> set[str]:
+        if access is None:
+            monkeypatch.delenv("KVCOMPRESS_PAGE", raising=False)
+        else:
+            monkeypatch.setenv("KVCOMPRESS_PAGE", access)
+        app = FastAPI()
+        endpoints.KVCompressEndpoints().attach_router(app)
+        return {route.path for route in app.routes if "kv-compress" in route.path}
+
+    assert paths(None) == paths("open") == paths("api-key") != set() == paths("off")
+    with pytest.raises(ValueError, match=r"KVCOMPRESS_PAGE='no' is not accepted; .* off"):
+        paths("no")
+    monkeypatch.setenv("KVCOMPRESS_PAGE", "api-key")
+    keyless = endpoints.KVCompressEndpoints().init_state(None, State(), Namespace(api_key=None))
+    with pytest.raises(ValueError, match=r"KVCOMPRESS_PAGE=api-key needs --api-key"):
+        asyncio.run(keyless)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +437,23 @@ def test_the_page(browser: Any, tmp_path: Path) -> None:
         complete(server, prompts[0])
         check_totals(5)  # without a reload
         assert browser.get_log("browser") == []
+
+
+def test_the_page_asks_for_the_key(browser: Any, server: Server) -> None:
+    page = Page(browser, server)
+    for key, told in (("wrong", "does not accept this API key"), ("secret", "")):
+        form = browser.find_element("id", "key")
+        page.wait(form.is_displayed)
+        assert not browser.find_element("id", "shown").is_displayed()
+        text = browser.find_element("id", "key-text")
+        text.clear()
+        text.send_keys(key)
+        form.find_element("css selector", "button").click()
+        page.wait(lambda told=told: told in page.text("notice"))
+        if told:
+            page.wait(form.is_displayed)
+    page.wait(lambda: "ratio=4.0" in page.text("options"))
+    assert browser.find_element("id", "shown").is_displayed() and not form.is_displayed()
 
 
 def test_without_statistics_the_page_says_why(browser: Any, tmp_path: Path) -> None:

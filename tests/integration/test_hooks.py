@@ -8,6 +8,7 @@ import pytest
 
 from kvcompress_vllm.integration.compat import hooks
 from kvcompress_vllm.integration.compat.hooks import HOOKS, Hook
+from kvcompress_vllm.integration.frontend import usage
 
 
 def test_every_hook_is_intact() -> None:
@@ -36,10 +37,11 @@ def test_assignments_to_vllm_are_all_registered() -> None:
         for path in folder.rglob("*.py")
         for attribute, annotated in re.findall(
             r"(?:engine_args|kv_cache_manager|model_state|InputProcessor|StatLoggerManager|plugins"
-            r"|cpu_runner|RequestState|chat|completion)"
+            r"|cpu_runner|RequestState|chat|completion|AsyncLLM|server|messages|responses)"
             r"\.(\w+) = |(\w+)\.__annotations__\[",
             path.read_text(),
         )
     }
+    assigned |= {method for _, method, _ in usage._WRAPPED}
     fields = {"additional_config", "block_size"}  # plain fields of the EngineArgs instance
     assert assigned - fields == {re.split("[.:]", h.path)[-1] for h in HOOKS if h.patched}

@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.integration.frontend.requests import check_request, request_wish
+from kvcompress_vllm.integration.frontend import requests
+from kvcompress_vllm.integration.frontend.checks import bad_request
+from kvcompress_vllm.integration.frontend.requests import KEYS, check_request, request_wish
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
+from tests.integration.simulation import MODEL
 
 
 def ask(**extra_args: Any) -> Wish | None:
@@ -40,14 +48,131 @@ def test_accepted() -> None:
         ({"kv_compress_mass": 1.5}, "kv_compress_mass=1.5 .* number > 0 and <= 1"),
         ({"kv_compress_mass": 0.5, "kv_compress_ratio": 2}, "ratio=2 and .*mass=0.5 exclude each"),
         ({"kv_compress_mass": 0.5, "kv_compress_budget_tokens": 9}, "exclude each other"),
-        ({"kv_compress_window": 3}, "unknown kv_compress_window=3; the keys are kv_compress, "),
+        ({"kv_compress_window": 3}, r"unknown kv_compress_window=3; .*The keys are kv_compress, "),
         ({"kv_compress_ratio": 2, "kv_compress_budget_tokens": 5}, "exclude each other"),
         ({"kv_compress": 0, "kv_compress_ratio": 2}, "kv_compress_ratio=2 needs kv_compress=true"),
+        ({"kv_compress_ratio": True}, "kv_compress_ratio=True is not accepted"),
+        ({"kvcompress_ratio": 2}, r"unknown kvcompress_ratio=2; did you mean kv_compress_ratio\?"),
+        ({"KV-Compress-Ratio": 2}, r"did you mean kv_compress_ratio\?"),
+        ({"kv_comress_ratio": 2}, r"did you mean kv_compress_ratio\?"),
+        ({"kvCompress": False}, r"did you mean kv_compress\?"),
+        ({"ratio": 2}, r"unknown ratio=2; did you mean kv_compress_ratio\?"),
+        ({"context_tokens": 200}, r"did you mean kv_compress_context_tokens\?"),
+        ({"kv_compress_\n\x1b[31m": 1}, r"unknown kv_compress_\\n\\x1b\[31m=1;"),
     ],
 )
 def test_refused(extra_args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ask(**extra_args)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["0:1," * 1_000_000, ["0:1"] * 1_000_000, ["0:1," * 1_000_000], [["0:1"] * 10**6], "x" * 10**7,
+     {str(key): key for key in range(10**5)}],
+    ids=["string", "list", "long item", "nested", "no range", "object"],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["kv_compress_protect", "kv_compress_ratio", "kv_compress"])
+def test_what_is_large_is_refused_unread(
+    key: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 MB of ranges once took the event loop seven seconds."""
+
+    def read(*_: object) -> None:
+        raise AssertionError("read although large")
+
+    nested = isinstance(value, dict) or isinstance(value[0], list)
+    if not nested:
+        monkeypatch.setattr(requests.re, "fullmatch", read)
+    for wrong in ({key: value}, {key: value, "kv_compress_mass": 0.5}):
+        with pytest.raises(ValueError, match=f"^{key}=.* (is not accepted|exclude)") as refused:
+            ask(**wrong)
+        assert len(str(refused.value)) < 400
+    with pytest.raises(ValueError, match="unknown kv_compress_x") as refused:
+        ask(**{"kv_compress_x" * 10**6: value})
+    assert len(str(refused.value)) < 600
+
+
+def test_all_values_together_are_bounded() -> None:
+    ranges = ",".join(f"{start}:{start + 1}" for start in range(0, 128, 2))
+    assert len(ask(kv_compress_protect=ranges).protect) == 64
+    with pytest.raises(ValueError, match=r"kv_compress_protect=.* must be at most 64 ranges"):
+        ask(kv_compress_protect=f"{ranges},200:201")
+    with pytest.raises(ValueError, match=r"kv_compress_protect=.* 4096 characters together"):
+        ask(kv_compress_policy="x" * 4000, kv_compress_protect=ranges)
+
+
+def test_other_keys_are_not_ours() -> None:
+    others = {"kv_transfer_params": {"do_remote_prefill": True}, "ec_transfer_params": {},
+              "compression_ratio_threshold": 2.4, "target_token": 3, "kv": 1}  # fmt: skip
+    assert ask(**others) is None
+    assert ask(**{f"kv_{number}": number for number in range(10**5)}) is None
+
+
+def body_error(**body: Any) -> str:
+    try:
+        requests.check_body({"model": "m", "prompt": "p", **body})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_bodies() -> None:
+    """What vLLM drops, or changes before we see it."""
+    assert body_error() == body_error(vllm_xargs=None) == body_error(vllm_xargs=[1]) == ""
+    assert body_error(vllm_xargs={"kv_compress": False}) == ""
+    assert body_error(vllm_xargs={"kv_compress": True, "kv_compress_ratio": 2}) == ""
+    for key in KEYS[1:]:
+        message = body_error(vllm_xargs={key: True})
+        assert re.match(f"{key}=True is not accepted; it must be .", message), message
+    for field in ("kv_compress", "kv_compress_ratio"):
+        assert body_error(**{field: 1}) == (
+            f"{field} in the body is not accepted; it must be in vllm_xargs"
+        )
+        inner = {"vllm_xargs": {field: 1}}
+        assert f"{field} in extra_body.vllm_xargs" in body_error(extra_body=inner)
+        assert f"{field} in extra_args is not" in body_error(extra_args={field: 1})
+        for wrong in (inner, {field: 1}, {"sampling_params": {field: 1}}):
+            tokens_in = body_error(token_ids=[1], **wrong)
+            assert tokens_in.endswith("it must be in sampling_params.extra_args")
+    assert "did you mean kv_compress_ratio?" in body_error(kvcompress_ratio=1)
+    beams = {"use_beam_search": True}
+    assert "kv_compress_ratio is not" in body_error(vllm_xargs={"kv_compress_ratio": 2}, **beams)
+    assert body_error(vllm_xargs={"kv_compress": False}, **beams) == ""
+
+
+def test_a_context_is_within_the_prompt() -> None:
+    def error(context: int, ids: Any, embeds: Any = None) -> str:
+        params = SamplingParams(extra_args={"kv_compress_context_tokens": context})
+        request = SimpleNamespace(
+            sampling_params=params, prompt_token_ids=ids, prompt_embeds=embeds
+        )
+        try:
+            requests.check_context(KVCompressConfig(), request)
+        except ValueError as refused:
+            return str(refused)
+        return ""
+
+    assert error(128, [1] * 128) == error(200, None, torch.zeros(200, 8)) == ""
+    assert ">= 128 (min_prompt_tokens) and <= 300, the tokens" in error(127, [1] * 300)
+    assert "kv_compress_context_tokens=301 is not accepted" in error(301, [1] * 300)
+    assert "301 is not accepted" in error(301, None, torch.zeros(300, 8))
+    assert "the prompt has 50 tokens" in error(20, [1] * 50)
+
+
+def test_errors_are_bad_requests_to_every_vllm() -> None:
+    """vLLM 0.27 and later answer HTTP 500 where ``process_inputs`` raises a plain ValueError."""
+    told = pytest.raises(VLLMValidationError, match=r"^kv_compress_ratio=0 is not")
+    with told as refused, bad_request():
+        ask(kv_compress_ratio=0)
+    assert isinstance(refused.value, ValueError)
+
+
+def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = EngineArgs(str(MODEL), additional_config={"kv_compress": True})
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match=r"VLLM_USE_RUST_FRONTEND=1 is not .*; unset it"):
+        args.create_engine_config()
 
 
 def test_resumable_sessions_are_refused() -> None:

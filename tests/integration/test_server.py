@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(tmp_path: Path, *flags: str) -> Iterator[Server]:
+def serve(
+    tmp_path: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    given, environment = environment, dict(os.environ)
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    environment["VLLM_LOGGING_LEVEL"] = "DEBUG"  # one line per compression
+    environment.update(given or {})
     if "--tensor-parallel-size" not in flags:
         environment["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # as `make serve`; ten seconds less
     log = tmp_path / "server.log"

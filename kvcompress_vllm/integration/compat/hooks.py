@@ -36,7 +36,13 @@ _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
 _COMPLETION = "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
+_RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
+_MESSAGES = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
+_TOKENS = "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens"
+_BATCH = "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch"
 _USAGE = "vLLM lets plugins add to the usage"
+_IN_USAGE = "puts it into the usage; replaced on the server's instance"
+_VALIDATE = "vLLM lets general plugins validate requests"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 HOOKS = (
@@ -49,8 +55,30 @@ HOOKS = (
          "vLLM has a plugin hook that edits the configuration", patched=True),
     Hook("vllm.v1.engine.input_processor:InputProcessor.process_inputs",
          ("self", "request_id", "prompt", "params", "resumable"),
-         "checks what a request asks for, so that a bad value is HTTP 400",
-         "vLLM lets general plugins validate requests", patched=True),
+         "checks what a request asks for, so that a bad value is HTTP 400", _VALIDATE,
+         patched=True),
+    Hook("vllm.exceptions:VLLMValidationError", (), "our errors are some", "never"),
+    Hook("vllm.v1.engine.async_llm:AsyncLLM.generate",
+         ("self", "prompt", "sampling_params", "request_id"),
+         "checks before the response begins, also of a stream", _VALIDATE, patched=True),
+    Hook(f"{_RESPONSES}._generate_with_builtin_tools",
+         ("self", "request_id", "engine_input", "sampling_params", "context"),
+         "calls generate inside the stream: checks before, and watches what it generates; replaced "
+         "on the server's instance", _VALIDATE, patched=True),
+    Hook("vllm.entrypoints.serve.utils.api_utils:validate_json_request", ("raw_request",),
+         "the dependency of all routes that take JSON; overridden by one that checks the body, too",
+         _VALIDATE),
+    Hook(f"{_CHAT}.create_chat_completion", ("self", "request", "raw_request"),
+         "checks the lines of run-batch; replaced on the server's instance", _VALIDATE,
+         patched=True),
+    Hook(f"{_MESSAGES}.create_chat_completion", ("self", "request", "raw_request"),
+         "hands over the vllm_xargs of /v1/messages; replaced on the server's instance",
+         "vLLM's messages have vllm_xargs", patched=True),
+    Hook("vllm.entrypoints.serve.utils.server_utils:AuthenticationMiddleware.verify_token",
+         ("self", "headers"), "guards the page's data where KVCOMPRESS_PAGE=api-key", "never"),
+    Hook("vllm.entrypoints.openai.api_server:_init_endpoint_plugins_state",
+         ("engine_client", "state", "args"), "initialises ours for run-batch, which has no app",
+         "vLLM loads endpoint plugins in run-batch", patched=True),
     Hook("vllm.plugins:load_endpoint_plugins", (),
          "adds our endpoints where --kv-compress is given, without VLLM_PLUGINS naming them",
          "vLLM lets general plugins bring endpoint plugins", patched=True),
@@ -70,14 +98,27 @@ HOOKS = (
          "ends requests whose policy failed, with an error", "never"),
     Hook("vllm.distributed:get_tp_group", (), "ranks agree on which policies failed", "never"),
     Hook(f"{_CHAT}.chat_completion_full_generator", ("self", "request", "result_generator"),
-         "puts it into the usage; replaced on the server's instance", _USAGE, patched=True),
+         _IN_USAGE, _USAGE, patched=True),
     Hook(f"{_CHAT}.chat_completion_stream_generator", ("self", "request", "result_generator"),
-         "puts it into the usage; replaced on the server's instance", _USAGE, patched=True),
+         _IN_USAGE, _USAGE, patched=True),
     Hook(f"{_COMPLETION}.request_output_to_completion_response", ("self", "final_res_batch"),
-         "puts it into the usage; replaced on the server's instance", _USAGE, patched=True),
+         _IN_USAGE, _USAGE, patched=True),
     Hook(f"{_COMPLETION}.completion_stream_generator",
          ("self", "request", "engine_inputs", "result_generator"),
-         "puts it into the usage; replaced on the server's instance", _USAGE, patched=True),
+         _IN_USAGE, _USAGE, patched=True),
+    Hook(f"{_BATCH}.chat_completion_full_generator_batch", ("self", "request", "generators"),
+         _IN_USAGE, _USAGE, patched=True),
+    Hook(f"{_TOKENS}.serve_tokens_full_generator", ("self", "request", "result_generator"),
+         _IN_USAGE, _USAGE, patched=True),
+    Hook(f"{_TOKENS}.serve_tokens_stream_generator", ("self", "request", "result_generator"),
+         _IN_USAGE, _USAGE, patched=True),
+    Hook(f"{_RESPONSES}.responses_full_generator",
+         ("self", "request", "sampling_params", "result_generator", "context"),
+         _IN_USAGE, _USAGE, patched=True),
+    Hook(f"{_MESSAGES}.messages_full_converter", ("self", "generator"), _IN_USAGE, _USAGE,
+         patched=True),
+    Hook(f"{_MESSAGES}.message_stream_converter", ("self", "generator"), _IN_USAGE, _USAGE,
+         patched=True),
     Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
          ("self", "request", "num_new_tokens"),
          "admission also needs slots and the reserve; replaced on our scheduler's instance",

@@ -7,7 +7,6 @@ so the accounting is exact with async scheduling and with any number of workers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
+from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.frontend.requests import request_wish
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
@@ -33,6 +33,7 @@ from kvcompress_vllm.integration.worker.reports import reports_of
 from kvcompress_vllm.records.budget import Wish
 from kvcompress_vllm.records.plan import Compression, Observed, PackedRow, StepPlan
 from kvcompress_vllm.records.report import Scored
+from kvcompress_vllm.reporting.digest import Digest
 from kvcompress_vllm.reporting.metrics import Occupancy, Recorder
 from kvcompress_vllm.reporting.shortage import Shortage
 from kvcompress_vllm.reporting.usage import UsageLog
@@ -70,6 +71,7 @@ class _KVCompressMixin(Scheduler):
         self._recorder = Recorder(self.log_stats)
         self._shortage = Shortage()
         self._usage = UsageLog()
+        self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
         self._output_length = admission.OutputLength()
         self._does_not_fit: tuple[str, int] | None = None
@@ -209,14 +211,15 @@ class _KVCompressMixin(Scheduler):
             freed += old
             before = len(row) - tracked.covered + tracked.kept
             planner.compressed(tracked.request_id)
-            # A long generation is compressed over and over; at INFO that would drown the log.
-            logger.log(
-                logging.INFO if first else logging.DEBUG,
+            after = len(row) - covered + kept
+            if first:  # a long generation is compressed over and over
+                self._digest.add(num_tokens, before, after)
+            logger.debug(
                 "kv_compress: %s: %d tokens, %d -> %d blocks",
-                tracked.request_id,
+                printable(tracked.request_id),
                 num_tokens,
                 before,
-                len(row) - covered + kept,
+                after,
             )
         if waits:
             self._recorder.reserve_wait()

@@ -8,37 +8,67 @@ An endpoint plugin in vLLM's sense, but loaded by ``--kv-compress``: as an entry
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import time
 from argparse import Namespace
 from importlib import resources
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.datastructures import State
-from vllm import plugins
+from vllm import envs, plugins
 from vllm.config import VllmConfig
 
+from kvcompress_vllm.config.rules import shown
+from kvcompress_vllm.integration.frontend import checks
 from kvcompress_vllm.integration.frontend.prometheus import KVCompressStatLogger
 from kvcompress_vllm.integration.frontend.usage import report_in_usage
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.reporting.history import COLUMNS, SECONDS, History
 
 PATH = "/kv-compress"
+OPEN, API_KEY, OFF = "open", "api-key", "off"
 _PATCHED = "_kv_compress_patched"
-# Nothing is loaded from elsewhere. The style of uPlot's elements is set by its script.
+# Nothing is loaded from elsewhere, and nobody may frame it. The style of uPlot's elements is set by
+# its script.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:"
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'"
 )
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 NO_STATISTICS = (
     "vLLM keeps no statistics here (--disable-log-stats), so there is nothing to show. "
     "Compression itself works without them."
 )
 
 
+def page_access() -> str:
+    """Who may see the page: ``KVCOMPRESS_PAGE``.
+
+    Raises:
+        ValueError: naming what is accepted.
+    """
+    value = os.environ.get("KVCOMPRESS_PAGE", OPEN)
+    if value not in (OPEN, API_KEY, OFF):
+        raise ValueError(
+            f"kv_compress: KVCOMPRESS_PAGE={shown(value)} is not accepted; it must be {OPEN}, "
+            f"{API_KEY} (its data asks for the server's API key) or {OFF}"
+        )
+    return value
+
+
 def install() -> None:
     """Load :class:`KVCompressEndpoints` into servers built from now on; idempotent."""
+    page_access()  # a bad value ends the command
     if getattr(plugins, _PATCHED, False):
         return
     setattr(plugins, _PATCHED, True)
@@ -49,6 +79,23 @@ def install() -> None:
         return [*stock(*args, **kwargs), KVCompressEndpoints()]
 
     plugins.load_endpoint_plugins = load_endpoint_plugins
+    # `vllm run-batch` builds no app, and so loads no plugins. Offline there is no server at all,
+    # whose import would take a second.
+    server = sys.modules.get("vllm.entrypoints.openai.api_server")
+    if hasattr(server, "_init_endpoint_plugins_state"):
+        _init_without_app(server)
+
+
+def _init_without_app(server: Any) -> None:
+    stock = server._init_endpoint_plugins_state
+
+    @functools.wraps(stock)
+    async def _init_endpoint_plugins_state(engine_client: Any, state: Any, args: Any) -> None:
+        if not hasattr(state, "endpoint_plugins"):
+            state.endpoint_plugins = [KVCompressEndpoints()]
+        await stock(engine_client, state, args)
+
+    server._init_endpoint_plugins_state = _init_endpoint_plugins_state
 
 
 class KVCompressEndpoints:
@@ -58,25 +105,53 @@ class KVCompressEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        app.include_router(router)
+        checks.check_bodies(app)
+        if page_access() != OFF:
+            app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        report_in_usage(
-            getattr(state, "openai_serving_chat", None),
-            getattr(state, "openai_serving_completion", None),
-        )
+        if page_access() == API_KEY and not _api_keys(args):
+            raise ValueError("kv_compress: KVCOMPRESS_PAGE=api-key needs --api-key or VLLM_API_KEY")
+        report_in_usage(state)
+        responses = getattr(state, "openai_serving_responses", None)
+        if responses is not None:
+            checks.check_at_call(responses)
+        chat = getattr(state, "openai_serving_chat", None)
+        if chat is not None:
+            checks.check_batches(chat)
+        messages = getattr(state, "anthropic_serving_messages", None)
+        if messages is not None:
+            checks.pass_xargs(messages)
 
 
 router = APIRouter(tags=["kv-compress"])
 
 
+async def _authorized(request: Request) -> None:
+    """The key that vLLM's own routes ask for, where KVCOMPRESS_PAGE=api-key."""
+    if page_access() != API_KEY:
+        return
+    from vllm.entrypoints.serve.utils.server_utils import AuthenticationMiddleware
+
+    keys = _api_keys(request.app.state.args)
+    if not AuthenticationMiddleware(request.app, keys).verify_token(request.headers):
+        raise HTTPException(401, "Unauthorized", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _api_keys(args: Namespace) -> list[str]:
+    """As vLLM reads them."""
+    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+
+
+@router.head(PATH, include_in_schema=False)
 @router.get(PATH, response_class=HTMLResponse)
 async def page() -> HTMLResponse:
-    """The live page."""
-    return HTMLResponse(_page(), headers={"Content-Security-Policy": _POLICY})
+    """The live page, without data."""
+    return HTMLResponse(_page(), headers=_HEADERS)
 
 
-@router.get(f"{PATH}/data")
+@router.head(f"{PATH}/data", include_in_schema=False, dependencies=[Depends(_authorized)])
+@router.get(f"{PATH}/data", dependencies=[Depends(_authorized)])
 async def data(request: Request, since: float = Query(0.0, allow_inf_nan=False)) -> JSONResponse:
     """What the page shows.
 
@@ -96,7 +171,7 @@ async def data(request: Request, since: float = Query(0.0, allow_inf_nan=False))
     }
     history = _history(client)
     if history is None:
-        return JSONResponse({**about, "no_data": NO_STATISTICS})
+        return JSONResponse({**about, "no_data": NO_STATISTICS}, headers=_HEADERS)
     now = time.time()
     totals = history.totals
     return JSONResponse(
@@ -111,7 +186,8 @@ async def data(request: Request, since: float = Query(0.0, allow_inf_nan=False))
             "now": history.gauges()._asdict(),
             "totals": {**vars(totals), "kept_ratio": totals.kept_ratio()},
             "kept_pages": history.mean_kept_pages(),
-        }
+        },
+        headers=_HEADERS,
     )
 
 

@@ -76,23 +76,17 @@ def install() -> None:
     RequestState.make_request_output = make_request_output  # type: ignore[method-assign]
 
 
-def report_in_usage(chat: Any, completion: Any) -> None:
-    """Have the ``usage`` of these servings say it; wraps methods of these instances only.
+def report_in_usage(state: Any) -> None:
+    """Have the ``usage`` of a server's responses say it; wraps methods of its servings only.
 
     Args:
-        chat: vLLM's ``OpenAIServingChat``, or None.
-        completion: vLLM's ``OpenAIServingCompletion``, or None.
+        state: vLLM's ``State``; servings and methods that it lacks are left out.
     """
-    if chat is not None:
-        chat.chat_completion_full_generator = _chat_full(chat.chat_completion_full_generator)
-        chat.chat_completion_stream_generator = _chat_stream(chat.chat_completion_stream_generator)
-    if completion is not None:
-        completion.request_output_to_completion_response = _completion_full(
-            completion.request_output_to_completion_response
-        )
-        completion.completion_stream_generator = _completion_stream(
-            completion.completion_stream_generator
-        )
+    for name, method, wrap in _WRAPPED:
+        serving = getattr(state, name, None)
+        stock = getattr(serving, method, None)
+        if stock is not None:
+            setattr(serving, method, wrap(stock))
 
 
 def total(outputs: Iterable[Any]) -> dict[str, int]:
@@ -105,31 +99,128 @@ def total(outputs: Iterable[Any]) -> dict[str, int]:
     return asdict(usage)
 
 
-def _chat_full(stock: Any) -> Any:
+def _full(stock: Any) -> Any:
     @functools.wraps(stock)
-    async def chat_completion_full_generator(
+    async def full_generator(
         request: Any, result_generator: AsyncGenerator[Any, None], *args: Any, **kwargs: Any
     ) -> Any:
-        seen: dict[int, Any] = {}
+        seen: dict[Any, Any] = {}
         response = await stock(request, _watch(result_generator, seen), *args, **kwargs)
         _set(response, seen)
         return response
 
-    return chat_completion_full_generator
+    return full_generator
 
 
-def _chat_stream(stock: Any) -> Any:
+def _stream(stock: Any) -> Any:
     @functools.wraps(stock)
-    async def chat_completion_stream_generator(
+    async def stream_generator(
         request: Any, result_generator: AsyncGenerator[Any, None], *args: Any, **kwargs: Any
     ) -> AsyncIterator[str]:
-        seen: dict[int, Any] = {}
+        seen: dict[Any, Any] = {}
         chunks = stock(request, _watch(result_generator, seen), *args, **kwargs)
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield _with_usage(chunk, seen)
 
-    return chat_completion_stream_generator
+    return stream_generator
+
+
+def _batch_full(stock: Any) -> Any:
+    @functools.wraps(stock)
+    async def chat_completion_full_generator_batch(
+        request: Any, generators: list[AsyncGenerator[Any, None]], *args: Any, **kwargs: Any
+    ) -> Any:
+        seen: dict[Any, Any] = {}
+        watched = [_watch(results, seen, key) for key, results in enumerate(generators)]
+        response = await stock(request, watched, *args, **kwargs)
+        _set(response, seen)
+        return response
+
+    return chat_completion_full_generator_batch
+
+
+def _messages_full(stock: Any) -> Any:
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicUsage
+
+    class Usage(AnthropicUsage):
+        kv_compress: dict[str, int]
+
+    class Response(AnthropicMessagesResponse):
+        usage: Usage | None = None
+
+    Response.model_rebuild(_types_namespace={"Usage": Usage, "Any": Any})
+
+    @functools.wraps(stock)
+    def messages_full_converter(generator: Any) -> Any:
+        response, found = stock(generator), getattr(generator.usage, FIELD, None)
+        if found is None or response.usage is None:
+            return response
+        # Pydantic writes no more fields than a type declares, so it takes types of our own.
+        fields = {name: getattr(response, name) for name in type(response).model_fields}
+        usage = Usage(**dict(response.usage), kv_compress=found)
+        return Response.model_construct(**{**fields, "usage": usage})
+
+    return messages_full_converter
+
+
+def _messages_stream(stock: Any) -> Any:
+    @functools.wraps(stock)
+    async def message_stream_converter(
+        generator: AsyncGenerator[str, None],
+    ) -> AsyncIterator[str]:
+        found: list[Any] = []
+
+        async def chunks() -> AsyncIterator[str]:
+            async with aclosing(generator):
+                async for chunk in generator:
+                    if _USAGE_ONLY in chunk:
+                        found[:] = [json.loads(chunk.removeprefix("data: "))["usage"].get(FIELD)]
+                    yield chunk
+
+        events = stock(chunks())
+        async with aclosing(events):
+            async for event in events:
+                head, _, data = event.partition("\ndata: ")
+                if head != "event: message_delta" or not found:
+                    yield event
+                    continue
+                message = json.loads(data)
+                message["usage"][FIELD] = found[0]
+                yield f"{head}\ndata: {_dumped(message)}\n\n"
+
+    return message_stream_converter
+
+
+def _turns(stock: Any) -> Any:
+    """Each turn of a response that calls tools is a request to the engine."""
+
+    @functools.wraps(stock)
+    def _generate_with_builtin_tools(*args: Any, context: Any, **kwargs: Any) -> Any:
+        seen: dict[Any, Any] = {}
+        context._kv_compress_seen, append = seen, context.append_output
+
+        def append_output(output: Any) -> None:
+            seen[getattr(output, "request_id", None)] = output
+            append(output)
+
+        context.append_output = append_output
+        return stock(*args, context=context, **kwargs)
+
+    return _generate_with_builtin_tools
+
+
+def _responses_full(stock: Any) -> Any:
+    @functools.wraps(stock)
+    async def responses_full_generator(
+        request: Any, sampling_params: Any, result_generator: Any, context: Any, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        response = await stock(request, sampling_params, result_generator, context, *args, **kwargs)
+        _set(response, getattr(context, "_kv_compress_seen", {}))
+        return response
+
+    return responses_full_generator
 
 
 def _completion_full(stock: Any) -> Any:
@@ -153,7 +244,7 @@ def _completion_stream(stock: Any) -> Any:
         *args: Any,
         **kwargs: Any,
     ) -> AsyncIterator[str]:
-        seen: dict[int, Any] = {}
+        seen: dict[Any, Any] = {}
         results = _watch_prompts(result_generator, seen)
         chunks = stock(request, engine_inputs, results, *args, **kwargs)
         async with aclosing(chunks):
@@ -163,15 +254,17 @@ def _completion_stream(stock: Any) -> Any:
     return completion_stream_generator
 
 
-async def _watch(results: AsyncGenerator[Any, None], seen: dict[int, Any]) -> AsyncIterator[Any]:
+async def _watch(
+    results: AsyncGenerator[Any, None], seen: dict[Any, Any], key: int = 0
+) -> AsyncIterator[Any]:
     async with aclosing(results):
         async for result in results:
-            seen[0] = result
+            seen[key] = result
             yield result
 
 
 async def _watch_prompts(
-    results: AsyncGenerator[Any, None], seen: dict[int, Any]
+    results: AsyncGenerator[Any, None], seen: dict[Any, Any]
 ) -> AsyncIterator[Any]:
     async with aclosing(results):
         async for index, result in results:
@@ -179,15 +272,38 @@ async def _watch_prompts(
             yield index, result
 
 
-def _set(response: Any, seen: dict[int, Any]) -> None:
+def _set(response: Any, seen: dict[Any, Any]) -> None:
     usage = getattr(response, "usage", None)
     if usage is not None:  # an error has none
         usage.kv_compress = total(seen.values())
 
 
-def _with_usage(chunk: str, seen: dict[int, Any]) -> str:
+def _with_usage(chunk: str, seen: dict[Any, Any]) -> str:
     if _USAGE_ONLY not in chunk:
         return chunk
     message = json.loads(chunk.removeprefix("data: "))
     message["usage"][FIELD] = total(seen.values())
-    return f"data: {json.dumps(message, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_dumped(message)}\n\n"
+
+
+def _dumped(message: Any) -> str:
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":"))
+
+
+_WRAPPED = (
+    ("openai_serving_completion", "request_output_to_completion_response", _completion_full),
+    ("openai_serving_completion", "completion_stream_generator", _completion_stream),
+    ("openai_serving_chat", "chat_completion_full_generator", _full),
+    ("openai_serving_chat", "chat_completion_stream_generator", _stream),
+    ("openai_serving_chat_batch", "chat_completion_full_generator_batch", _batch_full),
+    ("openai_serving_responses", "_generate_with_builtin_tools", _turns),
+    ("openai_serving_responses", "responses_full_generator", _responses_full),
+    # Chat completions beneath, which their converters make messages of.
+    ("anthropic_serving_messages", "chat_completion_full_generator", _full),
+    ("anthropic_serving_messages", "chat_completion_stream_generator", _stream),
+    ("anthropic_serving_messages", "messages_full_converter", _messages_full),
+    ("anthropic_serving_messages", "message_stream_converter", _messages_stream),
+    ("serving_tokens", "serve_tokens_full_generator", _full),
+    ("serving_tokens", "serve_tokens_stream_generator", _stream),
+)
+"""Serving in vLLM's ``State``, its method, and what to make of it."""
