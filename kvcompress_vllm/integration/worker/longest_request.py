@@ -5,6 +5,7 @@ that compression offers."""
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -70,7 +71,7 @@ def _blocks_needed(vllm_config: VllmConfig, spec: KVCacheSpec) -> int:
 def _peak_that_fits(vllm_config: VllmConfig, spec: KVCacheSpec, blocks: int) -> int | None:
     """The largest ``prefill_peak_tokens`` with which the longest request fits; None: there is none,
     or another one is set already."""
-    options = vllm_config.additional_config[KEY]
+    options: dict[str, Any] = dict(vllm_config.additional_config[KEY])  # type: ignore[index]
     if options.get("prefill_peak_tokens") is not None:
         return None
     most = blocks * vllm_config.cache_config.block_size // LEAST_PEAK * LEAST_PEAK
