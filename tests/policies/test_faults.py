@@ -76,7 +76,7 @@ def test_requests_may_choose_those_that_pass() -> None:
 @pytest.mark.usefixtures("faulty")
 @pytest.mark.parametrize("policy", FAULTS)
 def test_a_request_keeps_its_blocks_and_reports_it(policy: str) -> None:
-    """Beside one that is fine, in one batch; and once more, with heads of uneven length."""
+    """A first compression, one of heads of uneven length, and one that is only scored."""
     torch.manual_seed(5)
     paged = Paged(config_of("adakv", allow_policies=True))
     first = paged.compress(grow(paged, 333), 6)
@@ -93,7 +93,10 @@ def test_a_request_keeps_its_blocks_and_reports_it(policy: str) -> None:
     other_row, other_new = paged.free[:12], paged.free[12:15]
     paged.pages.view(200, -1)[other_row] = torch.randn(12, SLOTS * B * 2 * D)
     other = Compression("o", 0, 1, 12 * B, 0, 0, 12, other_row, other_new, policy)
+    paged.compressor.record = {}
     (pending,) = paged.compressor.run([again, other])
+    latest = [*range(4), *range(12 * B - 3 * B + 4, 12 * B)]  # and the sinks
+    assert [keys.tolist() for keys in paged.compressor.record["o"]] == [latest] * SLOTS
     reports = pending.collect()
     assert len(reports) == 2
     for report, kept in zip(reports, (5, 3), strict=True):
