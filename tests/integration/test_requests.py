@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.frontend import requests
-from kvcompress_vllm.integration.frontend.checks import bad_request
+from kvcompress_vllm.integration.frontend.checks import BadRequestError, bad_request
 from kvcompress_vllm.integration.frontend.requests import KEYS, check_request, request_wish
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 from tests.integration.simulation import MODEL
@@ -166,6 +168,24 @@ def test_errors_are_bad_requests_to_every_vllm() -> None:
     with told as refused, bad_request():
         ask(kv_compress_ratio=0)
     assert isinstance(refused.value, ValueError)
+
+
+def test_generate_checks_when_it_is_called() -> None:
+    """Not when its first token is asked for: a stream has been HTTP 200 for long then."""
+    vllm_config = EngineArgs(
+        str(MODEL), additional_config={"kv_compress": True}, max_model_len=2048
+    ).create_engine_config()
+    engine = SimpleNamespace(vllm_config=vllm_config)
+    prompt = {"type": "token", "prompt_token_ids": [1] * 300}
+
+    def generate(**extra_args: Any) -> Any:
+        params = SamplingParams(max_tokens=4, extra_args=extra_args)
+        return AsyncLLM.generate(engine, prompt, params, "r")
+
+    assert inspect.isasyncgen(generate(kv_compress_ratio=2, kv_compress_context_tokens=300))
+    for wrong in ({"kv_compress_ratio": 0}, {"kv_compress_context_tokens": 301}):
+        with pytest.raises(BadRequestError, match="is not accepted"):
+            generate(**wrong)
 
 
 def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
