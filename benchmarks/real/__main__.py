@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
     from benchmarks.real.masks import Shields
     from benchmarks.real.model import Model
 
+    if unknown := set(args.modes) - set(study.MODES):
+        raise SystemExit(f"modes {sorted(unknown)} are not accepted; known: {study.MODES}")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     begun = time.monotonic()

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-TASKS = ("passkey", "person", "fruits", "words", "city")
+TASKS = ("passkey", "person", "fruits", "words", "city", "phone", "car", "meeting")
 TEXT = "text"
 """The kind of a sample without questions: text and how it goes on."""
 
@@ -39,6 +39,11 @@ _CITIES = (
     "Paris London Berlin Madrid Vienna Lisbon Dublin Athens Prague Warsaw Boston Chicago Denver "
     "Seattle Toronto Sydney"
 ).split()
+_CARS = (
+    "a green truck;a red van;a blue bus;a white taxi;a black jeep;a yellow tractor;a silver sedan;"
+    "a brown wagon"
+).split(";")
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _WORDS = (
     "apple river stone cloud tiger piano window garden bridge candle forest mirror pepper rocket "
     "saddle timber violin walnut yellow zebra anchor basket copper dragon engine fabric guitar "
@@ -94,11 +99,13 @@ def facts(rng: random.Random) -> tuple[list[str], dict[str, tuple[str, str, str]
     Of persons, fruits and cities there are two each, so that the name in the question matters.
     """
     key = str(rng.randint(10000, 99999))
-    first, last = rng.sample(_FIRST, 6), rng.sample(_LAST, 6)
+    first, last = rng.sample(_FIRST, 12), rng.sample(_LAST, 12)
     names = [f"{a} {b}" for a, b in zip(first, last, strict=True)]
     jobs, fruits = rng.sample(_JOBS, 2), rng.sample(_FRUITS, 4)
     cities, years = rng.sample(_CITIES, 2), rng.sample(range(1900, 2000), 2)
-    words = rng.sample(_WORDS, 3)
+    words, cars = rng.sample(_WORDS, 3), rng.sample(_CARS, 2)
+    phones = [str(rng.randint(100000, 999999)) for _ in range(2)]
+    days = [f"{day} at {rng.randint(2, 11)} o'clock" for day in rng.sample(_DAYS, 2)]
     likes = [f"{fruits[2 * i]} and {fruits[2 * i + 1]}" for i in range(2)]
     homes = [f"{cities[i]} in {years[i]}" for i in range(2)]
     phrase = f"{words[0]}, {words[1]} and {words[2]}"
@@ -106,6 +113,9 @@ def facts(rng: random.Random) -> tuple[list[str], dict[str, tuple[str, str, str]
     sentences += [f"{names[i]} works as a {jobs[i]}." for i in range(2)]
     sentences += [f"{names[2 + i]} likes {likes[i]}." for i in range(2)]
     sentences += [f"{names[4 + i]} was born in {homes[i]}." for i in range(2)]
+    sentences += [f"The phone number of {names[6 + i]} is {phones[i]}." for i in range(2)]
+    sentences += [f"{names[8 + i]} drives {cars[i]}." for i in range(2)]
+    sentences += [f"The meeting with {names[10 + i]} is on {days[i]}." for i in range(2)]
     sentences += [f"The three secret words are {phrase}."]
     return sentences, {
         "passkey": ("What is the pass key?", "The pass key is", key),
@@ -114,6 +124,15 @@ def facts(rng: random.Random) -> tuple[list[str], dict[str, tuple[str, str, str]
         "words": ("What are the three secret words?", "The three secret words are", phrase),
         "city": (
             f"Where and when was {names[4]} born?", f"{names[4]} was born in", homes[0],
+        ),
+        "phone": (
+            f"What is the phone number of {names[6]}?",
+            f"The phone number of {names[6]} is", phones[0],
+        ),
+        "car": (f"What does {names[8]} drive?", f"{names[8]} drives", cars[0]),
+        "meeting": (
+            f"When is the meeting with {names[10]}?",
+            f"The meeting with {names[10]} is on", days[0],
         ),
     }  # fmt: skip
 

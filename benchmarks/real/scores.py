@@ -11,6 +11,7 @@ Leading dimensions ``*`` (layers, or contexts and layers), then:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -255,9 +256,9 @@ def query_span(
         weighted: ``[*, H, P]`` of the window, probabilities times what a value adds, relative.
         surprise: ``[P]``, 1 - probability of each token given those before.
     """
-    spread = weighted.clone()
-    for i in range(1, spread.shape[-1]):
-        spread[..., i] = torch.maximum(spread[..., i], decay * spread[..., i - 1])
+    # The highest of all earlier ones, each decayed by its distance: a running maximum of logarithms.
+    fall = torch.arange(weighted.shape[-1], device=weighted.device) * math.log(decay)
+    spread = ((weighted.log() - fall).cummax(-1).values + fall).exp()
     return pooled(torch.maximum(weighted, spread * surprise**power), 3)
 
 
