@@ -3,7 +3,7 @@
 
     python -m benchmarks.models smollm2 models/smollm2; python -m benchmarks.models text texts
     python -m benchmarks.real prepare models/smollm2 texts samples.jsonl --lengths 1000,2000
-    python -m benchmarks.real run models/smollm2 samples.jsonl --modes hidden,visible --output r.jsonl
+    python -m benchmarks.real run models/smollm2 samples.jsonl --output r.jsonl
     python -m benchmarks.real table r.jsonl --modes hidden
 
 ``prepare`` writes token ids, so that ``run`` needs PyTorch and safetensors only, on any device. A
@@ -162,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--samples", type=int, default=10, help="per source and length")
     make.add_argument("--first-seed", type=int, default=0)
     make.add_argument("--continuation", type=int, default=0, metavar="TOKENS",
-                      help="plain text and so many tokens that follow, instead of facts")  # fmt: skip
+                      help="plain text and so many tokens that follow, no facts")  # fmt: skip
     measure = commands.add_parser("run", help="measure")
     measure.set_defaults(action=run)
     measure.add_argument("model", type=Path)

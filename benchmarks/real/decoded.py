@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A context that is generated, and compressed on the way as the engine compresses generations.
 
-Whenever what is held exceeds the budget by ``interval`` pages per head, the keys compete again: those
-that are left and the new ones. What a score knows of old keys is stored when they come, or is what
-the latest queries pay to them. The tokens are given, so all policies read the same text, each over
-its own keys.
+Whenever what is held exceeds the budget by :data:`INTERVAL` pages per head, the keys compete again:
+those that are left and the new ones. What a score knows of old keys is stored when they come, or is
+what the latest queries pay to them. The tokens are given, so all policies read the same text, each
+over its own keys.
 """
 
 from __future__ import annotations
@@ -171,7 +171,15 @@ POLICIES: dict[str, Policy] = {
     "streaming": Policy(lambda v: v.order()),
     "random": Policy(lambda v: v.chance()),
 }
-FEW = "echo16,echo64,echo64_window,echo64_highest64,diverse_p127,keydiff,streaming".split(",")
+FEW = [
+    "echo16",
+    "echo64",
+    "echo64_window",
+    "echo64_highest64",
+    "diverse_p127",
+    "keydiff",
+    "streaming",
+]
 
 
 def schedule(length: int, ratio: float, shields: Shields) -> Iterator[int]:

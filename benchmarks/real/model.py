@@ -76,7 +76,9 @@ class Model:
         self._output = self._weights.get("lm_head.weight", self._embedding)
         self._size: int = config["hidden_size"]
 
-    def rotate(self, x: Tensor, distance: Tensor | float, frequency: Tensor | None = None) -> Tensor:
+    def rotate(
+        self, x: Tensor, distance: Tensor | float, frequency: Tensor | None = None
+    ) -> Tensor:
         """``x`` ``[..., D]`` as if it stood ``distance`` tokens later (``[...]``, or a number)."""
         frequency = self.frequency if frequency is None else frequency
         angle = torch.as_tensor(distance, device=x.device).float()[..., None] * frequency

@@ -26,7 +26,12 @@ class Evidence:
     """
 
     def __init__(
-        self, model: Model, context: Context, tokens: Tensor, repeat: Sequence[int], shields: Shields
+        self,
+        model: Model,
+        context: Context,
+        tokens: Tensor,
+        repeat: Sequence[int],
+        shields: Shields,
     ) -> None:
         self.model, self.context, self.tokens, self.shields = model, context, tokens, shields
         self._repeat = torch.tensor([repeat], device=model.device, dtype=torch.long)
@@ -92,7 +97,7 @@ class Evidence:
             assert found is not None
             new, queries = found[0][0, self.model.layers], found[2][0]
             score = self._by_layer(
-                lambda i, new=new, queries=queries: scores.replay(  # type: ignore[misc]
+                lambda i, new=new, queries=queries, upto=upto: scores.replay(  # type: ignore[misc]
                     self.keys[i, :, :upto], queries[i], new[i], self.model.scale
                 )
             )
@@ -272,8 +277,20 @@ POLICIES: dict[str, Policy] = {
     ),
     "random": Policy(lambda e, _: e.chance()),
 }
-FEW = (
-    "kvzip,echo,echo_end,echo_overlap,echo_window,echo_window_w7,kv_compress_p15,kv_compress_p127,"
-    "diverse_p127,snapkv,keydiff,expected_attention,streaming,random"
-).split(",")
+FEW = [
+    "kvzip",
+    "echo",
+    "echo_end",
+    "echo_overlap",
+    "echo_window",
+    "echo_window_w7",
+    "kv_compress_p15",
+    "kv_compress_p127",
+    "diverse_p127",
+    "snapkv",
+    "keydiff",
+    "expected_attention",
+    "streaming",
+    "random",
+]
 """What a processor without a GPU has patience for."""

@@ -47,8 +47,8 @@ class Cell:
             self.nats[key] = line["nats"]
         for task, (right, likelihood) in line.get("tasks", {}).items():
             if tasks is None or task in tasks:
-                self.right[*key, task] = right
-                self.likelihood[*key, task] = likelihood
+                self.right[(*key, task)] = right
+                self.likelihood[(*key, task)] = likelihood
 
     def accuracy(self) -> float:
         """Share of answers that are right."""

@@ -22,33 +22,39 @@ TASKS = ("passkey", "person", "fruits", "words", "city", "phone", "car", "meetin
 TEXT = "text"
 """The kind of a sample without questions: text and how it goes on."""
 
-_FIRST = (
-    "Alice Brian Clara Daniel Emma Frank Grace Henry Irene James Karen Louis Maria Nathan Olivia "
-    "Peter Rachel Samuel Tina Victor"
-).split()
-_LAST = (
-    "Adams Baker Carter Dixon Evans Foster Grant Hughes Irving Jensen Keller Lopez Mason Norris "
-    "Owens Porter Quinn Rivera Stone Turner"
-).split()
-_JOBS = (
+
+def _items(text: str, separator: str = " ") -> list[str]:
+    return text.split(separator)
+
+
+_FIRST = _items(
+    "Alice Brian Clara Daniel Emma Frank Grace Henry Irene James Karen Louis Maria Nathan "
+    "Olivia Peter Rachel Samuel Tina Victor"
+)
+_LAST = _items(
+    "Adams Baker Carter Dixon Evans Foster Grant Hughes Irving Jensen Keller Lopez Mason "
+    "Norris Owens Porter Quinn Rivera Stone Turner"
+)
+_JOBS = _items(
     "dentist baker pilot lawyer carpenter nurse librarian plumber photographer florist tailor "
     "farmer barber jeweler mechanic butcher gardener translator"
-).split()
-_FRUITS = "apples cherries mangoes grapes lemons peaches plums oranges bananas melons".split()
-_CITIES = (
-    "Paris London Berlin Madrid Vienna Lisbon Dublin Athens Prague Warsaw Boston Chicago Denver "
-    "Seattle Toronto Sydney"
-).split()
-_CARS = (
-    "a green truck;a red van;a blue bus;a white taxi;a black jeep;a yellow tractor;a silver sedan;"
-    "a brown wagon"
-).split(";")
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_WORDS = (
-    "apple river stone cloud tiger piano window garden bridge candle forest mirror pepper rocket "
-    "saddle timber violin walnut yellow zebra anchor basket copper dragon engine fabric guitar "
-    "hammer island jacket"
-).split()
+)
+_FRUITS = _items("apples cherries mangoes grapes lemons peaches plums oranges bananas melons")
+_CITIES = _items(
+    "Paris London Berlin Madrid Vienna Lisbon Dublin Athens Prague Warsaw Boston Chicago "
+    "Denver Seattle Toronto Sydney"
+)
+_CARS = _items(
+    "a green truck;a red van;a blue bus;a white taxi;a black jeep;a yellow tractor;"
+    "a silver sedan;a brown wagon",
+    ";",
+)
+_DAYS = _items("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_WORDS = _items(
+    "apple river stone cloud tiger piano window garden bridge candle forest mirror pepper "
+    "rocket saddle timber violin walnut yellow zebra anchor basket copper dragon engine "
+    "fabric guitar hammer island jacket"
+)
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,7 @@ def replay(
     return best
 
 
-def later(
-    keys: Tensor, queries: Tensor, scale: float, segment: int, nearest: int
-) -> Tensor:
+def later(keys: Tensor, queries: Tensor, scale: float, segment: int, nearest: int) -> Tensor:
     """The highest probability that a real later query gives each key, ``nearest`` tokens or more
     after it and up to ``2 * segment``; the denominator is over all that it sees.
 
@@ -256,7 +254,7 @@ def query_span(
         weighted: ``[*, H, P]`` of the window, probabilities times what a value adds, relative.
         surprise: ``[P]``, 1 - probability of each token given those before.
     """
-    # The highest of all earlier ones, each decayed by its distance: a running maximum of logarithms.
+    # The highest of all earlier ones, decayed by distance: a running maximum of logarithms.
     fall = torch.arange(weighted.shape[-1], device=weighted.device) * math.log(decay)
     spread = ((weighted.log() - fall).cummax(-1).values + fall).exp()
     return pooled(torch.maximum(weighted, spread * surprise**power), 3)
