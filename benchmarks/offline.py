@@ -93,7 +93,7 @@ def options(name: str) -> dict[str, Any] | None:
     Args:
         name: "stock", a ratio, or ``key=value`` options joined by commas.
     """
-    from kvcompress_vllm.config import parse_spec
+    from kvcompress_vllm.config.spelling import parse_spec
 
     if name == STOCK:
         return None

@@ -18,10 +18,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import allocation, budget, gather, loss, ops, policies
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm import ops, policies
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression import allocation, gather, loss
+from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies import Evidence
-from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.records import budget
 
 HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE, RATIO = 8, 4, 128, 16, 4
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page arithmetic of the KV cache: the only place in C++ and CUDA that computes a page id.
-// Python twin and drawing: kvcompress_vllm/layout.py. Shape letters as there.
+// Python twin and drawing: kvcompress_vllm/cache/layout.py. Shape letters as there.
 #pragma once
 
 #include <cstdint>

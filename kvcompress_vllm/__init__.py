@@ -6,10 +6,10 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.config.options import KVCompressConfig
 
 if TYPE_CHECKING:
-    from kvcompress_vllm.integration.llm import LLM
+    from kvcompress_vllm.integration.frontend.llm import LLM
 
 try:
     __version__ = version("kvcompress_vllm")
@@ -21,7 +21,7 @@ __all__ = ["LLM", "KVCompressConfig", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "LLM":
-        from kvcompress_vllm.integration.llm import LLM
+        from kvcompress_vllm.integration.frontend.llm import LLM
 
         return LLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
-    from kvcompress_vllm.integration import doctor
+    from kvcompress_vllm.integration.start import doctor
 
     report = doctor.examine()
     print(json.dumps(report, indent=2) if arguments.json else doctor.render(report))

@@ -12,7 +12,7 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from kvcompress_vllm.config import OPTIONS
+from kvcompress_vllm.config.options import OPTIONS
 from kvcompress_vllm.policies import BUILT_IN
 
 EXAMPLES = int(os.environ.get("KVCOMPRESS_FUZZ", "200"))

@@ -2,9 +2,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress_vllm.admission import UNBOUNDED, Load, OutputLength, load, most_blocks
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.scheduling import CompressionPlanner
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.scheduling.admission import UNBOUNDED, Load, OutputLength, load, most_blocks
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
 
 B = 16
 PLANNER = CompressionPlanner(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress_vllm.allocation import freed_pages, water_fill
+from kvcompress_vllm.compression.allocation import freed_pages, water_fill
 from kvcompress_vllm.policies import Evidence, Policy
 
 LAYERS, HEADS, BLOCK = 3, 2, 16

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress_vllm import budget
-from kvcompress_vllm.budget import KEEP_ALL, Wish
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records import budget
+from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 
 B = 16
 

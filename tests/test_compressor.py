@@ -2,7 +2,7 @@
 """Compressing again what was compressed before, against a literal implementation of the paper.
 
 The literal side keeps, for every head, the list of its K/V vectors and nothing else: no pages, no
-blocks, no state tables. Letters as in ``kvcompress_vllm/layout.py``.
+blocks, no state tables. Letters as in ``cache/layout.py``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompress_vllm import budget, layout
-from kvcompress_vllm.compressor import Compressor
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.plan import Compression
-from kvcompress_vllm.reports import Report
-from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression.compressor import Compressor
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records import budget
+from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.records.report import Report
 
 L, H, G, D, B, W = 3, 2, 2, 16, 16, 8
 SLOTS = L * H
@@ -206,7 +207,7 @@ def test_many_compressions_at_once_equal_each_on_its_own() -> None:
                 ("b", 1, 900, range(40, 97), range(160, 163)),
             ]
         ]
-        from kvcompress_vllm import compressor as module
+        from kvcompress_vllm.compression import compressor as module
 
         limit, module.MOST_TOKENS = module.MOST_TOKENS, most_blocks * B
         try:

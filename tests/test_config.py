@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.config import OPTIONS, KVCompressConfig, check, parse_spec, parse_value
+from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
+from kvcompress_vllm.config.spelling import check, parse_spec, parse_value
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvcompress_vllm.config import KVCompressConfig, check, parse_spec, parse_value
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.spelling import check, parse_spec, parse_value
 from tests.fuzzing import KEYS, SPECS, TEXT_VALUES, VALUES, fuzz, names_what_is_wrong
 
 MAPPINGS = st.dictionaries(KEYS, VALUES, max_size=4)

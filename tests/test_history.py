@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvcompress_vllm.history import COLUMNS, SECONDS, Gauges, History
-from kvcompress_vllm.metrics import Compressed, Occupancy, StepReport
+from kvcompress_vllm.reporting.history import COLUMNS, SECONDS, Gauges, History
+from kvcompress_vllm.reporting.metrics import Compressed, Occupancy, StepReport
 
 PREFILL = Compressed("prefill", True, 20, 5, 21, 6)
 DECODE = Compressed("decode", False, 12, 8, 12, 8)

@@ -9,10 +9,13 @@ import random
 import pytest
 import torch
 
-from kvcompress_vllm import budget, loss, ops
-from kvcompress_vllm import compressor as compressor_module
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.loss import LossCurve, curve_points
+from kvcompress_vllm import ops
+from kvcompress_vllm.compression import compressor as compressor_module
+from kvcompress_vllm.compression import loss
+from kvcompress_vllm.compression.loss import curve_points
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records import budget
+from kvcompress_vllm.records.curve import LossCurve
 from tests.test_compressor import SLOTS, B, D, G, L, Paged, W
 
 GROUPS = {"global": 1, "layer": L, "uniform": SLOTS}
@@ -101,7 +104,7 @@ def test_requests_of_a_batch_have_their_own_curves() -> None:
 
 
 def _batch(config: KVCompressConfig, names: list[str]) -> list:
-    from kvcompress_vllm.plan import Compression
+    from kvcompress_vllm.records.plan import Compression
 
     torch.manual_seed(5)
     paged = Paged(config)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress_vllm.budget import KEEP_ALL, Wish
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.loss import LossCurve
-from kvcompress_vllm.mass import ExpectedRatio, mass_blocks, mass_of
-from kvcompress_vllm.reports import Scored
-from kvcompress_vllm.scheduling import NEVER, CompressionPlanner, Tracked
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records.budget import KEEP_ALL, Wish
+from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.report import Scored
+from kvcompress_vllm.scheduling.mass import ExpectedRatio, mass_blocks, mass_of
+from kvcompress_vllm.scheduling.planner import NEVER, CompressionPlanner, Tracked
 
 B = 16
 CURVE = LossCurve([2, 10, 20, 50, 100], [0.9, 0.5, 0.2, 0.02, 0.0])

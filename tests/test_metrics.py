@@ -9,9 +9,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from kvcompress_vllm import metrics
-from kvcompress_vllm.metrics import METRICS, Compressed, StepReport
-from kvcompress_vllm.plan import Compression
+from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.reporting import metrics
+from kvcompress_vllm.reporting.metrics import METRICS, Compressed, StepReport
 
 DOCS = Path(__file__).parents[1] / "docs"
 BY_NAME = {metric.name: metric for metric in METRICS}

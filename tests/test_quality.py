@@ -56,8 +56,8 @@ from benchmarks.quality.prompts import (
 )
 from benchmarks.retrieval import TASKS
 from kvcompress_vllm import policies
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.usage import CompressionUsage
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.reporting.usage import CompressionUsage
 
 RUN = {"model": "tiny", "dtype": "auto", "base": "recent=32", "seeds": "tuning"}
 

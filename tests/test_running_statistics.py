@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from kvcompress_vllm import layout, ops, policies
-from kvcompress_vllm.compressor import Compressor
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.plan import Compression, Observation
+from kvcompress_vllm import ops, policies
+from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression.compressor import Compressor
+from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies.h2o import H2O
-from kvcompress_vllm.scheduling import CompressionPlanner
-from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.records.plan import Compression, Observation
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
 
 L, H, G, D, B = 2, 2, 2, 8, 16
 SLOTS = L * H

@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.loss import LossCurve
-from kvcompress_vllm.reports import Report
-from kvcompress_vllm.scheduling import NEVER, CompressionPlanner, num_observe_slots
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.report import Report
+from kvcompress_vllm.scheduling.planner import NEVER, CompressionPlanner, num_observe_slots
 
 B = 16
 

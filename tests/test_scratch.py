@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.compressor import MOST_TOKENS, Compressor, scratch_bytes
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.plan import Compression
-from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression.compressor import MOST_TOKENS, Compressor, scratch_bytes
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records.plan import Compression
 
 L, H, G, D, B = 6, 2, 2, 32, 16
 TOKENS = MOST_TOKENS + 100

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from kvcompress_vllm.plan import Compression, Trigger
-from kvcompress_vllm.shortage import Shortage
+from kvcompress_vllm.records.plan import Compression, Trigger
+from kvcompress_vllm.reporting.shortage import Shortage
 
 NEVER = 1 << 62
 

@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-from kvcompress_vllm.integrity import Block, check_pool, check_state
-from kvcompress_vllm.plan import PackedRow
-from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.cache.integrity import Block, check_pool, check_state
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.records.plan import PackedRow
 
 NULL = Block(0, True, False)
 

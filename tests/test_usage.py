@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from kvcompress_vllm.plan import Compression
-from kvcompress_vllm.usage import CompressionUsage, Counts, UsageLog
+from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.reporting.usage import CompressionUsage, Counts, UsageLog
 
 FIRST = Compression("r", 0, 0, 330, 0, 0, 20, list(range(1, 22)), [90] * 5)
 """20 of 21 blocks are packed into 5."""

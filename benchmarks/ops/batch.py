@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import layout, ops
+from kvcompress_vllm import ops
+from kvcompress_vllm.cache import layout
 
 HEAD_SIZE, BLOCK_SIZE, HEADS, GROUP = 128, 16, 8, 4
 SCALE = HEAD_SIZE**-0.5

@@ -42,7 +42,7 @@ from benchmarks.quality.prompts import TINY, check_tasks
 from benchmarks.quality.report import heat_map, plot, print_tables
 from benchmarks.retrieval import TASKS
 from kvcompress_vllm import policies
-from kvcompress_vllm.config import parse_spec
+from kvcompress_vllm.config.spelling import parse_spec
 
 GROUPS = {
     "all": list(TASKS),

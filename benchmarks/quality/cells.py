@@ -13,7 +13,8 @@ from statistics import stdev
 from typing import Any, NamedTuple
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.config import KVCompressConfig, parse_spec
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.spelling import parse_spec
 
 FULL = "full"
 """The policy name of the control that keeps everything; it has one allocator and ratio 1."""

@@ -17,7 +17,7 @@ from benchmarks.quality import longbench
 from benchmarks.quality.cells import DECODED, FULL, HIDDEN, Cell, Choice, config_of, runs
 from benchmarks.quality.prompts import GIVEN, Prompt, Prompts
 from kvcompress_vllm import policies
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.config.options import KVCompressConfig
 
 BLOCK_SIZE = 16
 SWAPPED = ("policy", "policy_options", "allocator", "pool", "window", "ratio", "budget_tokens")

@@ -41,7 +41,7 @@ from benchmarks.quality.measure import (
 from benchmarks.quality.prompts import TINY, Prompt, Prompts, check_tasks
 from benchmarks.quality.report import label
 from kvcompress_vllm import policies
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.config.options import KVCompressConfig
 from tests.policies import literal, prompts
 from tests.policies.test_parity import HEAD_WEIGHTS, LAYER_WEIGHTS, SAME_SCORE, accepted
 

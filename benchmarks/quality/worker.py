@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.compressor import Compressor
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.compression.compressor import Compressor
+from kvcompress_vllm.config.options import KVCompressConfig
 
 ENGINE_OPTIONS = ("sinks", "recent", "min_tokens_per_head", "query_stride")
 """Options that only an engine of its own can change, as the scheduler depends on them."""

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // write_kv and observe_queries: scattered copies of whole vectors. Letters:
-// kvcompress_vllm/layout.py.
+// kvcompress_vllm/cache/layout.py.
 #pragma once
 
 #include "gpu.cuh"

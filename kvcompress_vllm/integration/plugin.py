@@ -11,7 +11,7 @@ import functools
 import os
 from typing import Any
 
-_CPU_PLATFORM = "kvcompress_vllm.integration.cpu_platform.KVCompressCpuPlatform"
+_CPU_PLATFORM = "kvcompress_vllm.integration.cpu.platform.KVCompressCpuPlatform"
 _PATCHED = "_kv_compress_patched"
 
 
@@ -47,7 +47,7 @@ def _patch_arguments(engine_args: Any) -> None:
 
     @functools.wraps(stock_add)
     def add_cli_args(parser: Any) -> Any:
-        from kvcompress_vllm.integration.options import add_arguments
+        from kvcompress_vllm.integration.start.flags import add_arguments
 
         parser = stock_add(parser)
         add_arguments(parser)
@@ -55,7 +55,7 @@ def _patch_arguments(engine_args: Any) -> None:
 
     @functools.wraps(stock_from)
     def from_cli_args(cls: Any, args: Any) -> Any:
-        from kvcompress_vllm.integration.options import merge_arguments
+        from kvcompress_vllm.integration.start.flags import merge_arguments
 
         merge_arguments(args)
         return stock_from(cls, args)
@@ -69,12 +69,12 @@ def _patch_engine_config(engine_args: Any) -> None:
 
     @functools.wraps(stock)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from kvcompress_vllm.integration.wiring import check, wire
+        from kvcompress_vllm.integration.start.wiring import check, wire
 
         config = wire(self)
         vllm_config = stock(self, *args, **kwargs)
         if config is not None:
-            from kvcompress_vllm.integration import endpoints, prometheus, usage
+            from kvcompress_vllm.integration.frontend import endpoints, prometheus, usage
 
             check(vllm_config)
             prometheus.install()
@@ -94,8 +94,8 @@ def _patch_requests() -> None:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from kvcompress_vllm.integration.options import resolved_config
-        from kvcompress_vllm.integration.requests import check_length, check_request
+        from kvcompress_vllm.integration.frontend.requests import check_length, check_request
+        from kvcompress_vllm.integration.start.flags import resolved_config
 
         config = resolved_config(self.vllm_config)
         if config is not None:

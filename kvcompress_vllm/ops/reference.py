@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op means, in plain PyTorch. Letters as in ``kvcompress_vllm/layout.py``.
+"""What every op means, in plain PyTorch. Letters as in ``cache/layout.py``.
 
 These functions are the specification that the native kernels are tested against, and what runs
 where no kernel was built. They loop over (request, layer, head), never over tokens.
@@ -20,7 +20,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import layout
+from kvcompress_vllm.cache import layout
 
 CHANNELS = (
     "SUM",

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from kvcompress_vllm.config.rules import refusal
 from kvcompress_vllm.policies.adakv import AdaKV
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
 from kvcompress_vllm.policies.cake import Cake
@@ -29,7 +30,6 @@ from kvcompress_vllm.policies.scissorhands import Scissorhands
 from kvcompress_vllm.policies.snapkv import SnapKV
 from kvcompress_vllm.policies.streaming import Streaming
 from kvcompress_vllm.policies.tova import Tova
-from kvcompress_vllm.validation import refusal
 
 ENTRY_POINTS = "kvcompress_vllm.policies"
 BUILT_IN: dict[str, type[Policy]] = {

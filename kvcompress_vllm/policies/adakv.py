@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvcompress_vllm.config.rules import number, option
 from kvcompress_vllm.policies.base import Evidence
 from kvcompress_vllm.policies.snapkv import SnapKV
-from kvcompress_vllm.validation import number, option
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy is, and what it may look at. Letters as in ``kvcompress_vllm/layout.py``."""
+"""What a policy is, and what it may look at. Letters as in ``cache/layout.py``."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Policy(ABC):
     """Scores the candidate keys of a request. One file per policy, one dataclass field per option.
 
     Instances hold options only, never anything of a request. ``policy_options`` may set the fields
-    that are made with :func:`kvcompress_vllm.validation.option`.
+    that are made with :func:`kvcompress_vllm.config.rules.option`.
     """
 
     pool: int = 1

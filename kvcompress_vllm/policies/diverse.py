@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.config.rules import integer, number, option
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
-from kvcompress_vllm.validation import integer, number, option
 
 
 @dataclass(frozen=True)

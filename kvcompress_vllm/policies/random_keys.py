@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcompress_vllm.config.rules import integer, option
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
-from kvcompress_vllm.validation import integer, option
 
 _LOW32 = 0xFFFFFFFF
 

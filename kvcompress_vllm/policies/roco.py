@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.config.rules import number, option
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
-from kvcompress_vllm.validation import number, option
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.config.rules import number, option
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
-from kvcompress_vllm.validation import number, option
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.config.rules import choice, option
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
-from kvcompress_vllm.validation import choice, option
 
 
 @dataclass(frozen=True)

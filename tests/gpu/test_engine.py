@@ -15,8 +15,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from benchmarks.quality.cells import DECODED, Cell, Choice
 from benchmarks.quality.measure import Settings, measure, start
-from kvcompress_vllm.integration.reports import reports_of
-from kvcompress_vllm.reports import Report, Scored
+from kvcompress_vllm.integration.worker.reports import reports_of
+from kvcompress_vllm.records.report import Report, Scored
 from tests.integration.engines import engine, greedy, samples, scheduler
 from tests.integration.simulation import MODEL
 

@@ -25,16 +25,17 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvcompress_vllm import integrity, layout, ops
-from kvcompress_vllm.compressor import Compressor
-from kvcompress_vllm.integration import reports
-from kvcompress_vllm.integration.kv_cache import KVCompressSpec
-from kvcompress_vllm.integration.options import resolved_config
+from kvcompress_vllm import ops
+from kvcompress_vllm.cache import integrity, layout
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression.compressor import Compressor
+from kvcompress_vllm.compression.pending import PendingReports
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.sizing import observe_slots
-from kvcompress_vllm.metrics import StepReport
-from kvcompress_vllm.plan import StepPlan
-from kvcompress_vllm.reports import PendingReports
-from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.integration.worker import reports
+from kvcompress_vllm.records.plan import StepPlan
+from kvcompress_vllm.reporting.metrics import StepReport
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
 L, H, G, D, B = 2, 2, 2, 8, 16

@@ -10,7 +10,7 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from kvcompress_vllm.config import OPTIONS, default_text
+from kvcompress_vllm.config.options import OPTIONS, default_text
 from tests.integration.simulation import MODEL
 
 DEFAULT = {"ratio": 4.0, "policy": "diverse"}

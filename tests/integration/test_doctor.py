@@ -10,9 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.integration import doctor
-from kvcompress_vllm.integration.hooks import HOOKS
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.integration.compat.hooks import HOOKS
+from kvcompress_vllm.integration.start import doctor
 from kvcompress_vllm.ops import SCHEMAS
 
 ROOT = Path(__file__).parents[2]

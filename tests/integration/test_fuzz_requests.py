@@ -13,10 +13,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from kvcompress_vllm.budget import Wish, packed_blocks
-from kvcompress_vllm.config import OPTIONS, KVCompressConfig
-from kvcompress_vllm.integration.options import user_options
-from kvcompress_vllm.integration.requests import KEYS, check_request, request_wish
+from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
+from kvcompress_vllm.integration.frontend.requests import KEYS, check_request, request_wish
+from kvcompress_vllm.integration.start.flags import user_options
+from kvcompress_vllm.records.budget import Wish, packed_blocks
 from tests.fuzzing import SCALARS, SPECS, TEXT_VALUES, fuzz, names_what_is_wrong
 from tests.integration.simulation import MODEL
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress_vllm.integration import hooks
-from kvcompress_vllm.integration.hooks import HOOKS, Hook
+from kvcompress_vllm.integration.compat import hooks
+from kvcompress_vllm.integration.compat.hooks import HOOKS, Hook
 
 
 def test_every_hook_is_intact() -> None:
@@ -30,10 +30,10 @@ def test_a_changed_hook_is_named(path: str, parameters: tuple[str, ...], message
 
 def test_assignments_to_vllm_are_all_registered() -> None:
     """Each patch in the source (an attribute of a vLLM class or object set) has its hook."""
-    folder = Path(hooks.__file__).parent
+    folder = Path(hooks.__file__).parents[1]
     assigned = {
         attribute or annotated
-        for path in folder.glob("*.py")
+        for path in folder.rglob("*.py")
         for attribute, annotated in re.findall(
             r"(?:engine_args|kv_cache_manager|model_state|InputProcessor|StatLoggerManager|plugins"
             r"|cpu_runner|RequestState|chat|completion)"

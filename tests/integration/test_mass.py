@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from kvcompress_vllm.integration.reports import reports_of
-from kvcompress_vllm.reports import Report, Scored
+from kvcompress_vllm.integration.worker.reports import reports_of
+from kvcompress_vllm.records.report import Report, Scored
 from tests.integration.engines import engine, greedy, samples, scheduler
 from tests.integration.simulation import Simulation
 from tests.integration.test_scheduler import OPTIONS, prompt

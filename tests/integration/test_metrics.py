@@ -15,9 +15,9 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from kvcompress_vllm.integration.prometheus import KVCompressStatLogger
-from kvcompress_vllm.integration.stats import KVCompressSchedulerStats
-from kvcompress_vllm.metrics import METRICS, Compressed, Measured, Occupancy, StepReport
+from kvcompress_vllm.integration.frontend.prometheus import KVCompressStatLogger
+from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
+from kvcompress_vllm.reporting.metrics import METRICS, Compressed, Measured, Occupancy, StepReport
 from tests.integration.simulation import Simulation
 from tests.integration.test_scheduler import OPTIONS, outgrow_the_forecast, prompt
 

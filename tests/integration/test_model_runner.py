@@ -11,7 +11,7 @@ import torch
 from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.block_table import BlockTables
 
-from kvcompress_vllm.integration.model_runner import RunnerV2
+from kvcompress_vllm.integration.worker.model_runner import RunnerV2
 
 ROWS, WIDTH = 4, 12
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.config.options import KVCompressConfig
 from tests.integration.engines import engine, greedy, samples
 from tests.integration.test_cli import resolved
 from tests.policies import prompts

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvcompress_vllm import layout
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.integration.requests import check_length
+from kvcompress_vllm.cache import layout
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.integration.frontend.requests import check_length
 from tests.integration.simulation import B, H, L, Simulation
 
 

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.integration.wiring import REFUSALS, check, check_kernels
+from kvcompress_vllm.integration.start.wiring import REFUSALS, check, check_kernels
 from tests.integration.simulation import MODEL
 
 README = (MODEL.parents[1] / "README.md").read_text()

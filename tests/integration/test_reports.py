@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-from kvcompress_vllm.integration.reports import attach, reports_of
-from kvcompress_vllm.reports import Report
+from kvcompress_vllm.integration.worker.reports import attach, reports_of
+from kvcompress_vllm.records.report import Report
 from tests.integration.engines import engine, greedy, samples, scheduler
 
 

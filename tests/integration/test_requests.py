@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from kvcompress_vllm.budget import KEEP_ALL, Wish
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.integration.requests import check_request, request_wish
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.integration.frontend.requests import check_request, request_wish
+from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 
 
 def ask(**extra_args: Any) -> Wish | None:

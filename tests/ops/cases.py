@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hostile inputs for the ops, and how results are compared.
 
-Letters as in ``kvcompress_vllm/layout.py``. Block ids are shuffled, tables are slices of wider
+Letters as in ``cache/layout.py``. Block ids are shuffled, tables are slices of wider
 ones, whatever the op must not read is poison: NaN in memory that no request owns, huge numbers in
 unused table entries and unused state rows.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import layout
+from kvcompress_vllm.cache import layout
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 POISON_ID = 1 << 30

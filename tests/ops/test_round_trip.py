@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import DTYPES, Batch, Request, assert_close, make_batch
 
-from kvcompress_vllm import layout, ops
+from kvcompress_vllm import ops
+from kvcompress_vllm.cache import layout
 
 LAYERS, HEADS, GROUP, BLOCK_SIZE, HEAD_SIZE, WINDOW = 2, 2, 3, 16, 64, 8
 SLOTS = LAYERS * HEADS

@@ -9,7 +9,8 @@ from cases import assert_same_bits, page_starts, uneven
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvcompress_vllm import layout, ops
+from kvcompress_vllm import ops
+from kvcompress_vllm.cache import layout
 from kvcompress_vllm.ops import reference
 
 NAMES = ("kept_pages", "kept_first", "kept_keys")

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress_vllm import budget
-from kvcompress_vllm.compressor import Compressor
-from kvcompress_vllm.config import KVCompressConfig
-from kvcompress_vllm.plan import Compression
-from kvcompress_vllm.state import PackedState
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression.compressor import Compressor
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records import budget
+from kvcompress_vllm.records.plan import Compression
 from tests.policies import literal
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.compression.pending import PendingLengths
+from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies import Evidence
-from kvcompress_vllm.reports import PendingLengths
 from tests.policies import literal
 from tests.policies.prompts import setting
 from tests.policies.test_parity import SAME_SCORE, assert_same_choice

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress_vllm import allocation, loss, ops, policies
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm import ops, policies
+from kvcompress_vllm.compression import allocation, loss
+from kvcompress_vllm.config.options import KVCompressConfig
 from tests.policies import prompts
 from tests.policies.test_parity import CASES, assert_same_choice, case_id, expected
 

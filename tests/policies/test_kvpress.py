@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.config.options import KVCompressConfig
 from tests.policies import literal, prompts
 from tests.policies.test_parity import assert_same_choice
 

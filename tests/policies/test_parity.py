@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.config import KVCompressConfig
+from kvcompress_vllm.config.options import KVCompressConfig
 from tests.policies import literal, prompts
 
 torch.set_num_threads(1)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops, policies
-from kvcompress_vllm.config import GENERAL, KVCompressConfig
+from kvcompress_vllm.config.options import GENERAL, KVCompressConfig
+from kvcompress_vllm.config.rules import integer, option
 from kvcompress_vllm.policies import Defaults, Evidence, Policy
-from kvcompress_vllm.validation import integer, option
 from tests.policies import prompts
 
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker knows of packed requests. Letters as in ``cache/layout.py``.
+
+Life of a state slot, whose number the scheduler hands out:
+
+1. free: no block names it in ``owner``;
+2. :meth:`PackedState.install` after a compression: the tables describe the request, and ``owner``
+   of its first packed block names the slot, which is how attention finds it from a row;
+3. :meth:`PackedState.release` when the request finished or was preempted, before any other request
+   can use its blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache.transfer import to_device
+
+RUNNING = 4
+"""Numbers per key in the running statistics: 16 bytes, what the compaction kernel moves at once."""
+
+
+class PackedState:
+    """State tables, block owners and the observation ring of one rank.
+
+    Attributes:
+        num_pages, first_page: ``[U, L, H]`` int32.
+        covered: ``[U]`` int32.
+        owner: ``[N]`` int32, state slot of the request whose row starts with this block, or -1.
+        ring: ``[L, O, W, H * G, D]`` observed queries.
+        running: ``[P, B, 4]`` fp32 or None: per key, for policies that judge by all queries, the
+            sums so far of their channels (at most three) and, last, how many queries were counted.
+            Written for pages of one request only: it computed them itself, and nobody who shares
+            them writes here.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        num_layers: int,
+        num_kv_heads: int,
+        num_query_heads: int,
+        head_size: int,
+        state_slots: int,
+        observe_slots: int,
+        window: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        running: bool = False,
+        block_size: int = 16,
+    ) -> None:
+        heads = (state_slots, num_layers, num_kv_heads)
+        self.num_pages = torch.zeros(heads, dtype=torch.int32, device=device)
+        self.first_page = torch.zeros(heads, dtype=torch.int32, device=device)
+        self.covered = torch.zeros(state_slots, dtype=torch.int32, device=device)
+        self.owner = torch.full((num_blocks,), layout.NOT_PACKED, dtype=torch.int32, device=device)
+        self.ring = torch.zeros(
+            num_layers,
+            observe_slots,
+            window,
+            num_query_heads,
+            head_size,
+            dtype=dtype,
+            device=device,
+        )
+        pages = num_blocks * num_layers * num_kv_heads
+        self.running: Tensor | None = None
+        if running:
+            self.running = torch.zeros(pages, block_size, RUNNING, device=device)
+        self._first_block: dict[int, int] = {}
+
+    @property
+    def window(self) -> int:
+        """W, queries that an observation slot holds."""
+        return self.ring.shape[2]
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``num_pages``, ``first_page``, ``covered``: what the ops take after the state slots."""
+        return self.num_pages, self.first_page, self.covered
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Live state slots and the first packed block of each."""
+        return dict(self._first_block)
+
+    def num_bytes(self) -> int:
+        """Memory beside the KV cache, in bytes."""
+        tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
+        if self.running is not None:
+            tensors.append(self.running)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def state_slots(self, block_table: Tensor) -> Tensor:
+        """``[R]`` int32 state slot of every row of ``block_table`` ``[R, M]``; -1: not packed."""
+        return self.owner[block_table[:, 0].long()]
+
+    def slot_of(self, blocks: list[int]) -> int:
+        """State slot of the row that starts with ``blocks``, or -1; without asking the device."""
+        return next((s for s, b in self._first_block.items() if b == blocks[0]), layout.NOT_PACKED)
+
+    def install(
+        self, slots: list[int], blocks: list[list[int]], covered: list[int], kept_pages: Tensor
+    ) -> None:
+        """Describe requests that were just compressed.
+
+        Args:
+            slots: state slots, one per request.
+            blocks: packed blocks of every request.
+            covered: F of every request.
+            kept_pages: ``[R, L, H]`` int32.
+
+        Raises:
+            RuntimeError: a request has no packed block.
+        """
+        self.release(slots)
+        for slot, row in zip(slots, blocks, strict=True):
+            if not row:
+                raise RuntimeError(f"kv_compress: state slot {slot} has no packed block")
+            self._first_block[slot] = row[0]
+        device = self.owner.device
+        index = to_device(slots, torch.int64, device)
+        self.num_pages[index] = kept_pages
+        self.first_page[index] = layout.exclusive_cumsum(kept_pages)
+        self.covered[index] = to_device(covered, torch.int32, device)
+        first = to_device([row[0] for row in blocks], torch.int64, device)
+        self.owner[first] = index.to(torch.int32)
+
+    def release(self, slots: list[int]) -> None:
+        """Forget the requests in ``slots``; a slot that holds none is fine."""
+        blocks = [self._first_block.pop(slot) for slot in slots if slot in self._first_block]
+        if blocks:
+            first = to_device(blocks, torch.int64, self.owner.device)
+            self.owner[first] = layout.NOT_PACKED

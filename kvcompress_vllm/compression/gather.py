@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of a request's keys, values and observed queries, one layer at a time.
+
+Letters as in ``cache/layout.py``. For policies that need more of the keys, values or
+queries than the channels of the ops tell. A copy is made per call, so that no more than one layer
+of a request is held beside the cache: H * seq_len * D elements, 32 MiB for 16,384 tokens of
+Llama-3.1-8B in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache.state import PackedState
+
+Reader = Callable[[int], Tensor]
+
+
+class Packed(NamedTuple):
+    """A request that was compressed before: its state slot, and F up to now."""
+
+    state_slot: int
+    covered: int
+
+
+def readers(
+    pages: Tensor,
+    row: Tensor,
+    seq_len: int,
+    state: PackedState,
+    observe_slot: int,
+    num_queries: int,
+    packed: Packed | None,
+    left_out: int = 0,
+) -> tuple[Reader, Reader, Reader]:
+    """Functions of a layer: its keys, its values, its observed queries.
+
+    Args:
+        pages: ``[P, B, 2 * D]``.
+        row: ``[M]`` int32 block ids of a request.
+        seq_len: its tokens.
+        num_queries: observed queries n, those of the last n positions.
+        packed: None: never compressed, so that key j is the one of position j.
+        left_out: first columns, which every head begins after.
+
+    Returns:
+        Two functions that give ``[H, seq_len - left_out, D]`` and one that gives ``[H, G, n, D]``.
+        Heads that kept fewer keys begin with zeros.
+    """
+    layers, heads = state.num_pages.shape[1:]
+    block_size, head_size = pages.shape[1], pages.shape[2] // 2
+    covered = packed.covered if packed else 0
+
+    def read(layer: int, part: Tensor) -> Tensor:
+        column = torch.arange(left_out, seq_len, device=pages.device)
+        head_slot = layer * heads + torch.arange(heads, device=pages.device)[:, None]
+        num_pages, first_page = (
+            table[packed.state_slot, layer][:, None] if packed else torch.zeros_like(head_slot)
+            for table in (state.num_pages, state.first_page)
+        )
+        key = column - covered * block_size + num_pages * block_size
+        present = key.clamp(min=0)
+        ids = layout.page_id(
+            row, covered, num_pages, first_page, head_slot, layers * heads, present // block_size
+        )
+        copied = part[ids, present % block_size]
+        return copied.masked_fill_((key < 0)[..., None], 0) if packed else copied
+
+    def queries(layer: int) -> Tensor:
+        ring = state.ring
+        positions = torch.arange(seq_len - num_queries, seq_len, device=ring.device) % state.window
+        observed: Tensor = ring[layer, observe_slot, positions].unflatten(1, (heads, -1))
+        return observed.permute(1, 2, 0, 3)
+
+    return (
+        lambda layer: read(layer, pages[..., :head_size]),
+        lambda layer: read(layer, pages[..., head_size:]),
+        queries,
+    )

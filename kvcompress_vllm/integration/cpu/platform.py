@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's CUDA wheel on a machine without GPU: its CPU platform with what the wheel lacks.
+
+The wheel carries none of the CPU kernels, so this supplies the three ops that a dense decoder
+calls in any case and keeps all others on PyTorch; attention runs on our own backend.
+
+It is made for a quick start. vLLM's CPU sampler is compiled by TorchInductor even with
+``--enforce-eager``, which is most of the half minute that stock start-up spends "warming up"; here
+nothing is compiled. And one rank runs inside the engine process: vLLM's separate CPU worker costs
+another import of everything and, on two cores, leaves the model only one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+from vllm.platforms.cpu import CpuPlatform
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_BACKEND = "kvcompress_vllm.integration.worker.attention.KVCompressBackend"
+_KV_CACHE_BYTES = 1 << 30
+"""KV cache on CPU unless the user sizes it."""
+_LIBRARY: torch.library.Library | None = None
+
+
+def _init_cpu_memory_env(nodes: list[int]) -> None:
+    """NUMA binding, which only the CPU build of vLLM has."""
+
+
+def _silu_and_mul(out: Tensor, x: Tensor) -> None:
+    gate, up = x.chunk(2, dim=-1)
+    torch.mul(silu(gate), up, out=out)
+
+
+def _compute_slot_mapping(
+    query_start: Tensor,
+    positions: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    block_size: int,
+) -> None:
+    """Slot of every token: ``block_table[row, position // B] * B + position % B``."""
+    num_tokens = int(query_start[-1])
+    row = torch.repeat_interleave(query_start.diff().long())
+    position = positions[:num_tokens]
+    block = block_table[row, position.div(block_size, rounding_mode="floor")].long()
+    slot_mapping[:num_tokens] = block * block_size + position.remainder(block_size)
+
+
+class KVCompressCpuPlatform(CpuPlatform):
+    """Active only where no platform of vLLM's own is (see ``plugin.cpu_platform``)."""
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        global _LIBRARY
+        if _LIBRARY is not None:
+            return
+        _LIBRARY = torch.library.Library("_C", "FRAGMENT")
+        for schema, function in (
+            ("init_cpu_memory_env(int[] nodes) -> ()", _init_cpu_memory_env),
+            ("silu_and_mul(Tensor! out, Tensor input) -> ()", _silu_and_mul),
+            (
+                "compute_slot_mapping_kernel_impl(Tensor query_start, Tensor positions, "
+                "Tensor block_table, Tensor(a!) slot_mapping, int block_size) -> ()",
+                _compute_slot_mapping,
+            ),
+        ):
+            _LIBRARY.define(schema)
+            _LIBRARY.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        return _BACKEND
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        from vllm.config import CompilationMode  # not importable while platforms are resolved
+
+        compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
+        # vLLM's custom ops are kernels that the wheel lacks on CPU; "none" selects PyTorch.
+        compilation.custom_ops[:] = ["none"]
+        compilation.mode = CompilationMode.NONE
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for the engine process, which is spawned
+        cache = vllm_config.cache_config
+        default = type(cache).gpu_memory_utilization
+        if cache.kv_cache_memory_bytes is None and cache.gpu_memory_utilization == default:
+            # vLLM would ask for 92% of all memory, and fail where something else runs.
+            cache.kv_cache_memory_bytes = _KV_CACHE_BYTES
+        backend = parallel.distributed_executor_backend
+        method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
+        super().check_and_update_config(vllm_config)
+        if method == "fork":
+            # vLLM's CPU platform insists on "spawn", because OpenMP does not survive a fork once it
+            # has run; a server that only starts has not run it, and a spawned engine imports
+            # everything a second time. So an explicit wish stands (`make serve` has it).
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = method
+        if backend == "uni":
+            parallel.distributed_executor_backend = "uni"
+        if parallel.world_size > 1:
+            # vLLM wants a NUMA node per rank; without a wish of the user, share the cores.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

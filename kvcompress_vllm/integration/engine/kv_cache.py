@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our KV cache spec and its block manager: packed blocks + null blocks + tail in vLLM's own pool.
+
+vLLM allocates, counts, shares and frees every block with its stock code; this only replaces the
+front of a request's row when it is compressed. Importing this module registers the pair with
+vLLM's public registry, which is also what unpickling a spec in the engine core does first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from kvcompress_vllm.cache.integrity import Block, check_pool
+from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.scheduling.planner import most_held
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCompressSpec(FullAttentionSpec):
+    """Full attention whose requests may be packed.
+
+    Attributes:
+        window: last prompt queries that must be computed, not taken from the prefix cache.
+    """
+
+    window: int = 1
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        # What vLLM demands of the pool, so that the longest request fits alone.
+        stock: int = super().max_memory_usage_bytes(vllm_config)
+        config, longest = resolved_config(vllm_config), vllm_config.model_config.max_model_len
+        if config is None:
+            return stock
+        return min(stock, most_held(config, longest, self.block_size) * self.page_size_bytes)
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec, window: int) -> KVCompressSpec:
+        """The spec of a layer that vLLM describes as plain full attention."""
+        values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+        return cls(**values, window=window)
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        return replace(super().merge(specs), window=max(spec.window for spec in specs))
+
+
+class KVCompressManager(FullAttentionManager):
+    """Blocks of every request; knows which rows are packed.
+
+    Attributes:
+        packed: (F, C) of every packed request.
+        on_release: called with the request id when its blocks are given up, packed or not.
+    """
+
+    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.packed: dict[str, tuple[int, int]] = {}
+        self.on_release: Callable[[str], None] = lambda request_id: None
+
+    def row(self, request_id: str, length: int) -> list[int]:
+        """The first ``length`` block ids of a request."""
+        return [block.block_id for block in self.req_to_blocks[request_id][:length]]
+
+    def held_by_packed(self) -> int:
+        """Blocks that packed requests hold, tails included."""
+        return sum(
+            len(self.req_to_blocks[request_id]) - covered + kept
+            for request_id, (covered, kept) in self.packed.items()
+        )
+
+    def pack(
+        self, request_id: str, covered: int, kept: int
+    ) -> tuple[list[int], list[KVCacheBlock]]:
+        """Replace the first ``covered`` blocks of a row by ``kept`` new ones and null blocks.
+
+        Args:
+            request_id: a running request whose first ``covered`` blocks are full.
+            covered: F.
+            kept: C, at most the free blocks of the pool.
+
+        Returns:
+            The ids of the packed blocks, and the old blocks. The caller frees these once every
+            request of the step has its new blocks, so that no copy of the step writes into a block
+            that another still reads.
+        """
+        blocks = self.req_to_blocks[request_id]
+        new = self.block_pool.get_new_blocks(kept)
+        old = [block for block in blocks[:covered] if not block.is_null]
+        blocks[:covered] = new + [self._null_block] * (covered - kept)
+        self.packed[request_id] = (covered, kept)
+        return [block.block_id for block in new], old
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.packed.pop(request_id, None)
+        self.on_release(request_id)
+        return [b for b in super().pop_blocks_for_free(request_id) if not b.is_null]
+
+    def cache_blocks(
+        self, request: Request, num_tokens: int, retention_interval: int | None = None
+    ) -> None:
+        # What is decoded after a compression attends to fewer keys than its hash says.
+        if request.request_id not in self.packed:
+            super().cache_blocks(request, num_tokens, retention_interval)
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        return 0  # cascade attention would read packed rows as shared prefixes
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        # vLLM leaves one token to compute; the observed queries must be computed as well, so that
+        # a prefix cache hit keeps the same keys as a miss.
+        assert isinstance(kv_cache_spec, KVCompressSpec)
+        max_length = max(0, max_length + 1 - kv_cache_spec.window)
+        return super().find_longest_cache_hit(
+            block_hashes,
+            max_length,
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            drop_eagle_block,
+            alignment_tokens,
+            dcp_world_size,
+            pcp_world_size,
+        )
+
+    def check_integrity(self, held: Sequence[KVCacheBlock] = ()) -> None:
+        """Check the whole pool (see :func:`kvcompress_vllm.cache.integrity.check_pool`).
+
+        Args:
+            held: blocks that are still referenced although their request let go of them.
+        """
+        pool = self.block_pool
+        references: dict[int, int] = {}
+        for block in held:
+            references[block.block_id] = references.get(block.block_id, 0) + 1
+        check_pool(
+            [Block(b.ref_cnt, b.is_null, b.block_hash is not None) for b in pool.blocks],
+            [block.block_id for block in pool.free_block_queue.get_all_free_blocks()],
+            {rid: [b.block_id for b in blocks] for rid, blocks in self.req_to_blocks.items()},
+            self.packed,
+            references,
+        )
+
+
+KVCacheSpecRegistry.register(
+    KVCompressSpec, KVCompressManager, uniform_type_base_spec=FullAttentionSpec
+)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags, wiring and refusals, before an engine starts."""

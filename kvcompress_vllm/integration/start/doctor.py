@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is this installation fit to run? Looks at everything, starts nothing, and runs without vLLM."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+import torch
+
+from kvcompress_vllm import __version__, ops, policies
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.integration.compat import hooks
+
+SUPPORTED_VLLM = ">=0.26,<0.27"
+"""The same as in pyproject.toml."""
+
+PLUGINS = (
+    ("vllm.general_plugins", "kv_compress", True, "vLLM will not know --kv-compress"),
+    ("vllm.platform_plugins", "kv_compress_cpu", False, "needed only on a machine without GPU"),
+)
+"""Group, name, whether nothing works without it, and what its absence means."""
+
+
+def examine() -> dict[str, Any]:
+    """Everything worth knowing, JSON-serialisable.
+
+    Returns:
+        By topic; ``problems`` and ``warnings`` are lines of text, and without problems all is well.
+    """
+    # Before vLLM is imported: its log goes to standard output, which is ours.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    report: dict[str, Any] = {"problems": [], "warnings": []}
+    report["versions"] = {
+        "kvcompress_vllm": __version__,
+        "vllm": _version("vllm"),
+        "torch": _version("torch"),
+        "python": platform.python_version(),
+    }
+    _examine_torch(report)
+    _examine_vllm(report)
+    _examine_plugins(report)
+    report["defaults"] = KVCompressConfig().to_dict()
+    report["policies"] = list(policies.names())
+    return report
+
+
+def render(report: dict[str, Any]) -> str:
+    """What :func:`examine` found, for people."""
+    versions, kernels, checked = report["versions"], report["kernels"], report["hooks"]
+    lines = [
+        f"kvcompress_vllm {versions['kvcompress_vllm']}, Python {versions['python']}",
+        f"vLLM {versions['vllm'] or 'missing'} (supported: {SUPPORTED_VLLM}), "
+        f"torch {versions['torch']}, CUDA {versions['cuda'] or 'none'}",
+        "GPUs: "
+        + (", ".join(f"{g['name']} (sm_{g['capability']})" for g in report["gpus"]) or "none"),
+    ]
+    for device, kernel_of in kernels.items():
+        native = [op for op, has in kernel_of.items() if has]
+        which = (
+            f"all {len(native)} ops"
+            if len(native) == len(kernel_of)
+            else ", ".join(native) or "none"
+        )
+        isa = f", {report['cpu_instruction_set']}" if device == "CPU" and native else ""
+        lines.append(f"native {device} kernels: {which}{isa}")
+    if checked is not None:
+        intact = checked["checked"] - len(checked["broken"])
+        lines.append(f"vLLM hooks: {intact} of {checked['checked']} intact")
+    for plugin in report["plugins"]:
+        state = "not installed" if not plugin["visible"] else (
+            "visible to vLLM" if plugin["enabled"] else "disabled"
+        )  # fmt: skip
+        lines.append(f"plugin {plugin['name']} ({plugin['group']}): {state}")
+    lines.append("defaults: " + " ".join(f"{k}={v}" for k, v in report["defaults"].items()))
+    lines.append(f"policies: {', '.join(report['policies'])}")
+    lines += [f"warning: {text}" for text in report["warnings"]]
+    lines += [f"PROBLEM: {text}" for text in report["problems"]]
+    lines.append("not fit to run" if report["problems"] else "all is well")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _examine_torch(report: dict[str, Any]) -> None:
+    report["versions"]["cuda"] = torch.version.cuda
+    report["gpus"] = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            name = torch.cuda.get_device_name(index)
+            report["gpus"].append({"name": name, "capability": f"{major}{minor}"})
+    # Our kernels choose by the rule that PyTorch's go by, ATEN_CPU_CAPABILITY included.
+    report["cpu_instruction_set"] = torch.backends.cpu.get_cpu_capability()
+    report["kernels"] = ops.backends()
+    for device in ["cpu"] + ["cuda"] * bool(report["gpus"]):
+        missing = ops.missing_kernels(device)
+        if missing:
+            report["warnings"].append(missing)
+
+
+def _examine_vllm(report: dict[str, Any]) -> None:
+    report["hooks"] = None
+    found = report["versions"]["vllm"]
+    if found is None:
+        report["problems"].append(f'vLLM is missing: pip install "vllm{SUPPORTED_VLLM}"')
+        return
+    from packaging.specifiers import SpecifierSet  # vLLM brings it
+
+    if not SpecifierSet(SUPPORTED_VLLM).contains(found, prereleases=True):
+        report["problems"].append(f"vLLM {found} is not supported; it must be {SUPPORTED_VLLM}")
+    broken = hooks.check()
+    report["hooks"] = {"checked": len(hooks.HOOKS), "broken": broken}
+    report["problems"] += [f"vLLM hook {line}" for line in broken]
+
+
+def _examine_plugins(report: dict[str, Any]) -> None:
+    # As vLLM reads it: unset loads all plugins, an empty value none.
+    allowed = os.environ.get("VLLM_PLUGINS")
+    report["plugins"] = []
+    for group, name, needed, meaning in PLUGINS:
+        visible = bool(entry_points(group=group, name=name))
+        enabled = visible and (allowed is None or name in allowed.split(","))
+        report["plugins"].append(
+            {"group": group, "name": name, "visible": visible, "enabled": enabled}
+        )
+        if not enabled:
+            reason = f"VLLM_PLUGINS={allowed!r} leaves it out" if visible else "it is not installed"
+            report["problems" if needed else "warnings"].append(
+                f"plugin {name} of {group}: {reason}; {meaning}"
+            )

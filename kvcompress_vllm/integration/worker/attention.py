@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention backend over pages: packed and unpacked requests alike. Letters as in ``layout.py``.
+
+Registered as vLLM's CUSTOM backend when compression is on, and used by the CPU platform in any
+case; unbound (compression off) it is ordinary paged attention over vLLM's own layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from kvcompress_vllm import ops
+from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.records.plan import Observation
+
+
+@dataclass
+class StepContext:
+    """What the worker tells the attention layers of its rank; one per worker."""
+
+    state: PackedState
+    pages: Tensor
+    """``[P, B, 2 * D]`` page pool of all layers."""
+    layer_index: dict[str, int]
+    """l of every attention layer, by vLLM's layer name."""
+    request_rows: Callable[[], dict[str, int]]
+    """Row of every request in the current batch."""
+    observations: list[Observation] = field(default_factory=list)
+    """Of the step that is about to run."""
+    packed_prefills: list[str] = field(default_factory=list)
+    """Packed requests that compute several tokens in the step that is about to run."""
+
+
+@dataclass
+class KVCompressMetadata(AttentionMetadata):
+    """One step's batch, shared by all layers."""
+
+    num_actual_tokens: int
+    query_start: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+    state_slot: Tensor
+    ring_index: Tensor | None
+
+
+class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
+    """Finds the packed rows of a batch and the queries to observe."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.context: StepContext | None = None
+
+    def bind(self, context: StepContext) -> None:
+        """Attach the rank's state; without it no row is packed."""
+        self.context = context
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> KVCompressMetadata:
+        common = common_attn_metadata
+        block_table = common.block_table_tensor
+        if self.context is None:
+            state_slot = torch.full_like(common.seq_lens, layout.NOT_PACKED)
+        else:
+            state_slot = self.context.state.state_slots(block_table)
+        return KVCompressMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            query_start=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=block_table,
+            slot_mapping=common.slot_mapping,
+            state_slot=state_slot,
+            ring_index=self.ring_index(common),
+        )
+
+    def ring_index(self, common: CommonAttentionMetadata) -> Tensor | None:
+        """``[T]`` int32 place of every token's query in the ring, -1 for none; None: no query."""
+        if self.context is None or not self.context.observations:
+            return None
+        window = self.context.state.window
+        rows = self.context.request_rows()
+        starts = common.query_start_loc_cpu.tolist()
+        index = [-1] * common.num_actual_tokens
+        for item in self.context.observations:
+            if item.request_id not in rows:
+                raise RuntimeError(
+                    f"kv_compress: observed request {item.request_id} is not in the batch"
+                )
+            begin, end = starts[rows[item.request_id]], starts[rows[item.request_id] + 1]
+            for position in item.positions(end - begin, window):
+                index[begin + position - item.first_token] = item.place(position, window)
+        return to_device(index, torch.int32, self.device)
+
+
+class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
+    """Writes K/V, observes queries and attends, for one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        unsupported = {
+            "ALiBi": alibi_slopes is not None,
+            "sliding window attention": sliding_window is not None,
+            "logits soft capping": bool(logits_soft_cap),
+            "KV sharing between layers": kv_sharing_target_layer_name is not None,
+            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+            "attention sinks": kwargs.get("sinks") is not None,
+        }
+        for feature, wanted in unsupported.items():
+            if wanted:
+                raise ValueError(
+                    f"kv_compress: {feature} is not supported by this attention backend"
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self._context: StepContext | None = None
+        self._layer = 0
+        self._unpacked: tuple[Tensor, Tensor] | None = None
+
+    def bind(self, context: StepContext, layer_name: str) -> None:
+        """Attach the rank's state."""
+        self._context = context
+        self._layer = context.layer_index[layer_name]
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        ops.write_kv(key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: KVCompressMetadata,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        if attn_metadata is None:  # profiling run, no cache yet
+            return output.fill_(0)
+        meta, context = attn_metadata, self._context
+        query = query.view(-1, self.num_heads, self.head_size)
+        if context is None:
+            pages, tables = self._standard(kv_cache)
+        else:
+            state, pages = context.state, context.pages
+            tables = state.tables
+            if meta.ring_index is not None:
+                ring = state.ring[self._layer].flatten(0, 1)
+                ops.observe_queries(query, meta.ring_index, ring)
+        ops.paged_attention(
+            query,
+            pages,
+            meta.block_table,
+            meta.seq_lens,
+            meta.state_slot,
+            *tables,
+            meta.query_start,
+            self._layer,
+            self.scale,
+            output.view(-1, self.num_heads, self.head_size),
+        )
+        return output
+
+    def _standard(self, kv_cache: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """vLLM's own per-layer cache as a page pool of one layer, with empty state tables."""
+        if self._unpacked is None:
+            table = torch.empty(0, 1, self.num_kv_heads, dtype=torch.int32, device=kv_cache.device)
+            self._unpacked = table, table.new_empty(0)
+        heads, covered = self._unpacked
+        return kv_cache.flatten(0, 1), (heads, heads, covered)
+
+
+class KVCompressBackend(AttentionBackend):
+    """``[N, H, B, 2 * D]`` per layer, K then V, which the packed layout strides over all layers."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[KVCompressImpl]:
+        return KVCompressImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[KVCompressMetadataBuilder]:
+        return KVCompressMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
+    ) -> tuple[int, ...]:
+        return num_blocks, num_kv_heads, block_size, 2 * head_size
+
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        # [N, L, H, B, 2 * D]: layers inside a block.
+        return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)

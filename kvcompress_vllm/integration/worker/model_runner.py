@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few things we need of vLLM's model runners, in one place per runner version."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+
+from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.integration.worker.attention import KVCompressMetadataBuilder
+
+
+class RunnerAdapter(ABC):
+    """What a step needs of the runner."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    @abstractmethod
+    def request_rows(self) -> dict[str, int]:
+        """Row of every request in the batch whose metadata is being built."""
+
+    @abstractmethod
+    def write_row_prefixes(self, prefixes: Mapping[str, list[int]]) -> None:
+        """Replace the first blocks of rows before the step updates them.
+
+        Args:
+            prefixes: block ids by request id.
+        """
+
+    def metadata_builders(self) -> Iterator[KVCompressMetadataBuilder]:
+        """Every attention metadata builder of the runner."""
+        for groups in self._runner.attn_groups:
+            for group in groups:
+                yield from group.metadata_builders
+
+
+class RunnerV1(RunnerAdapter):
+    """``v1/worker/gpu_model_runner.py``, which also runs on CPU."""
+
+    def request_rows(self) -> dict[str, int]:
+        rows: dict[str, int] = self._runner.input_batch.req_id_to_index
+        return rows
+
+    def write_row_prefixes(self, prefixes: Mapping[str, list[int]]) -> None:
+        # In the batch, and in the state from which a request that skips a step comes back.
+        runner = self._runner
+        for request_id, blocks in prefixes.items():
+            runner.requests[request_id].block_ids[0][: len(blocks)] = blocks
+            row = runner.input_batch.req_id_to_index.get(request_id)
+            if row is not None:
+                runner.input_batch.block_table[0].block_table.np[row, : len(blocks)] = blocks
+
+
+class RunnerV2(RunnerAdapter):
+    """``v1/worker/gpu/model_runner.py``, the default on CUDA for dense models."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner)
+        self._rows: dict[str, int] = {}
+        stock = runner.model_state.prepare_attn
+
+        def prepare_attn(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            # The runner sorts its batch on every step; the metadata builder is not told how.
+            self._rows = {request_id: row for row, request_id in enumerate(input_batch.req_ids)}
+            return stock(input_batch, *args, **kwargs)
+
+        runner.model_state.prepare_attn = prepare_attn
+
+    def request_rows(self) -> dict[str, int]:
+        return self._rows
+
+    def write_row_prefixes(self, prefixes: Mapping[str, list[int]]) -> None:
+        # In stream order: after the step before has read the rows, and before the runner applies
+        # its own writes of this step, which lie behind. Not staged with them: vLLM has room for one
+        # staged write per row, and a row that is packed may also grow in the same step.
+        if not prefixes:
+            return
+        table = self._runner.block_tables.block_tables[0].gpu
+        rows, width = self._runner.req_states.req_id_to_index, table.shape[1]
+        places = chain.from_iterable(
+            range(rows[request_id] * width, rows[request_id] * width + len(blocks))
+            for request_id, blocks in prefixes.items()
+        )
+        table.view(-1)[to_device(list(places), torch.int64, table.device)] = to_device(
+            list(chain.from_iterable(prefixes.values())), table.dtype, table.device
+        )
+
+
+def adapt(runner: Any) -> RunnerAdapter:
+    """The adapter of a runner; call once per runner."""
+    return RunnerV2(runner) if hasattr(runner, "req_states") else RunnerV1(runner)

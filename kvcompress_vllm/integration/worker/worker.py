@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's workers with compression: the packed layout, the rank's state, and each step's plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, KVCacheTensor
+from vllm.v1.worker.gpu_worker import Worker
+
+from kvcompress_vllm import ops
+from kvcompress_vllm.cache import integrity
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression.compressor import Compressor, scratch_bytes
+from kvcompress_vllm.compression.pending import PendingReports
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
+from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.integration.worker import backend, reports
+from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
+from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
+from kvcompress_vllm.records.plan import StepPlan
+
+logger = init_logger("vllm.kv_compress")
+backend.register()  # this module is imported by workers, and only where compression is on
+
+
+class KVCompressWorkerMixin(Worker):
+    """Step start: release, compress, observe; then vLLM's own step."""
+
+    kv_compress_context: StepContext | None = None
+    kv_compressor: Compressor | None = None
+    kv_compress_runner: RunnerAdapter | None = None
+    kv_compress_pending: Sequence[PendingReports] = ()
+    """Of the step that is under way."""
+
+    @property
+    def kv_compress_config(self) -> KVCompressConfig:
+        config = resolved_config(self.vllm_config)
+        if config is None:
+            raise RuntimeError("kv_compress: the worker was built without a configuration")
+        return config
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        window = self.kv_compress_config.window
+        specs: dict[str, KVCacheSpec] = {}
+        for name, spec in super().get_kv_cache_spec().items():
+            if (
+                type(spec) is not FullAttentionSpec
+                or spec.sliding_window is not None
+                or spec.attention_chunk_size is not None
+                or spec.non_causal
+                or spec.kv_quant_mode.value != 0
+            ):
+                raise ValueError(
+                    f"kv_compress: layer {name} needs {spec}; only plain causal full attention "
+                    "with an unquantised KV cache can be compressed"
+                )
+            specs[name] = KVCompressSpec.of(spec, window)
+        return specs
+
+    def determine_available_memory(self) -> int:
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            return available  # the user sized the cache itself
+        if available <= 0:
+            return available  # vLLM says what to do about it
+        return available - self._extra_bytes(available)
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        kv_cache_config = packed_config(kv_cache_config)
+        super().initialize_from_config(kv_cache_config)
+        self._bind(kv_cache_config)
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        plan = getattr(scheduler_output, "kv_compress", None)
+        if plan and self.kv_compress_context is not None:
+            self._start_step(plan)
+        try:
+            return self._with_reports(super().execute_model(scheduler_output))
+        finally:
+            if self.kv_compress_context is not None:
+                self.kv_compress_context.observations = []
+                self.kv_compress_context.packed_prefills = []
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        return self._with_reports(super().sample_tokens(grammar_output))
+
+    def _with_reports(self, output: Any) -> Any:
+        if output is None:
+            return None  # the step is not over yet
+        pending, self.kv_compress_pending = self.kv_compress_pending, ()
+        return reports.attach(output, pending)
+
+    def kv_compress_record(self, on: bool = True) -> dict[str, list[list[int]]]:
+        """Record which keys compressions keep, for tests; returns and clears the record.
+
+        Returns:
+            By request id: kept key indices of every (layer, head) in order.
+        """
+        assert self.kv_compressor is not None
+        record = self.kv_compressor.record or {}
+        self.kv_compressor.record = {} if on else None
+        return {
+            request_id: [keys.tolist() for keys in heads] for request_id, heads in record.items()
+        }
+
+    def _start_step(self, plan: StepPlan) -> None:
+        assert self.kv_compress_context is not None and self.kv_compressor is not None
+        assert self.kv_compress_runner is not None
+        context = self.kv_compress_context
+        context.state.release(plan.released)
+        self.kv_compressor.accumulate(plan.accumulations)
+        scored = self.kv_compressor.run(plan.scorings, score_only=True)
+        self.kv_compress_pending = scored + self.kv_compressor.run(plan.compressions)
+        self.kv_compress_runner.write_row_prefixes(
+            {
+                item.request_id: item.new_blocks + [0] * (item.covered - len(item.new_blocks))
+                for item in plan.compressions
+            }
+        )
+        context.observations = plan.observations
+        context.packed_prefills = plan.packed_prefills
+        if plan.expected is not None:
+            integrity.check_state(context.state, plan.expected)
+
+    def _bind(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the state and attach it to every attention layer and metadata builder."""
+        assert self.device is not None
+        runner = adapt(self.model_runner)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        (group,) = kv_cache_config.kv_cache_groups
+        names = group.layer_names
+        impls = {name: layers[name].impl for name in names}
+        if len({(impl.scale, impl.num_heads) for impl in impls.values()}) != 1:
+            raise ValueError(
+                "kv_compress: all layers must share the attention scale and head count"
+            )
+        impl = impls[names[0]]
+        if not isinstance(impl, KVCompressImpl):
+            raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
+        state = PackedState(
+            num_blocks=kv_cache_config.num_blocks,
+            device=self.device,
+            **self._state_shape(impl, kv_cache_config.num_blocks),
+        )
+        pages = page_pool(layers[names[0]].kv_cache, len(names))
+        context = StepContext(
+            state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
+        )
+        for name, layer_impl in impls.items():
+            layer_impl.bind(context, name)
+        for builder in runner.metadata_builders():
+            builder.bind(context)
+        self.kv_compress_context = context
+        self.kv_compress_runner = runner
+        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, impl.scale)
+        message = ops.missing_kernels(self.device.type)
+        if message:
+            logger.warning("kv_compress: %s", message)
+        cache_bytes = pages.numel() * pages.element_size()
+        held, scratch = state.num_bytes(), self._scratch_bytes(state, kv_cache_config.num_blocks)
+        logger.info(
+            "kv_compress: %.1f MiB beside the KV cache of %.1f MiB, and up to %.1f MiB while the "
+            "longest prompt is compressed (%.2f%%)",
+            held / 2**20,
+            cache_bytes / 2**20,
+            scratch / 2**20,
+            100 * (held + scratch) / cache_bytes,
+        )
+
+    def _state_shape(self, impl: KVCompressImpl, num_blocks: int) -> dict[str, Any]:
+        num_layers = self.model_config.get_num_layers(self.parallel_config)
+        return {
+            "num_layers": num_layers,
+            "num_kv_heads": impl.num_kv_heads,
+            "num_query_heads": impl.num_heads,
+            "head_size": impl.head_size,
+            "state_slots": self.vllm_config.scheduler_config.max_num_seqs,
+            "observe_slots": observe_slots(self.vllm_config, num_blocks),
+            "window": self.kv_compress_config.window,
+            "dtype": self.model_config.dtype,
+            "block_size": self.cache_config.block_size,
+            "running": self.kv_compress_config.query_stride > 0,
+        }
+
+    def _extra_bytes(self, available: int) -> int:
+        """What we allocate beside a KV cache of up to ``available`` bytes."""
+        modules = self.vllm_config.compilation_config.static_forward_context
+        impl = next(
+            layer.impl
+            for layer in modules.values()
+            if isinstance(getattr(layer, "impl", None), KVCompressImpl)
+        )
+        block_bytes = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
+        num_blocks = available // block_bytes
+        state = PackedState(
+            num_blocks=num_blocks,
+            device=torch.device("meta"),
+            **self._state_shape(impl, num_blocks),
+        )
+        return state.num_bytes() + self._scratch_bytes(state, num_blocks)
+
+    def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
+        """What the largest possible compression takes while it runs."""
+        most = min(self.model_config.max_model_len, num_blocks * self.cache_config.block_size)
+        _, layers, heads = state.num_pages.shape
+        policy = self.kv_compress_config.create_policy()
+        running = state.running is not None
+        return scratch_bytes(policy, most, layers, heads, state.ring.shape[-1], running)
+
+
+class KVCompressWorker(KVCompressWorkerMixin, Worker):
+    """The GPU worker."""
+
+
+def packed_config(config: KVCacheConfig) -> KVCacheConfig:
+    """Lay all layers of a block out side by side in one buffer: ``[N, L, H, B, 2 * D]``.
+
+    Raises:
+        ValueError: the layers do not form one uniform group.
+    """
+    if len(config.kv_cache_groups) != 1:
+        raise ValueError(
+            f"kv_compress: the model needs {len(config.kv_cache_groups)} KV cache "
+            "groups; only models with one kind of attention can be compressed"
+        )
+    (group,) = config.kv_cache_groups
+    if not isinstance(group.kv_cache_spec, KVCompressSpec):
+        raise ValueError(f"kv_compress: cannot compress {group.kv_cache_spec}")
+    layer_bytes = group.kv_cache_spec.page_size_bytes
+    block_bytes = layer_bytes * len(group.layer_names)
+    tensors = [
+        KVCacheTensor(
+            size=block_bytes * config.num_blocks,
+            shared_by=[name],
+            offset=index * layer_bytes,
+            block_stride=block_bytes,
+        )
+        for index, name in enumerate(group.layer_names)
+    ]
+    return replace(config, kv_cache_tensors=tensors)
+
+
+def page_pool(first_layer: torch.Tensor, num_layers: int) -> torch.Tensor:
+    """``[P, B, 2 * D]`` over the buffer that ``first_layer`` ``[N, H, B, 2 * D]`` is a view of.
+
+    Raises:
+        RuntimeError: vLLM did not lay the layers out side by side.
+    """
+    blocks, heads, block_size, width = first_layer.shape
+    page = block_size * width
+    expected = (num_layers * heads * page, page, width, 1)
+    if first_layer.stride() != expected or first_layer.storage_offset() != 0:
+        raise RuntimeError(
+            f"kv_compress: KV cache strides are {first_layer.stride()} at offset "
+            f"{first_layer.storage_offset()}, expected {expected} at 0"
+        )
+    shape = (blocks * num_layers * heads, block_size, width)
+    return first_layer.as_strided(shape, (page, width, 1), 0)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What operators can see of compression: the metrics, and what a step reports towards them.
+
+The scheduler records; :class:`StepReport` travels to the front end with vLLM's own statistics;
+``integration/frontend/prometheus.py`` turns it into the metrics of :data:`METRICS`. No vLLM types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcompress_vllm.records.plan import TRIGGERS, Compression
+from kvcompress_vllm.records.report import Report
+
+REFUSALS = ("forecast", "slots")
+"""Why a waiting request is kept out although vLLM would admit it."""
+
+
+class Metric(NamedTuple):
+    """One metric as Prometheus sees it; all carry vLLM's labels ``model_name`` and ``engine``.
+
+    Attributes:
+        name: with the ``_total`` of counters.
+        kind: Prometheus type.
+        help: one sentence.
+        label: one more label, and ``values`` all that it can be.
+        buckets: upper bounds of a histogram's.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    label: str | None = None
+    values: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+COMPRESSED_REQUESTS = "kv_compress:compressed_requests_total"
+COMPRESSIONS = "kv_compress:compressions_total"
+KEPT_RATIO = "kv_compress:kept_ratio"
+COMPRESSION_SECONDS = "kv_compress:compression_seconds"
+SCORE_MASS_LOST = "kv_compress:score_mass_lost"
+FREED_BLOCKS = "kv_compress:freed_blocks_total"
+BLOCKS_BEFORE = "kv_compress:blocks_before_total"
+BLOCKS_AFTER = "kv_compress:blocks_after_total"
+RESERVE_WAITS = "kv_compress:reserve_waits_total"
+ADMISSION_REFUSALS = "kv_compress:admission_refusals_total"
+PREEMPTIONS = "kv_compress:preemptions_total"
+PREEMPTIONS_AVOIDED = "kv_compress:preemptions_avoided_total"
+PACKED_REQUESTS = "kv_compress:packed_requests"
+SAVED_BLOCKS = "kv_compress:saved_blocks"
+OBSERVATION_SLOTS_USED = "kv_compress:observation_slots_used"
+OBSERVATION_SLOTS = "kv_compress:observation_slots"
+
+_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_SHARES = (1e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
+
+METRICS = (
+    Metric(COMPRESSED_REQUESTS, "counter", "Requests compressed at least once."),
+    Metric(COMPRESSIONS, "counter", "Compressions carried out, by what called for them.",
+           "trigger", TRIGGERS),
+    Metric(KEPT_RATIO, "histogram", "Kept blocks per candidate block of each compression.",
+           "trigger", TRIGGERS, _RATIOS),
+    Metric(COMPRESSION_SECONDS, "histogram",
+           "Time that each compression took of the first rank's device, or of the host on CPU.",
+           "trigger", TRIGGERS, _SECONDS),
+    Metric(SCORE_MASS_LOST, "histogram", "Share of the score mass that each compression dropped.",
+           "trigger", TRIGGERS, _SHARES),
+    Metric(FREED_BLOCKS, "counter", "Blocks that compressions gave back, net of the packed ones."),
+    Metric(BLOCKS_BEFORE, "counter", "Blocks that compressed requests held before, summed."),
+    Metric(BLOCKS_AFTER, "counter", "Blocks that compressed requests held afterwards, summed."),
+    Metric(RESERVE_WAITS, "counter",
+           "Steps on which a due compression waited for free blocks to pack into."),
+    Metric(ADMISSION_REFUSALS, "counter",
+           "Steps on which a waiting request was kept out: by the forecast of what all requests "
+           "will hold, or for want of slots.", "reason", REFUSALS),
+    Metric(PREEMPTIONS, "counter", "Requests that vLLM preempted."),
+    Metric(PREEMPTIONS_AVOIDED, "counter",
+           "Requests that vLLM would have preempted, had no compression under pressure freed "
+           "their blocks (estimate)."),
+    Metric(PACKED_REQUESTS, "gauge", "Requests that are packed now."),
+    Metric(SAVED_BLOCKS, "gauge", "Blocks that packed requests would hold in addition if kept."),
+    Metric(OBSERVATION_SLOTS_USED, "gauge", "Observation slots in use."),
+    Metric(OBSERVATION_SLOTS, "gauge", "Observation slots of the engine."),
+)  # fmt: skip
+
+
+class Compressed(NamedTuple):
+    """One compression, in blocks. ``first``: of its request."""
+
+    trigger: str
+    first: bool
+    candidates: int
+    kept: int
+    before: int
+    after: int
+
+
+class Measured(NamedTuple):
+    """What a worker measured of one compression; see ``records/report.py``."""
+
+    trigger: str
+    milliseconds: float
+    lost: float
+
+
+class Occupancy(NamedTuple):
+    """vLLM's pool and queues after a step."""
+
+    total_blocks: int = 0
+    """Without the null block."""
+    free_blocks: int = 0
+    """Those included that only the prefix cache holds."""
+    running: int = 0
+    waiting: int = 0
+    """Requests; preempted ones included."""
+    packed_blocks: int = 0
+    """Blocks that packed requests hold, their tails included."""
+    cached_blocks: int = 0
+    """Blocks that the prefix cache knows, in use or free."""
+
+
+@dataclass
+class StepReport:
+    """Events since the report before, and the state now; decoded by the types declared here."""
+
+    compressions: list[Compressed] = field(default_factory=list)
+    reserve_waits: int = 0
+    refusals: dict[str, int] = field(default_factory=dict)
+    """By one of :data:`REFUSALS`."""
+    packed_requests: int = 0
+    saved_blocks: int = 0
+    observation_slots_used: int = 0
+    observation_slots: int = 0
+    measured: list[Measured] = field(default_factory=list)
+    """Of compressions of this step or, under asynchronous scheduling, of the one before."""
+    kept_pages: list[list[int]] = field(default_factory=list)
+    """``[L, H]``, pages that each KV head keeps, summed over ``measured_requests``; empty as long
+    as there are none. Without the tail; under tensor parallelism the heads of the first rank."""
+    measured_requests: int = 0
+    """Packed requests whose kept pages are known: all, but those of the latest steps."""
+    occupancy: Occupancy = field(default_factory=Occupancy)
+    preemptions: int = 0
+    preemptions_avoided: int = 0
+
+    def mean_kept_pages(self) -> list[list[float]]:
+        """``[L, H]``, pages that each KV head keeps of a packed request on average."""
+        return [[pages / self.measured_requests for pages in layer] for layer in self.kept_pages]
+
+
+class Recorder:
+    """Collects one engine's events between two reports.
+
+    Args:
+        enabled: False records nothing: where vLLM keeps no statistics, nobody takes reports.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._report = StepReport()
+        self._known: set[str] = set()
+        self._kept_pages: dict[str, NDArray[np.int64]] = {}
+        self._sum: list[list[int]] | None = []
+
+    def compressed(self, item: Compression) -> None:
+        """Note a compression that the workers will carry out."""
+        if not self.enabled:
+            return
+        row, kept = len(item.old_blocks), len(item.new_blocks)
+        self._report.compressions.append(
+            Compressed(
+                item.trigger,
+                item.request_id not in self._known,
+                item.candidate_blocks,
+                kept,
+                row - item.old_covered + item.old_kept,
+                row - item.covered + kept,
+            )
+        )
+        self._known.add(item.request_id)
+
+    def reserve_wait(self) -> None:
+        """Note that a due compression found too few free blocks on this step."""
+        self._report.reserve_waits += 1
+
+    def refused(self, reason: str) -> None:
+        """Note that a waiting request was kept out on this step, by one of :data:`REFUSALS`."""
+        self._report.refusals[reason] = self._report.refusals.get(reason, 0) + 1
+
+    def stepped(self, preempted: int, avoided: int) -> None:
+        """Note what a step had to preempt, and what it would have had to; see ``shortage.py``."""
+        self._report.preemptions += preempted
+        self._report.preemptions_avoided += avoided
+
+    def measured(self, report: Report, current: bool) -> None:
+        """Note what the output rank reports of a compression.
+
+        Args:
+            current: whether the request is still packed so.
+        """
+        if not self.enabled:
+            return
+        self._report.measured.append(Measured(report.trigger, report.milliseconds, report.lost))
+        if current:
+            self._kept_pages[report.request_id] = np.array(report.kept_pages)
+            self._sum = None
+
+    def released(self, request_id: str) -> None:
+        """Note that a request gave its blocks up."""
+        if self._kept_pages.pop(request_id, None) is not None:
+            self._sum = None
+
+    def finished(self, request_id: str) -> None:
+        """Forget a request. A preempted one stays known: it may be compressed a second time."""
+        self._known.discard(request_id)
+
+    def take(
+        self,
+        packed: Mapping[str, tuple[int, int]],
+        slots_used: int,
+        slots: int,
+        occupancy: Occupancy | None = None,
+    ) -> StepReport:
+        """The events since the last call, with the state now.
+
+        Args:
+            packed: (F, C) of every packed request.
+            slots_used: observation slots in use.
+            slots: observation slots of the engine.
+            occupancy: of the pool and the queues.
+        """
+        report, self._report = self._report, StepReport()
+        report.packed_requests = len(packed)
+        report.saved_blocks = sum(covered - kept for covered, kept in packed.values())
+        report.observation_slots_used, report.observation_slots = slots_used, slots
+        report.occupancy = occupancy or Occupancy()
+        if self._sum is None:
+            pages = self._kept_pages.values()
+            self._sum = sum(pages, start=np.zeros((), int)).tolist() if pages else []
+        report.kept_pages, report.measured_requests = self._sum, len(self._kept_pages)
+        return report

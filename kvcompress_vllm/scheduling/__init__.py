@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine process: who is observed and compressed, and when. Integers only."""

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether one more prompt fits: what every request will hold, not what it holds now.
+
+vLLM admits a prompt when its blocks are free at that moment, and preempts later what has grown too
+large. With compression most requests are small at any moment and will grow, so that rule admits too
+many, and each preempted one is prefilled again. Here the blocks of all running requests are
+forecast. No vLLM types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kvcompress_vllm.records.budget import Wish
+from kvcompress_vllm.scheduling.planner import NEVER, CompressionPlanner, Tracked
+
+UNBOUNDED = 1 << 30
+
+
+class Load(NamedTuple):
+    """What one request holds as time goes on.
+
+    During ``prefill_steps`` it holds ``prompt`` blocks; then ``start`` blocks, and one more every
+    ``block_size`` tokens. Whenever it would exceed ``most`` it falls by ``interval``. It gives
+    everything back after ``tokens_left`` tokens.
+    """
+
+    prefill_steps: int
+    prompt: int
+    start: int
+    most: int
+    interval: int
+    tokens_left: int
+
+
+def load(
+    planner: CompressionPlanner,
+    tracked: Tracked | None,
+    num_computed: int,
+    num_tokens: int,
+    tokens_left: int,
+    max_batched_tokens: int,
+    own: Wish | None = None,
+    num_requests: int = 1,
+) -> Load:
+    """Describe a running request, or one that would start its prefill now.
+
+    Args:
+        tracked: None for a candidate, and for one that will never be compressed.
+        num_computed: tokens whose K/V is computed.
+        num_tokens: tokens known, prompt and output so far.
+        tokens_left: tokens it will probably still generate.
+        max_batched_tokens: tokens in a step.
+        own: what the request asked for.
+        num_requests: that run, this one included; they take turns at the observation slots.
+    """
+    block_size = planner.block_size
+    prefill = max(0, num_tokens - 1 - num_computed)
+    if prefill:
+        held = whole = -(-num_tokens // block_size)
+        covered, kept = planner.packed_size(num_tokens, own)
+        covered, kept = (covered, kept) if kept < covered else (0, 0)
+        due_at = planner.outgrown_at(covered, kept, own)
+        if covered and planner.peak_blocks is not None:
+            held = min(whole, planner.peak_blocks + planner.peak_blocks // 2)
+    else:
+        held = whole = -(-num_computed // block_size)
+        covered, kept = (tracked.covered, tracked.kept) if tracked else (0, 0)
+        due_at = tracked.due_at if tracked else NEVER
+    start = whole - covered + kept
+    interval = planner.interval(num_requests)
+    most = UNBOUNDED
+    if due_at != NEVER:
+        late = interval - planner.config.interval
+        most = max(start, due_at // block_size - covered + kept + late)
+    steps = -(-prefill // max_batched_tokens)
+    return Load(steps, held, start, most, interval, tokens_left)
+
+
+HORIZON = 256
+"""Steps that the forecast looks ahead. With a longer look fewer requests are preempted, but memory
+lies idle until then; most of all where few requests fit."""
+
+
+def most_blocks(
+    loads: Sequence[Load], block_size: int, horizon: int = HORIZON, stride: int | None = None
+) -> int:
+    """Blocks that the requests will hold together at the worst moment ahead.
+
+    Args:
+        loads: one per request, the candidate included.
+        block_size: tokens per block, B.
+        horizon: steps to look ahead.
+        stride: steps between the moments looked at; None: B.
+    """
+    if not loads:
+        return 0
+    prefill, prompt, start, most, interval, left = torch.tensor(loads).T[:, :, None]
+    horizon = min(horizon, int((prefill + left).max()))
+    step = torch.arange(0, horizon, stride or block_size)
+    decoded = step - prefill
+    grown = start + decoded.div(block_size, rounding_mode="floor")
+    over = (grown - most).clamp(min=0)
+    # Ceiling division: the first block too many costs a whole interval.
+    held = grown - interval * -(-over).div(interval, rounding_mode="floor")
+    held = torch.where(decoded < 0, prompt, torch.where(decoded < left, held, 0))
+    return int(held.sum(0).max())
+
+
+class OutputLength:
+    """Guesses how many tokens a request will generate, from those that finished.
+
+    ``max_tokens`` is only a bound: clients often send a huge one, or none.
+    """
+
+    PRIOR = 512
+    WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self.mean: float = self.PRIOR
+
+    def finished(self, num_output_tokens: int) -> None:
+        """Learn from a finished request."""
+        self.mean += self.WEIGHT * (num_output_tokens - self.mean)
+
+    def left(self, num_output_tokens: int, max_tokens: int) -> int:
+        """Tokens that a request with ``num_output_tokens`` so far will probably still generate."""
+        # One that has outlived the guess is taken to be good for another quarter.
+        guess = max(self.mean, 1.25 * num_output_tokens) - num_output_tokens
+        return max(1, min(int(guess), max_tokens - num_output_tokens))

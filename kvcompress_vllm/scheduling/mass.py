@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mass budgets: keep the fewest blocks that hold a given share of the score mass.
+
+How many that are is only known once the keys are scored. So a request's observation is scored
+first; its loss curve comes back with the output of that step, and then the scheduler fixes C from
+it, as exactly as from a ratio. Until then, and in forecasts, an expected ratio stands for the mass.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvcompress_vllm.config.options import DEFAULT_RATIO, KVCompressConfig
+from kvcompress_vllm.records.budget import Wish
+from kvcompress_vllm.records.curve import LossCurve
+
+HIGHEST_RATIO = 16.0
+"""Of a mass budget, where the operator sets no ``max_ratio``. Scores say what the observed queries
+looked at; the more is dropped for it, the more that guess must be right."""
+
+LEAST_EXPECTED = 1.25
+"""Expected ratio at least: with 1, nothing would ever be scored."""
+
+STEP = 0.25
+"""Expected ratios are multiples of it, so that forecasts can be remembered."""
+
+
+def mass_of(config: KVCompressConfig, own: Wish | None) -> float | None:
+    """The mass that a request is to keep; None: its budget is a ratio or a number of tokens."""
+    if own is None or own.mass is own.ratio is own.budget_tokens is None:
+        return config.mass
+    return own.mass
+
+
+def mass_blocks(
+    config: KVCompressConfig, curve: LossCurve, mass: float, covered: int, fewest: int
+) -> int:
+    """Blocks C to keep of a request for ``mass``, within ``min_ratio`` and ``max_ratio``.
+
+    Args:
+        curve: of its candidates.
+        covered: F of the compression.
+        fewest: blocks whatever the mass.
+    """
+    fewest = max(fewest, math.ceil(covered / (config.max_ratio or HIGHEST_RATIO)))
+    most = max(fewest, math.ceil(covered / (config.min_ratio or 1.0)))
+    return min(curve.blocks[-1], max(fewest, min(most, curve.fewest_blocks(mass))))
+
+
+def rounded_ratio(ratio: float) -> float:
+    """A ratio as forecasts use it: no higher, so that no request seems larger than its budget."""
+    return max(LEAST_EXPECTED, math.floor(ratio / STEP) * STEP)
+
+
+class ExpectedRatio:
+    """What mass budgets come to: a running mean of the shares kept, from 1 / 4 on.
+
+    Args:
+        config: its limits bound the mean.
+    """
+
+    WEIGHT = 0.1
+
+    def __init__(self, config: KVCompressConfig) -> None:
+        low, high = config.min_ratio or 1.0, config.max_ratio or HIGHEST_RATIO
+        self._share = 1 / min(high, max(low, DEFAULT_RATIO))
+
+    @property
+    def ratio(self) -> float:
+        """Candidate blocks per kept block."""
+        return rounded_ratio(1 / self._share)
+
+    def learn(self, covered: int, kept: int) -> None:
+        """Learn from a request that keeps C = ``kept`` of F = ``covered`` blocks."""
+        self._share += self.WEIGHT * (kept / covered - self._share)
