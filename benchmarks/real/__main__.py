@@ -4,11 +4,13 @@
     python -m benchmarks.models smollm2 models/smollm2; python -m benchmarks.models text texts
     python -m benchmarks.real prepare models/smollm2 texts samples.jsonl --lengths 1000,2000
     python -m benchmarks.real run models/smollm2 samples.jsonl --output r.jsonl
+    python -m benchmarks.real engine models/smollm2 samples.jsonl --policies auto --output e.jsonl
     python -m benchmarks.real table r.jsonl --modes hidden
 
 ``prepare`` writes token ids, so that ``run`` needs PyTorch and safetensors only, on any device. A
 ``run`` with the same ``--output`` goes on where the last one ended; it stops by itself after
-``--minutes``. Tuning seeds are 0 to 99,999, test seeds 100,000 to 199,999.
+``--minutes``. ``engine`` asks vLLM with the product the same, token by token. Tuning seeds are 0 to
+99,999, test seeds 100,000 to 199,999.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.samples import Maker, Sample, read, write
+from benchmarks.real.samples import Maker, Sample, read, write, write_text
 
 REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 """KVzip's prompt."""
@@ -56,6 +58,10 @@ def prepare(args: argparse.Namespace) -> None:
             else:
                 yield maker.facts(source, length, seed)
 
+    if args.as_text:
+        count = write_text(every(), args.output, tokenizer.decode)
+        print(f"{args.output}: questions about {count} contexts")
+        return
     count = write(every(), args.output)
     repeat = tokenizer.encode(REPEAT, add_special_tokens=False)
     args.output.with_suffix(".repeat.json").write_text(json.dumps(repeat) + "\n")
@@ -121,6 +127,24 @@ def run(args: argparse.Namespace) -> None:
                       f"{time.monotonic() - start:.2f} s", flush=True)  # fmt: skip
 
 
+def through_engine(args: argparse.Namespace) -> None:
+    """The same samples through vLLM."""
+    from benchmarks.real import engine
+    from benchmarks.real.masks import Shields
+
+    samples = [
+        sample
+        for sample in islice(read(args.samples), args.limit)
+        if sample.length in (args.lengths or [sample.length])
+    ]
+    wanted = list(engine.choices(args.policies, args.ratios, args.modes))
+    shields = Shields(16, recent=args.recent, floor=args.floor, min_budget=args.min_budget)
+    with args.output.open("a") as file:
+        for line in engine.run(str(args.model), samples, wanted, shields, args.llm):
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            file.flush()
+
+
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
     """Samples of the same length and kind, up to ``size`` together."""
     batch: list[Sample] = []
@@ -163,6 +187,8 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--first-seed", type=int, default=0)
     make.add_argument("--continuation", type=int, default=0, metavar="TOKENS",
                       help="plain text and so many tokens that follow, no facts")  # fmt: skip
+    make.add_argument("--as-text", action="store_true",
+                      help="a line per question, as benchmarks/lm_eval takes it")  # fmt: skip
     measure = commands.add_parser("run", help="measure")
     measure.set_defaults(action=run)
     measure.add_argument("model", type=Path)
@@ -183,6 +209,21 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--rows", type=int, default=256, help="answer tokens judged at once")
     measure.add_argument("--contexts", type=int, default=1, help="generated side by side")
     measure.add_argument("--minutes", type=float, help="begin no sample after so long")
+    ask = commands.add_parser("engine", help="the same through vLLM")
+    ask.set_defaults(action=through_engine)
+    ask.add_argument("model", type=Path)
+    ask.add_argument("samples", type=Path)
+    ask.add_argument("--output", type=Path, required=True)
+    ask.add_argument("--modes", type=words, default=["hidden"])
+    ask.add_argument("--policies", type=words, default=["auto"], help="NAME or NAME:KEY=VALUE;...")
+    ask.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
+    ask.add_argument("--lengths", type=integers, help="only these of the samples")
+    ask.add_argument("--limit", type=int, help="only the first so many samples")
+    ask.add_argument("--recent", type=int, default=32)
+    ask.add_argument("--floor", type=int, default=16)
+    ask.add_argument("--min-budget", type=int, default=0)
+    ask.add_argument("--llm", type=json.loads, default={}, metavar="JSON",
+                     help='more arguments of the engine, like {"dtype": "float32"}')  # fmt: skip
     show = commands.add_parser("table", help="print results")
     show.set_defaults(action=table)
     show.add_argument("results", type=Path, nargs="+")
@@ -191,6 +232,8 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--modes", type=words)
     show.add_argument("--policies", type=words)
     show.add_argument("--tasks", type=words)
+    show.add_argument("--least", type=float, default=0.8,
+                      help="leave out tasks of which the full cache answers less")  # fmt: skip
     show.add_argument("--markdown", action="store_true")
     return result
 

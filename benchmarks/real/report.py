@@ -115,8 +115,24 @@ def print_table(lines: Iterable[Line], args: Any) -> None:
     ]
     for kind in ("tasks", "nats"):
         some = [line for line in chosen if kind in line]
-        for group, rows in cells(some, args.by, args.tasks).items():
-            _print_group(kind, dict(zip(args.by, group, strict=True)), rows, args.markdown)
+        groups: dict[Group, list[Line]] = {}
+        for line in some:
+            groups.setdefault(tuple(line[name] for name in args.by), []).append(line)
+        for group, members in groups.items():
+            tasks = solved(members, args.least) if args.tasks is None else args.tasks
+            rows = cells(members, args.by, tasks)[group]
+            title = dict(zip(args.by, group, strict=True))
+            _print_group(kind, title, rows, args.markdown, tasks)
+
+
+def solved(lines: Iterable[Line], least: float) -> list[str]:
+    """Tasks of which the full cache answers at least this share."""
+    full: dict[str, list[int]] = {}
+    for line in lines:
+        if line["policy"] == FULL:
+            for task, (right, _) in line.get("tasks", {}).items():
+                full.setdefault(task, []).append(right)
+    return [task for task, right in full.items() if mean(right) >= least]
 
 
 def _print_group(
@@ -124,6 +140,7 @@ def _print_group(
     group: Mapping[str, Any],
     rows: Mapping[tuple[Any, ...], Mapping[float, Cell]],
     markdown: bool,
+    tasks: Iterable[str],
 ) -> None:
     full = rows[(FULL,)][1.0]
     title = ", ".join(f"{name} {value}" for name, value in group.items())
@@ -131,7 +148,8 @@ def _print_group(
         low, high = wilson(sum(full.right.values()), len(full.right))
         print(
             f"\n{title}: {len(full.right)} questions, full cache {full.accuracy():.3f} "
-            f"({low:.2f} to {high:.2f}), {mean(full.likelihood.values()):.2f} nats an answer"
+            f"({low:.2f} to {high:.2f}), {mean(full.likelihood.values()):.2f} nats an answer; "
+            f"{', '.join(tasks)}"
         )
     else:
         print(f"\n{title}: {len(full.nats)} texts, full cache {mean(full.nats.values()):.3f}")

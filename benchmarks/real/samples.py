@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -87,6 +87,24 @@ def write(samples: Iterable[Sample], path: Path) -> int:
         for sample in samples:
             file.write(json.dumps(asdict(sample), separators=(",", ":")) + "\n")
             count += 1
+    return count
+
+
+def write_text(samples: Iterable[Sample], path: Path, decode: Callable[[list[int]], str]) -> int:
+    """A JSON line per question with ``context``, ``asked``, ``answer`` and ``task``, for harnesses
+    that take text; returns how many samples."""
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            count += 1
+            for question in sample.questions:
+                row = {
+                    "context": decode(sample.context),
+                    "asked": decode(question.asked),
+                    "answer": decode(question.answer),
+                    "task": question.task,
+                }
+                file.write(json.dumps(row) + "\n")
     return count
 
 
