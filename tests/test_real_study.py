@@ -119,7 +119,7 @@ def test_echo_of_a_generation_is_that_of_its_segments(model, tokens):
         view = decoded.View(
             model, context.keys[..., :end, :], context.values[..., :end, :],
             context.queries[..., :end, :], torch.ones(context.keys.shape[:-1])[..., :end].bool(),
-            begin, 4, Shields(), stored,
+            begin, 4, Shields(), {}, stored,
         )  # fmt: skip
         score = view.echo(64, 256)
         begin = end
@@ -134,7 +134,7 @@ def test_a_generation_is_compressed_as_the_engine_would():
 
 def test_a_generation_reads_over_what_is_left(model, tokens):
     keys, values, present = decoded.generate(
-        model, tokens, ["streaming", "echo64"], 4, Shields(recent=16)
+        model, tokens, ["streaming", "echo64"], 4, Shields(recent=16), {}
     )
     context = model.prefill(tokens)
     assert (~present).flatten(1).any(1).all()

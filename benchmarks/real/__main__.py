@@ -93,15 +93,21 @@ def run(args: argparse.Namespace) -> None:
             fields = json.loads(line)
             done.add(tuple(fields[name] for name in ("mode", "source", "length", "seed")))
 
+    tables = {}
+    if args.calibration:
+        contexts = [x.context for x in islice(read(args.calibration), args.calibration_samples)]
+        tables = study.calibrate(model, contexts, repeat)
     with args.output.open("a") as file:
         for mode in args.modes:
             known = decoded.POLICIES if mode == study.DECODED else policies.POLICIES
             few = decoded.FEW if mode == study.DECODED else policies.FEW
             names = list(known) if args.policies == ["all"] else args.policies
             names = few if names == ["few"] else names
+            if not tables:
+                names = [name for name in names if not name.startswith("table")]
             if wrong := set(names) - known.keys():
                 raise SystemExit(f"policies {sorted(wrong)} are not accepted; known: {list(known)}")
-            plan = study.Plan(names, args.ratios, shields, repeat, args.rows)
+            plan = study.Plan(names, args.ratios, shields, repeat, args.rows, tables)
             wanted = [
                 sample
                 for sample in islice(read(args.samples), args.limit)
@@ -208,6 +214,8 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--threads", type=int, default=1)
     measure.add_argument("--rows", type=int, default=256, help="answer tokens judged at once")
     measure.add_argument("--contexts", type=int, default=1, help="generated side by side")
+    measure.add_argument("--calibration", type=Path, help="samples that the tables are made of")
+    measure.add_argument("--calibration-samples", type=int, default=8)
     measure.add_argument("--minutes", type=float, help="begin no sample after so long")
     ask = commands.add_parser("engine", help="the same through vLLM")
     ask.set_defaults(action=through_engine)

@@ -9,7 +9,7 @@ over its own keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.real import scores
+from benchmarks.real.calibration import Table
 from benchmarks.real.masks import Shields, count, keep, open_keys
 from benchmarks.real.model import Model
 
@@ -37,6 +38,7 @@ class View:
     """Tokens at the compression before."""
     ratio: float
     shields: Shields
+    tables: Mapping[str, Table] = field(default_factory=dict)
     stored: dict[str, Tensor] = field(default_factory=dict)
     """Per policy, kept from round to round; ``[B, L, H, whole length]``."""
 
@@ -71,6 +73,11 @@ class View:
         )  # fmt: skip
         self.stored["echo"] = stored
         return stored
+
+    def valued(self, score: Tensor) -> Tensor:
+        """Times the norms of values / their mean over what was read."""
+        norm = self.values.float().norm(dim=-1)
+        return score * norm / norm.mean((1, 2, 3), keepdim=True)
 
     def window(self, size: int, how: str) -> Tensor:
         """What the last ``size`` tokens pay to the keys that are there."""
@@ -149,6 +156,25 @@ POLICIES: dict[str, Policy] = {
     "echo16": Policy(lambda v: v.echo(16, 256)),
     "echo64": Policy(lambda v: v.echo(64, 256)),
     "echo64_d64": Policy(lambda v: v.echo(64, 64)),
+    "echo64_vnorm": Policy(lambda v: v.valued(v.echo(64, 256))),
+    "table64": Policy(lambda v: v.tables["echo64"](v.echo(64, 256))),
+    "table64_vnorm": Policy(lambda v: v.tables["echo64_vnorm"](v.valued(v.echo(64, 256)))),
+    "table256": Policy(lambda v: v.tables["echo"](v.echo(256, 256))),
+    "table64_window": Policy(
+        lambda v: torch.maximum(v.tables["echo64"](v.echo(64, 256)), v.window(8, "max"))
+    ),
+    "table64_window_w15": Policy(
+        lambda v: torch.maximum(
+            v.tables["echo64"](v.echo(64, 256)), v.pooled(v.window(8, "max"), 15)
+        )
+    ),
+    "table64_window_w15_square": Policy(
+        lambda v: torch.maximum(
+            v.tables["echo64"](v.echo(64, 256)), v.pooled(v.window(8, "max") ** 2, 15)
+        )
+    ),
+    "echo64_window_w15": _echo_or(64, 256, lambda v: v.pooled(v.window(8, "max"), 15)),
+    "echo64_window_w15_square": _echo_or(64, 256, lambda v: v.pooled(v.window(8, "max") ** 2, 15)),
     "echo64_layer": Policy(lambda v: v.echo(64, 256), "layer"),
     "echo128": Policy(lambda v: v.echo(128, 256)),
     "echo256": Policy(lambda v: v.echo(256, 256)),
@@ -195,7 +221,12 @@ def schedule(length: int, ratio: float, shields: Shields) -> Iterator[int]:
 
 @torch.inference_mode()
 def generate(
-    model: Model, tokens: Tensor, policies: Sequence[str], ratio: float, shields: Shields
+    model: Model,
+    tokens: Tensor,
+    policies: Sequence[str],
+    ratio: float,
+    shields: Shields,
+    tables: Mapping[str, Table],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read ``tokens`` ``[B, P]`` as if they were generated.
 
@@ -243,6 +274,7 @@ def generate(
                 begin,
                 ratio,
                 shields,
+                tables,
                 stored[name],
             )
             policy = POLICIES[name]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.real import scores
+from benchmarks.real.calibration import Table
 from benchmarks.real.masks import Shields, count, open_keys
 from benchmarks.real.model import Context, Model
 
@@ -23,6 +24,7 @@ class Evidence:
 
     Args:
         repeat: tokens of the prompt that asks for a repetition.
+        tables: see :mod:`benchmarks.real.calibration`.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Evidence:
         tokens: Tensor,
         repeat: Sequence[int],
         shields: Shields,
+        tables: Mapping[str, Table] | None = None,
     ) -> None:
         self.model, self.context, self.tokens, self.shields = model, context, tokens, shields
         self._repeat = torch.tensor([repeat], device=model.device, dtype=torch.long)
@@ -39,6 +42,7 @@ class Evidence:
         self.values = context.values[0, model.layers]
         self.queries = context.queries[0]
         self.length = context.length
+        self.tables = tables or {}
         self.open = open_keys(self.length, shields, model.device)
         self._echoes: dict[tuple[object, ...], Tensor] = {}
 
@@ -120,6 +124,31 @@ class Evidence:
         assert self.context.norms is not None
         added = self.model.value_norms(self.values[None])[0]
         return added / self.context.norms[0, :, None, None]
+
+    @cached_property
+    def value_size(self) -> Tensor:
+        """``[L, H, P]``: norms of values / their mean over the context."""
+        norm = self.values.float().norm(dim=-1)
+        return norm / norm.mean()
+
+    def foreseen(self) -> dict[str, Tensor]:
+        """The scores that have tables."""
+        return {
+            "echo": self.echo(),
+            "vnorm": self.echo() * self.value_size,
+            "echo512": self.echo(512, 512),
+            "echo64": self.echo(64, 256),
+            "echo64_vnorm": self.echo(64, 256) * self.value_size,
+        }
+
+    def mapped(self, name: str, scaled: bool = False) -> Tensor:
+        """On the common scale of all heads."""
+        key = ("mapped", name, scaled)
+        if key not in self._echoes:
+            table = self.tables[name]
+            score = self.foreseen()[name]
+            self._echoes[key] = table.scaled(score) if scaled else table(score)
+        return self._echoes[key]
 
     @cached_property
     def query_span(self) -> Tensor:
@@ -239,6 +268,52 @@ POLICIES: dict[str, Policy] = {
     "echo_mapped": Policy(lambda e, _: scores.mapped(e.echo(), e.replay(e.tokens[:, :256]))),
     "echo_replay256": Policy(
         lambda e, _: torch.cat([e.replay(e.tokens[:, :256]), e.echo()[..., 256:]], -1)
+    ),
+    "echo_vnorm_head": Policy(
+        lambda e, _: e.echo() * e.value_size / e.value_size.mean(-1, keepdim=True)
+    ),
+    "echo_vnorm_root": Policy(lambda e, _: e.echo() * e.value_size**0.5),
+    "echo512_vnorm": Policy(lambda e, _: e.echo(512, 512) * e.value_size),
+    "echo_d512_vnorm": Policy(lambda e, _: e.echo(256, 512) * e.value_size),
+    "vnorm_window_w15": _max(
+        lambda e: e.echo() * e.value_size, lambda e: e.pooled(e.window(8, "max"), 15)
+    ),
+    "vnorm_window_w15_half": _max(
+        lambda e: e.echo() * e.value_size, lambda e: 0.5 * e.pooled(e.window(8, "max"), 15)
+    ),
+    "vnorm_window_w15_square": _max(
+        lambda e: e.echo() * e.value_size, lambda e: e.pooled(e.window(8, "max") ** 2, 15)
+    ),
+    "echo_window_w15_half": _echo_or_window(1, 15, 0.5),
+    "echo_window_w15_quarter": _echo_or_window(1, 15, 0.25),
+    "echo_window_w15_square": _max(
+        lambda e: e.echo(), lambda e: e.pooled(e.window(8, "max") ** 2, 15)
+    ),
+    "echo_window_w31_square": _max(
+        lambda e: e.echo(), lambda e: e.pooled(e.window(8, "max") ** 2, 31)
+    ),
+    "table": Policy(lambda e, _: e.mapped("echo")),
+    "table_scale": Policy(lambda e, _: e.mapped("echo", scaled=True)),
+    "table_vnorm": Policy(lambda e, _: e.mapped("vnorm")),
+    "table_vnorm_scale": Policy(lambda e, _: e.mapped("vnorm", scaled=True)),
+    "table512": Policy(lambda e, _: e.mapped("echo512")),
+    "table64": Policy(lambda e, _: e.mapped("echo64")),
+    "table_window": _max(lambda e: e.mapped("echo"), lambda e: e.window(8, "max")),
+    "table_window_w7": _max(lambda e: e.mapped("echo"), lambda e: e.pooled(e.window(8, "max"), 7)),
+    "table_window_w15": _max(
+        lambda e: e.mapped("echo"), lambda e: e.pooled(e.window(8, "max"), 15)
+    ),
+    "table_window_w15_half": _max(
+        lambda e: e.mapped("echo"), lambda e: 0.5 * e.pooled(e.window(8, "max"), 15)
+    ),
+    "table_window_w15_square": _max(
+        lambda e: e.mapped("echo"), lambda e: e.pooled(e.window(8, "max") ** 2, 15)
+    ),
+    "table_window_w31_square": _max(
+        lambda e: e.mapped("echo"), lambda e: e.pooled(e.window(8, "max") ** 2, 31)
+    ),
+    "table_vnorm_window_w15": _max(
+        lambda e: e.mapped("vnorm"), lambda e: e.pooled(e.window(8, "max"), 15)
     ),
     "later": Policy(lambda e, _: e.later),
     "echo_later": _max(lambda e: e.echo(), lambda e: e.later),

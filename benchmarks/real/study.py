@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.real import decoded
+from benchmarks.real.calibration import Table, tables
 from benchmarks.real.masks import Shields, keep
 from benchmarks.real.model import Context, Model
 from benchmarks.real.policies import POLICIES, Evidence
@@ -41,6 +42,8 @@ class Plan:
     """Tokens of KVzip's prompt."""
     rows: int
     """Rows of tokens that follow at once; bounds the memory."""
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """Of a calibration."""
 
     def settings(self) -> list[Setting]:
         """The full cache first."""
@@ -70,6 +73,20 @@ def masks(evidence: Evidence, settings: Sequence[Setting]) -> Tensor:
         stack = [POLICIES[settings[i].policy].score(evidence, ratio) for i in members]
         result[members] = keep(torch.stack(stack), ratio, shields, allocator)
     return result
+
+
+@torch.inference_mode()
+def calibrate(
+    model: Model, contexts: Iterable[Sequence[int]], repeat: Sequence[int]
+) -> dict[str, Table]:
+    """Tables of a few contexts, each repeated for real."""
+    foreseen, exact = [], []
+    for tokens in contexts:
+        row = torch.tensor([tokens], device=model.device)
+        evidence = Evidence(model, model.prefill(row), row, repeat, Shields())
+        foreseen.append(evidence.foreseen())
+        exact.append(evidence.kvzip)
+    return tables(foreseen, exact)
 
 
 class Asked(NamedTuple):
@@ -166,7 +183,7 @@ def once(model: Model, sample: Sample, mode: str, plan: Plan) -> Iterator[dict[s
     def read(tokens: Sequence[int]) -> tuple[Context, Tensor]:
         row = torch.tensor([tokens], device=model.device)
         context = model.prefill(row, details=True)
-        evidence = Evidence(model, context, row, plan.repeat, plan.shields[0])
+        evidence = Evidence(model, context, row, plan.repeat, plan.shields[0], plan.tables)
         return context, masks(evidence, settings)
 
     if mode == VISIBLE:
@@ -216,7 +233,9 @@ def generated(model: Model, samples: Sequence[Sample], plan: Plan) -> Iterator[d
     for shields in plan.shields:
         for ratio in plan.ratios:
             settings = [Setting(policy, ratio, shields) for policy in plan.policies]
-            keys, values, present = decoded.generate(model, tokens, plan.policies, ratio, shields)
+            keys, values, present = decoded.generate(
+                model, tokens, plan.policies, ratio, shields, plan.tables
+            )
             yield from _answers(model, samples, given, settings, keys, values, present)
             del keys, values, present
 
