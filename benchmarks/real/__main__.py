@@ -19,6 +19,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def prepare(args: argparse.Namespace) -> None:
                 yield maker.facts(source, length, seed)
 
     if args.as_text:
-        count = write_text(every(), args.output, tokenizer.decode)
+        count = write_text(
+            every(), args.output, partial(tokenizer.decode, skip_special_tokens=True)
+        )
         print(f"{args.output}: questions about {count} contexts")
         return
     count = write(every(), args.output)
@@ -113,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
                 for sample in islice(read(args.samples), args.limit)
                 if (mode, sample.source, sample.length, sample.seed) not in done
                 and sample.length in (args.lengths or [sample.length])
+                and sample.source in (args.sources or [sample.source])
                 and (sample.questions or mode != study.VISIBLE)
             ]
             for batch in batches(wanted, args.contexts if mode == study.DECODED else 1):
@@ -204,6 +208,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--policies", type=words, default=["few"], help="names, few, or all")
     measure.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
     measure.add_argument("--lengths", type=integers, help="only these of the samples")
+    measure.add_argument("--sources", type=words, help="only these of the samples")
     measure.add_argument("--limit", type=int, help="only the first so many samples")
     measure.add_argument("--pages", type=integers, default=[16], help="keys freed together")
     measure.add_argument("--recent", type=integers, default=[32])

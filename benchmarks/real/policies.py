@@ -15,6 +15,7 @@ from benchmarks.real.calibration import Table
 from benchmarks.real.masks import Shields, count, open_keys
 from benchmarks.real.model import Context, Model
 
+TABLES = ("echo", "vnorm", "echo512", "echo64", "echo64_vnorm")
 REPLAY_CHUNK = 2048
 """KVzip repeats so many tokens at a time."""
 
@@ -131,22 +132,20 @@ class Evidence:
         norm = self.values.float().norm(dim=-1)
         return norm / norm.mean()
 
-    def foreseen(self) -> dict[str, Tensor]:
-        """The scores that have tables."""
-        return {
-            "echo": self.echo(),
-            "vnorm": self.echo() * self.value_size,
-            "echo512": self.echo(512, 512),
-            "echo64": self.echo(64, 256),
-            "echo64_vnorm": self.echo(64, 256) * self.value_size,
-        }
+    def foreseen(self, name: str) -> Tensor:
+        """One of the scores that have tables, :data:`TABLES`."""
+        segment, delta = {"echo512": (512, 512), "echo64": (64, 256)}.get(
+            name.removesuffix("_vnorm"), (256, 256)
+        )
+        score = self.echo(segment, delta)
+        return score * self.value_size if name.endswith("vnorm") else score
 
     def mapped(self, name: str, scaled: bool = False) -> Tensor:
         """On the common scale of all heads."""
         key = ("mapped", name, scaled)
         if key not in self._echoes:
             table = self.tables[name]
-            score = self.foreseen()[name]
+            score = self.foreseen(name)
             self._echoes[key] = table.scaled(score) if scaled else table(score)
         return self._echoes[key]
 

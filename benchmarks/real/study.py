@@ -14,7 +14,7 @@ from benchmarks.real import decoded
 from benchmarks.real.calibration import Table, tables
 from benchmarks.real.masks import Shields, keep
 from benchmarks.real.model import Context, Model
-from benchmarks.real.policies import POLICIES, Evidence
+from benchmarks.real.policies import POLICIES, TABLES, Evidence
 from benchmarks.real.samples import Sample
 
 MODES = HIDDEN, VISIBLE, DECODED = ("hidden", "visible", "decoded")
@@ -84,7 +84,7 @@ def calibrate(
     for tokens in contexts:
         row = torch.tensor([tokens], device=model.device)
         evidence = Evidence(model, model.prefill(row), row, repeat, Shields())
-        foreseen.append(evidence.foreseen())
+        foreseen.append({name: evidence.foreseen(name) for name in TABLES})
         exact.append(evidence.kvzip)
     return tables(foreseen, exact)
 
