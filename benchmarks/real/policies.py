@@ -15,7 +15,7 @@ from benchmarks.real.calibration import Table
 from benchmarks.real.masks import Shields, count, open_keys
 from benchmarks.real.model import Context, Model
 
-TABLES = ("echo", "vnorm", "echo512", "echo64", "echo64_vnorm")
+TABLES = ("echo", "vnorm", "echo512", "echo512_vnorm", "echo64", "echo64_vnorm")
 REPLAY_CHUNK = 2048
 """KVzip repeats so many tokens at a time."""
 
@@ -291,6 +291,19 @@ POLICIES: dict[str, Policy] = {
     "echo_window_w31_square": _max(
         lambda e: e.echo(), lambda e: e.pooled(e.window(8, "max") ** 2, 31)
     ),
+    "echo512_window_w15": _max(
+        lambda e: e.echo(512, 512), lambda e: e.pooled(e.window(8, "max"), 15)
+    ),
+    "echo512_window_w15_square": _max(
+        lambda e: e.echo(512, 512), lambda e: e.pooled(e.window(8, "max") ** 2, 15)
+    ),
+    "table512_window_w15": _max(
+        lambda e: e.mapped("echo512"), lambda e: e.pooled(e.window(8, "max"), 15)
+    ),
+    "table512_window_w15_square": _max(
+        lambda e: e.mapped("echo512"), lambda e: e.pooled(e.window(8, "max") ** 2, 15)
+    ),
+    "table512_vnorm": Policy(lambda e, _: e.mapped("echo512_vnorm")),
     "table": Policy(lambda e, _: e.mapped("echo")),
     "table_scale": Policy(lambda e, _: e.mapped("echo", scaled=True)),
     "table_vnorm": Policy(lambda e, _: e.mapped("vnorm")),
