@@ -248,6 +248,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--least", type=float, default=0.8,
                       help="leave out tasks of which the full cache answers less")  # fmt: skip
     show.add_argument("--markdown", action="store_true")
+    show.add_argument("--json", action="store_true", help="a line per cell, with intervals")
     return result
 
 

@@ -15,7 +15,7 @@ from benchmarks.real.calibration import Table
 from benchmarks.real.masks import Shields, count, open_keys
 from benchmarks.real.model import Context, Model
 
-TABLES = ("echo", "vnorm", "echo512", "echo512_vnorm", "echo64", "echo64_vnorm")
+TABLES = ("echo", "vnorm", "echo_d512", "echo512", "echo512_vnorm", "echo64", "echo64_vnorm")
 REPLAY_CHUNK = 2048
 """KVzip repeats so many tokens at a time."""
 
@@ -134,7 +134,7 @@ class Evidence:
 
     def foreseen(self, name: str) -> Tensor:
         """One of the scores that have tables, :data:`TABLES`."""
-        segment, delta = {"echo512": (512, 512), "echo64": (64, 256)}.get(
+        segment, delta = {"echo512": (512, 512), "echo_d512": (256, 512), "echo64": (64, 256)}.get(
             name.removesuffix("_vnorm"), (256, 256)
         )
         score = self.echo(segment, delta)
@@ -304,6 +304,20 @@ POLICIES: dict[str, Policy] = {
         lambda e: e.mapped("echo512"), lambda e: e.pooled(e.window(8, "max") ** 2, 15)
     ),
     "table512_vnorm": Policy(lambda e, _: e.mapped("echo512_vnorm")),
+    "echo_d384": Policy(lambda e, _: e.echo(256, 384)),
+    "echo_d512_window_w15": _max(
+        lambda e: e.echo(256, 512), lambda e: e.pooled(e.window(8, "max"), 15)
+    ),
+    "echo_d512_window_w15_square": _max(
+        lambda e: e.echo(256, 512), lambda e: e.pooled(e.window(8, "max") ** 2, 15)
+    ),
+    "table_d512": Policy(lambda e, _: e.mapped("echo_d512")),
+    "table_d512_window_w15": _max(
+        lambda e: e.mapped("echo_d512"), lambda e: e.pooled(e.window(8, "max"), 15)
+    ),
+    "table_d512_window_w15_square": _max(
+        lambda e: e.mapped("echo_d512"), lambda e: e.pooled(e.window(8, "max") ** 2, 15)
+    ),
     "table": Policy(lambda e, _: e.mapped("echo")),
     "table_scale": Policy(lambda e, _: e.mapped("echo", scaled=True)),
     "table_vnorm": Policy(lambda e, _: e.mapped("vnorm")),

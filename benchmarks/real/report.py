@@ -122,7 +122,34 @@ def print_table(lines: Iterable[Line], args: Any) -> None:
             tasks = solved(members, args.least) if args.tasks is None else args.tasks
             rows = cells(members, args.by, tasks)[group]
             title = dict(zip(args.by, group, strict=True))
+            if args.json:
+                _print_lines(title, rows, tasks)
+                continue
             _print_group(kind, title, rows, args.markdown, tasks)
+
+
+def _print_lines(
+    group: Mapping[str, Any],
+    rows: Mapping[tuple[Any, ...], Mapping[float, Cell]],
+    tasks: Iterable[str],
+) -> None:
+    """A JSON line per policy and ratio."""
+    full = rows[(FULL,)][1.0]
+    for row, by_ratio in rows.items():
+        for ratio, cell in sorted(by_ratio.items()):
+            line: dict[str, Any] = {**group, "policy": row[0], "ratio": ratio}
+            line |= dict(zip(SHIELDS, row[1:], strict=False))
+            if cell.right:
+                share, low, high = cell.share(full)
+                line |= {"questions": len(cell.right), "right": sum(cell.right.values())}
+                line |= {"tasks": list(tasks), "interval": wilson(line["right"], len(cell.right))}
+                line |= {"share_of_full": [round(x, 4) for x in (share, low, high)]}
+                line["interval"] = [round(x, 4) for x in line["interval"]]
+                line["log_likelihood"] = round(mean(cell.likelihood.values()), 3)
+            if cell.nats:
+                line |= {"texts": len(cell.nats), "nats": round(mean(cell.nats.values()), 4)}
+                line["lost"] = [round(x, 4) for x in cell.lost(full)]
+            print(json.dumps(line))
 
 
 def solved(lines: Iterable[Line], least: float) -> list[str]:
