@@ -209,3 +209,36 @@ def test_tables_say_what_share_of_the_full_caches_answers_is_left(tmp_path, caps
     assert report.wilson(8, 8)[0] == pytest.approx(0.676, abs=1e-3)
     two = SimpleNamespace(right={}, likelihood={})
     assert report.wilson(len(two.right), 0) == (0.0, 1.0)
+
+
+def test_gemma_is_that_of_transformers(tmp_path):
+    """Sliding windows, norms of queries and keys, two rotations; on random weights."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=8, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = Gemma3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path)
+    # As the converter writes them: benchmarks/models/convert.py.
+    written = json.loads((tmp_path / "config.json").read_text())
+    written |= {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    mine = Model(tmp_path, "cpu", torch.float32)
+    assert mine.layers == [1]
+    tokens = torch.randint(64, (1, 40))
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+    context = mine.prefill(tokens[:, :24])
+    torch.testing.assert_close(context.last, expected[:, 23], rtol=1e-3, atol=1e-3)
+    after, _ = mine.follow(
+        context.keys, context.values, None, tokens[None, :, 24:], 24, torch.arange(16)[None, None]
+    )
+    torch.testing.assert_close(after[:, 0, 0], expected[:, 24:], rtol=1e-3, atol=1e-3)
