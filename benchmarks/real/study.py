@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers and likelihoods over the keys that each score keeps: one prefill, all settings masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.real import decoded
+from benchmarks.real.calibration import Table, tables
+from benchmarks.real.masks import Shields, keep
+from benchmarks.real.model import Context, Model
+from benchmarks.real.policies import POLICIES, TABLES, Evidence
+from benchmarks.real.samples import Sample
+
+MODES = HIDDEN, VISIBLE, DECODED = ("hidden", "visible", "decoded")
+"""The question comes after the compression, stands before it, or follows a context that was
+generated. Samples of text have no question; they are hidden or decoded."""
+FULL = "full"
+
+
+class Setting(NamedTuple):
+    """A score, and how much stays."""
+
+    policy: str
+    ratio: float
+    shields: Shields
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of every sample."""
+
+    policies: Sequence[str]
+    ratios: Sequence[float]
+    shields: Sequence[Shields]
+    repeat: Sequence[int]
+    """Tokens of KVzip's prompt."""
+    rows: int
+    """Rows of tokens that follow at once; bounds the memory."""
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """Of a calibration."""
+
+    def settings(self) -> list[Setting]:
+        """The full cache first."""
+        return [
+            Setting(FULL, 1.0, self.shields[0]),
+            *(
+                Setting(policy, ratio, shields)
+                for shields in self.shields
+                for ratio in self.ratios
+                for policy in self.policies
+            ),
+        ]
+
+
+def masks(evidence: Evidence, settings: Sequence[Setting]) -> Tensor:
+    """``[K, L, H, P]`` bool."""
+    result = torch.ones(
+        len(settings), *evidence.keys.shape[:-1], dtype=torch.bool, device=evidence.keys.device
+    )
+    groups: dict[tuple[float, Shields, str], list[int]] = {}
+    for i, setting in enumerate(settings):
+        if setting.policy != FULL:
+            allocator = POLICIES[setting.policy].allocator
+            groups.setdefault((setting.ratio, setting.shields, allocator), []).append(i)
+    for (ratio, shields, allocator), members in groups.items():
+        evidence.shields = shields
+        stack = [POLICIES[settings[i].policy].score(evidence, ratio) for i in members]
+        result[members] = keep(torch.stack(stack), ratio, shields, allocator)
+    return result
+
+
+@torch.inference_mode()
+def calibrate(
+    model: Model, contexts: Iterable[Sequence[int]], repeat: Sequence[int]
+) -> dict[str, Table]:
+    """Tables of a few contexts, each repeated for real."""
+    foreseen, exact = [], []
+    for tokens in contexts:
+        row = torch.tensor([tokens], device=model.device)
+        evidence = Evidence(model, model.prefill(row), row, repeat, Shields())
+        foreseen.append({name: evidence.foreseen(name) for name in TABLES})
+        exact.append(evidence.kvzip)
+    return tables(foreseen, exact)
+
+
+class Asked(NamedTuple):
+    """What follows each of S contexts: M continuations of T tokens, W of them judged."""
+
+    tokens: Tensor  # [S, M, T], all but the last
+    places: Tensor  # [S, M, W], whose logits predict what is judged
+    answers: Tensor  # [S, M, W]
+    real: Tensor  # [S, M, W], False where an answer is shorter than W
+
+
+def asked(continuations: Sequence[Sequence[tuple[list[int], list[int]]]], device: Any) -> Asked:
+    """Batch what is given and what is judged, per context and question; padded with what is
+    harmless."""
+    longest = max(len(a) + len(b) for row in continuations for a, b in row) - 1
+    width = max(len(b) for row in continuations for _, b in row)
+
+    def batch(values: list[list[list[int]]]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    def padded(values: list[int], size: int) -> list[int]:
+        return values + [0] * (size - len(values))
+
+    return Asked(
+        batch([[padded([*a, *b[:-1]], longest) for a, b in row] for row in continuations]),
+        batch(
+            [
+                [padded(list(range(len(a) - 1, len(a) + len(b) - 1)), width) for a, b in row]
+                for row in continuations
+            ]
+        ),
+        batch([[padded(b, width) for _, b in row] for row in continuations]),
+        batch([[padded([1] * len(b), width) for _, b in row] for row in continuations]).bool(),
+    )
+
+
+def continuations(sample: Sample) -> list[tuple[list[int], list[int]]]:
+    """What is given and what is judged after a context."""
+    if sample.questions:
+        return [(question.asked, question.answer) for question in sample.questions]
+    # The first token comes from the uncompressed context.
+    return [(sample.continuation[:1], sample.continuation[1:])]
+
+
+class Judged(NamedTuple):
+    """``[..., M]``: whether greedy decoding gives exactly the answer, and the answer's log
+    likelihood, in nats."""
+
+    right: Tensor
+    likelihood: Tensor
+
+
+def judged(logits: Tensor, answers: Tensor, real: Tensor) -> Judged:
+    """Logits ``[..., M, W, V]`` that predict ``answers`` ``[..., M, W]``."""
+    right = ((logits.argmax(-1) == answers) | ~real).all(-1)
+    index = answers.expand(logits.shape[:-1])[..., None]
+    chosen = logits.gather(-1, index)[..., 0].float() - logits.float().logsumexp(-1)
+    return Judged(right, (chosen * real).sum(-1))
+
+
+def masked(
+    model: Model, context: Context, kept: Tensor, given: Asked, position: int, rows: int
+) -> Judged:
+    """Judge K masks ``[K, L, H, P]`` of one context by its continuations, ``rows`` tokens that are
+    judged at once: ``[K, M]``."""
+    parts = []
+    step = max(1, rows // given.answers.numel())
+    for begin in range(0, len(kept), step):
+        logits, _ = model.follow(
+            context.keys, context.values, kept[None, begin : begin + step], given.tokens,
+            position, given.places,
+        )  # fmt: skip
+        assert logits is not None
+        parts.append(judged(logits[0], given.answers[0], given.real[0]))
+    return Judged(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _line(mode: str, sample: Sample, setting: Setting, outcome: dict[str, Any]) -> dict[str, Any]:
+    shields = setting.shields
+    return {
+        "mode": mode, "source": sample.source, "length": sample.length, "seed": sample.seed,
+        "policy": setting.policy, "ratio": setting.ratio, "page": shields.page,
+        "recent": shields.recent, "floor": shields.floor, "min_budget": shields.min_budget,
+        **outcome,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def once(model: Model, sample: Sample, mode: str, plan: Plan) -> Iterator[dict[str, Any]]:
+    """A context that was read at once: result lines of one sample."""
+    settings = plan.settings()
+    outcomes: list[dict[str, Any]] = [{} for _ in settings]
+
+    def read(tokens: Sequence[int]) -> tuple[Context, Tensor]:
+        row = torch.tensor([tokens], device=model.device)
+        context = model.prefill(row, details=True)
+        evidence = Evidence(model, context, row, plan.repeat, plan.shields[0], plan.tables)
+        return context, masks(evidence, settings)
+
+    if mode == VISIBLE:
+        for question in sample.questions:
+            whole = [*sample.context, *question.asked]
+            context, kept = read(whole)
+            # The first token of the answer comes from the uncompressed prompt.
+            given = asked([[(question.answer[:1], question.answer[1:])]], model.device)
+            found = masked(model, context, kept, given, len(whole), plan.rows)
+            first = context.last[0].float().log_softmax(-1)
+            right = found.right & (first.argmax() == question.answer[0])
+            likelihood = found.likelihood + first[question.answer[0]]
+            _note(outcomes, [question.task], Judged(right, likelihood))
+    else:
+        context, kept = read(sample.context)
+        given = asked([continuations(sample)], model.device)
+        found = masked(model, context, kept, given, sample.length, plan.rows)
+        _note(outcomes, [question.task for question in sample.questions], found, given)
+    for setting, outcome in zip(settings, outcomes, strict=True):
+        yield _line(mode, sample, setting, outcome)
+
+
+def _note(
+    outcomes: Sequence[dict[str, Any]], tasks: Sequence[str], found: Judged,
+    given: Asked | None = None,
+) -> None:  # fmt: skip
+    right, likelihood = found.right.tolist(), found.likelihood.tolist()
+    for i, outcome in enumerate(outcomes):
+        if not tasks:
+            assert given is not None
+            outcome["nats"] = round(-likelihood[i][0] / given.answers.shape[-1], 5)
+            continue
+        noted = outcome.setdefault("tasks", {})
+        for j, task in enumerate(tasks):
+            noted[task] = [int(right[i][j]), round(likelihood[i][j], 3)]
+
+
+@torch.inference_mode()
+def generated(model: Model, samples: Sequence[Sample], plan: Plan) -> Iterator[dict[str, Any]]:
+    """Contexts of the same length that were generated: result lines."""
+    tokens = torch.tensor([sample.context for sample in samples], device=model.device)
+    given = asked([continuations(sample) for sample in samples], model.device)
+    whole = model.prefill(tokens)
+    everything = [Setting(FULL, 1.0, plan.shields[0])]
+    yield from _answers(model, samples, given, everything, whole.keys, whole.values, None)
+    del whole
+    for shields in plan.shields:
+        for ratio in plan.ratios:
+            settings = [Setting(policy, ratio, shields) for policy in plan.policies]
+            keys, values, present = decoded.generate(
+                model, tokens, plan.policies, ratio, shields, plan.tables
+            )
+            yield from _answers(model, samples, given, settings, keys, values, present)
+            del keys, values, present
+
+
+def _answers(
+    model: Model, samples: Sequence[Sample], given: Asked, settings: Sequence[Setting],
+    keys: Tensor, values: Tensor, present: Tensor | None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Keys of every setting and, within it, of every sample."""
+    count = len(samples)
+    for i, setting in enumerate(settings):
+        mine = slice(i * count, (i + 1) * count)
+        kept = None if present is None else present[mine, None]
+        logits, _ = model.follow(
+            keys[mine], values[mine], kept, given.tokens, samples[0].length, given.places
+        )
+        assert logits is not None
+        found = judged(logits[:, 0], given.answers, given.real)
+        for j, sample in enumerate(samples):
+            outcome: dict[str, Any] = {}
+            one = Judged(found.right[j : j + 1], found.likelihood[j : j + 1])
+            _note([outcome], [question.task for question in sample.questions], one, given)
+            if present is not None:
+                outcome["held"] = round(float(present[mine][j].float().mean()), 4)
+            yield _line(DECODED, sample, setting, outcome)

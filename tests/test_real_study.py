@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/real: its model, scores, masks, samples and tables, on the bundled model."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.masking_study import Llama, Setting, kept_keys
+from benchmarks.real import decoded, policies, report, samples, scores, study
+from benchmarks.real.__main__ import parser
+from benchmarks.real.masks import Shields, count, keep
+from benchmarks.real.model import Model
+
+TINY = Path(__file__).parents[1] / "models" / "tiny"
+LENGTH = 230
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.set_num_threads(1)
+    return Model(TINY, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(10, 4000, (1, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def sample(tokens: Tensor) -> samples.Sample:
+    asked = [samples.Question("a", [5, 6, 7], [8, 9]), samples.Question("b", [5, 7], [9, 9, 4])]
+    return samples.Sample("toy", LENGTH, 0, tokens[0].tolist(), asked)
+
+
+def test_the_model_is_that_of_the_other_study(model, tokens):
+    context = model.prefill(tokens)
+    other = Llama(TINY)
+    prompt = other.prefill(tokens[0].tolist())
+    torch.testing.assert_close(context.keys[0], prompt.keys)
+    torch.testing.assert_close(context.queries[0], prompt.queries)
+    kept = torch.rand(3, *prompt.keys.shape[:-1], generator=torch.Generator().manual_seed(0)) > 0.5
+    kept[..., :2] = True
+    after = torch.tensor([[3, 4, 5, 6]])
+    mine, found = model.follow(
+        context.keys, context.values, kept[None], after[None], LENGTH, torch.arange(4)[None, None]
+    )
+    theirs = other.continue_masked(prompt, kept, after.expand(3, -1))
+    torch.testing.assert_close(mine[0, :, 0], theirs, rtol=1e-4, atol=1e-4)
+    assert found is None
+
+
+@pytest.mark.parametrize("allocator", ["global", "layer", "uniform"])
+@pytest.mark.parametrize("ratio", [1, 2, 8])
+def test_masks_are_those_of_the_other_study(model, tokens, allocator, ratio):
+    prompt = Llama(TINY).prefill(tokens[0].tolist())
+    setting = Setting(ratio=ratio, allocator=allocator, pool=7, recent=32)
+    context = model.prefill(tokens, details=True)
+    evidence = policies.Evidence(model, context, tokens, [5], Shields())
+    score = policies.POLICIES["kv_compress_p7"].score(evidence, ratio)
+    candidates = LENGTH // 16 * 16
+    score = scores.pooled(evidence.window(8, "squares")[..., :candidates], 7)
+    score = torch.nn.functional.pad(score, (0, LENGTH - candidates))
+    mine = keep(score[None], ratio, Shields(), allocator)[0]
+    assert torch.equal(mine, kept_keys(prompt, setting))
+
+
+def test_pages_of_earlier_rounds_are_freed_first():
+    first = torch.rand(1, 2, 2, 256, generator=torch.Generator().manual_seed(1))
+    shields = Shields()
+    left = keep(first, 2, shields)
+    again = keep(first, 4, shields, present=left)
+    assert not (again & ~left).any()
+    assert again.sum() == count(256, 4, shields).kept * 16 * 4
+    # The same scores at once keep the same keys.
+    assert torch.equal(again, keep(first, 4, shields))
+
+
+def literal_echo(q: Tensor, k: Tensor, rotate, scale: float, segment: int, delta: float) -> Tensor:
+    heads, group, length, _ = q.shape
+    result = torch.zeros(heads, length)
+    for h in range(heads):
+        for begin in range(0, length, segment):
+            end = min(length, begin + segment)
+            for g in range(group):
+                for i in range(begin, end):
+                    ahead = rotate(q[h, g, i], torch.tensor(delta))
+                    old = [math.exp(float(ahead @ k[h, j]) * scale) for j in range(begin, end)]
+                    z = sum(old) + sum(math.exp(float(ahead @ k[h, j]) * scale) for j in range(4))
+                    z += sum(
+                        math.exp(float(q[h, g, i] @ k[h, j]) * scale) for j in range(begin, i + 1)
+                    )
+                    for j, e in enumerate(old, begin):
+                        result[h, j] = max(result[h, j], e / z)
+    return result
+
+
+@pytest.mark.parametrize("segment", [16, 24])
+def test_echo_is_its_formula(model, segment):
+    generator = torch.Generator().manual_seed(2)
+    k = torch.randn(2, 40, model.head_dim, generator=generator)
+    q = torch.randn(2, 2, 40, model.head_dim, generator=generator)
+    mine = scores.echo(k, q, model.rotate, 0.3, segment, 17.0)
+    literal = literal_echo(q, k, model.rotate, 0.3, segment, 17.0)
+    torch.testing.assert_close(mine, literal, rtol=1e-4, atol=1e-6)
+
+
+def test_echo_of_a_generation_is_that_of_its_segments(model, tokens):
+    """Segments of 64 scored when they are complete, whenever compressions came."""
+    context = model.prefill(tokens)
+    whole = scores.echo(context.keys[0], context.queries[0], model.rotate, model.scale, 64, 256.0)
+    stored: dict[str, Tensor] = {}
+    begin = 0
+    for end in (80, 144, LENGTH):
+        view = decoded.View(
+            model, context.keys[..., :end, :], context.values[..., :end, :],
+            context.queries[..., :end, :], torch.ones(context.keys.shape[:-1])[..., :end].bool(),
+            begin, 4, Shields(), {}, stored,
+        )  # fmt: skip
+        score = view.echo(64, 256)
+        begin = end
+    torch.testing.assert_close(score[0], whole)
+
+
+def test_a_generation_is_compressed_as_the_engine_would():
+    assert list(decoded.schedule(700, 2, Shields())) == [256, 512]
+    assert list(decoded.schedule(500, 4, Shields())) == [176, 352]
+    assert list(decoded.schedule(500, 1, Shields())) == []
+
+
+def test_a_generation_reads_over_what_is_left(model, tokens):
+    keys, values, present = decoded.generate(
+        model, tokens, ["streaming", "echo64"], 4, Shields(recent=16), {}
+    )
+    context = model.prefill(tokens)
+    assert (~present).flatten(1).any(1).all()
+    left = present[0, 0, 0].nonzero().flatten().tolist()
+    assert set(range(4)) <= set(left) and left[-50:] == list(range(LENGTH - 50, LENGTH))
+    # Only what was read after the first compression differs.
+    first = next(decoded.schedule(LENGTH, 4, Shields(recent=16)))
+    torch.testing.assert_close(keys[0, ..., :first, :], context.keys[0, ..., :first, :])
+    assert not torch.allclose(values[0, -1, ..., first:, :], context.values[0, -1, ..., first:, :])
+
+
+@pytest.mark.parametrize("mode", study.MODES)
+def test_what_keeps_everything_answers_as_the_full_cache(model, sample, mode):
+    names = ["echo"] if mode != study.DECODED else ["echo64"]
+    plan = study.Plan(names, [1.0, 4.0], [Shields()], [5, 6], rows=64)
+    if mode == study.DECODED:
+        lines = list(study.generated(model, [sample], plan))
+    else:
+        lines = list(study.once(model, sample, mode, plan))
+    assert [line["policy"] for line in lines] == ["full", *names * 2]
+    full, all_kept, few_kept = (line["tasks"] for line in lines)
+    assert list(full) == ["a", "b"]
+    for task, (right, likelihood) in full.items():
+        assert all_kept[task] == [right, pytest.approx(likelihood, abs=0.01)]
+    assert few_kept != full
+
+
+def test_samples_have_facts_and_exact_lengths(tmp_path):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "texts" / "words").mkdir(parents=True)
+    text = " ".join(f"This is sentence {i} of a long text about nothing." for i in range(900))
+    (tmp_path / "texts" / "words" / "a.txt").write_text(text)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    maker = samples.Maker(tokenizer, tmp_path / "texts")
+    made = maker.facts("words", 900, 7)
+    assert len(made.context) == 900
+    assert [question.task for question in made.questions] == list(samples.TASKS)
+    context = tokenizer.decode(made.context)
+    for question in made.questions:
+        begun = tokenizer.decode(question.asked).split("Answer: ")[1]
+        assert begun.strip() + " " + tokenizer.decode(question.answer).strip() in context
+        assert len(question.answer) > 1  # the first token is free where the question is visible
+    path = tmp_path / "samples.jsonl"
+    assert samples.write([made], path) == 1
+    assert list(samples.read(path)) == [made]
+    flowing = maker.text("words", 100, 20, 7)
+    assert (len(flowing.context), len(flowing.continuation)) == (100, 20)
+    with pytest.raises(ValueError, match="length 100 is not accepted"):
+        maker.facts("words", 100, 7)
+
+
+def test_tables_say_what_share_of_the_full_caches_answers_is_left(tmp_path, capsys):
+    def line(policy: str, seed: int, right: int, ratio: float) -> dict:
+        return {
+            "mode": "hidden", "source": "essays", "length": 1000, "seed": seed, "policy": policy,
+            "ratio": ratio, "page": 16, "recent": 32, "floor": 16, "min_budget": 0,
+            "tasks": {"a": [right, -1.0], "b": [1, -1.0]},
+        }  # fmt: skip
+
+    lines = [line("full", s, 1, 1.0) for s in range(4)]
+    lines += [line("echo", s, s % 2, 4.0) for s in range(4)]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    cell = report.cells(lines, ["mode"])[("hidden",)]
+    share, low, high = cell["echo", 16, 32, 16, 0][4.0].share(cell["full",][1.0])
+    assert share == 0.75 and low < 0.75 < high
+    args = parser().parse_args(["table", str(path)])
+    args.action(args)
+    printed = capsys.readouterr().out
+    assert "full cache 1.000" in printed and "0.75 (" in printed
+    assert report.wilson(8, 8)[0] == pytest.approx(0.676, abs=1e-3)
+    two = SimpleNamespace(right={}, likelihood={})
+    assert report.wilson(len(two.right), 0) == (0.0, 1.0)
+
+
+def test_gemma_is_that_of_transformers(tmp_path):
+    """Sliding windows, norms of queries and keys, two rotations; on random weights."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=8, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = Gemma3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path)
+    # As the converter writes them: benchmarks/models/convert.py.
+    written = json.loads((tmp_path / "config.json").read_text())
+    written |= {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    mine = Model(tmp_path, "cpu", torch.float32)
+    assert mine.layers == [1]
+    tokens = torch.randint(64, (1, 40))
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+    context = mine.prefill(tokens[:, :24])
+    torch.testing.assert_close(context.last, expected[:, 23], rtol=1e-3, atol=1e-3)
+    after, _ = mine.follow(
+        context.keys, context.values, None, tokens[None, :, 24:], 24, torch.arange(16)[None, None]
+    )
+    torch.testing.assert_close(after[:, 0, 0], expected[:, 24:], rtol=1e-3, atol=1e-3)
