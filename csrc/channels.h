@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Channels of attention_statistics and, after them, of key_statistics: one numbering, bits of the
-// ops' masks. What each is: kvcompress_vllm/ops/reference.py.
+// Channels of attention_statistics, of key_statistics and, last, what echo_scores stored: one
+// numbering, bits of the ops' masks. What each is: kvcompress_vllm/ops/reference.py.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@ enum Channel {
   kMeanSquares,
   kEntropy,
   kLast,
+  kMaximum,
   kNorm,
   kLikeness
 };

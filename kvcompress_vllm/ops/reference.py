@@ -26,6 +26,7 @@ from kvcompress_vllm.ops.channels import (
     ENTROPY,
     HEAD_SUM_SQUARES,
     KEY_CHANNELS,
+    LAST,
     LIKENESS,
     LOW_COUNT,
     MEAN_SQUARES,
@@ -141,6 +142,7 @@ def attention_statistics(
         MEAN_SQUARES      sum over q of (mean over g of p)^2
         ENTROPY           sum over q, g of -p log p, in nats
         LAST              sum over g of p, for the last query alone
+        MAXIMUM           the highest p of any q and g
 
     Candidates are the whole pages up to ``new_covered``: packed pages, then full tail pages. Those
     of (r, l, h) start at output page ``page_start[r] + first_page + (l * H + h) * (new_covered -
@@ -341,7 +343,7 @@ def echo_scores(
             held = torch.arange(begin, end, device=query.device) + (packed - old_f) * block_size
             sinks, key = keys[: min(num_sinks, int(held[-1]) + 1)], keys[held]
             q1 = query[token : token + n, head * group : (head + 1) * group].float()
-            q2 = _rotated(q1, rotation, interleaved).to(query.dtype).float()
+            q2 = rotated(q1, rotation, interleaved).to(query.dtype).float()
             echo = torch.einsum("qgd,kd->gqk", q2, key) * scale
             sink = torch.einsum("qgd,kd->gqk", q2, sinks) * scale
             past = torch.einsum("qgd,kd->gqk", q1, key) * scale
@@ -558,8 +560,8 @@ def _keys(
     return pages[ids].flatten(0, 1)[:n]
 
 
-def _rotated(vectors: Tensor, rotation: Tensor, interleaved: bool) -> Tensor:
-    """``[..., D]``: each pair of dimensions turned by its angle, see :func:`echo_scores`."""
+def rotated(vectors: Tensor, rotation: Tensor, interleaved: bool) -> Tensor:
+    """``[..., D]``: each pair of dimensions turned by its angle; see :func:`echo_scores`."""
     pairs = rotation.shape[0]
     turned = vectors.clone()
     if interleaved:
@@ -593,7 +595,9 @@ def _channel(channel: int, p: Tensor, hidden: Tensor) -> Tensor:
         return p.mean(0).square().sum(0)
     if channel == ENTROPY:
         return p.xlogy(p).sum((0, 1)).neg()
-    return p[:, -1:].sum((0, 1))
+    if channel == LAST:
+        return p[:, -1:].sum((0, 1))
+    return p.amax((0, 1)) if p.shape[1] else p.new_zeros(p.shape[2])
 
 
 def _hidden(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ from kvcompress_vllm.integration.worker import backend, reports
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
+from kvcompress_vllm.integration.worker.rotary import rotations
 from kvcompress_vllm.records.plan import StepPlan
 
 logger = init_logger("vllm.kv_compress")
@@ -96,6 +97,7 @@ class KVCompressWorkerMixin(Worker):
             if self.kv_compress_context is not None:
                 self.kv_compress_context.observations = []
                 self.kv_compress_context.packed_prefills = []
+                self.kv_compress_context.echoes = []
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
@@ -136,6 +138,7 @@ class KVCompressWorkerMixin(Worker):
         )
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
+        context.echoes = plan.echoes
         if plan.expected is not None:
             integrity.check_state(context.state, plan.expected)
 
@@ -163,6 +166,15 @@ class KVCompressWorkerMixin(Worker):
         context = StepContext(
             state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
         )
+        config = self.kv_compress_config
+        if config.stores_echo:
+            context.num_sinks = config.sinks
+            context.rotations = rotations(
+                self.model_runner.get_model(),
+                {name: layers[name] for name in names},
+                config.echo_distance,
+                self.device,
+            )
         for name, layer_impl in impls.items():
             layer_impl.bind(context, name)
         for builder in runner.metadata_builders():
@@ -198,6 +210,7 @@ class KVCompressWorkerMixin(Worker):
             "dtype": self.model_config.dtype,
             "block_size": self.cache_config.block_size,
             "running": self.kv_compress_config.query_stride > 0,
+            "echo": self.kv_compress_config.stores_echo,
         }
 
     def _extra_bytes(self, available: int) -> int:
