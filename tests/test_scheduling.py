@@ -5,8 +5,11 @@ from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.report import Report
-from kvcompress_vllm.scheduling.planner import NEVER, CompressionPlanner, num_observe_slots
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.sizes import NEVER
+from kvcompress_vllm.scheduling.slots import num_observe_slots
 
 B = 16
 
@@ -194,7 +197,7 @@ def test_a_curve_holds_until_the_next_compression() -> None:
 
 def test_far_from_short_nothing_is_looked_at() -> None:
     p, lengths = grown(1)
-    p.requests["a"].own = "not a wish"  # type: ignore[assignment]
+    p.requests["a"].sizes = None  # type: ignore[assignment]
     most = 3 + (100_000 + 8) // B
     assert pressed(p, most, **lengths) == []
     with pytest.raises(AttributeError):
@@ -213,7 +216,7 @@ def test_looking_only_when_it_may_be_short_changes_nothing(
             p.admit(str(index), length)
             if p.requests.get(str(index)) and p.requests[str(index)].observe_slot is not None:
                 p.compressed(str(index))
-        p.max_tokens = max_tokens
+        p.limits = p.limits._replace(max_tokens=max_tokens)
         computed = {str(i): length + 100 for i, length in enumerate(lengths)}
         p.press(computed, free)
         return sorted(name for name, t in p.requests.items() if t.observe_slot is not None)
@@ -229,7 +232,9 @@ def test_pressure_goes_beyond_the_budget_only_where_it_may() -> None:
     p.compressed("c")
     c = p.requests["c"]
     assert (c.covered, c.kept) == (101, 6)  # 101 / 20 blocks, not the 8 of the budget
-    assert c.ratio is None and c.due_at == p.outgrown_at(101, 6)  # the usual budget again
+    assert c.ratio is None and c.due_at == p.sizes().outgrown_at(
+        Packing(101, 6)
+    )  # the usual budget again
 
 
 def test_pressure_never_takes_more_slots_than_there_are() -> None:
@@ -295,9 +300,11 @@ def test_outgrown_at_is_the_first_such_place(
     def excess(full: int) -> int:
         return kept + full - covered - p.packed_size(full * B)[1]
 
-    at = p.outgrown_at(covered, kept)
+    at = p.sizes().outgrown_at(Packing(covered, kept))
     assert at == NEVER or (at % B == 0 and excess(at // B) >= interval)
-    first = next((f for f in range(covered, p.max_tokens // B) if excess(f) >= interval), None)
+    first = next(
+        (f for f in range(covered, p.limits.max_tokens // B) if excess(f) >= interval), None
+    )
     assert at == (NEVER if first is None else first * B)
 
 

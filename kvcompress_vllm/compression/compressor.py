@@ -21,6 +21,7 @@ from kvcompress_vllm.compression import allocation, gather, loss
 from kvcompress_vllm.compression.pending import PendingLengths, PendingReports
 from kvcompress_vllm.compression.protection import Protected
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.policies import Evidence, Policy
 from kvcompress_vllm.records import budget
 from kvcompress_vllm.records.plan import Compression, Observed
@@ -45,7 +46,7 @@ class Compressor:
         self.scale = scale
         self._policies: dict[str | None, tuple[KVCompressConfig, Policy]] = {}
         self.config, self.policy = self._use(None)
-        self._floor = budget.floor_pages(config, pages.shape[1])
+        self._floor = resolve(config).floor_pages(pages.shape[1])
         self._protected = Protected(state)
         self._lengths: dict[int, PendingLengths] = {}
         """By state slot, since its latest compression."""
@@ -68,7 +69,7 @@ class Compressor:
         pending = []
         for policy, floor, stride in dict.fromkeys(map(kind, due)):
             self.config, self.policy = self._use(policy)
-            self._floor = floor or budget.floor_pages(self.config, self.pages.shape[1])
+            self._floor = floor or resolve(self.config).floor_pages(self.pages.shape[1])
             mine = [item for item in due if kind(item) == (policy, floor, stride)]
             for batch in _batches(mine, MOST_TOKENS // self.pages.shape[1]):
                 pending.append(self._run(batch, score_only))
@@ -228,7 +229,7 @@ class Compressor:
         summed = (channels & ops.ATTENTION_CHANNELS).bit_count()
 
         recent = [
-            budget.num_recent(self.config, count, blocks, block_size)
+            budget.num_recent(self.config.recent, count, blocks, block_size)
             for count, blocks in zip(num_tokens, covered, strict=True)
         ]
         scores = torch.empty(starts[-1], block_size, device=device)

@@ -94,7 +94,11 @@ def _patch_requests() -> None:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from kvcompress_vllm.integration.frontend.requests import check_length, check_request
+        from kvcompress_vllm.integration.frontend.requests import (
+            check_length,
+            check_request,
+            send_budget,
+        )
         from kvcompress_vllm.integration.start.flags import resolved_config
 
         config = resolved_config(self.vllm_config)
@@ -103,6 +107,7 @@ def _patch_requests() -> None:
         request = stock(self, request_id, prompt, params, *args, **kwargs)
         if config is not None:
             check_length(config, self.vllm_config, request)
+            send_budget(config, request.sampling_params)
         return request
 
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

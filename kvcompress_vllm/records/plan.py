@@ -72,10 +72,12 @@ class Observation(NamedTuple):
     first_token: int
     observe_from: int
     stride: int = 1
+    observe_until: int = 1 << 62
+    """Queries from here on are not observed: the compression is due before them."""
 
     def positions(self, num_tokens: int, window: int) -> range:
         """Observed positions among ``num_tokens`` tokens, last first; at most ``window``."""
-        last = self.first_token + num_tokens - 1
+        last = min(self.first_token + num_tokens, self.observe_until) - 1
         first = max(self.first_token, self.observe_from, last - window * self.stride + 1)
         return range(last, first - 1, -self.stride)
 

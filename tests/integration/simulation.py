@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from vllm import SamplingParams
@@ -31,6 +32,11 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.pending import PendingReports
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
+from kvcompress_vllm.integration.frontend.requests import (
+    check_length,
+    check_request,
+    send_budget,
+)
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
@@ -137,7 +143,7 @@ class Simulation:
         self.vllm_config = args.create_engine_config()
         # The CPU platform turns it off; the scheduler does not mind.
         self.vllm_config.scheduler_config.async_scheduling = asynchronous
-        config = resolved_config(self.vllm_config)
+        self.config = config = resolved_config(self.vllm_config)
         spec = KVCompressSpec(
             block_size=B, num_kv_heads=H, head_size=D, dtype=torch.float32, window=config.window
         )
@@ -191,6 +197,11 @@ class Simulation:
         return list(self.scheduler.requests)
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int, **extra_args) -> None:
+        """Send a request through what the front end does.
+
+        Raises:
+            ValueError: it is refused.
+        """
         params = SamplingParams(
             max_tokens=max_tokens,
             ignore_eos=True,
@@ -198,6 +209,10 @@ class Simulation:
             extra_args=extra_args or None,
         )
         params.update_from_generation_config({}, 2)
+        check_request(self.config, params, resumable=False)
+        incoming = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
+        check_length(self.config, self.vllm_config, incoming)
+        send_budget(self.config, params)
         request = Request(request_id, prompt, params, None, block_hasher=self._hasher)
         self.outputs[request_id] = []
         self._tokens[request_id] = list(prompt)

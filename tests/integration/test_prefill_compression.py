@@ -61,12 +61,10 @@ def test_a_prompt_larger_than_the_pool_is_read_within_its_peak(monkeypatch) -> N
     assert sim.pool.get_num_free_blocks() == 25
 
 
-def test_without_a_peak_such_a_pool_is_refused_as_vllm_does() -> None:
+def test_without_a_peak_such_a_prompt_is_refused() -> None:
     sim = Simulation(26, OPTIONS, max_num_batched_tokens=96)
-    sim.add("long", prompt(1, 480), 24)
-    for _ in range(20):
-        sim.step()
-    assert not sim.outputs["long"] and sim.live == ["long"]
+    with pytest.raises(ValueError, match=r"may take 32 blocks .* a request has 25"):
+        sim.add("long", prompt(1, 480), 24)
 
 
 def test_many_long_prompts_share_a_small_pool(monkeypatch) -> None:

@@ -24,20 +24,23 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
-from kvcompress_vllm.integration.frontend.requests import request_wish
+from kvcompress_vllm.integration.frontend.requests import received_budget
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
-from kvcompress_vllm.records.budget import Wish
+from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.plan import Compression, Observed, PackedRow, StepPlan
 from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.reporting.metrics import Occupancy, Recorder
 from kvcompress_vllm.reporting.shortage import Shortage
 from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling import admission
-from kvcompress_vllm.scheduling.planner import CompressionPlanner, Tracked
+from kvcompress_vllm.scheduling.need import blocks_needed
+from kvcompress_vllm.scheduling.observation import check_steps, first_observed
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.request import Tracked
 
 logger = init_logger("vllm.kv_compress")
 
@@ -59,6 +62,7 @@ class _KVCompressMixin(Scheduler):
         if manager.block_pool.null_block.block_id != 0:
             raise RuntimeError("kv_compress: vLLM's null block is not block 0")
         scheduler_config = self.vllm_config.scheduler_config
+        check_steps(config, manager.block_size, step_tokens(scheduler_config))
         self.kv_compress_manager = manager
         self.kv_compress_planner = CompressionPlanner(
             config,
@@ -84,6 +88,24 @@ class _KVCompressMixin(Scheduler):
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
         _log_banner(self)
+
+    def add_request(self, request: Request) -> None:
+        # Nothing that a request carries may raise here: that would end the engine for everybody.
+        budget, problem = None, None
+        try:
+            budget = received_budget(self.kv_compress_planner.config, request.sampling_params)
+            problem = self._too_large(request, budget)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        request.kv_compress_budget = budget  # type: ignore[attr-defined]
+        super().add_request(request)
+        if problem is not None:
+            self.fail(request.request_id, problem)
+
+    def fail(self, request_id: str, problem: str) -> None:
+        """Answer a request with an error at the end of this step; the others go on."""
+        logger.warning("kv_compress: %.200r is answered with an error: %s", request_id, problem)
+        self.grammar_compile_error_reqs.add(request_id)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
@@ -135,6 +157,16 @@ class _KVCompressMixin(Scheduler):
         )
         return KVCompressSchedulerStats.of(stats, report)
 
+    def _too_large(self, request: Request, budget: RequestBudget | None) -> str | None:
+        """Why a request can never finish; the front end refuses such ones, unless passed by."""
+        planner = self.kv_compress_planner
+        length = min(self.max_model_len, request.num_tokens + request.max_tokens)
+        needed = blocks_needed(planner.sizes(budget), planner.config.window, length)
+        most = self.kv_compress_manager.block_pool.num_gpu_blocks - 1
+        if needed <= most:
+            return None
+        return f"it may need {needed} blocks of {most}"
+
     def check_integrity(self) -> None:
         """Check the whole pool; see :mod:`kvcompress_vllm.cache.integrity`.
 
@@ -175,17 +207,19 @@ class _KVCompressMixin(Scheduler):
             planner.press(computed, manager.block_pool.get_num_free_blocks())
         for tracked in planner.due(computed):
             num_tokens, first = tracked.due_at, not tracked.kept
-            covered, kept = planner.target(tracked)
-            if manager.block_pool.get_num_free_blocks() < kept:
+            packing = tracked.target()
+            if manager.block_pool.get_num_free_blocks() < packing.kept:
                 waits = True
                 continue  # a smaller one may fit, and makes room
             row = self._row(tracked, num_tokens)
-            new, old = manager.pack(tracked.request_id, covered, kept)
+            new, old = manager.pack(tracked.request_id, packing)
             observed = planner.observed(tracked, num_tokens)
-            compressions.append(self._compression(tracked, num_tokens, row, covered, new, observed))
+            compressions.append(
+                self._compression(tracked, num_tokens, row, packing.covered, new, observed)
+            )
             freed += old
-            before = len(row) - tracked.covered + tracked.kept
-            planner.compressed(tracked.request_id)
+            before = tracked.packing.held(len(row))
+            planner.compressed(tracked.request_id, computed[tracked.request_id])
             # A long generation is compressed over and over; at INFO that would drown the log.
             logger.log(
                 logging.INFO if first else logging.DEBUG,
@@ -193,7 +227,7 @@ class _KVCompressMixin(Scheduler):
                 tracked.request_id,
                 num_tokens,
                 before,
-                len(row) - covered + kept,
+                packing.held(len(row)),
             )
         if waits:
             self._recorder.reserve_wait()
@@ -208,7 +242,7 @@ class _KVCompressMixin(Scheduler):
         for tracked in planner.to_score(computed):
             num_tokens = tracked.due_at
             row, observed = self._row(tracked, num_tokens), planner.observed(tracked, num_tokens)
-            covered, kept = planner.target(tracked)
+            covered, kept = tracked.target()
             scorings.append(
                 self._compression(tracked, num_tokens, row, covered, [0] * kept, observed)
             )
@@ -229,7 +263,6 @@ class _KVCompressMixin(Scheduler):
         observed: Observed | None,
     ) -> Compression:
         assert tracked.observe_slot is not None
-        own = tracked.own
         return Compression(
             tracked.request_id,
             tracked.state_slot,
@@ -240,10 +273,10 @@ class _KVCompressMixin(Scheduler):
             covered,
             row,
             new_blocks,
-            own.policy if own else None,
+            tracked.budget.policy,
             tracked.trigger,
-            self.kv_compress_planner.floor(covered, own),
-            own.protect if own else (),
+            tracked.sizes.floor(covered),
+            tracked.budget.protect,
             observed,
         )
 
@@ -254,42 +287,44 @@ class _KVCompressMixin(Scheduler):
         if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         planner, manager = self.kv_compress_planner, self.kv_cache_manager
-        own = self._wish(request)
-        if not planner.can_admit(request.num_tokens, own):
+        budget = budget_of(request)
+        if not planner.can_admit(request.num_tokens, budget):
             self._recorder.refused("slots")
             return None
-        reserve = planner.reserve(request.num_tokens, own)
+        reserve = planner.reserve(request.num_tokens, budget)
         if not self._fits(request, reserve):
             self._recorder.refused("forecast")
             return None
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
         # then stays uncompressed.
         manager.watermark_blocks = max(self._base_watermark, reserve)
-        if planner.bounds_peak(request.num_tokens):
+        if planner.interrupts(request.num_tokens, budget):
             kwargs["full_sequence_must_fit"] = False
         blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is not None:
-            planner.admit(request.request_id, request.num_tokens, own)
+            planner.admit(request.request_id, request.num_tokens, budget)
         return blocks
 
     def _get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """vLLM's prefix cache lookup, except that what a compression observes is computed."""
         blocks, num_tokens, boundary = self._stock_computed_blocks(request)
         planner = self.kv_compress_planner
-        own = self._wish(request)
-        due_at = planner.first_due(request.num_tokens, own)
-        first_observed = max(0, due_at - planner.config.window)
-        if due_at > request.num_tokens:
+        sizes = planner.sizes(budget_of(request))
+        due_at = sizes.first_due(request.num_tokens)
+        usable = first_observed(sizes.budget, due_at, planner.config.window) // planner.block_size
+        lost = num_tokens - usable * planner.block_size
+        if due_at > request.num_tokens or lost <= 0:
             return blocks, num_tokens, boundary
-        if planner.history(own) is not None:
-            first_observed = 0  # a prefix that others computed has no statistics of all queries
-        if num_tokens <= first_observed:
-            return blocks, num_tokens, boundary
-        usable = first_observed // planner.block_size
+        stats = self.kv_cache_manager.prefix_cache_stats
+        if stats is not None:  # vLLM has counted them as hits
+            if request.num_preemptions > 0:
+                stats.preempted_hits -= lost
+            else:
+                stats.hits -= lost
         cut = self.kv_cache_manager.create_kv_cache_blocks(
             tuple(group[:usable] for group in blocks.blocks)
         )
-        return cut, usable * planner.block_size, boundary
+        return cut, num_tokens - lost, boundary
 
     def _mamba_block_aligned_split(
         self,
@@ -308,12 +343,8 @@ class _KVCompressMixin(Scheduler):
             first_token,
             num_new_tokens,
             request.num_tokens if waits else 0,
-            self._wish(request) if waits else None,
+            budget_of(request) if waits else None,
         )
-
-    def _wish(self, request: Request) -> Wish | None:
-        """What a request asked for, as the planner takes it."""
-        return self.kv_compress_planner.sized(request_wish(request.sampling_params))
 
     def _fits(self, request: Request, reserve: int) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
@@ -340,7 +371,7 @@ class _KVCompressMixin(Scheduler):
             request.num_tokens,
             self._output_length.left(request.num_output_tokens, request.max_tokens),
             self.scheduler_config.max_num_batched_tokens,
-            tracked.own if tracked else self._wish(request),
+            budget_of(request),
             count,
         )
 
@@ -360,8 +391,7 @@ class _KVCompressMixin(Scheduler):
         manager = self.kv_compress_manager
 
         def blocks(request: Request) -> int:
-            covered, kept = manager.packed.get(request.request_id, (0, 0))
-            return len(manager.req_to_blocks[request.request_id]) - covered + kept
+            return manager.held(request.request_id)
 
         avoided = self._shortage.step(
             manager.block_pool.get_num_free_blocks(),
@@ -412,6 +442,19 @@ class KVCompressAsyncScheduler(_KVCompressMixin, AsyncScheduler):
     """Asynchronous scheduling with compression."""
 
 
+def budget_of(request: Request) -> RequestBudget | None:
+    """The budget of a request; None: the configured one."""
+    budget: RequestBudget | None = getattr(request, "kv_compress_budget", None)
+    return budget
+
+
+def step_tokens(scheduler_config: Any) -> int:
+    """Tokens of one request that a step computes at most."""
+    threshold = scheduler_config.long_prefill_token_threshold
+    most: int = scheduler_config.max_num_batched_tokens
+    return min(most, threshold) if threshold > 0 else most
+
+
 def make_scheduler(**kwargs: Any) -> Scheduler:
     """What ``scheduler_cls`` names; picks the class once vLLM has decided on async scheduling."""
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
@@ -422,8 +465,8 @@ def _log_banner(scheduler: _KVCompressMixin) -> None:
     planner, manager = scheduler.kv_compress_planner, scheduler.kv_compress_manager
     blocks = manager.block_pool.num_gpu_blocks - 1
     length = scheduler.max_model_len
-    covered, kept = planner.packed_size(length)
     full = -(-length // manager.block_size)
+    packed = planner.packed_size(length).held(full)
     logger.info("kv_compress: %s", planner.config)
     logger.info(
         "kv_compress: %d blocks of %d tokens; a prompt of %d tokens takes %d blocks, %d once "
@@ -432,7 +475,7 @@ def _log_banner(scheduler: _KVCompressMixin) -> None:
         manager.block_size,
         length,
         full,
-        full - covered + kept,
-        blocks / max(1, full - covered + kept),
+        packed,
+        blocks / max(1, packed),
         blocks / full,
     )
