@@ -358,3 +358,10 @@ def test_number_of_observation_slots_is_bounded() -> None:
     # A hundredth of the cache: a slot is 8 queries of 4 heads, 16 tokens' worth of K and V.
     assert num_observe_slots(config, 2048, 256, 19_200, 4) == 12
     assert num_observe_slots(config, 2048, 256, 100, 4) == 4
+
+
+def test_observed_positions_end_where_the_compression_is_due() -> None:
+    p = planner()
+    p.admit("a", 1000)
+    seen = p.observe("a", 990, 20)
+    assert seen is not None and list(seen.positions(20, 8)) == list(range(999, 991, -1))

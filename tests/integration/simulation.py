@@ -21,7 +21,9 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -176,6 +178,9 @@ class Simulation:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(B, hash_function) if prefix_caching else None
         self.outputs: dict[str, list[int]] = {}
+        self.failed: set[str] = set()
+        """Answered with an error."""
+        self.prefix_cache_stats: PrefixCacheStats | None = None
         self._depth = 2 if asynchronous else 1
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self._tokens: dict[str, list[int]] = {}
@@ -202,6 +207,18 @@ class Simulation:
         Raises:
             ValueError: it is refused.
         """
+        params = self._params(max_tokens, extra_args)
+        check_request(self.config, params, resumable=False)
+        incoming = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
+        check_length(self.config, self.vllm_config, incoming)
+        send_budget(self.config, params)
+        self._enqueue(request_id, prompt, params)
+
+    def pass_by(self, request_id: str, prompt: list[int], max_tokens: int, **extra_args) -> None:
+        """Send a request past the front end."""
+        self._enqueue(request_id, prompt, self._params(max_tokens, extra_args))
+
+    def _params(self, max_tokens: int, extra_args: dict) -> SamplingParams:
         params = SamplingParams(
             max_tokens=max_tokens,
             ignore_eos=True,
@@ -209,10 +226,9 @@ class Simulation:
             extra_args=extra_args or None,
         )
         params.update_from_generation_config({}, 2)
-        check_request(self.config, params, resumable=False)
-        incoming = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
-        check_length(self.config, self.vllm_config, incoming)
-        send_budget(self.config, params)
+        return params
+
+    def _enqueue(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
         request = Request(request_id, prompt, params, None, block_hasher=self._hasher)
         self.outputs[request_id] = []
         self._tokens[request_id] = list(prompt)
@@ -250,8 +266,11 @@ class Simulation:
         for outputs in self.scheduler.update_from_output(output, result).values():
             if outputs.scheduler_stats is not None:
                 self.reports.append(outputs.scheduler_stats.kv_compress)
+                self.prefix_cache_stats = outputs.scheduler_stats.prefix_cache_stats
             for item in outputs.outputs:
                 self.outputs[item.request_id] += item.new_token_ids
+                if item.finish_reason == FinishReason.ERROR:
+                    self.failed.add(item.request_id)
 
     def run(self, most_steps: int = 5000) -> None:
         for _ in range(most_steps):

@@ -160,3 +160,21 @@ def test_a_request_that_keeps_all_must_fit_where_prompts_are_bounded() -> None:
     with pytest.raises(ValueError, match="has 267"):
         check_length(config, engine, request(100, 8000, kv_compress_ratio=1))
     check_length(KVCompressConfig(), engine, request(8000, 100, kv_compress=False))
+
+    # Embeddings are as long as they have rows.
+    embeds = request(0, 100, kv_compress=False)
+    embeds.prompt_token_ids, embeds.prompt_embeds = None, torch.zeros(8000, 4)
+    with pytest.raises(ValueError, match=r"prompt of 8000 tokens .* 507 blocks .* has 267"):
+        check_length(config, engine, embeds)
+
+    # What the pool has counts, once it is known; of several engines only their sum is.
+    engine.cache_config.num_gpu_blocks = 508
+    engine.parallel_config = SimpleNamespace(data_parallel_size=1)
+    check_length(config, engine, embeds)
+    engine.cache_config.num_gpu_blocks = 507
+    with pytest.raises(ValueError, match="has 506"):
+        check_length(config, engine, embeds)
+    engine.cache_config.num_gpu_blocks = 2 * 508
+    engine.parallel_config.data_parallel_size = 2
+    with pytest.raises(ValueError, match="has 267"):
+        check_length(config, engine, embeds)
