@@ -172,7 +172,7 @@ def two_requests(config: KVCompressConfig, policies: list[str | None]) -> torch.
     due = [
         Compression(
             "ab"[slot], slot, slot, 900, 0, 0, 56, list(range(1, 58)), list(range(new, new + 3)),
-            policy,
+            policy=policy,
         )
         for slot, new, policy in zip([0, 1], [100, 110], policies, strict=True)
     ]  # fmt: skip

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
@@ -51,7 +51,6 @@ def test_never_more_than_there_are() -> None:
     assert mass_blocks(resolve(config(), Wish(mass=0.99)), curve, 400, B) == 12
 
 
-@settings(deadline=None)
 @given(st.floats(0.01, 1), st.floats(1, 100), st.floats(1, 100), st.integers(1, 5))
 def test_always_within_floor_and_candidates(
     mass: float, low: float, high: float, floor: int

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
@@ -204,7 +204,6 @@ def test_far_from_short_nothing_is_looked_at() -> None:
         pressed(p, most - 1, **lengths)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 5000), max_size=4), st.integers(0, 7000), st.integers(1, 40))
 def test_looking_only_when_it_may_be_short_changes_nothing(
     lengths: list[int], free: int, window: int

@@ -24,7 +24,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.policies import Evidence, Policy
 from kvcompress_vllm.records import budget
-from kvcompress_vllm.records.plan import Compression, Observed
+from kvcompress_vllm.records.plan import Accumulation, Compression, Judged, Observed
 
 
 class Compressor:
@@ -53,7 +53,7 @@ class Compressor:
         self.record: dict[str, list[Tensor]] | None = None
         """For tests, when not None: by request id, the kept key indices of every (layer, head)."""
 
-    def run(self, due: list[Compression], score_only: bool = False) -> list[PendingReports]:
+    def run(self, due: Sequence[Judged], score_only: bool = False) -> list[PendingReports]:
         """Compress every due request and describe it in the state tables.
 
         Args:
@@ -63,7 +63,7 @@ class Compressor:
             What there is to report, once the device has done it.
         """
 
-        def kind(item: Compression) -> tuple[str | None, int | None, int]:
+        def kind(item: Judged) -> tuple[str | None, int | None, int]:
             return item.policy, item.floor_pages, item.observed.stride if item.observed else 0
 
         pending = []
@@ -75,7 +75,7 @@ class Compressor:
                 pending.append(self._run(batch, score_only))
         return pending
 
-    def accumulate(self, chunks: list[Compression]) -> None:
+    def accumulate(self, chunks: list[Accumulation]) -> None:
         """Add what was observed to the running statistics."""
         for policy in dict.fromkeys(item.policy for item in chunks):
             self.config, self.policy = self._use(policy)
@@ -86,7 +86,7 @@ class Compressor:
                     statistics = self._statistics([item], rows, mask)
                     self._count(item, rows[0], statistics)
 
-    def _statistics(self, items: Sequence[Compression], rows: Tensor, channels: int) -> Tensor:
+    def _statistics(self, items: Sequence[Accumulation], rows: Tensor, channels: int) -> Tensor:
         """``[channels, pages, B]`` of the candidates of ``items``, one after the other.
 
         Args:
@@ -137,7 +137,7 @@ class Compressor:
 
     def _count(
         self,
-        item: Compression,
+        item: Accumulation,
         row: Tensor,
         statistics: Tensor,
         store: bool = True,
@@ -172,7 +172,7 @@ class Compressor:
         return counts
 
     def _candidates(
-        self, item: Compression, row: Tensor, observed: Observed
+        self, item: Accumulation, row: Tensor, observed: Observed
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of a request's candidates, in the order of the statistics op.
 
@@ -207,13 +207,13 @@ class Compressor:
             self._policies[name] = config, config.create_policy()
         return self._policies[name]
 
-    def _run(self, due: list[Compression], score_only: bool) -> PendingReports:
+    def _run(self, due: list[Judged], score_only: bool) -> PendingReports:
         state, device = self.state, self.pages.device
         watch = Stopwatch(device)
         layers, heads = state.num_pages.shape[1:]
         slots, block_size = layers * heads, self.pages.shape[1]
         covered = [item.covered for item in due]
-        kept = [len(item.new_blocks) for item in due]
+        kept = [item.kept for item in due]
         starts = _starts([item.candidate_blocks * slots for item in due])
 
         rows = _rows([item.old_blocks for item in due], device)
@@ -250,6 +250,7 @@ class Compressor:
             lost.append(losses)
         if score_only:
             return PendingReports(due, points, torch.cat(lost), None, watch)
+        carried_out = [item for item in due if isinstance(item, Compression)]
         kept_pages, kept_first, kept_keys = ops.select_pages(
             scores,
             page_start,
@@ -261,7 +262,7 @@ class Compressor:
             self._floor,
             sum(kept) * slots,
         )
-        new_blocks = _rows([item.new_blocks for item in due], device)
+        new_blocks = _rows([item.new_blocks for item in carried_out], device)
         ops.compact_pages(
             self.pages,
             rows,
@@ -282,7 +283,7 @@ class Compressor:
                 self._protected.moved(item, own, kept_pages[index])
         state.install(
             [item.state_slot for item in due],
-            [item.new_blocks for item in due],
+            [item.new_blocks for item in carried_out],
             covered,
             kept_pages,
         )
@@ -296,7 +297,7 @@ class Compressor:
             self._lengths[item.state_slot] = lengths
         return pending
 
-    def _width(self, item: Compression) -> int:
+    def _width(self, item: Judged) -> int:
         """Pages of the longest head among the candidates, or more while only the device knows.
 
         Of a long generation heads keep far fewer pages than it has blocks.
@@ -308,7 +309,7 @@ class Compressor:
 
     def _choose(
         self,
-        item: Compression,
+        item: Judged,
         row: Tensor,
         statistics: Tensor,
         counts: Tensor | None,
@@ -352,7 +353,7 @@ class Compressor:
         if item.protect:
             scores = self._protected.shield(item, scores, block_size)
         freed = allocation.freed_pages(
-            [len(item.new_blocks), *points],
+            [item.kept, *points],
             self.config.allocator,
             self.policy,
             evidence,
@@ -376,7 +377,7 @@ class Compressor:
 
     def _evidence(
         self,
-        item: Compression,
+        item: Judged,
         row: Tensor,
         statistics: Tensor,
         num_recent: int,
@@ -408,7 +409,7 @@ class Compressor:
             heads=heads,
             group=state.ring.shape[3] // heads,
             num_keys=width * block_size,
-            num_kept=len(item.new_blocks) * block_size,
+            num_kept=item.kept * block_size,
             seq_len=item.num_tokens - left_out,
             num_queries=num_queries,
             num_sinks=self.config.sinks,
@@ -460,9 +461,9 @@ def scratch_bytes(
     return keys * per_key + loss.scratch_bytes(keys) + copies
 
 
-def _batches(due: list[Compression], most_blocks: int) -> Iterator[list[Compression]]:
+def _batches(due: list[Judged], most_blocks: int) -> Iterator[list[Judged]]:
     """Runs of requests with at most ``most_blocks`` candidate blocks, or of a single request."""
-    batch: list[Compression] = []
+    batch: list[Judged] = []
     blocks = 0
     for item in due:
         if batch and blocks + item.candidate_blocks > most_blocks:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompress_vllm.cache.transfer import Stopwatch, to_host
 from kvcompress_vllm.records.curve import LossCurve
-from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.records.plan import Compression, Judged
 from kvcompress_vllm.records.report import Report, Scored
 
 
@@ -40,7 +40,7 @@ class PendingReports:
 
     def __init__(
         self,
-        due: Sequence[Compression],
+        due: Sequence[Judged],
         points: list[list[int]],
         lost: Tensor,
         kept_pages: Tensor | None,
@@ -75,9 +75,10 @@ class PendingReports:
                 item.num_tokens,
                 item.trigger,
                 kept,
-                curve.lost_at(len(item.new_blocks)),
+                curve.lost_at(item.kept),
                 milliseconds * item.candidate_blocks / blocks,
                 curve,
             )
             for (item, curve), kept in zip(items, self._kept_pages.tolist(), strict=True)
+            if isinstance(item, Compression)
         ]

@@ -15,6 +15,8 @@ from kvcompress_vllm.config.options import DEFAULT_RATIO, KVCompressConfig
 from kvcompress_vllm.config.resolve import HIGHEST_RATIO
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.scheduling.request import Tracked
 
 LEAST_EXPECTED = 1.25
 """Expected ratio at least: with 1, nothing would ever be scored."""
@@ -36,6 +38,15 @@ def mass_blocks(budget: RequestBudget, curve: LossCurve, covered: int, block_siz
         fewest = max(fewest, math.ceil(covered / budget.most_ratio))
     most = max(fewest, math.ceil(covered / budget.least_ratio))
     return min(curve.blocks[-1], max(fewest, min(most, curve.fewest_blocks(budget.mass))))
+
+
+def decide(tracked: Tracked, curve: LossCurve) -> Packing:
+    """The packing of a request's next compression, once the loss curve of its keys is known."""
+    covered = tracked.due_at // tracked.sizes.limits.block_size
+    kept = mass_blocks(tracked.budget, curve, covered, tracked.sizes.limits.block_size)
+    if tracked.due_at < tracked.prefill_end:
+        kept = tracked.sizes.within_peak(covered, kept)
+    return Packing(covered, kept)
 
 
 def rounded_ratio(ratio: float) -> float:

@@ -8,6 +8,8 @@ running statistics of whole blocks before the next step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.plan import Observation, Observed
@@ -91,25 +93,52 @@ def count(tracked: Tracked, num_tokens: int, seen: Observed | None) -> None:
     tracked.counted += seen.num_queries if seen is not None else 0
 
 
-def chunk(
-    budget: RequestBudget,
-    due_at: int,
-    window: int,
-    block_size: int,
-    first_token: int,
-    num_tokens: int,
-) -> int:
-    """How many of ``num_tokens`` tokens from ``first_token`` on a step of a prefill may compute
-    that a compression at ``due_at`` interrupts or ends. May be 0 where only whole blocks will do.
-    """
+def outgrowing(
+    requests: Iterable[Tracked], num_computed: Mapping[str, int], window: int
+) -> list[tuple[int, Tracked]]:
+    """Requests that must be observed from now on, or should have been, and their computed tokens;
+    who is overdue longest comes first: it gives back most."""
+    near = [
+        (computed, tracked)
+        for tracked in requests
+        if tracked.observe_slot is None
+        and (computed := num_computed.get(tracked.request_id, 0)) >= tracked.due_at - window
+    ]
+    return sorted(near, key=lambda item: item[1].due_at - item[0])
+
+
+def accumulate(
+    requests: Iterable[Tracked], num_computed: Mapping[str, int], window: int
+) -> Iterator[tuple[Tracked, Observed]]:
+    """See :meth:`CompressionPlanner.accumulate`."""
+    for tracked in requests:
+        computed = num_computed.get(tracked.request_id, 0)
+        if tracked.observe_slot is None or not tracked.in_prefill:
+            continue
+        if not tracked.accumulated < computed < tracked.due_at:
+            continue
+        seen = observed(tracked, window, computed)
+        if seen is not None and seen.num_queries:
+            count(tracked, computed, seen)
+            yield tracked, seen
+
+
+def chunk(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> int:
+    """How many of ``num_tokens`` tokens from ``first_token`` on the next step may compute of a
+    request that is, or would be, observed; see :meth:`CompressionPlanner.chunk`."""
+    due_at, block_size = tracked.due_at, tracked.sizes.limits.block_size
+    if tracked.observe_slot is None or not tracked.in_prefill:
+        return num_tokens
+    if first_token >= due_at:
+        return 0 if tracked.awaits_curve and due_at < tracked.prefill_end else num_tokens
     end = min(first_token + num_tokens, due_at)
-    history = observed_history(budget)
+    history = observed_history(tracked.budget)
     if history is not None:
         observed_from = due_at - history
         if first_token < observed_from:
             end = min(end, -(-observed_from // block_size) * block_size)
         else:
-            end = min(end, first_token + window * budget.query_stride)
+            end = min(end, first_token + window * tracked.budget.query_stride)
         if end < due_at:  # statistics are of whole blocks
             end -= end % block_size
     return max(0, end - first_token)

@@ -32,13 +32,10 @@ from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
-from kvcompress_vllm.scheduling.mass import ExpectedRatio, mass_blocks, rounded_ratio
+from kvcompress_vllm.scheduling.mass import ExpectedRatio, decide, rounded_ratio
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.sizes import NEVER, Limits, Sizes
+from kvcompress_vllm.scheduling.sizes import NEVER, Budgets, Limits, Sizes
 from kvcompress_vllm.scheduling.slots import Slots
-
-MOST_BUDGETS = 1000
-"""Budgets whose sizes are kept at hand; requests may come with any number of them."""
 
 
 class CompressionPlanner:
@@ -71,11 +68,10 @@ class CompressionPlanner:
         self._state_slots = Slots(state_slots)
         self._observe_slots = Slots(observe_slots)
         self._released: list[int] = []
-        self._sizes: dict[RequestBudget, Sizes] = {}
-        self._configured = Sizes(resolve(config), self.limits)
+        self._budgets = Budgets(resolve(config), self.limits)
         self._expected = ExpectedRatio(config)
         observation.check_steps(config, block_size, block_size)
-        peak, floor = self.limits.peak_blocks, self._configured.floor()
+        peak, floor = self.limits.peak_blocks, self.sizes().floor()
         if peak is not None and peak // 2 < floor:
             raise ValueError(
                 f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half "
@@ -90,13 +86,7 @@ class CompressionPlanner:
 
     def sizes(self, budget: RequestBudget | None = None) -> Sizes:
         """How many blocks a request with this budget keeps, at any length."""
-        if budget is None or budget == self._configured.budget:
-            return self._configured
-        if budget not in self._sizes:
-            if len(self._sizes) >= MOST_BUDGETS:
-                self._sizes.clear()
-            self._sizes[budget] = Sizes(budget, self.limits)
-        return self._sizes[budget]
+        return self._budgets.sizes(budget)
 
     def forecast(self, budget: RequestBudget | None = None) -> Sizes:
         """As ``sizes``; of a mass, what the masses of other requests came to. For admission alone:
@@ -193,19 +183,11 @@ class CompressionPlanner:
             prefill_end: tokens of a prefill that is not admitted yet; ``budget`` is its.
         """
         tracked = self.requests.get(request_id)
-        if tracked is None:
-            sizes = self.sizes(budget)
-            due_at = sizes.first_due(prefill_end)
-        elif tracked.observe_slot is None:
-            return num_tokens
-        else:
-            sizes, due_at, prefill_end = tracked.sizes, tracked.due_at, tracked.prefill_end
-            if due_at <= first_token < prefill_end and tracked.awaits_curve:
-                return 0
-        if first_token >= due_at or due_at > prefill_end:
-            return num_tokens
-        window, size = self.config.window, self.block_size
-        return observation.chunk(sizes.budget, due_at, window, size, first_token, num_tokens)
+        if tracked is not None:
+            return observation.chunk(tracked, self.config.window, first_token, num_tokens)
+        starting = Tracked(request_id, -1, self.sizes(budget), 0, prefill_end, observe_slot=-1)
+        starting.due_at = starting.sizes.first_due(prefill_end)
+        return observation.chunk(starting, self.config.window, first_token, num_tokens)
 
     def observe(self, request_id: str, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
@@ -226,18 +208,7 @@ class CompressionPlanner:
         Args:
             num_computed: computed tokens of the running requests.
         """
-        for tracked in self.requests.values():
-            computed = num_computed.get(tracked.request_id, 0)
-            if (
-                tracked.observe_slot is None
-                or not tracked.accumulated < computed < tracked.due_at <= tracked.prefill_end
-            ):
-                continue
-            observed = self.observed(tracked, computed)
-            if observed is None or not observed.num_queries:
-                continue
-            observation.count(tracked, computed, observed)
-            yield tracked, observed
+        return observation.accumulate(self.requests.values(), num_computed, self.config.window)
 
     def watch(self, num_computed: Mapping[str, int]) -> None:
         """Give observation slots to decoding requests that will soon have outgrown their budget.
@@ -248,15 +219,8 @@ class CompressionPlanner:
         if not self._observe_slots:
             return
         window = self.config.window
-        near = [
-            (tracked.due_at - computed, computed, tracked)
-            for tracked in self.requests.values()
-            if tracked.observe_slot is None
-            and (computed := num_computed.get(tracked.request_id, 0)) >= tracked.due_at - window
-        ]
-        # Who is overdue longest gives back most.
-        near.sort(key=lambda item: item[0])
-        for _, computed, tracked in near[: len(self._observe_slots)]:
+        near = observation.outgrowing(self.requests.values(), num_computed, window)
+        for computed, tracked in near[: len(self._observe_slots)]:
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
             self._prepare(tracked, max(tracked.due_at, computed + window))
 
@@ -270,23 +234,20 @@ class CompressionPlanner:
             num_computed: computed tokens of the running requests.
             num_free: free blocks of the pool.
         """
-        window, size = self.config.window, self.block_size
-        longest = self.limits.max_tokens
-        if not pressure.may_be_short(num_computed, num_free, window, size, longest):
-            return
-        missing = pressure.missing(self.requests.values(), num_computed, num_free, window, size)
-        beyond = self.config.max_ratio
-        for ratio in [None] if beyond is None else [None, beyond]:
-            if missing <= 0 or not self._observe_slots:
-                return
-            early = pressure.choose(self.requests.values(), num_computed, window, size, ratio)
-            for item in early:
-                if missing <= 0 or not self._observe_slots:
-                    return
-                item.tracked.usual_due = item.tracked.due_at
-                self._prepare(item.tracked, item.due_at)
-                item.tracked.ratio, item.tracked.trigger = ratio, "pressure"
-                missing -= item.gain
+        early = pressure.early(
+            self.requests.values(),
+            num_computed,
+            num_free,
+            self.limits,
+            self.config.window,
+            self.config.max_ratio,
+            len(self._observe_slots),
+        )
+        for item in early:
+            tracked = item.tracked
+            tracked.usual_due = tracked.due_at
+            self._prepare(tracked, item.due_at)
+            tracked.ratio, tracked.trigger = item.ratio, "pressure"
 
     def due(self, num_computed: Mapping[str, int]) -> list[Tracked]:
         """Requests whose observation is complete, oldest first.
@@ -321,13 +282,11 @@ class CompressionPlanner:
             or (tracked.state_slot, tracked.due_at) != (scored.state_slot, scored.num_tokens)
         ):
             return
-        budget, covered = tracked.budget, tracked.due_at // self.block_size
-        kept = mass_blocks(budget, scored.curve, covered, self.block_size)
+        covered, kept = decide(tracked, scored.curve)
         self._expected.learn(covered, kept)
         self.version += 1
-        tracked.sizes = self.sizes(budget._replace(ratio=rounded_ratio(covered / kept)))
-        if tracked.due_at < tracked.prefill_end:
-            kept = tracked.sizes.within_peak(covered, kept)
+        expected = rounded_ratio(covered / kept)
+        tracked.sizes = self.sizes(tracked.budget._replace(ratio=expected))
         if kept < scored.curve.blocks[-1]:
             tracked.decided = kept
         elif tracked.due_at < tracked.prefill_end:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.sizes import Limits
 
 LEAST_GAIN = 2
 """Blocks that an early compression must give back to be worth its while."""
@@ -22,18 +23,50 @@ class Early(NamedTuple):
     gain: int
     """Blocks that it gives back."""
     due_at: int
+    ratio: float | None
+    """It compresses at least so much; None: the usual budget."""
     tracked: Tracked
 
 
-def may_be_short(
-    num_computed: Mapping[str, int], num_free: int, window: int, block_size: int, max_tokens: int
-) -> bool:
-    """Whether ``missing`` can be positive at all; quick."""
+def early(
+    requests: Collection[Tracked],
+    num_computed: Mapping[str, int],
+    num_free: int,
+    limits: Limits,
+    window: int,
+    max_ratio: float | None,
+    most: int,
+) -> list[Early]:
+    """Early compressions that give back what will be missing: at the usual budgets, and where that
+    is not enough at ``max_ratio``.
+
+    Args:
+        num_computed: computed tokens of the running requests.
+        num_free: free blocks of the pool.
+        window: tokens for which each is observed first.
+        most: how many there may be.
+    """
+    block_size = limits.block_size
     growth = len(num_computed) * ((window + block_size) // block_size)
-    return num_free < growth + (max_tokens + window) // block_size
+    if num_free >= growth + (limits.max_tokens + window) // block_size:
+        return []  # more than what is missing can come to
+    missing = _missing(requests, num_computed, num_free, window, block_size)
+    chosen: dict[str, Early] = {}
+    for ratio in [None] if max_ratio is None else [None, max_ratio]:
+        idle = [
+            tracked
+            for tracked in requests
+            if tracked.observe_slot is None and tracked.request_id not in chosen
+        ]
+        for item in _ordered(idle, num_computed, window, block_size, ratio):
+            if missing <= 0 or len(chosen) >= most:
+                return list(chosen.values())
+            chosen[item.tracked.request_id] = item
+            missing -= item.gain
+    return list(chosen.values())
 
 
-def missing(
+def _missing(
     requests: Iterable[Tracked],
     num_computed: Mapping[str, int],
     num_free: int,
@@ -57,36 +90,31 @@ def missing(
     return growth + copy - given_back - num_free
 
 
-def choose(
-    requests: Iterable[Tracked],
+def _ordered(
+    idle: Iterable[Tracked],
     num_computed: Mapping[str, int],
     window: int,
     block_size: int,
     ratio: float | None,
-) -> Iterator[Early]:
+) -> list[Early]:
     """Early compressions that are worth it, in the order in which to take them.
 
     By loss only among gains of one magnitude: a slot is taken for a whole window, so one that is
     spent on a small gain leaves the pool short, and a preemption loses most.
-
-    Args:
-        window: tokens for which each is observed first.
-        ratio: compress at least so much; None: the usual budget.
     """
-    early = [
-        Early(tracked.gain(due_at, ratio), due_at, tracked)
-        for tracked in requests
-        if tracked.observe_slot is None
-        and (due_at := num_computed.get(tracked.request_id, 0) + window) > window
+    worth = [
+        Early(gain, due_at, ratio, tracked)
+        for tracked in idle
+        if (due_at := num_computed.get(tracked.request_id, 0) + window) > window
+        and (gain := tracked.gain(due_at, ratio)) >= LEAST_GAIN
     ]
-    early = [item for item in early if item.gain >= LEAST_GAIN]
-    best = max((item.gain for item in early), default=0)
+    best = max((item.gain for item in worth), default=0)
 
     def order(item: Early) -> tuple[int, float, int]:
         loss = _loss_per_block(item.tracked, item.due_at // block_size, item.gain)
         return (best // item.gain).bit_length(), loss, -item.gain
 
-    return iter(sorted(early, key=order))
+    return sorted(worth, key=order)
 
 
 def _loss_per_block(tracked: Tracked, covered: int, gain: int) -> float:

@@ -16,6 +16,9 @@ NEVER = 1 << 62
 MOST_REMEMBERED = 100_000
 """Sizes that are kept at hand for one budget."""
 
+MOST_BUDGETS = 1000
+"""Budgets whose sizes are kept at hand; requests may come with any number of them."""
+
 NOTHING = Packing()
 
 
@@ -156,3 +159,25 @@ class Sizes:
             if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval:
                 return prefill_end
         return self.outgrown_at(packing)
+
+
+class Budgets:
+    """The sizes of all budgets that requests come with; equal budgets share theirs.
+
+    Args:
+        configured: of requests that ask for nothing.
+    """
+
+    def __init__(self, configured: RequestBudget, limits: Limits) -> None:
+        self._configured, self._limits = Sizes(configured, limits), limits
+        self._sizes: dict[RequestBudget, Sizes] = {}
+
+    def sizes(self, budget: RequestBudget | None) -> Sizes:
+        """Those of a budget; None: of the configured one."""
+        if budget is None or budget == self._configured.budget:
+            return self._configured
+        if budget not in self._sizes:
+            if len(self._sizes) >= MOST_BUDGETS:
+                self._sizes.clear()
+            self._sizes[budget] = Sizes(budget, self._limits)
+        return self._sizes[budget]

@@ -68,8 +68,7 @@ class PretendWorker:
         self.pending += self.compressor.run(plan.compressions)
         for item in plan.compressions:
             row = self.rows[item.request_id]
-            nulls = [0] * (item.covered - len(item.new_blocks))
-            row[: item.covered] = item.new_blocks + nulls
+            row[: item.covered] = item.row_prefix
         if plan.expected is not None:
             integrity.check_state(self.state, plan.expected)
         for request_id in output.finished_req_ids:

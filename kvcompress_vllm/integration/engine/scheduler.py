@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -23,29 +22,25 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
+from kvcompress_vllm.integration.engine.admission import Admission, budget_of
+from kvcompress_vllm.integration.engine.banner import log_banner
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.frontend.requests import received_budget
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
-from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.sizing import observe_slots, step_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
-from kvcompress_vllm.records.budget import RequestBudget
-from kvcompress_vllm.records.plan import Compression, Observed, PackedRow, StepPlan
+from kvcompress_vllm.records.plan import Accumulation, Compression, PackedRow, Scoring, StepPlan
 from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.reporting.metrics import Occupancy, Recorder
 from kvcompress_vllm.reporting.shortage import Shortage
 from kvcompress_vllm.reporting.usage import UsageLog
-from kvcompress_vllm.scheduling import admission
-from kvcompress_vllm.scheduling.need import blocks_needed
-from kvcompress_vllm.scheduling.observation import check_steps, first_observed
+from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.request import Tracked
 
 logger = init_logger("vllm.kv_compress")
-
-MARGIN = 8
-"""For every so many requests one block stays free: some compressions come late."""
 
 
 class _KVCompressMixin(Scheduler):
@@ -75,26 +70,18 @@ class _KVCompressMixin(Scheduler):
         self._shortage = Shortage()
         self._usage = UsageLog()
         manager.on_release = self._release
-        self._output_length = admission.OutputLength()
-        self._does_not_fit: tuple[str, int] | None = None
         self._check_integrity = integrity.enabled()
-        self._base_watermark = self.kv_cache_manager.watermark_blocks
-        self._stock_allocate_slots = self.kv_cache_manager.allocate_slots
-        self.kv_cache_manager.allocate_slots = self._allocate_slots  # type: ignore[method-assign]
-        self._stock_computed_blocks = self.kv_cache_manager.get_computed_blocks
-        self.kv_cache_manager.get_computed_blocks = (  # type: ignore[method-assign]
-            self._get_computed_blocks
-        )
+        self._admission = Admission(self, self.kv_compress_planner, self._recorder)
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
-        _log_banner(self)
+        log_banner(self.kv_compress_planner, manager.block_pool.num_gpu_blocks - 1)
 
     def add_request(self, request: Request) -> None:
         # Nothing that a request carries may raise here: that would end the engine for everybody.
         budget, problem = None, None
         try:
             budget = received_budget(self.kv_compress_planner.config, request.sampling_params)
-            problem = self._too_large(request, budget)
+            problem = self._admission.too_large(request, budget)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         request.kv_compress_budget = budget  # type: ignore[attr-defined]
@@ -157,16 +144,6 @@ class _KVCompressMixin(Scheduler):
         )
         return KVCompressSchedulerStats.of(stats, report)
 
-    def _too_large(self, request: Request, budget: RequestBudget | None) -> str | None:
-        """Why a request can never finish; the front end refuses such ones, unless passed by."""
-        planner = self.kv_compress_planner
-        length = min(self.max_model_len, request.num_tokens + request.max_tokens)
-        needed = blocks_needed(planner.sizes(budget), planner.config.window, length)
-        most = self.kv_compress_manager.block_pool.num_gpu_blocks - 1
-        if needed <= most:
-            return None
-        return f"it may need {needed} blocks of {most}"
-
     def check_integrity(self) -> None:
         """Check the whole pool; see :mod:`kvcompress_vllm.cache.integrity`.
 
@@ -182,16 +159,13 @@ class _KVCompressMixin(Scheduler):
                 f"{sorted(self.kv_compress_manager.packed)}"
             )
 
-    def _accumulate(self, computed: Mapping[str, int]) -> list[Compression]:
+    def _accumulate(self, computed: Mapping[str, int]) -> list[Accumulation]:
         """What was observed in chunks of prefills since the last step."""
         return [
-            self._compression(
-                tracked,
-                tracked.accumulated,
-                self._row(tracked, tracked.accumulated),
-                tracked.known,
-                [],
-                observed,
+            Accumulation(
+                *self._candidates(tracked, tracked.accumulated, tracked.known),
+                policy=tracked.budget.policy,
+                observed=observed,
             )
             for tracked, observed in self.kv_compress_planner.accumulate(computed)
         ]
@@ -211,14 +185,19 @@ class _KVCompressMixin(Scheduler):
             if manager.block_pool.get_num_free_blocks() < packing.kept:
                 waits = True
                 continue  # a smaller one may fit, and makes room
-            row = self._row(tracked, num_tokens)
+            candidates = self._candidates(tracked, num_tokens, packing.covered)
             new, old = manager.pack(tracked.request_id, packing)
-            observed = planner.observed(tracked, num_tokens)
-            compressions.append(
-                self._compression(tracked, num_tokens, row, packing.covered, new, observed)
+            item = Compression(
+                *candidates,
+                new,
+                policy=tracked.budget.policy,
+                observed=planner.observed(tracked, num_tokens),
+                floor_pages=tracked.sizes.floor(packing.covered),
+                protect=tracked.budget.protect,
+                trigger=tracked.trigger,
             )
+            compressions.append(item)
             freed += old
-            before = tracked.packing.held(len(row))
             planner.compressed(tracked.request_id, computed[tracked.request_id])
             # A long generation is compressed over and over; at INFO that would drown the log.
             logger.log(
@@ -226,8 +205,8 @@ class _KVCompressMixin(Scheduler):
                 "kv_compress: %s: %d tokens, %d -> %d blocks",
                 tracked.request_id,
                 num_tokens,
-                before,
-                packing.held(len(row)),
+                item.old_packing.held(len(item.old_blocks)),
+                packing.held(len(item.old_blocks)),
             )
         if waits:
             self._recorder.reserve_wait()
@@ -235,96 +214,33 @@ class _KVCompressMixin(Scheduler):
         manager.block_pool.free_blocks(reversed(freed))
         return compressions
 
-    def _score_due(self, computed: Mapping[str, int]) -> list[Compression]:
+    def _score_due(self, computed: Mapping[str, int]) -> list[Scoring]:
         """Have the worker score the requests whose mass budget needs a loss curve."""
         planner = self.kv_compress_planner
         scorings = []
         for tracked in planner.to_score(computed):
-            num_tokens = tracked.due_at
-            row, observed = self._row(tracked, num_tokens), planner.observed(tracked, num_tokens)
-            covered, kept = tracked.target()
+            packing = tracked.target()
             scorings.append(
-                self._compression(tracked, num_tokens, row, covered, [0] * kept, observed)
+                Scoring(
+                    *self._candidates(tracked, tracked.due_at, packing.covered),
+                    packing.kept,
+                    policy=tracked.budget.policy,
+                    observed=planner.observed(tracked, tracked.due_at),
+                    floor_pages=tracked.sizes.floor(packing.covered),
+                    protect=tracked.budget.protect,
+                )
             )
         return scorings
 
-    def _row(self, tracked: Tracked, num_tokens: int) -> list[int]:
-        """Block ids of a request as far as ``num_tokens`` tokens reach."""
-        manager = self.kv_compress_manager
-        return manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
-
-    def _compression(
-        self,
-        tracked: Tracked,
-        num_tokens: int,
-        row: list[int],
-        covered: int,
-        new_blocks: list[int],
-        observed: Observed | None,
-    ) -> Compression:
+    def _candidates(
+        self, tracked: Tracked, num_tokens: int, covered: int
+    ) -> tuple[str, int, int, int, int, int, int, list[int]]:
+        """Whose keys, of the first ``covered`` blocks: the first fields of all records."""
         assert tracked.observe_slot is not None
-        return Compression(
-            tracked.request_id,
-            tracked.state_slot,
-            tracked.observe_slot,
-            num_tokens,
-            tracked.covered,
-            tracked.kept,
-            covered,
-            row,
-            new_blocks,
-            tracked.budget.policy,
-            tracked.trigger,
-            tracked.sizes.floor(covered),
-            tracked.budget.protect,
-            observed,
-        )
-
-    def _allocate_slots(
-        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
-    ) -> KVCacheBlocks | None:
-        """vLLM's allocation, with slots and the reserve as further conditions of admission."""
-        if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-            return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
-        planner, manager = self.kv_compress_planner, self.kv_cache_manager
-        budget = budget_of(request)
-        if not planner.can_admit(request.num_tokens, budget):
-            self._recorder.refused("slots")
-            return None
-        reserve = planner.reserve(request.num_tokens, budget)
-        if not self._fits(request, reserve):
-            self._recorder.refused("forecast")
-            return None
-        # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
-        # then stays uncompressed.
-        manager.watermark_blocks = max(self._base_watermark, reserve)
-        if planner.interrupts(request.num_tokens, budget):
-            kwargs["full_sequence_must_fit"] = False
-        blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
-        if blocks is not None:
-            planner.admit(request.request_id, request.num_tokens, budget)
-        return blocks
-
-    def _get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
-        """vLLM's prefix cache lookup, except that what a compression observes is computed."""
-        blocks, num_tokens, boundary = self._stock_computed_blocks(request)
-        planner = self.kv_compress_planner
-        sizes = planner.sizes(budget_of(request))
-        due_at = sizes.first_due(request.num_tokens)
-        usable = first_observed(sizes.budget, due_at, planner.config.window) // planner.block_size
-        lost = num_tokens - usable * planner.block_size
-        if due_at > request.num_tokens or lost <= 0:
-            return blocks, num_tokens, boundary
-        stats = self.kv_cache_manager.prefix_cache_stats
-        if stats is not None:  # vLLM has counted them as hits
-            if request.num_preemptions > 0:
-                stats.preempted_hits -= lost
-            else:
-                stats.hits -= lost
-        cut = self.kv_cache_manager.create_kv_cache_blocks(
-            tuple(group[:usable] for group in blocks.blocks)
-        )
-        return cut, num_tokens - lost, boundary
+        manager = self.kv_compress_manager
+        row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
+        slots = tracked.state_slot, tracked.observe_slot
+        return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
 
     def _mamba_block_aligned_split(
         self,
@@ -346,35 +262,6 @@ class _KVCompressMixin(Scheduler):
             budget_of(request) if waits else None,
         )
 
-    def _fits(self, request: Request, reserve: int) -> bool:
-        """Whether the pool will hold the running requests and this one without preemption."""
-        pool, planner = self.kv_compress_manager.block_pool, self.kv_compress_planner
-        if not self.running:
-            return True
-        question = request.request_id, planner.version
-        if question == self._does_not_fit:
-            return False  # nothing has changed since: the forecast would not, either
-        count = len(self.running) + 1
-        loads = [self._load(r, planner.requests.get(r.request_id), count) for r in self.running]
-        loads.append(self._load(request, None, count))
-        most = admission.most_blocks(loads, planner.block_size)
-        margin = len(loads) // MARGIN
-        fits = most + reserve + margin < pool.num_gpu_blocks
-        self._does_not_fit = None if fits else question
-        return fits
-
-    def _load(self, request: Request, tracked: Tracked | None, count: int) -> admission.Load:
-        return admission.load(
-            self.kv_compress_planner,
-            tracked,
-            request.num_computed_tokens,
-            request.num_tokens,
-            self._output_length.left(request.num_output_tokens, request.max_tokens),
-            self.scheduler_config.max_num_batched_tokens,
-            budget_of(request),
-            count,
-        )
-
     def _release(self, request_id: str) -> None:
         """Called when a request gives its blocks up."""
         self.kv_compress_planner.release(request_id)
@@ -382,7 +269,7 @@ class _KVCompressMixin(Scheduler):
         self._shortage.released(request_id)
         request = self.requests.get(request_id)
         if request is not None and request.is_finished():
-            self._output_length.finished(request.num_output_tokens)
+            self._admission.finished(request)
         if request is None or request.is_finished():
             self._recorder.finished(request_id)
 
@@ -403,8 +290,8 @@ class _KVCompressMixin(Scheduler):
     def _plan(
         self,
         output: SchedulerOutput,
-        accumulations: list[Compression],
-        scorings: list[Compression],
+        accumulations: list[Accumulation],
+        scorings: list[Scoring],
         compressions: list[Compression],
     ) -> StepPlan:
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
@@ -442,40 +329,7 @@ class KVCompressAsyncScheduler(_KVCompressMixin, AsyncScheduler):
     """Asynchronous scheduling with compression."""
 
 
-def budget_of(request: Request) -> RequestBudget | None:
-    """The budget of a request; None: the configured one."""
-    budget: RequestBudget | None = getattr(request, "kv_compress_budget", None)
-    return budget
-
-
-def step_tokens(scheduler_config: Any) -> int:
-    """Tokens of one request that a step computes at most."""
-    threshold = scheduler_config.long_prefill_token_threshold
-    most: int = scheduler_config.max_num_batched_tokens
-    return min(most, threshold) if threshold > 0 else most
-
-
 def make_scheduler(**kwargs: Any) -> Scheduler:
     """What ``scheduler_cls`` names; picks the class once vLLM has decided on async scheduling."""
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (KVCompressAsyncScheduler if asynchronous else KVCompressScheduler)(**kwargs)
-
-
-def _log_banner(scheduler: _KVCompressMixin) -> None:
-    planner, manager = scheduler.kv_compress_planner, scheduler.kv_compress_manager
-    blocks = manager.block_pool.num_gpu_blocks - 1
-    length = scheduler.max_model_len
-    full = -(-length // manager.block_size)
-    packed = planner.packed_size(length).held(full)
-    logger.info("kv_compress: %s", planner.config)
-    logger.info(
-        "kv_compress: %d blocks of %d tokens; a prompt of %d tokens takes %d blocks, %d once "
-        "compressed: room for %.1f such requests instead of %.1f",
-        blocks,
-        manager.block_size,
-        length,
-        full,
-        packed,
-        blocks / max(1, packed),
-        blocks / full,
-    )

@@ -122,10 +122,7 @@ class KVCompressWorkerMixin(Worker):
         scored = self.kv_compressor.run(plan.scorings, score_only=True)
         self.kv_compress_pending = scored + self.kv_compressor.run(plan.compressions)
         self.kv_compress_runner.write_row_prefixes(
-            {
-                item.request_id: item.new_blocks + [0] * (item.covered - len(item.new_blocks))
-                for item in plan.compressions
-            }
+            {item.request_id: item.row_prefix for item in plan.compressions}
         )
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
