@@ -73,7 +73,7 @@ def test_a_ratio_holds_for_prompt_and_generation_together() -> None:
     p.compressed("a")
     assert (p.requests["a"].covered, p.requests["a"].kept) == (100, 25)
     for num_tokens, blocks in decode(p, "a", 1600, 8000):
-        assert blocks - p.packed_size(num_tokens)[1] == 8
+        assert blocks - p.sizes().packed(num_tokens)[1] == 8
 
 
 def test_a_short_generation_is_not_squeezed_below_the_least_budget() -> None:
@@ -293,11 +293,11 @@ def test_outgrown_at_is_the_first_such_place(
         min_prompt_tokens=min_prompt_tokens,
         min_budget_tokens=min_budget_tokens,
     )
-    covered, kept = p.packed_size(prompt)
+    covered, kept = p.sizes().packed(prompt)
     covered, kept = (covered, kept) if kept < covered else (0, 0)
 
     def excess(full: int) -> int:
-        return kept + full - covered - p.packed_size(full * B)[1]
+        return kept + full - covered - p.sizes().packed(full * B)[1]
 
     at = p.sizes().outgrown_at(Packing(covered, kept))
     assert at == NEVER or (at % B == 0 and excess(at // B) >= interval)

@@ -28,20 +28,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.budget import RequestBudget
-from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
 from kvcompress_vllm.scheduling.mass import ExpectedRatio, decide, rounded_ratio
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.sizes import NEVER, Budgets, Limits, Sizes
+from kvcompress_vllm.scheduling.sizes import NEVER, Budgets, Limits, Sizes, check_peak
 from kvcompress_vllm.scheduling.slots import Slots
 
 
 class CompressionPlanner:
     """Keeps the slots and the state of every compressible request.
 
-    Methods that take a ``budget`` take the configured one where it is None.
+    Methods that take a ``budget`` take the configured one where it is None; ``num_computed`` is how
+    many tokens of each running request are computed.
 
     Args:
         config: the resolved options.
@@ -71,13 +71,7 @@ class CompressionPlanner:
         self._budgets = Budgets(resolve(config), self.limits)
         self._expected = ExpectedRatio(config)
         observation.check_steps(config, block_size, block_size)
-        peak, floor = self.limits.peak_blocks, self.sizes().floor()
-        if peak is not None and peak // 2 < floor:
-            raise ValueError(
-                f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half "
-                f"of it must hold the {floor * block_size} tokens that every head keeps (sinks, "
-                "recent, min_tokens_per_head)"
-            )
+        check_peak(config, self.sizes())
 
     @property
     def block_size(self) -> int:
@@ -104,10 +98,6 @@ class CompressionPlanner:
         """
         turn = -(-num_requests * self.config.window // (self.observe_slots * self.block_size))
         return max(self.config.interval, turn)
-
-    def interrupts(self, num_tokens: int, budget: RequestBudget | None = None) -> bool:
-        """Whether a prefill of ``num_tokens`` tokens is compressed before its end."""
-        return self.sizes(budget).first_due(num_tokens) < num_tokens
 
     def can_admit(self, num_tokens: int, budget: RequestBudget | None = None) -> bool:
         """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
@@ -203,26 +193,17 @@ class CompressionPlanner:
 
     def accumulate(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, Observed]]:
         """Requests in whose prefill something was observed since the last call, and what; their
-        compression is not yet due. ``accumulated`` and the like are of after it.
-
-        Args:
-            num_computed: computed tokens of the running requests.
-        """
+        compression is not yet due. ``accumulated`` and the like are of after it."""
         return observation.accumulate(self.requests.values(), num_computed, self.config.window)
 
     def watch(self, num_computed: Mapping[str, int]) -> None:
-        """Give observation slots to decoding requests that will soon have outgrown their budget.
-
-        Args:
-            num_computed: computed tokens of the running requests.
-        """
+        """Give observation slots to decoding requests that will soon have outgrown their budget."""
         if not self._observe_slots:
             return
-        window = self.config.window
-        near = observation.outgrowing(self.requests.values(), num_computed, window)
+        near = observation.outgrowing(self.requests.values(), num_computed, self.config.window)
         for computed, tracked in near[: len(self._observe_slots)]:
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
-            self._prepare(tracked, max(tracked.due_at, computed + window))
+            self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
         """When the pool runs short, prepare early compressions, lowest loss per block first.
@@ -231,7 +212,6 @@ class CompressionPlanner:
         is prepared now is carried out, and than its copy takes.
 
         Args:
-            num_computed: computed tokens of the running requests.
             num_free: free blocks of the pool.
         """
         early = pressure.early(
@@ -250,19 +230,11 @@ class CompressionPlanner:
             tracked.ratio, tracked.trigger = item.ratio, "pressure"
 
     def due(self, num_computed: Mapping[str, int]) -> list[Tracked]:
-        """Requests whose observation is complete, oldest first.
-
-        Args:
-            num_computed: computed tokens of the running requests.
-        """
+        """Requests whose observation is complete, oldest first."""
         return [t for t in self._observed(num_computed) if not t.awaits_curve]
 
     def to_score(self, num_computed: Mapping[str, int]) -> list[Tracked]:
-        """Requests with a mass budget whose observation is complete; each once per compression.
-
-        Args:
-            num_computed: computed tokens of the running requests.
-        """
+        """Requests with a mass budget whose observation is complete; each once per compression."""
         ready = [
             tracked
             for tracked in self._observed(num_computed)
@@ -351,12 +323,6 @@ class CompressionPlanner:
     def packed(self) -> Iterable[Tracked]:
         """Requests that are packed now."""
         return (t for t in self.requests.values() if t.kept)
-
-    def packed_size(
-        self, num_tokens: int, budget: RequestBudget | None = None, ratio: float | None = None
-    ) -> Packing:
-        """See :meth:`Sizes.packed`."""
-        return self.sizes(budget).packed(num_tokens, ratio)
 
     def _observed(self, num_computed: Mapping[str, int]) -> Iterator[Tracked]:
         """Requests whose observation is complete."""

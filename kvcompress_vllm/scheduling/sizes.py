@@ -181,3 +181,18 @@ class Budgets:
                 self._sizes.clear()
             self._sizes[budget] = Sizes(budget, self._limits)
         return self._sizes[budget]
+
+
+def check_peak(config: KVCompressConfig, sizes: Sizes) -> None:
+    """Refuse a peak that leaves no room for what every head keeps.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    peak, floor = sizes.limits.peak_blocks, sizes.floor()
+    if peak is not None and peak // 2 < floor:
+        raise ValueError(
+            f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half of "
+            f"it must hold the {floor * sizes.limits.block_size} tokens that every head keeps "
+            "(sinks, recent, min_tokens_per_head)"
+        )

@@ -29,10 +29,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.cache import integrity, layout
+from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.pending import PendingReports
+from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.frontend.requests import (
     check_length,
@@ -62,15 +63,10 @@ class PretendWorker:
 
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
-        self.state.release(plan.released)
-        self.compressor.accumulate(plan.accumulations)
-        self.pending = self.compressor.run(plan.scorings, score_only=True)
-        self.pending += self.compressor.run(plan.compressions)
+        self.pending = start_step(plan, self.compressor)
         for item in plan.compressions:
             row = self.rows[item.request_id]
             row[: item.covered] = item.row_prefix
-        if plan.expected is not None:
-            integrity.check_state(self.state, plan.expected)
         for request_id in output.finished_req_ids:
             self.rows.pop(request_id, None)
         for new in output.scheduled_new_reqs:

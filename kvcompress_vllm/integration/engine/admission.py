@@ -72,7 +72,7 @@ class Admission:
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
         # then stays uncompressed.
         manager.watermark_blocks = max(self._base_watermark, reserve)
-        if planner.interrupts(request.num_tokens, budget):
+        if planner.sizes(budget).first_due(request.num_tokens) < request.num_tokens:
             kwargs["full_sequence_must_fit"] = False
         blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is not None:

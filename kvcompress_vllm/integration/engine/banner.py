@@ -18,7 +18,7 @@ def log_banner(planner: CompressionPlanner, blocks: int) -> None:
     """
     length = planner.limits.max_tokens
     full = -(-length // planner.block_size)
-    packed = planner.packed_size(length).held(full)
+    packed = planner.sizes().packed(length).held(full)
     logger.info("kv_compress: %s", planner.config)
     logger.info(
         "kv_compress: %d blocks of %d tokens; a prompt of %d tokens takes %d blocks, %d once "
