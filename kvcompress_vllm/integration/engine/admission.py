@@ -39,9 +39,13 @@ class Admission:
         self._does_not_fit: tuple[str, int] | None = None
         self._base_watermark = manager.watermark_blocks
         self._stock_allocate_slots = manager.allocate_slots
-        manager.allocate_slots = self.allocate_slots  # type: ignore[method-assign]
+        scheduler.kv_cache_manager.allocate_slots = (  # type: ignore[method-assign]
+            self.allocate_slots
+        )
         self._stock_computed_blocks = manager.get_computed_blocks
-        manager.get_computed_blocks = self.get_computed_blocks  # type: ignore[method-assign]
+        scheduler.kv_cache_manager.get_computed_blocks = (  # type: ignore[method-assign]
+            self.get_computed_blocks
+        )
 
     def finished(self, request: Request) -> None:
         """Learn from a finished request how long outputs are."""
