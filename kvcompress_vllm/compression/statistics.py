@@ -12,11 +12,11 @@ from torch import Tensor
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.transfer import to_device
-from kvcompress_vllm.compression.batch import Batch, Rank
-from kvcompress_vllm.records.plan import Compression, Observed
+from kvcompress_vllm.compression.batch import Batch, Item, Rank
+from kvcompress_vllm.records.plan import Accumulation, Observed
 
 
-def measure(rank: Rank, batch: Batch, channels: int) -> Tensor:
+def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
     """``[channels, pages, B]`` fp32 of the candidates of a batch, one request after the other.
 
     Args:
@@ -62,7 +62,7 @@ def measure(rank: Rank, batch: Batch, channels: int) -> Tensor:
 
 
 def add_up(
-    rank: Rank, item: Compression, row: Tensor, statistics: Tensor, store: bool = True
+    rank: Rank, item: Accumulation, row: Tensor, statistics: Tensor, store: bool = True
 ) -> Tensor:
     """Add the statistics of the observed queries to the running ones of a request.
 
@@ -98,7 +98,7 @@ def add_up(
 
 
 def _candidates(
-    rank: Rank, item: Compression, row: Tensor, observed: Observed
+    rank: Rank, item: Accumulation, row: Tensor, observed: Observed
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a request's candidates, in the order of the statistics op.
 
