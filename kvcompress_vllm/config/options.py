@@ -259,7 +259,8 @@ class KVCompressConfig:
 
     def with_policy(self, name: str | None) -> KVCompressConfig:
         """The same for a request that chose its policy: at what that one prefers, except that no
-        more queries are observed than this configuration has room for.
+        more queries are observed than this configuration has room for. Never refused for another
+        reason than the policy itself.
 
         Raises:
             ValueError: the policy is unknown.
@@ -268,9 +269,11 @@ class KVCompressConfig:
             return self
         assert name is not None
         preferred = policies.find(name).defaults.window or GENERAL["window"]
-        own = {"policy", POLICY_OPTIONS, "shares", *GENERAL} - {"query_stride"}
+        own = {"policy", POLICY_OPTIONS, "shares", *GENERAL}
         options = {key: value for key, value in self.to_dict().items() if key not in own}
-        return KVCompressConfig(policy=name, window=min(preferred, self.window), **options)
+        options["window"] = min(preferred, self.window)
+        options["query_stride"] = self.query_stride if policies.find(name).observes_all else 0
+        return KVCompressConfig(policy=name, **options)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> KVCompressConfig:
