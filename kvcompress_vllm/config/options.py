@@ -25,6 +25,7 @@ from kvcompress_vllm.config.rules import (
     unknown,
 )
 from kvcompress_vllm.ops.channels import ECHO
+from kvcompress_vllm.scheduling.segments import DECODED
 
 DEFAULT_RATIO = 4.0
 ALLOCATORS = ("global", "layer", "uniform")
@@ -244,6 +245,16 @@ class KVCompressConfig:
     def stores_echo(self) -> bool:
         """Whether a policy that may be used reads echo scores: they are stored with the cache."""
         return any(map(self.reads_echo, self.allowed_policies()))
+
+    @property
+    def listens(self) -> bool:
+        """Whether what requests decode gets echo scores, too."""
+        return self.stores_echo and self.decode
+
+    @property
+    def ring(self) -> int:
+        """Queries that an observation slot holds: the window, or whole segments."""
+        return -(-self.window // DECODED) * DECODED if self.listens else self.window
 
     def reads_echo(self, name: str | None = None) -> bool:
         """Whether a policy reads echo scores; None: the configured one. False of one that cannot

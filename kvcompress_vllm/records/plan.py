@@ -121,6 +121,18 @@ class Span(NamedTuple):
     end: int
 
 
+class Heard(NamedTuple):
+    """Decoded tokens ``[first, end)`` of a request, whose queries are in an observation slot, all
+    beside each other there, and whose keys get echo scores before the step."""
+
+    request_id: str
+    observe_slot: int
+    first: int
+    end: int
+    blocks: list[int]
+    """Its row, as far as token ``end`` reaches."""
+
+
 class Observation(NamedTuple):
     """Copy queries of this step into an observation slot.
 
@@ -168,6 +180,7 @@ class StepPlan:
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in this step."""
+    heard: list[Heard] = field(default_factory=list)
     echoes: list[Span] = field(default_factory=list)
     """Tokens of this step whose keys get echo scores."""
     expected: list[PackedRow] | None = None
@@ -181,6 +194,7 @@ class StepPlan:
             or self.compressions
             or self.observations
             or self.packed_prefills
+            or self.heard
             or self.echoes
             or self.expected is not None
         )

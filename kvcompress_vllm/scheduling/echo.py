@@ -91,6 +91,15 @@ class Unscored:
                 begin, _ = self._ranges.pop()
             self._ranges.append((begin, stop))
 
+    def scored(self, first: int, end: int) -> None:
+        """Note that ``[first, end)`` have scores now."""
+        self._ranges = [
+            (begin, stop)
+            for a, b in self._ranges
+            for begin, stop in ((a, min(b, first)), (max(a, end), b))
+            if begin < stop
+        ]
+
     def packed(self, end: int) -> None:
         """Forget those before ``end``: a compression gave them scores of 0, which it moved."""
         self._ranges = [(max(a, end), b) for a, b in self._ranges if b > end]

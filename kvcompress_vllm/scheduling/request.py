@@ -49,6 +49,11 @@ class Tracked:
     """C of the compression that comes next, once that curve was seen."""
     unscored: Unscored = field(default_factory=Unscored)
     """Where echo scores are stored: its keys without one."""
+    listen_slot: int | None = None
+    """Observation slot that it holds to have scored what it decodes; the same as ``observe_slot``
+    once it has that."""
+    listened: int = 0
+    """Tokens up to which that was done."""
 
     @property
     def budget(self) -> RequestBudget:

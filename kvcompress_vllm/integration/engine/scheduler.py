@@ -31,7 +31,14 @@ from kvcompress_vllm.integration.frontend.usage import send
 from kvcompress_vllm.integration.sizing import observe_slots, step_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
-from kvcompress_vllm.records.plan import Accumulation, Compression, PackedRow, Scoring, StepPlan
+from kvcompress_vllm.records.plan import (
+    Accumulation,
+    Compression,
+    Heard,
+    PackedRow,
+    Scoring,
+    StepPlan,
+)
 from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.reporting.digest import Digest
 from kvcompress_vllm.reporting.metrics import Occupancy, Recorder
@@ -110,10 +117,11 @@ class _KVCompressMixin(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
         accumulations = self._accumulate(computed)
+        heard = self._heard(computed)
         compressions = self._compress_due(computed)
         scorings = self._score_due(computed)
         output = super().schedule(throttle_prefills)
-        plan = self._plan(output, accumulations, scorings, compressions)
+        plan = self._plan(output, accumulations, heard, scorings, compressions)
         output.kv_compress = plan  # type: ignore[attr-defined]
         if self._recorder.enabled:
             self._count_preemptions(output)
@@ -206,6 +214,21 @@ class _KVCompressMixin(Scheduler):
             for tracked, observed in self.kv_compress_planner.accumulate(computed)
         ]
 
+    def _heard(self, computed: Mapping[str, int]) -> list[Heard]:
+        """What was decoded with an observation slot since the last step, in whole segments."""
+        planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        return [
+            Heard(
+                tracked.request_id,
+                tracked.listen_slot,
+                begin,
+                end,
+                manager.row(tracked.request_id, -(-end // manager.block_size)),
+            )
+            for tracked, begin, end in planner.heard(computed)
+            if tracked.listen_slot is not None
+        ]
+
     def _compress_due(self, computed: Mapping[str, int]) -> list[Compression]:
         """Pack what is due as far as the pool allows; the rest waits for a later step."""
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
@@ -249,6 +272,7 @@ class _KVCompressMixin(Scheduler):
             )
         if waits:
             self._recorder.reserve_wait()
+        planner.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
         return compressions
@@ -345,6 +369,7 @@ class _KVCompressMixin(Scheduler):
         self,
         output: SchedulerOutput,
         accumulations: list[Accumulation],
+        heard: list[Heard],
         scorings: list[Scoring],
         compressions: list[Compression],
     ) -> StepPlan:
@@ -352,6 +377,7 @@ class _KVCompressMixin(Scheduler):
         plan = StepPlan(
             released=planner.take_released(),
             accumulations=accumulations,
+            heard=[item for item in heard if item.request_id in planner.requests],
             scorings=[c for c in scorings if c.request_id in planner.requests],
             # A request that was compressed and then preempted in the same step owns nothing.
             compressions=[c for c in compressions if c.request_id in manager.packed],

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
+from kvcompress_vllm.compression.echo import score_heard
 from kvcompress_vllm.compression.pending import PendingReports
 from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.compression.step import start_step
@@ -126,6 +127,9 @@ class KVCompressWorkerMixin(Worker):
         assert self.kv_compress_context is not None and self.kv_compressor is not None
         assert self.kv_compress_runner is not None
         context = self.kv_compress_context
+        score_heard(
+            self.kv_compressor.rank, context.rotations, context.num_sinks, plan.heard
+        )  # while rows are what they were
         self.kv_compress_pending = start_step(plan, self.kv_compressor)
         self.kv_compress_runner.write_row_prefixes(
             {item.request_id: item.row_prefix for item in plan.compressions}
@@ -198,7 +202,7 @@ class KVCompressWorkerMixin(Worker):
             "head_size": impl.head_size,
             "state_slots": self.vllm_config.scheduler_config.max_num_seqs,
             "observe_slots": observe_slots(self.vllm_config, num_blocks),
-            "window": self.kv_compress_config.window,
+            "window": self.kv_compress_config.ring,
             "dtype": self.model_config.dtype,
             "block_size": self.cache_config.block_size,
             "running": self.kv_compress_config.query_stride > 0,
