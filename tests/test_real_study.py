@@ -135,7 +135,8 @@ def test_tables_put_heads_on_the_scale_of_a_repetition():
     some = foreseen[..., :300]
     high = exact[..., :300] > 0.5  # knots get denser towards what decides
     torch.testing.assert_close(table(some)[high], exact[..., :300][high], rtol=0.03, atol=0)
-    assert torch.equal(table(some).argsort(-1, stable=True), some.argsort(-1, stable=True))
+    ordered = table(some.sort(-1).values)
+    assert (ordered[..., 1:] >= ordered[..., :-1]).all()
     # Beyond all that was seen, further on.
     assert (table(foreseen.amax(-1, keepdim=True) * 4) > exact.amax(-1, keepdim=True)).all()
 
