@@ -94,14 +94,17 @@ def _patch_requests() -> None:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        from kvcompress_vllm.integration.compat.releases import client_errors
         from kvcompress_vllm.integration.frontend.requests import check_length, check_request
         from kvcompress_vllm.integration.start.flags import resolved_config
 
         config = resolved_config(self.vllm_config)
-        if config is not None:
+        if config is None:
+            return stock(self, request_id, prompt, params, *args, **kwargs)
+        with client_errors():
             check_request(config, params, kwargs.get("resumable", False))
         request = stock(self, request_id, prompt, params, *args, **kwargs)
-        if config is not None:
+        with client_errors():
             check_length(config, self.vllm_config, request)
         return request
 

@@ -85,12 +85,12 @@ class _KVCompressMixin(Scheduler):
         self.need_mamba_block_aligned_split = True
         _log_banner(self)
 
-    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
         accumulations = self._accumulate(computed)
         compressions = self._compress_due(computed)
         scorings = self._score_due(computed)
-        output = super().schedule(throttle_prefills)
+        output = super().schedule(*args, **kwargs)
         plan = self._plan(output, accumulations, scorings, compressions)
         output.kv_compress = plan  # type: ignore[attr-defined]
         if self._recorder.enabled:
@@ -100,14 +100,20 @@ class _KVCompressMixin(Scheduler):
         return output
 
     def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+        self,
+        scheduler_output: SchedulerOutput,
+        model_runner_output: ModelRunnerOutput,
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[int, EngineCoreOutputs]:
         for report in reports_of(model_runner_output):
             if isinstance(report, Scored):
                 self.kv_compress_planner.scored(report)
             else:
                 self._recorder.measured(report, self.kv_compress_planner.reported(report))
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(
+            scheduler_output, model_runner_output, *args, **kwargs
+        )
         if self._usage:
             for per_client in outputs.values():
                 send(self._usage, per_client.outputs)
@@ -127,8 +133,7 @@ class _KVCompressMixin(Scheduler):
             Occupancy(
                 pool.num_gpu_blocks - 1,
                 pool.get_num_free_blocks(),
-                len(self.running),
-                len(self.waiting) + len(self.skipped_waiting),
+                *self.get_request_counts(),
                 manager.held_by_packed(),
                 len(pool.cached_block_hash_to_block),
             ),
@@ -272,9 +277,11 @@ class _KVCompressMixin(Scheduler):
             planner.admit(request.request_id, request.num_tokens, own)
         return blocks
 
-    def _get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+    def _get_computed_blocks(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[KVCacheBlocks, int, int]:
         """vLLM's prefix cache lookup, except that what a compression observes is computed."""
-        blocks, num_tokens, boundary = self._stock_computed_blocks(request)
+        blocks, num_tokens, boundary = self._stock_computed_blocks(request, *args, **kwargs)
         planner = self.kv_compress_planner
         own = self._wish(request)
         due_at = planner.first_due(request.num_tokens, own)

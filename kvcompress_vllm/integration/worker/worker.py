@@ -19,6 +19,7 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor, scratch_bytes
 from kvcompress_vllm.compression.pending import PendingReports
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
@@ -236,6 +237,8 @@ def packed_config(config: KVCacheConfig) -> KVCacheConfig:
     (group,) = config.kv_cache_groups
     if not isinstance(group.kv_cache_spec, KVCompressSpec):
         raise ValueError(f"kv_compress: cannot compress {group.kv_cache_spec}")
+    if vllm_places_layers():
+        return config
     layer_bytes = group.kv_cache_spec.page_size_bytes
     block_bytes = layer_bytes * len(group.layer_names)
     tensors = [
