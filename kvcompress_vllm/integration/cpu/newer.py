@@ -24,7 +24,8 @@ def mend_slot_mapping() -> None:
     from vllm.v1.worker import block_table
 
     kernel = block_table.ComputeSlotMappingKernel.kernel
-    names = tuple(inspect.signature(getattr(kernel, "fn", kernel)).parameters)
+    # Once replaced (a second engine in the process), a kernel keeps its own names.
+    names = tuple(getattr(kernel, "arg_names", None) or inspect.signature(kernel).parameters)
     fallback = cpu_triton_utils._compute_slot_mapping_kernel_impl
     if len(inspect.signature(fallback).parameters) != len(names):
         cpu_triton_utils._compute_slot_mapping_kernel_impl = _by_name(names)

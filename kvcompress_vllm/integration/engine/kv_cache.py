@@ -62,8 +62,8 @@ class KVCompressManager(FullAttentionManager):
         on_release: called with the request id when its blocks are given up, packed or not.
     """
 
-    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
-        super().__init__(kv_cache_spec, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.packed: dict[str, tuple[int, int]] = {}
         self.on_release: Callable[[str], None] = lambda request_id: None
 

@@ -241,7 +241,7 @@ class KVCompressBackend(AttentionBackend):
         return KVCompressMetadataBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes(*args: Any) -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(*args: Any, **kwargs: Any) -> list[int | MultipleOf]:
         return [MultipleOf(1)]
 
     @classmethod
