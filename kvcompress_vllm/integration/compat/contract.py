@@ -64,7 +64,10 @@ def questions() -> set[str]:
 
 
 def check(
-    answer: Answer, version: str, hooks: tuple[Hook, ...] | None = None, ours: Reliance | None = None
+    answer: Answer,
+    version: str,
+    hooks: tuple[Hook, ...] | None = None,
+    ours: Reliance | None = None,
 ) -> list[str]:
     """What is broken with a vLLM: a line each, naming it, our file and what it is for."""
     hooks, ours, recorded = hooks or HOOKS, ours or reliance(), Recorded.load()

@@ -111,9 +111,7 @@ class _KVCompressMixin(Scheduler):
                 self.kv_compress_planner.scored(report)
             else:
                 self._recorder.measured(report, self.kv_compress_planner.reported(report))
-        outputs = super().update_from_output(
-            scheduler_output, model_runner_output, *args, **kwargs
-        )
+        outputs = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
         if self._usage:
             for per_client in outputs.values():
                 send(self._usage, per_client.outputs)
