@@ -137,6 +137,14 @@ LAYERS, HEADS, SIZE, WINDOW = 2, 2, 32, 4
 LAYER_NAMES = [f"layer{i}" for i in range(LAYERS)]
 
 
+class TextModelState(DefaultModelState):
+    """vLLM's, as far as the way to a metadata builder reads it."""
+
+    max_model_len = 64
+    supports_mm_inputs = False
+    encoder_cache = None
+
+
 class Step:
     """A step of runner V2: from its request table and batch to our metadata, by vLLM's own code.
 
@@ -158,10 +166,7 @@ class Step:
                 num_computed_tokens=0,
                 max_tokens=8,
             )
-        state = DefaultModelState.__new__(DefaultModelState)
-        state.max_model_len = 64
-        state.supports_mm_inputs = False
-        state.encoder_cache = None
+        state = TextModelState.__new__(TextModelState)
         config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=ROWS, max_num_batched_tokens=64),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
