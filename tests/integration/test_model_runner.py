@@ -193,7 +193,9 @@ class Step:
         for found in self.adapter.metadata_builders():
             found.bind(self.context)
         self.batch = batch
-        self.block_table = torch.arange(1, len(batch) * WIDTH + 1, dtype=torch.int32).view(-1, WIDTH)
+        self.block_table = torch.arange(1, len(batch) * WIDTH + 1, dtype=torch.int32).view(
+            -1, WIDTH
+        )
         for name, (block, slot) in (packed or {}).items():
             packed_state.owner[block] = slot
             self.block_table[[n for n, _, _ in batch].index(name), 0] = block

@@ -175,7 +175,7 @@ def not_taken(stock: str, ours: str) -> Iterator[str]:
         if kind == "names" and not any_name:
             yield f"**{name} is one too many"
     given = {name for name, _, _ in theirs}
-    for name, kind, required in own:
+    for name, _, required in own:
         if required and name not in given and name not in ("self", "cls"):
             yield f"{name!r} is not passed"
 
