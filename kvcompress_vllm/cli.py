@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser(
         "doctor",
         help="is this installation fit to run?",
-        description="Show versions, native kernels, whether vLLM still has what we rely on, plugins, "
-        "and the defaults. Starts no engine. Status 0: all is well; 1: it cannot run.",
+        description="Show versions, native kernels, whether vLLM still has what we rely on, "
+        "plugins, and the defaults. Starts no engine. Status 0: all is well; 1: it cannot run.",
     )
     command.add_argument(
         "--wheel", metavar="FILE", help="what would break with the vLLM in this wheel? Only read"

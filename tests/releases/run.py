@@ -66,7 +66,7 @@ def unpack(release: str) -> Path:
         subprocess.run([sys.executable, "-m", *command], check=True)
         found = list(wheels.glob(f"vllm-{release}-*.whl"))
     with zipfile.ZipFile(found[0]) as archive:
-        names = [n for n in archive.namelist() if not n.endswith(".so") and "third_party" not in n]
+        names = [n for n in archive.namelist() if not n.endswith((".so", ".h", ".cuh"))]
         archive.extractall(folder, names)
     (folder / ".done").touch()
     return folder

@@ -23,7 +23,8 @@ def mend_slot_mapping() -> None:
     from vllm.utils import cpu_triton_utils
     from vllm.v1.worker import block_table
 
-    kernel = block_table.ComputeSlotMappingKernel.kernel
+    module: Any = block_table  # not every release has the class
+    kernel = module.ComputeSlotMappingKernel.kernel
     # Once replaced (a second engine in the process), a kernel keeps its own names.
     names = tuple(getattr(kernel, "arg_names", None) or inspect.signature(kernel).parameters)
     fallback = cpu_triton_utils._compute_slot_mapping_kernel_impl

@@ -79,10 +79,11 @@ class RunnerV2(RunnerAdapter):
     def request_rows(self, common: CommonAttentionMetadata) -> dict[str, int]:
         if not batch_order_is_told():
             return self._rows
-        if common.req_idx is None:
+        told: Any = common  # not every release has the field
+        if told.req_idx is None:
             raise RuntimeError("kv_compress: runner V2 does not say which request is in which row")
         names = self._runner.req_states.index_to_req_id
-        places = common.req_idx.tolist()
+        places = told.req_idx.tolist()
         return {names[place]: row for row, place in enumerate(places) if place in names}
 
     def write_row_prefixes(self, prefixes: Mapping[str, list[int]]) -> None:
