@@ -282,6 +282,46 @@ def diverse(a: Attention, s: Setting, share: float = 0.5, key_pool: int = 7) -> 
     return _heads(a, score)
 
 
+def echo(
+    a: Attention,
+    s: Setting,
+    stored: Tensor,
+    value_norms: bool = True,
+    norm: str = "L2",
+    weight: float = 1.0,
+) -> Tensor:
+    """The higher of the echo, by the value's norm, and of what one of the last queries pays.
+
+    Args:
+        stored: ``[L, H, S]`` echo scores.
+    """
+    layers, heads = a.keys.shape[:2]
+    n, shielded = s.candidates(a.length), s.shielded(a.length)
+
+    def length(layer: int, head: int, j: int) -> float:
+        return math.sqrt(sum(x * x for x in a.values[layer, head, j].tolist()))
+
+    open_lengths = [
+        length(layer, head, j)
+        for layer in range(layers)
+        for head in range(heads)
+        for j in range(n)
+        if not shielded[j]
+    ]
+    mean = sum(open_lengths) / len(open_lengths)
+
+    def score(layer: int, head: int) -> list[float]:
+        p = a.probabilities[layer, head].tolist()
+        paid = [max(of[q][j] for of in p for q in _window(a, s) if q >= j) for j in range(n)]
+        asked = _max_pool([x * x if norm == "L2" else x for x in paid], s.pool)
+        echoes = stored[layer, head].tolist()
+        if value_norms:
+            echoes = [echoes[j] * length(layer, head, j) / mean for j in range(n)]
+        return [max(echoes[j], weight * asked[j]) for j in range(n)]
+
+    return _heads(a, score)
+
+
 def knorm(a: Attention, s: Setting) -> Tensor:
     def score(layer: int, head: int) -> list[float]:
         norms = a.keys[layer, head, : s.candidates(a.length)].norm(dim=-1)
