@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
+from vllm.config import SchedulerConfig, VllmConfig
 
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.scheduling.planner import num_observe_slots
@@ -22,3 +22,10 @@ def observe_slots(vllm_config: VllmConfig, num_blocks: int) -> int:
         num_blocks * vllm_config.cache_config.block_size,
         model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel),
     )
+
+
+def step_tokens(scheduler_config: SchedulerConfig) -> int:
+    """Tokens of one request that a step computes at most."""
+    threshold = scheduler_config.long_prefill_token_threshold
+    most: int = scheduler_config.max_num_batched_tokens
+    return min(most, threshold) if threshold > 0 else most

@@ -53,11 +53,21 @@ class Compression(NamedTuple):
     """Positions ``[start, end)`` that are kept whatever their score; the floor has room."""
     observed: Observed | None = None
     """What the observation slot holds; None: the last ``window`` queries."""
+    unscored: tuple[tuple[int, int], ...] = ()
+    """Positions ``[start, end)`` of candidates whose keys have no echo score."""
 
     @property
     def candidate_blocks(self) -> int:
         """Blocks whose K/V compete: those packed before, and those that filled up since."""
         return self.old_kept + self.covered - self.old_covered
+
+
+class Span(NamedTuple):
+    """Tokens ``[first, end)`` of a request, which a step computes and scores."""
+
+    request_id: str
+    first: int
+    end: int
 
 
 class Observation(NamedTuple):
@@ -109,6 +119,8 @@ class StepPlan:
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in this step."""
+    echoes: list[Span] = field(default_factory=list)
+    """Tokens of this step whose keys get echo scores."""
     expected: list[PackedRow] | None = None
     """Every packed request after the compressions, when integrity is checked."""
 
@@ -120,5 +132,6 @@ class StepPlan:
             or self.compressions
             or self.observations
             or self.packed_prefills
+            or self.echoes
             or self.expected is not None
         )

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import KVCompressConfig
@@ -31,6 +31,7 @@ from kvcompress_vllm.records.budget import Wish
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.plan import Observation, Observed, Trigger
 from kvcompress_vllm.records.report import Report, Scored
+from kvcompress_vllm.scheduling.echo import Unscored
 from kvcompress_vllm.scheduling.mass import ExpectedRatio, mass_blocks, mass_of, rounded_ratio
 
 NEVER = 1 << 62
@@ -82,6 +83,8 @@ class Tracked:
     """``due_at`` for which its loss curve was asked for; a mass budget."""
     decided: int | None = None
     """C of the compression that comes next, once that curve was seen."""
+    unscored: Unscored = field(default_factory=Unscored)
+    """Where echo scores are stored: its keys without one."""
 
 
 class CompressionPlanner:
@@ -544,6 +547,7 @@ class CompressionPlanner:
             raise RuntimeError(f"kv_compress: {request_id} is compressed without observation")
         self.version += not tracked.kept
         tracked.covered, tracked.kept = self.target(tracked)
+        tracked.unscored.packed(tracked.covered * self.block_size)
         tracked.curve = tracked.decided = tracked.ratio = None
         self._count(tracked, tracked.due_at, self.observed(tracked, tracked.due_at))
         now, tracked.due_at = tracked.due_at, self._next_due(tracked)

@@ -11,18 +11,8 @@ a step without room) is scored in parts, for the request itself alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
-
 SEGMENT = 256
 """Tokens of a segment; blocks must divide it."""
-
-
-class Span(NamedTuple):
-    """Tokens ``[first, end)`` of a request, which a step computes and scores."""
-
-    request_id: str
-    first: int
-    end: int
 
 
 def segments(first: int, end: int) -> Iterator[tuple[int, int]]:

@@ -67,9 +67,9 @@ class KVCompressManager(FullAttentionManager):
         self.packed: dict[str, tuple[int, int]] = {}
         self.on_release: Callable[[str], None] = lambda request_id: None
 
-    def row(self, request_id: str, length: int) -> list[int]:
-        """The first ``length`` block ids of a request."""
-        return [block.block_id for block in self.req_to_blocks[request_id][:length]]
+    def row(self, request_id: str, length: int | None, begin: int = 0) -> list[int]:
+        """The block ids of a request from ``begin`` up to the first ``length``; None: all."""
+        return [block.block_id for block in self.req_to_blocks[request_id][begin:length]]
 
     def held_by_packed(self) -> int:
         """Blocks that packed requests hold, tails included."""

@@ -27,7 +27,7 @@ from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.frontend.requests import request_wish
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
-from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.sizing import observe_slots, step_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
 from kvcompress_vllm.records.budget import Wish
@@ -38,7 +38,8 @@ from kvcompress_vllm.reporting.metrics import Occupancy, Recorder
 from kvcompress_vllm.reporting.shortage import Shortage
 from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling import admission
-from kvcompress_vllm.scheduling.planner import CompressionPlanner, Tracked
+from kvcompress_vllm.scheduling.echo import EchoPlanner
+from kvcompress_vllm.scheduling.planner import NEVER, CompressionPlanner, Tracked
 
 logger = init_logger("vllm.kv_compress")
 
@@ -76,6 +77,14 @@ class _KVCompressMixin(Scheduler):
         self._output_length = admission.OutputLength()
         self._does_not_fit: tuple[str, int] | None = None
         self._check_integrity = integrity.enabled()
+        self._echo: EchoPlanner | None = None
+        if config.stores_echo:
+            self._echo = EchoPlanner(
+                config,
+                manager.block_size,
+                manager.block_pool.num_gpu_blocks,
+                step_tokens(scheduler_config),
+            )
         self._base_watermark = self.kv_cache_manager.watermark_blocks
         self._stock_allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_slots  # type: ignore[method-assign]
@@ -271,9 +280,22 @@ class _KVCompressMixin(Scheduler):
             self.kv_compress_planner.floor(covered, own),
             own.protect if own else (),
             observed,
+            tracked.unscored.before(covered * self.kv_compress_manager.block_size),
         )
 
     def _allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        blocks = self._admit(request, num_new_tokens, *args, **kwargs)
+        if blocks is not None and self._echo is not None:
+            # Now, not once the step is planned: the next request may hit these blocks already.
+            first = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
+            manager = self.kv_compress_manager
+            row = manager.row(request.request_id, None, first // manager.block_size)
+            self._echo.allocated(self._policy(request), row, first, first + num_new_tokens)
+        return blocks
+
+    def _admit(
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """vLLM's allocation, with slots and the reserve as further conditions of admission."""
@@ -299,7 +321,24 @@ class _KVCompressMixin(Scheduler):
         return blocks
 
     def _get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
-        """vLLM's prefix cache lookup, except that what a compression observes is computed."""
+        """vLLM's prefix cache lookup, except that what a compression observes is computed, and
+        what has no echo scores where it needs them."""
+        blocks, num_tokens, boundary = self._observed_blocks(request)
+        echo, policy = self._echo, self._policy(request)
+        if echo is None or not echo.reads(policy):
+            return blocks, num_tokens, boundary
+        if self.kv_compress_planner.first_due(request.num_tokens, self._wish(request)) == NEVER:
+            return blocks, num_tokens, boundary
+        ids = [block.block_id for block in blocks.blocks[0]]
+        usable = echo.blocks.usable(ids, num_tokens)
+        if usable < num_tokens:
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(
+                tuple(group[: usable // self.kv_compress_manager.block_size]
+                      for group in blocks.blocks)
+            )
+        return blocks, usable, boundary
+
+    def _observed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         blocks, num_tokens, boundary = self._stock_computed_blocks(request)
         planner = self.kv_compress_planner
         own = self._wish(request)
@@ -329,13 +368,33 @@ class _KVCompressMixin(Scheduler):
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        return planner.chunk(
+        count = planner.chunk(
             request.request_id,
             first_token,
             num_new_tokens,
             request.num_tokens if waits else 0,
             self._wish(request) if waits else None,
         )
+        if self._echo is None or self.kv_compress_planner.history(self._wish(request)) is not None:
+            return count
+        tracked = planner.requests.get(request.request_id)
+        return self._echo.chunk(
+            self._policy(request),
+            first_token,
+            count,
+            tracked.prefill_end if tracked else request.num_tokens,
+            tracked.due_at
+            if tracked
+            else planner.first_due(request.num_tokens, self._wish(request)),
+            len(self.running) - (not waits),
+            # vLLM may have cut this chunk for the sake of encoder inputs, which only its going on
+            # makes room for.
+            waits=not request.has_encoder_inputs,
+        )
+
+    def _policy(self, request: Request) -> str | None:
+        own = self._wish(request)
+        return own.policy if own is not None else None
 
     def _wish(self, request: Request) -> Wish | None:
         """What a request asked for, as the planner takes it."""
@@ -420,6 +479,8 @@ class _KVCompressMixin(Scheduler):
             observation = planner.observe(request_id, first_token, num_tokens)
             if observation is not None:
                 plan.observations.append(observation)
+            if self._echo is not None:
+                self._score(plan, request_id, first_token, first_token + num_tokens)
             if num_tokens > 1 and request_id in manager.packed:
                 plan.packed_prefills.append(request_id)
         if self._check_integrity:
@@ -428,6 +489,16 @@ class _KVCompressMixin(Scheduler):
                 for t in planner.packed()
             ]
         return plan
+
+    def _score(self, plan: StepPlan, request_id: str, first: int, end: int) -> None:
+        """Have a step's tokens ``[first, end)`` scored, or note that they are not."""
+        assert self._echo is not None
+        span = self._echo.span(request_id, self._policy(self.requests[request_id]), first, end)
+        if span is not None:
+            plan.echoes.append(span)
+        tracked = self.kv_compress_planner.requests.get(request_id)
+        if tracked is not None:
+            tracked.unscored.computed(first, end, span is not None)
 
 
 class KVCompressScheduler(_KVCompressMixin, Scheduler):
