@@ -40,9 +40,7 @@ class Echo(Policy):
     norm: str = option(
         "L2", "squared (L2) or plain (L1) probabilities of the last queries", *choice("L2", "L1")
     )
-    weight: float = option(
-        1.0, "factor on what the last queries pay; 0: echo alone", *number(0, 1)
-    )
+    weight: float = option(1.0, "factor on what the last queries pay; 0: echo alone", *number(0, 1))
 
     defaults = Defaults("global", window=8, pool=15, recent=16)
 
