@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_any_chunks_give_the_same_segments(seed):
     scored = {p for begin, end in whole for p in range(begin, end)}
     blank = {
         p
-        for begin, end in zip(bounds, bounds[1:], strict=False)
+        for begin, end in pairwise(bounds)
         for first, stop in unscored(begin, end)
         for p in range(first, stop)
     }

@@ -82,9 +82,7 @@ def _echo(rank: Rank, batch: Batch) -> Tensor:
             offsets = [position % rank.block_size for position in blank]
             place = to_device([blocks, offsets], torch.int64, scores.device)
             by_block[place[0], :, place[1]] = 0
-    pages = [
-        _pages(rank, item, row)[0] for item, row in zip(batch.items, batch.rows, strict=True)
-    ]
+    pages = [_pages(rank, item, row)[0] for item, row in zip(batch.items, batch.rows, strict=True)]
     return scores[torch.cat(pages)]
 
 

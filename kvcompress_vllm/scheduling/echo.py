@@ -63,9 +63,7 @@ class EchoPlanner:
         room = self._step_tokens - others if waits else 0
         return whole_segments(first, num_tokens, marks, room)
 
-    def allocated(
-        self, policy: str | None, row: Sequence[int], first: int, end: int
-    ) -> None:
+    def allocated(self, policy: str | None, row: Sequence[int], first: int, end: int) -> None:
         """Note that the next step computes tokens ``[first, end)`` into blocks that, from then on,
         the prefix cache may hand to others.
 

@@ -11,6 +11,7 @@ a step without room) is scored in parts, for the request itself alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
 SEGMENT = 256
 """Tokens of a segment; blocks must divide it."""
 

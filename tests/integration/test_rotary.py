@@ -109,6 +109,4 @@ class _Foreign(nn.Module):
         self._compute_cos_sin_cache = rope._compute_cos_sin_cache
 
     def forward(self, positions, query, key):
-        return self.rope.forward_static(
-            positions, query, key, D, D, self.rope.cos_sin_cache, True
-        )
+        return self.rope.forward_static(positions, query, key, D, D, self.rope.cos_sin_cache, True)

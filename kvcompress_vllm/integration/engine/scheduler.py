@@ -333,8 +333,10 @@ class _KVCompressMixin(Scheduler):
         usable = echo.blocks.usable(ids, num_tokens)
         if usable < num_tokens:
             blocks = self.kv_cache_manager.create_kv_cache_blocks(
-                tuple(group[: usable // self.kv_compress_manager.block_size]
-                      for group in blocks.blocks)
+                tuple(
+                    group[: usable // self.kv_compress_manager.block_size]
+                    for group in blocks.blocks
+                )
             )
         return blocks, usable, boundary
 

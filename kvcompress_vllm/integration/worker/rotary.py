@@ -91,7 +91,7 @@ def _table(rope: Any) -> Tensor:
                 count, factor = rope.max_position_embeddings, rope.long_factor
             else:
                 count, factor = rope.original_max_position_embeddings, rope.short_factor
-            table = rope._compute_cos_sin_cache(count, factor, 1.0)
+            table: Tensor = rope._compute_cos_sin_cache(count, factor, 1.0)
         else:
             table = rope._compute_cos_sin_cache()
     return table.float().cpu()
