@@ -303,47 +303,17 @@ def rotate(query: Tensor) -> Tensor:
     return torch.cat([turned.real, turned.imag])
 
 
-def echo(a: Attention, s: Setting, weight: float = 1.0, stored: Tensor | None = None) -> Tensor:
-    """The repetition or, pooled, the last queries; ``stored``: of the repetition already."""
-    known = repeated(a, s.sinks) if stored is None else stored
-
-    def score(layer: int, head: int) -> list[float]:
-        n = s.candidates(a.length)
-        window = [max(float(p[q, j]) for q in _window(a, s) for p in a.probabilities[layer, head])
-                  for j in range(n)]  # fmt: skip
-        pooled = _max_pool(window, s.pool)
-        return [max(float(known[layer, head, j]), weight * pooled[j]) for j in range(n)]
-
-    return _heads(a, score)
-
-
-def diverse(a: Attention, s: Setting, share: float = 0.5, key_pool: int = 7) -> Tensor:
-    """Attention, after the first ``share`` of the open budget by unlikeness."""
-    attention, shielded = kv_compress(a, s), s.shielded(a.length)
-    count = int(share * (s.kept * s.block - sum(shielded)))
-
-    def score(layer: int, head: int) -> list[float]:
-        unlike = _max_pool(_unlike(a, s, layer, head), key_pool)
-        open_keys = [j for j in range(len(unlike)) if not shielded[j]]
-        chosen = sorted(open_keys, key=lambda j: -unlike[j])[: max(0, count)]
-        return [float(attention[layer, head, j]) + 100 * (j in chosen) for j in range(len(unlike))]
-
-    return _heads(a, score)
-
-
 def echo(
     a: Attention,
     s: Setting,
-    stored: Tensor,
     value_norms: bool = True,
     norm: str = "L2",
     weight: float = 1.0,
+    stored: Tensor | None = None,
 ) -> Tensor:
-    """The higher of the echo, by the value's norm, and of what one of the last queries pays.
-
-    Args:
-        stored: ``[L, H, S]`` echo scores.
-    """
+    """The repetition, times the value's length over the mean, or, pooled, the last queries;
+    ``stored``: of the repetition already."""
+    known = repeated(a, s.sinks) if stored is None else stored
     layers, heads = a.keys.shape[:2]
     n, shielded = s.candidates(a.length), s.shielded(a.length)
 
@@ -363,10 +333,24 @@ def echo(
         p = a.probabilities[layer, head].tolist()
         paid = [max(of[q][j] for of in p for q in _window(a, s) if q >= j) for j in range(n)]
         asked = _max_pool([x * x if norm == "L2" else x for x in paid], s.pool)
-        echoes = stored[layer, head].tolist()
+        echoes = known[layer, head].tolist()
         if value_norms:
             echoes = [echoes[j] * length(layer, head, j) / mean for j in range(n)]
         return [max(echoes[j], weight * asked[j]) for j in range(n)]
+
+    return _heads(a, score)
+
+
+def diverse(a: Attention, s: Setting, share: float = 0.5, key_pool: int = 7) -> Tensor:
+    """Attention, after the first ``share`` of the open budget by unlikeness."""
+    attention, shielded = kv_compress(a, s), s.shielded(a.length)
+    count = int(share * (s.kept * s.block - sum(shielded)))
+
+    def score(layer: int, head: int) -> list[float]:
+        unlike = _max_pool(_unlike(a, s, layer, head), key_pool)
+        open_keys = [j for j in range(len(unlike)) if not shielded[j]]
+        chosen = sorted(open_keys, key=lambda j: -unlike[j])[: max(0, count)]
+        return [float(attention[layer, head, j]) + 100 * (j in chosen) for j in range(len(unlike))]
 
     return _heads(a, score)
 
