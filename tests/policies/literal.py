@@ -13,12 +13,13 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Attention:
     """A prompt of S tokens after prefill, all in fp64.
 
@@ -269,6 +270,7 @@ def keydiff(a: Attention, s: Setting) -> Tensor:
     return _heads(a, lambda layer, head: _max_pool(_unlike(a, s, layer, head), s.pool))
 
 
+@cache
 def repeated(a: Attention, sinks: int, segment: int = 256) -> Tensor:
     """``[L, H, S]``: the highest probability that each key gets if the prompt is read once more,
     segment by segment: a repeated token sees the first tokens, the segment as it was, and of its
