@@ -22,6 +22,7 @@ from kvcompress_vllm import ops, policies
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression import allocation, gather, loss
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.policies import Evidence
 from kvcompress_vllm.records import budget
 
@@ -62,6 +63,8 @@ class Prompt:
             ))  # fmt: skip
         if of_keys := channels & ops.KEY_CHANNELS:
             parts.append(ops.key_statistics(*pages, *candidates, of_keys))
+        if channels & ops.STORED_CHANNELS:
+            parts.append(torch.rand(1, candidates[-1], BLOCK_SIZE, device=self.device))
         return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(0)
 
     def evidence(self, config: KVCompressConfig, ring: Tensor, channels: Tensor) -> Evidence:
@@ -76,12 +79,12 @@ class Prompt:
         keys, values, queries = gather.readers(
             self.pages, self.row, self.tokens, state, 0, window, None
         )
-        kept = budget.packed_blocks(config, self.tokens, self.blocks, BLOCK_SIZE)
+        kept = resolve(config).packed_blocks(self.tokens, BLOCK_SIZE)
         return Evidence(
             layers=self.layers, heads=HEADS, group=GROUP, num_keys=self.blocks * BLOCK_SIZE,
             num_kept=kept * BLOCK_SIZE, seq_len=self.tokens, num_queries=window,
             num_sinks=config.sinks,
-            num_recent=budget.num_recent(config, self.tokens, self.blocks, BLOCK_SIZE),
+            num_recent=budget.num_recent(config.recent, self.tokens, self.blocks, BLOCK_SIZE),
             scale=HEAD_SIZE**-0.5, device=self.device, keys=keys, values=values, queries=queries,
             statistics={
                 channel: part.view(self.layers * HEADS, -1)
@@ -138,7 +141,7 @@ def main() -> None:
     for name in arguments.policies.split(","):
         config = KVCompressConfig.from_dict({"policy": name, "ratio": RATIO})
         policy, ring = config.create_policy(), prompt.ring(config.window)
-        mask, floor = ops.channel_mask(policy.channels), budget.floor_pages(config, BLOCK_SIZE)
+        mask, floor = ops.channel_mask(policy.channels), resolve(config).floor_pages(BLOCK_SIZE)
         evidence = prompt.evidence(config, ring, prompt.statistics(ring, mask))
         kept = evidence.num_kept // BLOCK_SIZE
 

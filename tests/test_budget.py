@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records import budget
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 
@@ -33,7 +34,7 @@ B = 16
 )
 def test_packed_blocks(options: dict, num_tokens: int, kept: int) -> None:
     config = KVCompressConfig.from_dict(options)
-    assert budget.packed_blocks(config, num_tokens, num_tokens // B, B) == kept
+    assert resolve(config).packed_blocks(num_tokens, B) == kept
 
 
 @given(
@@ -49,13 +50,13 @@ def test_what_is_kept_always_holds_the_shields(
 ) -> None:
     config = KVCompressConfig(ratio=ratio, recent=recent, sinks=sinks, min_tokens_per_head=floor)
     covered = num_tokens // block_size
-    kept = budget.packed_blocks(config, num_tokens, covered, block_size)
+    kept = resolve(config).packed_blocks(num_tokens, block_size)
     assert 0 <= kept <= covered
     if kept == covered:
         return
-    shielded = budget.num_recent(config, num_tokens, covered, block_size)
-    assert kept >= budget.floor_pages(config, block_size)
-    assert budget.floor_pages(config, block_size) * block_size >= max(sinks + shielded, floor)
+    shielded = budget.num_recent(recent, num_tokens, covered, block_size)
+    assert kept >= resolve(config).floor_pages(block_size)
+    assert resolve(config).floor_pages(block_size) * block_size >= max(sinks + shielded, floor)
     # The tail and the shielded candidates together are the recent window.
     assert shielded == max(0, recent - (num_tokens - covered * block_size))
 
@@ -78,7 +79,7 @@ def test_what_is_kept_always_holds_the_shields(
 )
 def test_a_request_may_ask_within_the_limits(options: dict, own: Wish, kept: int) -> None:
     config = KVCompressConfig.from_dict({"ratio": 4, **options})
-    assert budget.packed_blocks(config, 1600, 100, B, own=own) == kept
+    assert resolve(config, own).packed_blocks(1600, B) == kept
     # Pressure goes below what was asked for, never above.
     fewest = 5 if own.budget_tokens else max(5, config.min_budget_tokens // B)
-    assert budget.packed_blocks(config, 1600, 100, B, ratio=20, own=own) == min(kept, fewest)
+    assert resolve(config, own).packed_blocks(1600, B, ratio=20) == min(kept, fewest)

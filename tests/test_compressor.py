@@ -14,7 +14,7 @@ from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.records import budget
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.plan import Compression
 from kvcompress_vllm.records.report import Report
 
@@ -64,7 +64,7 @@ class Literal:
                 best[j] = float("inf")
             order = sorted(range(candidates), key=lambda j: (best[j], j))
             heads.append(order)
-            floor = budget.floor_pages(config, B)
+            floor = resolve(config).floor_pages(B)
             # Freeing page e costs the score at rank e * B - 1.
             for e in range(1, candidates // B - floor + 1):
                 pages.append((best[order[e * B - 1]], i, e))
@@ -174,7 +174,7 @@ def two_requests(config: KVCompressConfig, policies: list[str | None]) -> torch.
     due = [
         Compression(
             "ab"[slot], slot, slot, 900, 0, 0, 56, list(range(1, 58)), list(range(new, new + 3)),
-            policy,
+            policy=policy,
         )
         for slot, new, policy in zip([0, 1], [100, 110], policies, strict=True)
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from kvcompress_vllm.compression import compressor as compressor_module
 from kvcompress_vllm.compression import loss
 from kvcompress_vllm.compression.loss import curve_points
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records import budget
 from kvcompress_vllm.records.curve import LossCurve
 from tests.test_compressor import SLOTS, B, D, G, L, Paged, W
@@ -76,8 +77,8 @@ def test_reports_equal_a_literal_computation(
             heads.append(scores[: length * B])
             scores = scores[length * B :]
         assert not scores
-        recent = budget.num_recent(config, paged.num_tokens, paged.covered, B)
-        floor = budget.floor_pages(config, B)
+        recent = budget.num_recent(config.recent, paged.num_tokens, paged.covered, B)
+        floor = resolve(config).floor_pages(B)
         points = report.curve.blocks
         expected = literal_curve(
             heads, recent, config.sinks, floor, GROUPS[allocator], points

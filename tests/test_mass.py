@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.report import Scored
-from kvcompress_vllm.scheduling.mass import ExpectedRatio, mass_blocks, mass_of
-from kvcompress_vllm.scheduling.planner import NEVER, CompressionPlanner, Tracked
+from kvcompress_vllm.scheduling.mass import ExpectedRatio, mass_blocks
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.sizes import NEVER
 
 B = 16
 CURVE = LossCurve([2, 10, 20, 50, 100], [0.9, 0.5, 0.2, 0.02, 0.0])
@@ -37,28 +41,35 @@ def config(**options: object) -> KVCompressConfig:
     ],
 )
 def test_the_fewest_blocks_within_the_limits(mass: float, limits: dict, blocks: int) -> None:
-    assert mass_blocks(config(**limits), CURVE, mass, 100, 2) == blocks
+    budget = resolve(config(**limits), Wish(mass=mass))._replace(mass=mass)
+    assert mass_blocks(budget, CURVE, 100, B) == blocks
 
 
 def test_never_more_than_there_are() -> None:
     """Compressed again: 12 blocks compete of a request of 400."""
     curve = LossCurve([2, 12], [0.9, 0.0])
-    assert mass_blocks(config(), curve, 0.99, 400, 2) == 12
+    assert mass_blocks(resolve(config(), Wish(mass=0.99)), curve, 400, B) == 12
 
 
-@settings(deadline=None)
 @given(st.floats(0.01, 1), st.floats(1, 100), st.floats(1, 100), st.integers(1, 5))
 def test_always_within_floor_and_candidates(
     mass: float, low: float, high: float, floor: int
 ) -> None:
-    limits = config(min_ratio=min(low, high), max_ratio=max(low, high))
+    limits = config(
+        min_ratio=min(low, high), max_ratio=max(low, high), min_tokens_per_head=floor * B, recent=0
+    )
+    budget = resolve(limits)._replace(mass=mass)
     curve = LossCurve([floor, floor + 3, floor + 20], [0.7, 0.2, 0.0])
-    assert floor <= mass_blocks(limits, curve, mass, floor + 50, floor) <= floor + 20
+    assert floor <= mass_blocks(budget, curve, floor + 50, B) <= floor + 20
 
 
 def test_whose_budget_is_a_mass() -> None:
     by_mass, by_ratio = config(), KVCompressConfig(ratio=4)
-    assert mass_of(by_mass, None) == mass_of(by_mass, Wish(policy="tova")) == 0.9
+
+    def mass_of(config: KVCompressConfig, own: Wish | None) -> float | None:
+        return resolve(config, own).mass
+
+    assert mass_of(by_mass, None) == mass_of(by_mass, Wish(context_tokens=9)) == 0.9
     assert mass_of(by_mass, Wish(mass=0.5)) == mass_of(by_ratio, Wish(mass=0.5)) == 0.5
     for own in (Wish(ratio=2.0), Wish(budget_tokens=100), KEEP_ALL):
         assert mass_of(by_mass, own) is None
@@ -85,7 +96,7 @@ def planner(**options: object) -> CompressionPlanner:
 
 
 def admitted(p: CompressionPlanner, name: str, num_tokens: int, own: Wish | None = None) -> Tracked:
-    p.admit(name, num_tokens, p.sized(own))
+    p.admit(name, num_tokens, resolve(p.config, own))
     return p.requests[name]
 
 
@@ -98,19 +109,19 @@ def test_scored_first_and_compressed_once_the_curve_is_known() -> None:
     a = admitted(p, "a", 1600)
     assert p.to_score({"a": 1599}) == [] and p.due({"a": 1599}) == []
     assert p.to_score({"a": 1600}) == [a]
-    assert p.target(a) == (100, 25) and p.reserve() == 25, "as expected"
+    assert a.target() == (100, 25) and p.reserve() == 25, "as expected"
     for computed in (1601, 1602):  # its output is on its way, and tokens are decoded meanwhile
         assert p.to_score({"a": computed}) == [] and p.due({"a": computed}) == []
         assert p.observe("a", computed - 1, 1) is None
     p.scored(scored(a))
     # 37 blocks lose 0.098, 36 would lose 0.104.
-    assert p.due({"a": 1602}) == [a] and p.target(a) == (100, 37) and p.reserve() == 37
+    assert p.due({"a": 1602}) == [a] and a.target() == (100, 37) and p.reserve() == 37
     p.compressed("a")
     assert (a.covered, a.kept, a.observe_slot) == (100, 37, None)
     assert p.observe_slots_used() == 0 and p.reserve() == 0
     # Its own ratio from now on, 2.7: then 4 blocks too many.
-    assert a.due_at == p.outgrown_at(100, 37, a.own) >= 1600 + 4 * B
-    assert a.own == Wish(mass=0.9, ratio=2.5)
+    assert a.due_at == a.sizes.outgrown_at(Packing(100, 37)) >= 1600 + 4 * B
+    assert (a.budget.mass, a.budget.ratio) == (0.9, 2.5)
 
 
 def test_a_mass_keeps_the_least_budget_at_least() -> None:
@@ -118,7 +129,7 @@ def test_a_mass_keeps_the_least_budget_at_least() -> None:
     a = admitted(p, "a", 1600)
     p.to_score({"a": 1600})
     p.scored(scored(a))
-    assert p.target(a) == (100, 40)  # 37 hold the mass
+    assert a.target() == (100, 40)  # 37 hold the mass
 
 
 def test_a_generation_is_scored_again() -> None:
@@ -141,7 +152,7 @@ def test_what_keeps_nearly_all_is_not_compressed_over_and_over() -> None:
     p.to_score({"a": 1600})
     p.scored(scored(a, LossCurve([2, 90, 100], [1.0, 0.1, 0.0])))
     p.compressed("a")
-    assert a.kept == 90 and p.outgrown_at(100, 90, a.own) == 1600, "of a ratio of 1.25"
+    assert a.kept == 90 and a.sizes.outgrown_at(a.packing) == 1600, "of a ratio of 1.25"
     assert a.due_at == 1600 + 4 * B
 
 
@@ -171,7 +182,7 @@ def test_a_curve_that_comes_too_late() -> None:
     again = admitted(p, "a", 1650)  # or preempted, with a longer prefill
     assert again.state_slot == a.state_slot
     p.scored(late)
-    assert again.decided is None and p.target(again)[0] == 103
+    assert again.decided is None and again.target()[0] == 103
     p.to_score({"a": 1650})
     p.scored(scored(again))
     p.scored(scored(again, LossCurve([2, 103], [1.0, 0.0])))  # once decided, decided
@@ -183,8 +194,7 @@ def test_requests_may_ask_for_a_mass_or_for_none() -> None:
     a, b = admitted(p, "a", 1600, Wish(mass=0.5)), admitted(p, "b", 1600, Wish(ratio=10.0))
     assert p.to_score({"a": 1600, "b": 1600}) == [a] and p.due({"a": 1600, "b": 1600}) == [b]
     p.scored(scored(a))
-    assert p.target(a) == (100, 10) and p.target(b) == (100, 10)
-    assert p.sized(KEEP_ALL) == KEEP_ALL
+    assert a.target() == (100, 10) and b.target() == (100, 10)
 
 
 def test_pressure_beyond_the_budget_waits_for_no_curve() -> None:
@@ -194,7 +204,7 @@ def test_pressure_beyond_the_budget_waits_for_no_curve() -> None:
     p.scored(scored(a))
     p.compressed("a")
     p.press({"a": 1601}, 0)
-    assert a.ratio == 10 and p.due({"a": a.due_at}) == [a] and p.target(a) == (100, 10)
+    assert a.ratio == 10 and p.due({"a": a.due_at}) == [a] and a.target() == (100, 10)
 
 
 def test_what_interrupts_a_prefill_waits_for_no_curve() -> None:
@@ -205,10 +215,9 @@ def test_what_interrupts_a_prefill_waits_for_no_curve() -> None:
 
 def test_a_mass_asked_of_a_policy_without_one_is_kv_compress() -> None:
     """Scores of diverse depend on the budget: no sum of them could decide it."""
-    planner = CompressionPlanner(KVCompressConfig(ratio=4), B, 4, 4, 4000)
-    wish = planner.sized(Wish(mass=0.9))
-    assert wish is not None and (wish.policy, wish.mass) == ("kv_compress", 0.9)
-    assert planner.sized(Wish(ratio=2)) == Wish(ratio=2) and planner.sized(None) is None
-    planner = CompressionPlanner(config(policy="cake"), B, 4, 4, 4000)
-    own = planner.sized(None)
-    assert own is not None and (own.policy, own.mass) == (None, 0.9)
+    by_ratio = KVCompressConfig(ratio=4)
+    own = resolve(by_ratio, Wish(mass=0.9))
+    assert (own.policy, own.mass) == ("kv_compress", 0.9)
+    assert resolve(by_ratio, Wish(ratio=2)).policy == resolve(by_ratio).policy == "diverse"
+    own = resolve(config(policy="cake"))
+    assert (own.policy, own.mass) == ("cake", 0.9)

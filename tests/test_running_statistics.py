@@ -157,7 +157,7 @@ class Request:
 
     def _compress(self, tracked) -> None:
         self._observe_literally(tracked.accumulated)
-        covered, kept = self.planner.target(tracked)
+        covered, kept = tracked.target()
         new = [self.free.pop() for _ in range(kept)]
         item = Compression(
             "r", tracked.state_slot, tracked.observe_slot, tracked.due_at, tracked.covered,

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.report import Report
-from kvcompress_vllm.scheduling.planner import NEVER, CompressionPlanner, num_observe_slots
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.sizes import NEVER
+from kvcompress_vllm.scheduling.slots import num_observe_slots
 
 B = 16
 
@@ -70,7 +73,7 @@ def test_a_ratio_holds_for_prompt_and_generation_together() -> None:
     p.compressed("a")
     assert (p.requests["a"].covered, p.requests["a"].kept) == (100, 25)
     for num_tokens, blocks in decode(p, "a", 1600, 8000):
-        assert blocks - p.packed_size(num_tokens)[1] == 8
+        assert blocks - p.sizes().packed(num_tokens)[1] == 8
 
 
 def test_a_short_generation_is_not_squeezed_below_the_least_budget() -> None:
@@ -194,14 +197,13 @@ def test_a_curve_holds_until_the_next_compression() -> None:
 
 def test_far_from_short_nothing_is_looked_at() -> None:
     p, lengths = grown(1)
-    p.requests["a"].own = "not a wish"  # type: ignore[assignment]
+    p.requests["a"].sizes = None  # type: ignore[assignment]
     most = 3 + (100_000 + 8) // B
     assert pressed(p, most, **lengths) == []
     with pytest.raises(AttributeError):
         pressed(p, most - 1, **lengths)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 5000), max_size=4), st.integers(0, 7000), st.integers(1, 40))
 def test_looking_only_when_it_may_be_short_changes_nothing(
     lengths: list[int], free: int, window: int
@@ -213,7 +215,7 @@ def test_looking_only_when_it_may_be_short_changes_nothing(
             p.admit(str(index), length)
             if p.requests.get(str(index)) and p.requests[str(index)].observe_slot is not None:
                 p.compressed(str(index))
-        p.max_tokens = max_tokens
+        p.limits = p.limits._replace(max_tokens=max_tokens)
         computed = {str(i): length + 100 for i, length in enumerate(lengths)}
         p.press(computed, free)
         return sorted(name for name, t in p.requests.items() if t.observe_slot is not None)
@@ -229,7 +231,9 @@ def test_pressure_goes_beyond_the_budget_only_where_it_may() -> None:
     p.compressed("c")
     c = p.requests["c"]
     assert (c.covered, c.kept) == (101, 6)  # 101 / 20 blocks, not the 8 of the budget
-    assert c.ratio is None and c.due_at == p.outgrown_at(101, 6)  # the usual budget again
+    assert c.ratio is None and c.due_at == p.sizes().outgrown_at(
+        Packing(101, 6)
+    )  # the usual budget again
 
 
 def test_pressure_never_takes_more_slots_than_there_are() -> None:
@@ -289,15 +293,17 @@ def test_outgrown_at_is_the_first_such_place(
         min_prompt_tokens=min_prompt_tokens,
         min_budget_tokens=min_budget_tokens,
     )
-    covered, kept = p.packed_size(prompt)
+    covered, kept = p.sizes().packed(prompt)
     covered, kept = (covered, kept) if kept < covered else (0, 0)
 
     def excess(full: int) -> int:
-        return kept + full - covered - p.packed_size(full * B)[1]
+        return kept + full - covered - p.sizes().packed(full * B)[1]
 
-    at = p.outgrown_at(covered, kept)
+    at = p.sizes().outgrown_at(Packing(covered, kept))
     assert at == NEVER or (at % B == 0 and excess(at // B) >= interval)
-    first = next((f for f in range(covered, p.max_tokens // B) if excess(f) >= interval), None)
+    first = next(
+        (f for f in range(covered, p.limits.max_tokens // B) if excess(f) >= interval), None
+    )
     assert at == (NEVER if first is None else first * B)
 
 
@@ -351,3 +357,10 @@ def test_number_of_observation_slots_is_bounded() -> None:
     # A hundredth of the cache: a slot is 8 queries of 4 heads, 16 tokens' worth of K and V.
     assert num_observe_slots(config, 2048, 256, 19_200, 4) == 12
     assert num_observe_slots(config, 2048, 256, 100, 4) == 4
+
+
+def test_observed_positions_end_where_the_compression_is_due() -> None:
+    p = planner()
+    p.admit("a", 1000)
+    seen = p.observe("a", 990, 20)
+    assert seen is not None and list(seen.positions(20, 8)) == list(range(999, 991, -1))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvcompress_vllm.records.plan import Compression
 from kvcompress_vllm.reporting.usage import CompressionUsage, Counts, UsageLog
 
@@ -32,11 +34,11 @@ def test_before_it_is_sent_the_latest_replaces_the_former() -> None:
 def test_what_ended_is_forgotten() -> None:
     log = UsageLog()
     log.compressed(FIRST)
-    log.compressed(FIRST._replace(request_id="s"))
+    log.compressed(replace(FIRST, request_id="s"))
     log.keep({"s"})
     assert log.take("r") is None and log.take("s") == Counts(1, 21, 6)
     log.keep(())
-    log.compressed(FIRST._replace(request_id="s"))
+    log.compressed(replace(FIRST, request_id="s"))
     assert log.take("s") == Counts(1, 21, 6)
 
 

@@ -157,6 +157,16 @@ POLICIES: dict[str, Policy] = {
     "echo64": Policy(lambda v: v.echo(64, 256)),
     "echo64_d64": Policy(lambda v: v.echo(64, 64)),
     "echo64_vnorm": Policy(lambda v: v.valued(v.echo(64, 256))),
+    "echo64_vnorm_window": Policy(
+        lambda v: torch.maximum(v.valued(v.echo(64, 256)), v.window(8, "max"))
+    ),
+    "echo64_vnorm_window_half": Policy(
+        lambda v: torch.maximum(v.valued(v.echo(64, 256)), 0.5 * v.window(8, "max"))
+    ),
+    "echo64_vnorm_window_w15_half": Policy(
+        lambda v: torch.maximum(v.valued(v.echo(64, 256)), 0.5 * v.pooled(v.window(8, "max"), 15))
+    ),
+    "echo16_vnorm": Policy(lambda v: v.valued(v.echo(16, 256))),
     "table64": Policy(lambda v: v.tables["echo64"](v.echo(64, 256))),
     "table64_vnorm": Policy(lambda v: v.tables["echo64_vnorm"](v.valued(v.echo(64, 256)))),
     "table256": Policy(lambda v: v.tables["echo"](v.echo(256, 256))),

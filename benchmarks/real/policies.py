@@ -318,6 +318,9 @@ POLICIES: dict[str, Policy] = {
     "table_d512_window_w15_square": _max(
         lambda e: e.mapped("echo_d512"), lambda e: e.pooled(e.window(8, "max") ** 2, 15)
     ),
+    "vnorm512_window_w15_half": _max(
+        lambda e: e.echo(512, 512) * e.value_size, lambda e: 0.5 * e.pooled(e.window(8, "max"), 15)
+    ),
     "table": Policy(lambda e, _: e.mapped("echo")),
     "table_scale": Policy(lambda e, _: e.mapped("echo", scaled=True)),
     "table_vnorm": Policy(lambda e, _: e.mapped("vnorm")),

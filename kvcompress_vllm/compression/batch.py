@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from torch import Tensor
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.cache.transfer import to_device
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.policies.base import Policy
 from kvcompress_vllm.records import budget
-from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.records.plan import Accumulation, Judged
+
+Item = TypeVar("Item", bound=Accumulation)
 
 MOST_TOKENS = 4096
 """Candidate tokens of a batch of compressions, unless a single request has more. Bounds the memory
@@ -50,10 +53,10 @@ class Rank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Generic[Item]):
     """Requests that one policy judges, with one floor, observed alike."""
 
-    items: Sequence[Compression]
+    items: Sequence[Item]
     config: KVCompressConfig
     policy: Policy
     floor_pages: int
@@ -74,12 +77,12 @@ class Batch:
     @classmethod
     def of(
         cls,
-        items: Sequence[Compression],
+        items: Sequence[Item],
         config: KVCompressConfig,
         policy: Policy,
         rank: Rank,
         floor_pages: int | None = None,
-    ) -> Batch:
+    ) -> Batch[Item]:
         """Put what the ops read on the device.
 
         Args:
@@ -92,16 +95,19 @@ class Batch:
             items,
             config,
             policy,
-            floor_pages or budget.floor_pages(config, size),
+            floor_pages or resolve(config).floor_pages(size),
             rows,
             rank.state.state_slots(rows),
             to_device([item.covered for item in items], torch.int32, device),
             to_device(starts[:-1], torch.int64, device),
             list(pairwise(starts)),
-            [budget.num_recent(config, item.num_tokens, item.covered, size) for item in items],
+            [
+                budget.num_recent(config.recent, item.num_tokens, item.covered, size)
+                for item in items
+            ],
         )
 
-    def part(self, which: list[int]) -> Batch:
+    def part(self, which: list[int]) -> Batch[Item]:
         """Some of its requests, whose candidates stay where they are."""
         if len(which) == len(self.items):
             return self
@@ -122,15 +128,10 @@ class Batch:
         """Candidate pages of the batch."""
         return self.spans[-1][1]
 
-    @property
-    def num_kept(self) -> int:
-        """Blocks that its requests keep, sum of C."""
-        return sum(len(item.new_blocks) for item in self.items)
 
-
-def batches(due: Sequence[Compression], most_blocks: int) -> Iterator[list[Compression]]:
+def batches(due: Sequence[Judged], most_blocks: int) -> Iterator[list[Judged]]:
     """Runs of requests with at most ``most_blocks`` candidate blocks, or of a single request."""
-    batch: list[Compression] = []
+    batch: list[Judged] = []
     blocks = 0
     for item in due:
         if batch and blocks + item.candidate_blocks > most_blocks:

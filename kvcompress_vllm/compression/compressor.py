@@ -8,7 +8,7 @@ fixed how many blocks each request keeps; this decides which keys they hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies import judge
 from kvcompress_vllm.policies.base import Evidence, Policy
 from kvcompress_vllm.policies.judge import PolicyError, Shares
-from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.records.plan import Accumulation, Compression, Judged
 
 
 class Verdict(NamedTuple):
@@ -46,7 +46,7 @@ class Selection(NamedTuple):
 
     which: list[int]
     """Their places in the batch."""
-    part: Batch
+    part: Batch[Compression]
     kept_pages: Tensor
     kept_first: Tensor
     kept_keys: Tensor
@@ -98,7 +98,7 @@ class Compressor:
         """The configured one."""
         return self._use(None)[1]
 
-    def run(self, due: Sequence[Compression], score_only: bool = False) -> list[PendingReports]:
+    def run(self, due: Sequence[Judged], score_only: bool = False) -> list[PendingReports]:
         """Compress every due request and describe it in the state tables.
 
         Args:
@@ -108,7 +108,7 @@ class Compressor:
             What there is to report, once the device has done it.
         """
 
-        def kind(item: Compression) -> tuple[str | None, int | None, int]:
+        def kind(item: Judged) -> tuple[str | None, int | None, int]:
             return item.policy, item.floor_pages, item.observed.stride if item.observed else 0
 
         pending = []
@@ -119,7 +119,7 @@ class Compressor:
                 pending.append(self._run(together, score_only))
         return pending
 
-    def accumulate(self, chunks: Sequence[Compression]) -> None:
+    def accumulate(self, chunks: Sequence[Accumulation]) -> None:
         """Add what was observed to the running statistics."""
         for item in chunks:
             alone = Batch.of([item], *self._use(item.policy), self.rank)
@@ -134,26 +134,32 @@ class Compressor:
             self._policies[name] = config, config.create_policy()
         return self._policies[name]
 
-    def _run(self, due: Batch, score_only: bool) -> PendingReports:
+    def _run(self, due: Batch[Judged], score_only: bool) -> PendingReports:
         """Compress the requests of a batch, or only score them."""
         watch, failures = Stopwatch(self.device), Failures(due.items, self._agree)
         points = [
-            loss.curve_points(item.candidate_blocks, due.floor_pages, len(item.new_blocks))
+            loss.curve_points(item.candidate_blocks, due.floor_pages, item.kept)
             for item in due.items
         ]
         found = statistics.measure(self.rank, due, ops.channel_mask(due.policy.channels))
         scores, freed, lost = self._judge(due, found, points, failures, not score_only)
         if score_only:
             return PendingReports(due.items, points, lost, None, watch, failures)
-        chosen = self._select(due, scores, freed)
-        kept_pages = self._compact(due, chosen)
+        carried_out = cast("Batch[Compression]", due)
+        chosen = self._select(carried_out, scores, freed)
+        kept_pages = self._compact(carried_out, chosen)
         pending = PendingReports(due.items, points, lost, kept_pages, watch, failures)
         for item, lengths in zip(due.items, pending.lengths(), strict=True):
             self._lengths[item.state_slot] = lengths
         return pending
 
     def _judge(
-        self, due: Batch, found: Tensor, points: list[list[int]], failures: Failures, store: bool
+        self,
+        due: Batch[Judged],
+        found: Tensor,
+        points: list[list[int]],
+        failures: Failures,
+        store: bool,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Score and allocate, request by request, so that temporaries are those of one.
 
@@ -184,7 +190,7 @@ class Compressor:
 
     def _verdict(
         self,
-        due: Batch,
+        due: Batch[Judged],
         index: int,
         known: Evidence,
         rectangle: Rectangle,
@@ -205,7 +211,7 @@ class Compressor:
             judged = judge.no_scores(known)
             scores, shares, allocator = self._shielded(item, judged.scores), Shares(), "global"
         freed = allocation.freed_pages(
-            [len(item.new_blocks), *points],
+            [item.kept, *points],
             allocator,
             shares,
             known,
@@ -219,12 +225,12 @@ class Compressor:
         lost = loss.loss_at(costs, masses, lengths, due.floor_pages, freed[1:])
         return Verdict(scores, freed, lost)
 
-    def _shielded(self, item: Compression, scores: Tensor) -> Tensor:
+    def _shielded(self, item: Judged, scores: Tensor) -> Tensor:
         if not item.protect:
             return scores
         return self._protected.shield(item, scores, self.rank.block_size)
 
-    def _width(self, item: Compression) -> int:
+    def _width(self, item: Judged) -> int:
         """Pages of the longest head among the candidates, or more while only the device knows.
 
         Of a long generation heads keep far fewer pages than it has blocks.
@@ -234,7 +240,9 @@ class Compressor:
             return item.covered
         return longest + item.covered - item.old_covered
 
-    def _select(self, due: Batch, scores: Tensor, freed: list[Tensor]) -> list[Selection]:
+    def _select(
+        self, due: Batch[Compression], scores: Tensor, freed: list[Tensor]
+    ) -> list[Selection]:
         """Choose the keys to keep; at once for all requests whose heads compete alike."""
         chosen = []
         for groups in dict.fromkeys(row.shape[0] for row in freed):
@@ -250,12 +258,12 @@ class Compressor:
                 to_device(part.recent, torch.int32, scores.device),
                 due.config.sinks,
                 due.floor_pages,
-                part.num_kept * self.rank.slots,
+                sum(item.kept for item in part.items) * self.rank.slots,
             )
             chosen.append(Selection(which, part, kept_pages, kept_first, kept_keys))
         return chosen
 
-    def _compact(self, due: Batch, chosen: list[Selection]) -> Tensor:
+    def _compact(self, due: Batch[Compression], chosen: list[Selection]) -> Tensor:
         """Move what is kept into the new blocks, and describe it in the state tables.
 
         Returns:
@@ -292,11 +300,11 @@ class Compressor:
         order = to_device([i for c in chosen for i in c.which], torch.int64, self.device)
         return torch.cat([c.kept_pages for c in chosen])[order.argsort()]
 
-    def _note(self, part: Batch, kept_pages: Tensor, kept_keys: Tensor) -> None:
+    def _note(self, part: Batch[Compression], kept_pages: Tensor, kept_keys: Tensor) -> None:
         """Follow protected ranges, and record what is kept."""
         begin = 0
         for index, item in enumerate(part.items):
-            end = begin + len(item.new_blocks) * self.rank.slots
+            end = begin + item.kept * self.rank.slots
             if item.protect:
                 self._protected.moved(item, kept_keys[begin:end], kept_pages[index])
             if self.record is not None:

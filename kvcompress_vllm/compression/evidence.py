@@ -22,7 +22,7 @@ from kvcompress_vllm.cache import layout
 from kvcompress_vllm.compression import gather
 from kvcompress_vllm.compression.batch import Batch, Rank
 from kvcompress_vllm.policies.base import Evidence
-from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.records.plan import Judged
 
 
 class Rectangle(NamedTuple):
@@ -40,7 +40,7 @@ class Rectangle(NamedTuple):
     """``[L * H, width]`` bool, places without one."""
 
     @classmethod
-    def of(cls, rank: Rank, item: Compression, width: int) -> Rectangle:
+    def of(cls, rank: Rank, item: Judged, width: int) -> Rectangle:
         """Args: width: pages of the longest head, or more."""
         pages = item.candidate_blocks * rank.slots
         if not item.old_kept:
@@ -75,7 +75,7 @@ class Rectangle(NamedTuple):
 
 def evidence_of(
     rank: Rank,
-    batch: Batch,
+    batch: Batch[Judged],
     index: int,
     rectangle: Rectangle,
     statistics: Tensor,
@@ -111,7 +111,7 @@ def evidence_of(
         heads=heads,
         group=state.ring.shape[3] // heads,
         num_keys=rectangle.width * block_size,
-        num_kept=len(item.new_blocks) * block_size,
+        num_kept=item.kept * block_size,
         seq_len=item.num_tokens - left_out,
         num_queries=item.observed.before + item.observed.num_queries if item.observed else window,
         num_sinks=config.sinks,

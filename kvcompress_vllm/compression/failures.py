@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompress_vllm.cache.transfer import to_device
 from kvcompress_vllm.policies.judge import PolicyError
-from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.records.plan import Judged
 
 logger = logging.getLogger("vllm.kv_compress")
 
@@ -29,7 +29,7 @@ class Failures:
         agree: None: there is one rank.
     """
 
-    def __init__(self, items: Sequence[Compression], agree: Agree | None = None) -> None:
+    def __init__(self, items: Sequence[Judged], agree: Agree | None = None) -> None:
         self._items, self._agree = items, agree
         self._messages: list[str | None] = [None] * len(items)
         self._wrong: list[Tensor | None] = [None] * len(items)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcompress_vllm.cache.transfer import Stopwatch, to_host
 from kvcompress_vllm.compression.failures import Failures
 from kvcompress_vllm.records.curve import LossCurve
-from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.records.plan import Compression, Judged
 from kvcompress_vllm.records.report import Report, Scored
 
 
@@ -42,7 +42,7 @@ class PendingReports:
 
     def __init__(
         self,
-        due: Sequence[Compression],
+        due: Sequence[Judged],
         points: list[list[int]],
         lost: Tensor,
         kept_pages: Tensor | None,
@@ -80,10 +80,11 @@ class PendingReports:
                 item.num_tokens,
                 item.trigger,
                 kept,
-                curve.lost_at(len(item.new_blocks)),
+                curve.lost_at(item.kept),
                 milliseconds * item.candidate_blocks / blocks,
                 curve,
                 failure,
             )
             for (item, curve, failure), kept in zip(items, self._kept_pages.tolist(), strict=True)
+            if isinstance(item, Compression)
         ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm.cache.state import PackedState
-from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.records.plan import Judged
 
 
 class Protected:
@@ -27,7 +27,7 @@ class Protected:
         """By state slot: for every range that begins in the packed part, ``[L * H]`` int64, its
         first key in each head."""
 
-    def shield(self, item: Compression, scores: Tensor, block_size: int) -> Tensor:
+    def shield(self, item: Judged, scores: Tensor, block_size: int) -> Tensor:
         """Scores with +inf where a range is.
 
         Args:
@@ -45,7 +45,7 @@ class Protected:
             scores = scores.masked_fill((column >= first) & (column < first + length), float("inf"))
         return scores
 
-    def moved(self, item: Compression, kept_keys: Tensor, kept_pages: Tensor) -> None:
+    def moved(self, item: Judged, kept_keys: Tensor, kept_pages: Tensor) -> None:
         """Note where the ranges are after a compression; call before it is installed.
 
         Args:
@@ -62,7 +62,7 @@ class Protected:
             moved.append(torch.zeros_like(counts).index_add_(0, head, before))
         self._begin[item.state_slot] = moved
 
-    def _candidates(self, item: Compression, block_size: int) -> list[Tensor]:
+    def _candidates(self, item: Judged, block_size: int) -> list[Tensor]:
         """Of every range that begins among the candidates, ``[L * H]`` int64 first key index."""
         known = self._begin[item.state_slot] if item.old_kept else []
         shift = self._indent(item, block_size)
@@ -73,7 +73,7 @@ class Protected:
         ]
         return [*known, *fresh]
 
-    def _indent(self, item: Compression, block_size: int) -> Tensor:
+    def _indent(self, item: Judged, block_size: int) -> Tensor:
         """``[L * H]`` int64: tokens whose key a head has lost, up to its packed part's end."""
         pages = self._state.num_pages[item.state_slot].flatten().long()
         if not item.old_kept:

@@ -12,11 +12,11 @@ from torch import Tensor
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.transfer import to_device
-from kvcompress_vllm.compression.batch import Batch, Rank
-from kvcompress_vllm.records.plan import Compression, Observed
+from kvcompress_vllm.compression.batch import Batch, Item, Rank
+from kvcompress_vllm.records.plan import Accumulation, Observed
 
 
-def measure(rank: Rank, batch: Batch, channels: int) -> Tensor:
+def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
     """``[channels, pages, B]`` fp32 of the candidates of a batch, one request after the other.
 
     Args:
@@ -63,7 +63,7 @@ def measure(rank: Rank, batch: Batch, channels: int) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _echo(rank: Rank, batch: Batch) -> Tensor:
+def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
     """``[pages, B]`` echo scores of the candidates, zero where a key never got one.
 
     What was never written is cleared, not masked: it moves with the keys.
@@ -87,7 +87,7 @@ def _echo(rank: Rank, batch: Batch) -> Tensor:
 
 
 def add_up(
-    rank: Rank, item: Compression, row: Tensor, statistics: Tensor, store: bool = True
+    rank: Rank, item: Accumulation, row: Tensor, statistics: Tensor, store: bool = True
 ) -> Tensor:
     """Add the statistics of the observed queries to the running ones of a request.
 
@@ -123,7 +123,7 @@ def add_up(
 
 
 def _candidates(
-    rank: Rank, item: Compression, row: Tensor, observed: Observed
+    rank: Rank, item: Accumulation, row: Tensor, observed: Observed
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a request's candidates, in the order of the statistics op.
 
@@ -137,7 +137,7 @@ def _candidates(
     return pages, item.num_tokens - 1 - position, block < observed.known
 
 
-def _pages(rank: Rank, item: Compression, row: Tensor) -> tuple[Tensor, Tensor]:
+def _pages(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]:
     """``[pages]`` page ids of a request's candidates, in the order of the statistics ops, and the
     block of each in the row's own count: packed pages stand for some block before them."""
     state, device = rank.state, rank.pages.device

@@ -25,6 +25,7 @@ from kvcompress_vllm.config.rules import (
     unknown,
 )
 from kvcompress_vllm.ops.channels import ECHO
+from kvcompress_vllm.scheduling.segments import DECODED
 
 DEFAULT_RATIO = 4.0
 ALLOCATORS = ("global", "layer", "uniform")
@@ -245,6 +246,16 @@ class KVCompressConfig:
         """Whether a policy that may be used reads echo scores: they are stored with the cache."""
         return any(map(self.reads_echo, self.allowed_policies()))
 
+    @property
+    def listens(self) -> bool:
+        """Whether what requests decode gets echo scores, too."""
+        return self.stores_echo and self.decode
+
+    @property
+    def ring(self) -> int:
+        """Queries that an observation slot holds: the window, or whole segments."""
+        return -(-self.window // DECODED) * DECODED if self.listens else self.window
+
     def reads_echo(self, name: str | None = None) -> bool:
         """Whether a policy reads echo scores; None: the configured one. False of one that cannot
         be used."""
@@ -259,7 +270,8 @@ class KVCompressConfig:
 
     def with_policy(self, name: str | None) -> KVCompressConfig:
         """The same for a request that chose its policy: at what that one prefers, except that no
-        more queries are observed than this configuration has room for.
+        more queries are observed than this configuration has room for. Never refused for another
+        reason than the policy itself.
 
         Raises:
             ValueError: the policy is unknown.
@@ -268,9 +280,11 @@ class KVCompressConfig:
             return self
         assert name is not None
         preferred = policies.find(name).defaults.window or GENERAL["window"]
-        own = {"policy", POLICY_OPTIONS, "shares", *GENERAL} - {"query_stride"}
+        own = {"policy", POLICY_OPTIONS, "shares", *GENERAL}
         options = {key: value for key, value in self.to_dict().items() if key not in own}
-        return KVCompressConfig(policy=name, window=min(preferred, self.window), **options)
+        options["window"] = min(preferred, self.window)
+        options["query_stride"] = self.query_stride if policies.find(name).observes_all else 0
+        return KVCompressConfig(policy=name, **options)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> KVCompressConfig:

@@ -108,6 +108,7 @@ def _patch_requests() -> None:
             check_context,
             check_length,
             check_request,
+            send_budget,
         )
 
         with bad_request():
@@ -116,6 +117,7 @@ def _patch_requests() -> None:
         with bad_request():
             check_length(config, self.vllm_config, request)
             check_context(config, request)
+            send_budget(config, request.sampling_params)
         return request
 
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

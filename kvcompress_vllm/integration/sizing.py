@@ -6,7 +6,7 @@ from __future__ import annotations
 from vllm.config import SchedulerConfig, VllmConfig
 
 from kvcompress_vllm.integration.start.flags import resolved_config
-from kvcompress_vllm.scheduling.planner import num_observe_slots
+from kvcompress_vllm.scheduling.slots import num_observe_slots
 
 
 def observe_slots(vllm_config: VllmConfig, num_blocks: int) -> int:

@@ -1,110 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many blocks a request keeps. Known to the scheduler before any score exists."""
+"""What one request asked for, and what it may keep. Known before any score exists.
+
+A budget is resolved once, in the front end, from the configuration and what the request asked for
+(:mod:`kvcompress_vllm.config.resolve`). It travels with the request as a plain dict.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from kvcompress_vllm.config.options import DEFAULT_RATIO, KVCompressConfig
+Ranges = tuple[tuple[int, int], ...]
 
 
 class Wish(NamedTuple):
-    """What one request asked for; None: as configured. At most one of ratio, budget and mass,
-    except that a ratio beside a mass is the one expected of it."""
+    """What one request asked for; None: as configured. At most one of ratio, budget and mass."""
 
     ratio: float | None = None
     budget_tokens: int | None = None
     policy: str | None = None
     context_tokens: int | None = None
-    """Compress once so many tokens are computed, before the rest of the prompt is read."""
-    protect: tuple[tuple[int, int], ...] = ()
-    """Positions ``[start, end)`` that are never evicted: ascending, apart from each other."""
+    protect: Ranges = ()
     mass: float | None = None
-
-    def num_protected(self, num_sinks: int, num_keys: int) -> int:
-        """Protected ones of the candidate keys of positions ``[num_sinks, num_keys)``."""
-        return sum(
-            max(0, min(end, num_keys) - max(start, num_sinks)) for start, end in self.protect
-        )
 
 
 KEEP_ALL = Wish(ratio=1.0)
 
 
-def num_recent(config: KVCompressConfig, num_tokens: int, covered: int, block_size: int) -> int:
+class RequestBudget(NamedTuple):
+    """The resolved budget of one request. One of ``ratio`` and ``budget_tokens`` is set."""
+
+    policy: str
+    ratio: float | None = None
+    """Compressible blocks per kept block. Beside a mass, the ratio that is expected of it."""
+    budget_tokens: int | None = None
+    """Tokens kept per KV head on average."""
+    mass: float | None = None
+    """Share of the score mass to keep; None: C follows from the ratio or the tokens."""
+    least_ratio: float = 1.0
+    """Lowest ratio, whatever was asked for."""
+    most_ratio: float | None = None
+    """Highest ratio, whatever was asked for; None: none."""
+    fewest_tokens: int = 0
+    """Tokens kept per KV head on average at least."""
+    min_prompt_tokens: int = 1
+    """Shorter requests are never compressed."""
+    sinks: int = 0
+    """First positions, which every head keeps."""
+    recent: int = 0
+    """Last positions, which every head keeps."""
+    min_tokens_per_head: int = 0
+    """Tokens that every head keeps at least."""
+    protect: Ranges = ()
+    """Positions ``[start, end)`` that are never evicted: ascending, apart from each other."""
+    context_tokens: int | None = None
+    """Compress once so many tokens are computed, before the rest of the prompt is read."""
+    query_stride: int = 0
+    """Every so-many-th query of the prompt counts; 0: those of the last window only."""
+    history: int | None = None
+    """With ``query_stride``: only queries of so many tokens before a compression; None: all."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """As :meth:`from_plain` takes it: numbers, strings and lists."""
+        return {**self._asdict(), "protect": [list(pair) for pair in self.protect]}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> RequestBudget:
+        """What :meth:`to_plain` described; nothing is checked again."""
+        protect = tuple((start, end) for start, end in plain["protect"])
+        return cls(**{**plain, "protect": protect})
+
+    def num_protected(self, num_keys: int) -> int:
+        """Protected ones of the candidate keys ``[sinks, num_keys)``."""
+        return sum(
+            max(0, min(end, num_keys) - max(start, self.sinks)) for start, end in self.protect
+        )
+
+    def floor_pages(self, block_size: int, covered: int = 0) -> int:
+        """Pages that every head keeps: enough for the shields and for ``min_tokens_per_head``.
+
+        Args:
+            covered: full blocks that compete.
+        """
+        shields = self.sinks + self.recent + self.num_protected(covered * block_size)
+        return max(1, -(-max(shields, self.min_tokens_per_head) // block_size))
+
+    def fewest_blocks(self, block_size: int, covered: int = 0) -> int:
+        """Blocks C at least: room for the floor of every head, and ``fewest_tokens``."""
+        return max(self.floor_pages(block_size, covered), -(-self.fewest_tokens // block_size))
+
+    def packed_blocks(self, num_tokens: int, block_size: int, ratio: float | None = None) -> int:
+        """Blocks C to keep of the F full blocks of ``num_tokens`` tokens; of a mass, as expected.
+
+        Args:
+            ratio: lowers the budget further, down to the fewest blocks.
+
+        Returns:
+            F itself where there is nothing to gain: a short prompt, ratio 1, or a budget that
+            covers everything.
+        """
+        covered = num_tokens // block_size
+        if num_tokens < self.min_prompt_tokens:
+            return covered
+        if self.budget_tokens is not None:
+            kept = -(-self.budget_tokens // block_size)
+        else:
+            kept = math.ceil(covered / (self.ratio or 1.0))
+        return self._bounded(kept, covered, block_size, ratio)
+
+    def most_blocks(self, num_tokens: int, block_size: int) -> int:
+        """Blocks C at most: what ``packed_blocks`` says, but of a mass what it may come to."""
+        if self.mass is None:
+            return self.packed_blocks(num_tokens, block_size)
+        covered = num_tokens // block_size
+        return self._bounded(covered, covered, block_size)
+
+    def _bounded(self, kept: int, covered: int, block_size: int, ratio: float | None = None) -> int:
+        kept = min(kept, math.ceil(covered / self.least_ratio))
+        if self.most_ratio is not None:
+            kept = max(kept, math.ceil(covered / self.most_ratio))
+        if ratio is not None:
+            kept = min(kept, math.ceil(covered / ratio))
+        return min(covered, max(kept, self.fewest_blocks(block_size, covered)))
+
+
+def num_recent(recent: int, num_tokens: int, covered: int, block_size: int) -> int:
     """Candidate keys at the end of every head that the recent window shields.
 
-    The window is the last ``config.recent`` of ``num_tokens`` tokens; those after the ``covered``
-    full blocks are in the tail, which is kept anyway.
+    The window is the last ``recent`` of ``num_tokens`` tokens; those after the ``covered`` full
+    blocks are in the tail, which is kept anyway.
     """
     tail = num_tokens - covered * block_size
-    return min(max(0, config.recent - tail), covered * block_size)
-
-
-def floor_pages(
-    config: KVCompressConfig, block_size: int, covered: int = 0, own: Wish | None = None
-) -> int:
-    """Pages that every head keeps: enough for the shields and for ``min_tokens_per_head``.
-
-    Args:
-        covered: full blocks that compete.
-        own: what the request asked for; its protected positions are a shield, too.
-    """
-    shields = config.sinks + config.recent
-    if own is not None and own.protect:
-        shields += own.num_protected(config.sinks, covered * block_size)
-    return max(1, -(-max(shields, config.min_tokens_per_head) // block_size))
-
-
-def fewest_blocks(
-    config: KVCompressConfig, block_size: int, covered: int = 0, own: Wish | None = None
-) -> int:
-    """Blocks that a ratio or a mass keeps at least: room for the floor of every head, and
-    ``min_budget_tokens``; arguments as of ``floor_pages``."""
-    floor = floor_pages(config, block_size, covered, own)
-    return max(floor, -(-config.min_budget_tokens // block_size))
-
-
-def packed_blocks(
-    config: KVCompressConfig,
-    num_tokens: int,
-    covered: int,
-    block_size: int,
-    ratio: float | None = None,
-    own: Wish | None = None,
-) -> int:
-    """Blocks C to keep of ``covered`` full blocks of a request of ``num_tokens`` tokens.
-
-    Args:
-        ratio: lowers the budget further, down to the fewest blocks.
-        own: what the request asked for, within the limits ``min_ratio`` and ``max_ratio``.
-
-    Returns:
-        ``covered`` itself where there is nothing to gain: a short prompt, ratio 1, or a budget
-        that covers everything.
-    """
-    if num_tokens < config.min_prompt_tokens:
-        return covered
-    asked = own
-    if own is not None and own.ratio is own.budget_tokens is None:
-        own = None
-    wanted = own or Wish(config.ratio, config.budget_tokens)
-    if wanted.ratio is wanted.budget_tokens is None:
-        # A mass of which nothing is known yet.
-        wanted = Wish(min(config.max_ratio or math.inf, max(config.min_ratio or 1, DEFAULT_RATIO)))
-    if wanted.budget_tokens is not None:
-        kept = -(-wanted.budget_tokens // block_size)
-        # Who names so few tokens means it.
-        fewest = floor_pages(config, block_size, covered, asked)
-    else:
-        assert wanted.ratio is not None
-        fewest = fewest_blocks(config, block_size, covered, asked)
-        kept = math.ceil(covered / wanted.ratio)
-    if own is not None:
-        kept = min(kept, math.ceil(covered / (config.min_ratio or 1.0)))
-        if config.max_ratio is not None:
-            kept = max(kept, math.ceil(covered / config.max_ratio))
-    if ratio is not None:
-        kept = min(kept, math.ceil(covered / ratio))
-    return min(covered, max(kept, fewest))
+    return min(max(0, recent - tail), covered * block_size)

@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
+from kvcompress_vllm.records.budget import Ranges
+from kvcompress_vllm.records.packing import Packing
+
 Trigger = Literal["prefill", "decode", "pressure"]
 """A complete prompt, an outgrown budget, or a pool that runs short."""
 
@@ -26,13 +29,15 @@ class Observed(NamedTuple):
     before: int
 
 
-class Compression(NamedTuple):
-    """Compress one request at the start of the step.
+@dataclass(frozen=True)
+class Accumulation:
+    """Add what the queries in an observation slot paid to the keys of a request to the running
+    statistics; nothing moves.
 
     ``old_blocks`` is the request's row as far as ``num_tokens`` tokens reach, which is where the
     observed queries end. Up to now its first ``old_covered`` blocks are packed into ``old_kept``,
-    both 0 on the first compression. The kept K/V of its first ``covered`` blocks (F) go into
-    ``new_blocks``, and the row becomes ``new_blocks``, null blocks up to F, tail.
+    both 0 before the first compression. The keys in question are those of its first ``covered``
+    blocks (F), all of them full.
     """
 
     request_id: str
@@ -43,23 +48,69 @@ class Compression(NamedTuple):
     old_kept: int
     covered: int
     old_blocks: list[int]
-    new_blocks: list[int]
-    policy: str | None = None
-    """What the request chose; None: the configured one."""
-    trigger: Trigger = "prefill"
-    floor_pages: int | None = None
-    """Pages that every head keeps; None: as configured."""
-    protect: tuple[tuple[int, int], ...] = ()
-    """Positions ``[start, end)`` that are kept whatever their score; the floor has room."""
-    observed: Observed | None = None
+    policy: str | None = field(default=None, kw_only=True)
+    """Whose statistics; None: of the configured one."""
+    observed: Observed | None = field(default=None, kw_only=True)
     """What the observation slot holds; None: the last ``window`` queries."""
-    unscored: tuple[tuple[int, int], ...] = ()
+    unscored: Ranges = field(default=(), kw_only=True)
     """Positions ``[start, end)`` of candidates whose keys have no echo score."""
+
+    @property
+    def old_packing(self) -> Packing:
+        """As the request is packed up to now."""
+        return Packing(self.old_covered, self.old_kept)
 
     @property
     def candidate_blocks(self) -> int:
         """Blocks whose K/V compete: those packed before, and those that filled up since."""
-        return self.old_kept + self.covered - self.old_covered
+        return self.old_packing.candidates(self.covered)
+
+
+@dataclass(frozen=True)
+class Scoring(Accumulation):
+    """Score the keys of a request, of which only the loss curve is wanted; nothing moves."""
+
+    kept: int
+    """C that is expected."""
+    floor_pages: int | None = field(default=None, kw_only=True)
+    """Pages that every head keeps; None: as configured."""
+    protect: Ranges = field(default=(), kw_only=True)
+    """Positions ``[start, end)`` that are kept whatever their score; the floor has room."""
+
+
+@dataclass(frozen=True)
+class Compression(Accumulation):
+    """Compress one request at the start of the step.
+
+    The kept K/V of its first ``covered`` blocks (F) go into ``new_blocks``, and the row becomes
+    ``new_blocks``, null blocks up to F, tail.
+    """
+
+    new_blocks: list[int]
+    floor_pages: int | None = field(default=None, kw_only=True)
+    """As of :class:`Scoring`."""
+    protect: Ranges = field(default=(), kw_only=True)
+    """As of :class:`Scoring`."""
+    trigger: Trigger = field(default="prefill", kw_only=True)
+
+    @property
+    def kept(self) -> int:
+        """C."""
+        return len(self.new_blocks)
+
+    @property
+    def packing(self) -> Packing:
+        """As the request is packed afterwards."""
+        return Packing(self.covered, self.kept)
+
+    @property
+    def row_prefix(self) -> list[int]:
+        """The first F blocks of the row afterwards: packed and null blocks."""
+        return self.new_blocks + [0] * (self.covered - self.kept)
+
+
+Judged = Scoring | Compression
+"""Requests whose keys are scored."""
 
 
 class Span(NamedTuple):
@@ -68,6 +119,18 @@ class Span(NamedTuple):
     request_id: str
     first: int
     end: int
+
+
+class Heard(NamedTuple):
+    """Decoded tokens ``[first, end)`` of a request, whose queries are in an observation slot, all
+    beside each other there, and whose keys get echo scores before the step."""
+
+    request_id: str
+    observe_slot: int
+    first: int
+    end: int
+    blocks: list[int]
+    """Its row, as far as token ``end`` reaches."""
 
 
 class Observation(NamedTuple):
@@ -82,10 +145,12 @@ class Observation(NamedTuple):
     first_token: int
     observe_from: int
     stride: int = 1
+    observe_until: int = 1 << 62
+    """Queries from here on are not observed: the compression is due before them."""
 
     def positions(self, num_tokens: int, window: int) -> range:
         """Observed positions among ``num_tokens`` tokens, last first; at most ``window``."""
-        last = self.first_token + num_tokens - 1
+        last = min(self.first_token + num_tokens, self.observe_until) - 1
         first = max(self.first_token, self.observe_from, last - window * self.stride + 1)
         return range(last, first - 1, -self.stride)
 
@@ -109,16 +174,13 @@ class StepPlan:
 
     released: list[int] = field(default_factory=list)
     """State slots whose request gave its packed blocks back."""
-    accumulations: list[Compression] = field(default_factory=list)
-    """Of these only what the observed queries of a chunk paid is added to the running statistics.
-    Nothing moves: they have no ``new_blocks``, and ``covered`` says which blocks are full."""
-    scorings: list[Compression] = field(default_factory=list)
-    """Of these only the loss curve is wanted. Nothing moves: their ``new_blocks`` are null blocks,
-    as many as the request is expected to keep."""
+    accumulations: list[Accumulation] = field(default_factory=list)
+    scorings: list[Scoring] = field(default_factory=list)
     compressions: list[Compression] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in this step."""
+    heard: list[Heard] = field(default_factory=list)
     echoes: list[Span] = field(default_factory=list)
     """Tokens of this step whose keys get echo scores."""
     expected: list[PackedRow] | None = None
@@ -132,6 +194,7 @@ class StepPlan:
             or self.compressions
             or self.observations
             or self.packed_prefills
+            or self.heard
             or self.echoes
             or self.expected is not None
         )

@@ -172,15 +172,15 @@ class Recorder:
         """Note a compression that the workers will carry out."""
         if not self.enabled:
             return
-        row, kept = len(item.old_blocks), len(item.new_blocks)
+        row = len(item.old_blocks)
         self._report.compressions.append(
             Compressed(
                 item.trigger,
                 item.request_id not in self._known,
                 item.candidate_blocks,
-                kept,
-                row - item.old_covered + item.old_kept,
-                row - item.covered + kept,
+                item.kept,
+                item.old_packing.held(row),
+                item.packing.held(row),
             )
         )
         self._known.add(item.request_id)

@@ -33,7 +33,7 @@ class Shortage:
             # Without those before, this one would have left as many blocks.
             self._given_back.pop(item.request_id, None)
             return
-        blocks = item.candidate_blocks - len(item.new_blocks)
+        blocks = item.old_packing.gives_back(item.packing)
         self._given_back.setdefault(item.request_id, []).append((blocks, usual_due))
 
     def released(self, request_id: str) -> None:

@@ -55,7 +55,7 @@ class UsageLog:
         """Note a compression that the workers will carry out."""
         times = self._counts.get(item.request_id, Counts()).compressions
         row = len(item.old_blocks)
-        after = row - item.covered + len(item.new_blocks)
+        after = item.packing.held(row)
         self._counts[item.request_id] = Counts(times + 1, row, after)
         self._unsent.add(item.request_id)
 

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from kvcompress_vllm.records.budget import Wish
-from kvcompress_vllm.scheduling.planner import NEVER, CompressionPlanner, Tracked
+from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.sizes import NEVER, NOTHING
 
 UNBOUNDED = 1 << 30
 
@@ -43,7 +45,7 @@ def load(
     num_tokens: int,
     tokens_left: int,
     max_batched_tokens: int,
-    own: Wish | None = None,
+    budget: RequestBudget | None = None,
     num_requests: int = 1,
 ) -> Load:
     """Describe a running request, or one that would start its prefill now.
@@ -54,28 +56,32 @@ def load(
         num_tokens: tokens known, prompt and output so far.
         tokens_left: tokens it will probably still generate.
         max_batched_tokens: tokens in a step.
-        own: what the request asked for.
+        budget: of a candidate, or one that is not tracked; None: the configured one.
         num_requests: that run, this one included; they take turns at the observation slots.
     """
     block_size = planner.block_size
     prefill = max(0, num_tokens - 1 - num_computed)
     if prefill:
         held = whole = -(-num_tokens // block_size)
-        covered, kept = planner.packed_size(num_tokens, own)
-        covered, kept = (covered, kept) if kept < covered else (0, 0)
-        due_at = planner.outgrown_at(covered, kept, own)
-        if covered and planner.peak_blocks is not None:
-            held = min(whole, planner.peak_blocks + planner.peak_blocks // 2)
+        sizes, peak = planner.forecast(tracked.budget if tracked else budget), None
+        packing = sizes.packed(num_tokens)
+        if packing.gains:
+            peak = planner.limits.peak_blocks
+        else:
+            packing = NOTHING
+        due_at = sizes.outgrown_at(packing)
+        if peak is not None:
+            held = min(whole, peak + peak // 2)
     else:
         held = whole = -(-num_computed // block_size)
-        covered, kept = (tracked.covered, tracked.kept) if tracked else (0, 0)
+        packing = tracked.packing if tracked else NOTHING
         due_at = tracked.due_at if tracked else NEVER
-    start = whole - covered + kept
+    start = packing.held(whole)
     interval = planner.interval(num_requests)
     most = UNBOUNDED
     if due_at != NEVER:
         late = interval - planner.config.interval
-        most = max(start, due_at // block_size - covered + kept + late)
+        most = max(start, packing.held(due_at // block_size) + late)
     steps = -(-prefill // max_batched_tokens)
     return Load(steps, held, start, most, interval, tokens_left)
 

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from functools import cache
 
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records.budget import Ranges, RequestBudget
 from kvcompress_vllm.records.plan import Span
 from kvcompress_vllm.scheduling.segments import WholeBlocks, segments, unscored, whole_segments
-
-Ranges = tuple[tuple[int, int], ...]
 
 
 class EchoPlanner:
@@ -34,19 +33,19 @@ class EchoPlanner:
         self.reads = cache(config.reads_echo)
         self._step_tokens = step_tokens
 
-    def scores(self, policy: str | None) -> bool:
+    def scores(self, policy: str) -> bool:
         """Whether the prefills of requests with this policy are scored."""
         return self.reads(None) or self.reads(policy)
 
     def chunk(
         self,
-        policy: str | None,
+        budget: RequestBudget,
         first: int,
         num_tokens: int,
         prefill_end: int,
         due_at: int,
         others: int,
-        waits: bool = True,
+        may_wait: bool = True,
     ) -> int:
         """How many of ``num_tokens`` tokens from position ``first`` on the next step may compute,
         so that segments stay whole. 0 is only said where a later step will have room.
@@ -55,15 +54,15 @@ class EchoPlanner:
             prefill_end: tokens that the prefill computes.
             due_at: where the next compression is due.
             others: running requests beside it, which may take a token of each step.
-            waits: False: it must go on now, whatever that cuts.
+            may_wait: False: it must go on now, whatever that cuts.
         """
-        if first >= prefill_end or not self.scores(policy):
-            return num_tokens
+        if first >= prefill_end or not self.scores(budget.policy) or budget.query_stride:
+            return num_tokens  # what is observed query by query comes in chunks of its own
         marks = (due_at, prefill_end) if due_at < prefill_end else (prefill_end,)
-        room = self._step_tokens - others if waits else 0
+        room = self._step_tokens - others if may_wait else 0
         return whole_segments(first, num_tokens, marks, room)
 
-    def allocated(self, policy: str | None, row: Sequence[int], first: int, end: int) -> None:
+    def allocated(self, policy: str, row: Sequence[int], first: int, end: int) -> None:
         """Note that the next step computes tokens ``[first, end)`` into blocks that, from then on,
         the prefix cache may hand to others.
 
@@ -72,7 +71,7 @@ class EchoPlanner:
         """
         self.blocks.computed(row, first, end, self.scores(policy))
 
-    def span(self, request_id: str, policy: str | None, first: int, end: int) -> Span | None:
+    def span(self, request_id: str, policy: str, first: int, end: int) -> Span | None:
         """What a step that computes tokens ``[first, end)`` scores; None: nothing."""
         if not self.scores(policy) or not any(segments(first, end)):
             return None
@@ -91,6 +90,15 @@ class Unscored:
             if self._ranges and self._ranges[-1][1] == begin:
                 begin, _ = self._ranges.pop()
             self._ranges.append((begin, stop))
+
+    def scored(self, first: int, end: int) -> None:
+        """Note that ``[first, end)`` have scores now."""
+        self._ranges = [
+            (begin, stop)
+            for a, b in self._ranges
+            for begin, stop in ((a, min(b, first)), (max(a, end), b))
+            if begin < stop
+        ]
 
     def packed(self, end: int) -> None:
         """Forget those before ``end``: a compression gave them scores of 0, which it moved."""

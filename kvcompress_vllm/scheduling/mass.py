@@ -3,7 +3,8 @@
 
 How many that are is only known once the keys are scored. So a request's observation is scored
 first; its loss curve comes back with the output of that step, and then the scheduler fixes C from
-it, as exactly as from a ratio. Until then, and in forecasts, an expected ratio stands for the mass.
+it, as exactly as from a ratio. Until then an expected ratio stands for the mass: a constant, and
+once a request was scored its own. Only forecasts of admission expect what other requests came to.
 """
 
 from __future__ import annotations
@@ -11,40 +12,41 @@ from __future__ import annotations
 import math
 
 from kvcompress_vllm.config.options import DEFAULT_RATIO, KVCompressConfig
-from kvcompress_vllm.records.budget import Wish
+from kvcompress_vllm.config.resolve import HIGHEST_RATIO
+from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.curve import LossCurve
-
-HIGHEST_RATIO = 16.0
-"""Of a mass budget, where the operator sets no ``max_ratio``. Scores say what the observed queries
-looked at; the more is dropped for it, the more that guess must be right."""
+from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.scheduling.request import Tracked
 
 LEAST_EXPECTED = 1.25
 """Expected ratio at least: with 1, nothing would ever be scored."""
 
 STEP = 0.25
-"""Expected ratios are multiples of it, so that forecasts can be remembered."""
+"""Expected ratios are multiples of it, so that sizes can be remembered."""
 
 
-def mass_of(config: KVCompressConfig, own: Wish | None) -> float | None:
-    """The mass that a request is to keep; None: its budget is a ratio or a number of tokens."""
-    if own is None or own.mass is own.ratio is own.budget_tokens is None:
-        return config.mass
-    return own.mass
-
-
-def mass_blocks(
-    config: KVCompressConfig, curve: LossCurve, mass: float, covered: int, fewest: int
-) -> int:
-    """Blocks C to keep of a request for ``mass``, within ``min_ratio`` and ``max_ratio``.
+def mass_blocks(budget: RequestBudget, curve: LossCurve, covered: int, block_size: int) -> int:
+    """Blocks C to keep of a request for its mass, within its lowest and highest ratio.
 
     Args:
         curve: of its candidates.
         covered: F of the compression.
-        fewest: blocks whatever the mass.
     """
-    fewest = max(fewest, math.ceil(covered / (config.max_ratio or HIGHEST_RATIO)))
-    most = max(fewest, math.ceil(covered / (config.min_ratio or 1.0)))
-    return min(curve.blocks[-1], max(fewest, min(most, curve.fewest_blocks(mass))))
+    assert budget.mass is not None
+    fewest = budget.fewest_blocks(block_size, covered)
+    if budget.most_ratio is not None:
+        fewest = max(fewest, math.ceil(covered / budget.most_ratio))
+    most = max(fewest, math.ceil(covered / budget.least_ratio))
+    return min(curve.blocks[-1], max(fewest, min(most, curve.fewest_blocks(budget.mass))))
+
+
+def decide(tracked: Tracked, curve: LossCurve) -> Packing:
+    """The packing of a request's next compression, once the loss curve of its keys is known."""
+    covered = tracked.due_at // tracked.sizes.limits.block_size
+    kept = mass_blocks(tracked.budget, curve, covered, tracked.sizes.limits.block_size)
+    if tracked.due_at < tracked.prefill_end:
+        kept = tracked.sizes.within_peak(covered, kept)
+    return Packing(covered, kept)
 
 
 def rounded_ratio(ratio: float) -> float:

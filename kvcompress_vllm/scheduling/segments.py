@@ -15,6 +15,9 @@ from collections.abc import Iterator, Sequence
 SEGMENT = 256
 """Tokens of a segment; blocks must divide it."""
 
+DECODED = 64
+"""Tokens of a segment of what is decoded: the queries of so many wait in an observation slot."""
+
 
 def segments(first: int, end: int) -> Iterator[tuple[int, int]]:
     """Positions ``[first, end)`` cut at the multiples of :data:`SEGMENT`.

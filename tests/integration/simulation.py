@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from vllm import SamplingParams
@@ -20,17 +21,25 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.cache import integrity, layout
+from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.pending import PendingReports
+from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
+from kvcompress_vllm.integration.frontend.requests import (
+    check_length,
+    check_request,
+    send_budget,
+)
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
@@ -54,16 +63,10 @@ class PretendWorker:
 
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
-        self.state.release(plan.released)
-        self.compressor.accumulate(plan.accumulations)
-        self.pending = self.compressor.run(plan.scorings, score_only=True)
-        self.pending += self.compressor.run(plan.compressions)
+        self.pending = start_step(plan, self.compressor)
         for item in plan.compressions:
             row = self.rows[item.request_id]
-            nulls = [0] * (item.covered - len(item.new_blocks))
-            row[: item.covered] = item.new_blocks + nulls
-        if plan.expected is not None:
-            integrity.check_state(self.state, plan.expected)
+            row[: item.covered] = item.row_prefix
         for request_id in output.finished_req_ids:
             self.rows.pop(request_id, None)
         for new in output.scheduled_new_reqs:
@@ -137,7 +140,7 @@ class Simulation:
         self.vllm_config = args.create_engine_config()
         # The CPU platform turns it off; the scheduler does not mind.
         self.vllm_config.scheduler_config.async_scheduling = asynchronous
-        config = resolved_config(self.vllm_config)
+        self.config = config = resolved_config(self.vllm_config)
         spec = KVCompressSpec(
             block_size=B, num_kv_heads=H, head_size=D, dtype=torch.float32, window=config.window
         )
@@ -170,6 +173,9 @@ class Simulation:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(B, hash_function) if prefix_caching else None
         self.outputs: dict[str, list[int]] = {}
+        self.failed: set[str] = set()
+        """Answered with an error."""
+        self.prefix_cache_stats: PrefixCacheStats | None = None
         self._depth = 2 if asynchronous else 1
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self._tokens: dict[str, list[int]] = {}
@@ -191,6 +197,23 @@ class Simulation:
         return list(self.scheduler.requests)
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int, **extra_args) -> None:
+        """Send a request through what the front end does.
+
+        Raises:
+            ValueError: it is refused.
+        """
+        params = self._params(max_tokens, extra_args)
+        check_request(self.config, params, resumable=False)
+        incoming = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
+        check_length(self.config, self.vllm_config, incoming)
+        send_budget(self.config, params)
+        self._enqueue(request_id, prompt, params)
+
+    def pass_by(self, request_id: str, prompt: list[int], max_tokens: int, **extra_args) -> None:
+        """Send a request past the front end."""
+        self._enqueue(request_id, prompt, self._params(max_tokens, extra_args))
+
+    def _params(self, max_tokens: int, extra_args: dict) -> SamplingParams:
         params = SamplingParams(
             max_tokens=max_tokens,
             ignore_eos=True,
@@ -198,6 +221,9 @@ class Simulation:
             extra_args=extra_args or None,
         )
         params.update_from_generation_config({}, 2)
+        return params
+
+    def _enqueue(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
         request = Request(request_id, prompt, params, None, block_hasher=self._hasher)
         self.outputs[request_id] = []
         self._tokens[request_id] = list(prompt)
@@ -235,8 +261,11 @@ class Simulation:
         for outputs in self.scheduler.update_from_output(output, result).values():
             if outputs.scheduler_stats is not None:
                 self.reports.append(outputs.scheduler_stats.kv_compress)
+                self.prefix_cache_stats = outputs.scheduler_stats.prefix_cache_stats
             for item in outputs.outputs:
                 self.outputs[item.request_id] += item.new_token_ids
+                if item.finish_reason == FinishReason.ERROR:
+                    self.failed.add(item.request_id)
 
     def run(self, most_steps: int = 5000) -> None:
         for _ in range(most_steps):

@@ -19,10 +19,11 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.frontend.requests import KEYS, check_request, request_wish
 from kvcompress_vllm.integration.start.flags import user_options
 from kvcompress_vllm.policies import BUILT_IN
-from kvcompress_vllm.records.budget import Wish, packed_blocks
+from kvcompress_vllm.records.budget import Wish
 from tests.fuzzing import EXAMPLES, SCALARS, SPECS, TEXT_VALUES, fuzz, names_what_is_wrong
 from tests.integration.simulation import MODEL
 from tests.integration.test_server import Server, serve
@@ -60,7 +61,7 @@ def test_requests(asked: dict[str, Any], config: KVCompressConfig, num_tokens: i
     wish = request_wish(MsgpackDecoder(SamplingParams).decode(frames))
     assert wish == request_wish(params) and (wish is None or isinstance(wish, Wish))
     covered = num_tokens // 16
-    kept = packed_blocks(config, num_tokens, covered, 16, own=wish)
+    kept = resolve(config, wish).packed_blocks(num_tokens, 16)
     assert (kept >= 1 or covered == 0) and kept <= covered
 
 

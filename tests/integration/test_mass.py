@@ -77,6 +77,33 @@ def test_thousands_of_random_operations(asynchronous: bool) -> None:
     assert planner.observe_slots_used() == 0
 
 
+def kept_before_question(mass: float, others: int, asynchronous: bool = False) -> list[int]:
+    """C of every compression of a prompt of 330 tokens, the first of them after 300; before it,
+    other clients asked for masses of their own."""
+    sim = Simulation(80, MASS, prefix_caching=False, asynchronous=asynchronous)
+    for index in range(others):
+        sim.add(f"other{index}", prompt(index, 330), 2, kv_compress_mass=0.05)
+        sim.run()
+    sim.worker.random.manual_seed(1)
+    planner, kept = sim.scheduler.kv_compress_planner, []
+    sim.add("r", prompt(90, 330), 40, kv_compress_mass=mass, kv_compress_context_tokens=300)
+    while sim.live:
+        sim.step()
+        tracked = planner.requests.get("r")
+        if tracked is not None and tracked.kept and kept[-1:] != [tracked.kept]:
+            kept.append(tracked.kept)
+    assert len(sim.outputs["r"]) == 40
+    return kept
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_mass_before_a_question_does_not_depend_on_others(asynchronous: bool) -> None:
+    alone = kept_before_question(0.9, 0, asynchronous)
+    assert alone == kept_before_question(0.9, 12, asynchronous)
+    assert 2 < kept_before_question(0.5, 0, asynchronous)[0] < alone[0] < 18
+    assert kept_before_question(1, 0, asynchronous) == []
+
+
 def test_prompts_of_the_real_engine_keep_what_they_need() -> None:
     """Every step is checked for integrity (see conftest)."""
     pairs = samples("single", 900, 2) + samples("kv40", 800, 2) + samples("copy", 700, 2)

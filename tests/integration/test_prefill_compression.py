@@ -61,12 +61,10 @@ def test_a_prompt_larger_than_the_pool_is_read_within_its_peak(monkeypatch) -> N
     assert sim.pool.get_num_free_blocks() == 25
 
 
-def test_without_a_peak_such_a_pool_is_refused_as_vllm_does() -> None:
+def test_without_a_peak_such_a_prompt_is_refused() -> None:
     sim = Simulation(26, OPTIONS, max_num_batched_tokens=96)
-    sim.add("long", prompt(1, 480), 24)
-    for _ in range(20):
-        sim.step()
-    assert not sim.outputs["long"] and sim.live == ["long"]
+    with pytest.raises(ValueError, match=r"may take 32 blocks .* a request has 25"):
+        sim.add("long", prompt(1, 480), 24)
 
 
 def test_many_long_prompts_share_a_small_pool(monkeypatch) -> None:
@@ -162,3 +160,21 @@ def test_a_request_that_keeps_all_must_fit_where_prompts_are_bounded() -> None:
     with pytest.raises(ValueError, match="has 267"):
         check_length(config, engine, request(100, 8000, kv_compress_ratio=1))
     check_length(KVCompressConfig(), engine, request(8000, 100, kv_compress=False))
+
+    # Embeddings are as long as they have rows.
+    embeds = request(0, 100, kv_compress=False)
+    embeds.prompt_token_ids, embeds.prompt_embeds = None, torch.zeros(8000, 4)
+    with pytest.raises(ValueError, match=r"prompt of 8000 tokens .* 507 blocks .* has 267"):
+        check_length(config, engine, embeds)
+
+    # What the pool has counts, once it is known; of several engines only their sum is.
+    engine.cache_config.num_gpu_blocks = 508
+    engine.parallel_config = SimpleNamespace(data_parallel_size=1)
+    check_length(config, engine, embeds)
+    engine.cache_config.num_gpu_blocks = 507
+    with pytest.raises(ValueError, match="has 506"):
+        check_length(config, engine, embeds)
+    engine.cache_config.num_gpu_blocks = 2 * 508
+    engine.parallel_config.data_parallel_size = 2
+    with pytest.raises(ValueError, match="has 267"):
+        check_length(config, engine, embeds)

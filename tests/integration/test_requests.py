@@ -14,11 +14,19 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.frontend import requests
 from kvcompress_vllm.integration.frontend.checks import BadRequestError, bad_request
-from kvcompress_vllm.integration.frontend.requests import KEYS, check_request, request_wish
+from kvcompress_vllm.integration.frontend.requests import (
+    KEYS,
+    RESOLVED,
+    check_request,
+    received_budget,
+    request_wish,
+    send_budget,
+)
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 from tests.integration.simulation import MODEL
 
@@ -227,3 +235,32 @@ def test_a_mass_is_of_scores_that_add_up() -> None:
     check(by_mass, kv_compress_ratio=2, kv_compress_policy="roco")
     with pytest.raises(ValueError, match=r"mass=0\.8 needs .*those of 'roco' do"):
         check(by_mass, kv_compress_policy="roco")
+
+
+def test_any_policy_of_a_server_takes_a_mass() -> None:
+    """Of scores that add up, even where its own need options that others refuse."""
+    config = KVCompressConfig.from_dict({"policy": "roco", "query_stride": 8})
+    asked = SamplingParams(extra_args={"kv_compress_mass": 0.9})
+    budget = check_request(config, asked, resumable=False)
+    assert (budget.policy, budget.query_stride, budget.mass) == ("kv_compress", 0, 0.9)
+    own = check_request(config, SamplingParams(), resumable=False)
+    assert (own.policy, own.query_stride) == ("roco", 8)
+    whole = SamplingParams(extra_args={"kv_compress_mass": 1})
+    assert check_request(config, whole, resumable=False).packed_blocks(1600, 16) == 100
+
+
+def test_the_budget_travels_to_the_engine() -> None:
+    config = KVCompressConfig.from_dict({"allow_policies": True})
+    asked = {"kv_compress_ratio": 3, "kv_compress_protect": "0:9,20:30", "other": 7}
+    params = SamplingParams(extra_args=asked)
+    budget = check_request(config, params, resumable=False)
+    send_budget(config, params)
+    assert asked["other"] == 7 and "kv_compress_ratio" in asked, "the client's own"
+    assert params.extra_args is not None and params.extra_args.keys() == {"other", RESOLVED}
+    sent = MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(params))
+    assert received_budget(config, sent) == budget and budget.protect == ((0, 9), (20, 30))
+    nothing = SamplingParams(extra_args={"other": 7})
+    send_budget(config, nothing)
+    assert nothing.extra_args == {"other": 7} and received_budget(config, nothing) is None
+    with pytest.raises(ValueError, match="unknown kv_compress_resolved"):
+        check_request(config, params, resumable=False)

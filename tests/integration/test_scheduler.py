@@ -157,7 +157,8 @@ def test_blocks_really_come_back() -> None:
 
 def test_a_long_generation_holds_a_constant_number_of_blocks() -> None:
     """1,900 tokens from 128, in a pool that could not hold a third of them."""
-    options = {**OPTIONS, "ratio": None, "budget_tokens": 128, "interval": 4}
+    options = {**OPTIONS, "ratio": None, "budget_tokens": 128, "interval": 4,
+               "prefill_peak_tokens": 256}  # fmt: skip
     sim = Simulation(40, options, max_model_len=2048, prefix_caching=False)
     sim.add("r", prompt(1, 128), 1900)
     held = []
@@ -201,6 +202,39 @@ def test_a_second_request_hits_the_uncompressed_blocks() -> None:
     assert sim.num_compressions == 2
 
 
+@pytest.mark.parametrize("preempted", [0, 1])
+def test_hits_that_are_computed_again_do_not_count(preempted: int) -> None:
+    sim = Simulation(60, OPTIONS)
+    sim.add("first", prompt(1, 321), 2)
+    sim.run()
+    sim.add("second", prompt(1, 321), 2, kv_compress_context_tokens=160)
+    sim.scheduler.requests["second"].num_preemptions = preempted
+    sim.scheduler.kv_cache_manager.make_prefix_cache_stats()
+    sim.step()
+    # Of 320 cached tokens the last 4 before position 160 are observed.
+    assert sim.num_cached_tokens == 144
+    stats = sim.prefix_cache_stats
+    assert stats is not None
+    assert (stats.hits, stats.preempted_hits) == ((0, 144) if preempted else (144, 0))
+
+
+def test_what_passed_the_front_end_by_is_answered_with_an_error() -> None:
+    """A bad value, and a prompt that no pool of this size holds; others do not notice."""
+    sim = Simulation(24, OPTIONS)
+    sim.add("good", prompt(1, 200), 30)
+    sim.step()
+    sim.pass_by("bad", prompt(2, 200), 9, kv_compress_ratio="lots")
+    sim.pass_by("worse", prompt(2, 200), 9, kv_compress_resolved={"ratio": 8})
+    sim.pass_by("huge", prompt(2, 400), 9)
+    sim.pass_by("asking", prompt(2, 200), 9, kv_compress_ratio=2)
+    sim.add("last", prompt(3, 200), 5)
+    sim.run(300)
+    lengths = {name: len(tokens) for name, tokens in sim.outputs.items()}
+    assert lengths == {"good": 30, "bad": 0, "worse": 0, "huge": 0, "asking": 9, "last": 5}
+    assert sim.failed == {"bad", "worse", "huge"}
+    assert sim.pool.get_num_free_blocks() == 23
+
+
 def test_decoded_blocks_are_not_published_after_compression() -> None:
     sim = Simulation(60, OPTIONS)
     sim.add("first", prompt(1, 100), 100)
@@ -232,11 +266,10 @@ def test_waiting_for_the_reserve_only_delays_a_compression() -> None:
     assert sim.pool.get_num_free_blocks() == 33
 
 
-def test_a_prompt_that_cannot_fit_is_left_to_vllm() -> None:
-    with pytest.raises(AssertionError, match="still live"):
-        sim = Simulation(20, OPTIONS)
+def test_a_prompt_that_cannot_fit_is_refused() -> None:
+    sim = Simulation(20, OPTIONS)
+    with pytest.raises(ValueError, match=r"may take 26 blocks .* a request has 19"):
         sim.add("r", prompt(1, 400), 1)
-        sim.run(50)
 
 
 @pytest.mark.parametrize("allocator", ["global", "layer", "uniform"])

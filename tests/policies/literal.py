@@ -286,7 +286,10 @@ def repeated(a: Attention, sinks: int, segment: int = 256) -> Tensor:
             for i in range(begin, end):
                 for query in a.queries[layer, head, :, i]:
                     # Keys of the repetition are as far from it as they were from the first reading.
-                    old, new = rotate(query) @ torch.cat([own, first]).T, query @ keys[begin:i + 1].T
+                    old, new = (
+                        rotate(query) @ torch.cat([own, first]).T,
+                        query @ keys[begin : i + 1].T,
+                    )
                     p = torch.cat([old, new]).div(math.sqrt(keys.shape[-1])).softmax(-1)
                     best = result[layer, head, begin:end]
                     torch.maximum(best, p[: end - begin], out=best)

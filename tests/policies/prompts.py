@@ -14,7 +14,7 @@ from kvcompress_vllm import ops
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.records import budget
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.plan import Compression
 from kvcompress_vllm.scheduling.segments import SEGMENT, segments
 from tests.policies import literal
@@ -64,15 +64,14 @@ def real_prompt(task: str, length: int) -> literal.Attention:
 
 def setting(config: KVCompressConfig, length: int) -> literal.Setting:
     """The engine's numbers for a prompt."""
-    covered = length // BLOCK
     return literal.Setting(
         window=config.window,
         pool=config.pool,
         recent=config.recent,
         sinks=config.sinks,
         block=BLOCK,
-        kept=budget.packed_blocks(config, length, covered, BLOCK),
-        floor=budget.floor_pages(config, BLOCK),
+        kept=resolve(config).packed_blocks(length, BLOCK),
+        floor=resolve(config).floor_pages(BLOCK),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies import judge, trial
-from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.records.plan import Compression, Scoring
 from tests.policies.installed import install
 from tests.policies.test_again import grow
 from tests.test_compressor import SLOTS, B, D, Paged, W
@@ -88,11 +88,11 @@ def test_a_request_keeps_its_blocks_and_reports_it(policy: str) -> None:
         )
     covered, new = paged.num_tokens // B, [paged.free.pop() for _ in range(5)]
     again = Compression(
-        "r", 2, 1, paged.num_tokens, paged.covered, 6, covered, list(paged.row), new, policy
+        "r", 2, 1, paged.num_tokens, paged.covered, 6, covered, list(paged.row), new, policy=policy
     )
     other_row, other_new = paged.free[:12], paged.free[12:15]
     paged.pages.view(200, -1)[other_row] = torch.randn(12, SLOTS * B * 2 * D)
-    other = Compression("o", 0, 1, 12 * B, 0, 0, 12, other_row, other_new, policy)
+    other = Compression("o", 0, 1, 12 * B, 0, 0, 12, other_row, other_new, policy=policy)
     paged.compressor.record = {}
     (pending,) = paged.compressor.run([again, other])
     latest = [*range(4), *range(12 * B - 3 * B + 4, 12 * B)]  # and the sinks
@@ -105,9 +105,8 @@ def test_a_request_keeps_its_blocks_and_reports_it(policy: str) -> None:
         assert all(math.isfinite(lost) for lost in report.curve.lost)
     assert not paged.pages.view(200, -1)[new + other_new].isnan().any()
     (pending,) = paged.compressor.run(
-        [again._replace(state_slot=3, old_covered=0, old_kept=0, covered=12, num_tokens=12 * B,
-                        old_blocks=other_row, new_blocks=[0] * 3)], score_only=True,
-    )  # fmt: skip
+        [Scoring("r", 3, 1, 12 * B, 0, 0, 12, other_row, 3, policy=policy)], score_only=True
+    )
     (scored,) = pending.collect()
     assert scored.failure is not None
 

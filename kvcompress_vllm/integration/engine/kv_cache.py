@@ -21,8 +21,12 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from kvcompress_vllm.cache.integrity import Block, check_pool
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.start.flags import resolved_config
-from kvcompress_vllm.scheduling.planner import most_held
+from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.scheduling.need import blocks_needed
+from kvcompress_vllm.scheduling.sizes import NOTHING, Limits, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +41,12 @@ class KVCompressSpec(FullAttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         # What vLLM demands of the pool, so that the longest request fits alone.
-        stock: int = super().max_memory_usage_bytes(vllm_config)
         config, longest = resolved_config(vllm_config), vllm_config.model_config.max_model_len
         if config is None:
+            stock: int = super().max_memory_usage_bytes(vllm_config)
             return stock
-        return min(stock, most_held(config, longest, self.block_size) * self.page_size_bytes)
+        # The null block is in the pool, too, and no request can have it.
+        return (most_needed(config, self.block_size, longest) + 1) * self.page_size_bytes
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, window: int) -> KVCompressSpec:
@@ -54,50 +59,55 @@ class KVCompressSpec(FullAttentionSpec):
         return replace(super().merge(specs), window=max(spec.window for spec in specs))
 
 
+def most_needed(config: KVCompressConfig, block_size: int, longest: int) -> int:
+    """Blocks that a request of ``longest`` tokens needs that asks for nothing of its own."""
+    sizes = Sizes(resolve(config), Limits.of(config, block_size, longest))
+    return blocks_needed(sizes, config.window, longest)
+
+
 class KVCompressManager(FullAttentionManager):
     """Blocks of every request; knows which rows are packed.
 
     Attributes:
-        packed: (F, C) of every packed request.
+        packed: every packed request.
         on_release: called with the request id when its blocks are given up, packed or not.
     """
 
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.packed: dict[str, tuple[int, int]] = {}
+        self.packed: dict[str, Packing] = {}
         self.on_release: Callable[[str], None] = lambda request_id: None
 
-    def row(self, request_id: str, length: int | None, begin: int = 0) -> list[int]:
-        """The block ids of a request from ``begin`` up to the first ``length``; None: all."""
-        return [block.block_id for block in self.req_to_blocks[request_id][begin:length]]
+    def row(self, request_id: str, length: int) -> list[int]:
+        """The first ``length`` block ids of a request."""
+        return [block.block_id for block in self.req_to_blocks[request_id][:length]]
 
     def held_by_packed(self) -> int:
         """Blocks that packed requests hold, tails included."""
-        return sum(
-            len(self.req_to_blocks[request_id]) - covered + kept
-            for request_id, (covered, kept) in self.packed.items()
-        )
+        return sum(map(self.held, self.packed))
 
-    def pack(
-        self, request_id: str, covered: int, kept: int
-    ) -> tuple[list[int], list[KVCacheBlock]]:
-        """Replace the first ``covered`` blocks of a row by ``kept`` new ones and null blocks.
+    def held(self, request_id: str) -> int:
+        """Blocks that a request holds, packed or not."""
+        row = len(self.req_to_blocks[request_id])
+        return self.packed.get(request_id, NOTHING).held(row)
+
+    def pack(self, request_id: str, packing: Packing) -> tuple[list[int], list[KVCacheBlock]]:
+        """Replace the first F blocks of a row by C new ones and null blocks.
 
         Args:
-            request_id: a running request whose first ``covered`` blocks are full.
-            covered: F.
-            kept: C, at most the free blocks of the pool.
+            request_id: a running request whose first F blocks are full.
+            packing: (F, C); C is at most the free blocks of the pool.
 
         Returns:
             The ids of the packed blocks, and the old blocks. The caller frees these once every
             request of the step has its new blocks, so that no copy of the step writes into a block
             that another still reads.
         """
-        blocks = self.req_to_blocks[request_id]
+        blocks, (covered, kept) = self.req_to_blocks[request_id], packing
         new = self.block_pool.get_new_blocks(kept)
         old = [block for block in blocks[:covered] if not block.is_null]
         blocks[:covered] = new + [self._null_block] * (covered - kept)
-        self.packed[request_id] = (covered, kept)
+        self.packed[request_id] = packing
         return [block.block_id for block in new], old
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -23,28 +22,34 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
+from kvcompress_vllm.integration.engine.admission import Admission, budget_of
+from kvcompress_vllm.integration.engine.banner import log_banner
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
-from kvcompress_vllm.integration.frontend.requests import request_wish
+from kvcompress_vllm.integration.frontend.requests import received_budget
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
 from kvcompress_vllm.integration.sizing import observe_slots, step_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
-from kvcompress_vllm.records.budget import Wish
-from kvcompress_vllm.records.plan import Compression, Observed, PackedRow, StepPlan
+from kvcompress_vllm.records.plan import (
+    Accumulation,
+    Compression,
+    Heard,
+    PackedRow,
+    Scoring,
+    StepPlan,
+)
 from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.reporting.digest import Digest
 from kvcompress_vllm.reporting.metrics import Occupancy, Recorder
 from kvcompress_vllm.reporting.shortage import Shortage
 from kvcompress_vllm.reporting.usage import UsageLog
-from kvcompress_vllm.scheduling import admission
 from kvcompress_vllm.scheduling.echo import EchoPlanner
-from kvcompress_vllm.scheduling.planner import NEVER, CompressionPlanner, Tracked
+from kvcompress_vllm.scheduling.observation import check_steps
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.request import Tracked
 
 logger = init_logger("vllm.kv_compress")
-
-MARGIN = 8
-"""For every so many requests one block stays free: some compressions come late."""
 
 
 class _KVCompressMixin(Scheduler):
@@ -61,6 +66,7 @@ class _KVCompressMixin(Scheduler):
         if manager.block_pool.null_block.block_id != 0:
             raise RuntimeError("kv_compress: vLLM's null block is not block 0")
         scheduler_config = self.vllm_config.scheduler_config
+        check_steps(config, manager.block_size, step_tokens(scheduler_config))
         self.kv_compress_manager = manager
         self.kv_compress_planner = CompressionPlanner(
             config,
@@ -74,8 +80,6 @@ class _KVCompressMixin(Scheduler):
         self._usage = UsageLog()
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
-        self._output_length = admission.OutputLength()
-        self._does_not_fit: tuple[str, int] | None = None
         self._check_integrity = integrity.enabled()
         self._echo: EchoPlanner | None = None
         if config.stores_echo:
@@ -85,24 +89,39 @@ class _KVCompressMixin(Scheduler):
                 manager.block_pool.num_gpu_blocks,
                 step_tokens(scheduler_config),
             )
-        self._base_watermark = self.kv_cache_manager.watermark_blocks
-        self._stock_allocate_slots = self.kv_cache_manager.allocate_slots
-        self.kv_cache_manager.allocate_slots = self._allocate_slots  # type: ignore[method-assign]
-        self._stock_computed_blocks = self.kv_cache_manager.get_computed_blocks
-        self.kv_cache_manager.get_computed_blocks = (  # type: ignore[method-assign]
-            self._get_computed_blocks
-        )
+        self._admission = Admission(self, self.kv_compress_planner, self._recorder, self._echo)
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
-        _log_banner(self)
+        log_banner(self.kv_compress_planner, manager.block_pool.num_gpu_blocks - 1)
+
+    def add_request(self, request: Request) -> None:
+        # Nothing that a request carries may raise here: that would end the engine for everybody.
+        budget, problem = None, None
+        try:
+            budget = received_budget(self.kv_compress_planner.config, request.sampling_params)
+            problem = self._admission.too_large(request, budget)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        request.kv_compress_budget = budget  # type: ignore[attr-defined]
+        super().add_request(request)
+        if problem is not None:
+            self.fail(request.request_id, problem)
+
+    def fail(self, request_id: str, problem: str) -> None:
+        """Answer a request with an error at the end of this step; the others go on."""
+        logger.warning(
+            "kv_compress: %s is answered with an error: %s", printable(request_id), problem
+        )
+        self.grammar_compile_error_reqs.add(request_id)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
         accumulations = self._accumulate(computed)
+        heard = self._heard(computed)
         compressions = self._compress_due(computed)
         scorings = self._score_due(computed)
         output = super().schedule(throttle_prefills)
-        plan = self._plan(output, accumulations, scorings, compressions)
+        plan = self._plan(output, accumulations, heard, scorings, compressions)
         output.kv_compress = plan  # type: ignore[attr-defined]
         if self._recorder.enabled:
             self._count_preemptions(output)
@@ -138,11 +157,11 @@ class _KVCompressMixin(Scheduler):
         failed = [self.requests[name] for name in failures if name in self.requests]
         failed = [request for request in failed if not request.is_finished()]
         for request in failed:
-            own = self._wish(request)
+            budget = budget_of(request)
             logger.error(
-                "kv_compress: %r ends with an error: policy=%r: %s",
-                request.request_id,
-                (own.policy if own is not None else None) or self.kv_compress_planner.config.policy,
+                "kv_compress: %s ends with an error: policy=%r: %s",
+                printable(request.request_id),
+                budget.policy if budget is not None else self.kv_compress_planner.config.policy,
                 failures[request.request_id],
             )
         self.finish_requests([r.request_id for r in failed], RequestStatus.FINISHED_ERROR)
@@ -184,18 +203,30 @@ class _KVCompressMixin(Scheduler):
                 f"{sorted(self.kv_compress_manager.packed)}"
             )
 
-    def _accumulate(self, computed: Mapping[str, int]) -> list[Compression]:
+    def _accumulate(self, computed: Mapping[str, int]) -> list[Accumulation]:
         """What was observed in chunks of prefills since the last step."""
         return [
-            self._compression(
-                tracked,
-                tracked.accumulated,
-                self._row(tracked, tracked.accumulated),
-                tracked.known,
-                [],
-                observed,
+            Accumulation(
+                *self._candidates(tracked, tracked.accumulated, tracked.known),
+                policy=tracked.budget.policy,
+                observed=observed,
             )
             for tracked, observed in self.kv_compress_planner.accumulate(computed)
+        ]
+
+    def _heard(self, computed: Mapping[str, int]) -> list[Heard]:
+        """What was decoded with an observation slot since the last step, in whole segments."""
+        planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        return [
+            Heard(
+                tracked.request_id,
+                tracked.listen_slot,
+                begin,
+                end,
+                manager.row(tracked.request_id, -(-end // manager.block_size)),
+            )
+            for tracked, begin, end in planner.heard(computed)
+            if tracked.listen_slot is not None
         ]
 
     def _compress_due(self, computed: Mapping[str, int]) -> list[Compression]:
@@ -209,18 +240,27 @@ class _KVCompressMixin(Scheduler):
             planner.press(computed, manager.block_pool.get_num_free_blocks())
         for tracked in planner.due(computed):
             num_tokens, first = tracked.due_at, not tracked.kept
-            covered, kept = planner.target(tracked)
-            if manager.block_pool.get_num_free_blocks() < kept:
+            packing = tracked.target()
+            if manager.block_pool.get_num_free_blocks() < packing.kept:
                 waits = True
                 continue  # a smaller one may fit, and makes room
-            row = self._row(tracked, num_tokens)
-            new, old = manager.pack(tracked.request_id, covered, kept)
-            observed = planner.observed(tracked, num_tokens)
-            compressions.append(self._compression(tracked, num_tokens, row, covered, new, observed))
+            candidates = self._candidates(tracked, num_tokens, packing.covered)
+            new, old = manager.pack(tracked.request_id, packing)
+            item = Compression(
+                *candidates,
+                new,
+                policy=tracked.budget.policy,
+                observed=planner.observed(tracked, num_tokens),
+                floor_pages=tracked.sizes.floor(packing.covered),
+                protect=tracked.budget.protect,
+                trigger=tracked.trigger,
+                unscored=tracked.unscored.before(packing.covered * manager.block_size),
+            )
+            compressions.append(item)
             freed += old
-            before = len(row) - tracked.covered + tracked.kept
-            planner.compressed(tracked.request_id)
-            after = len(row) - covered + kept
+            planner.compressed(tracked.request_id, computed[tracked.request_id])
+            before = item.old_packing.held(len(item.old_blocks))
+            after = packing.held(len(item.old_blocks))
             if first:  # a long generation is compressed over and over
                 self._digest.add(num_tokens, before, after)
             logger.debug(
@@ -232,131 +272,39 @@ class _KVCompressMixin(Scheduler):
             )
         if waits:
             self._recorder.reserve_wait()
+        planner.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
         return compressions
 
-    def _score_due(self, computed: Mapping[str, int]) -> list[Compression]:
+    def _score_due(self, computed: Mapping[str, int]) -> list[Scoring]:
         """Have the worker score the requests whose mass budget needs a loss curve."""
         planner = self.kv_compress_planner
         scorings = []
         for tracked in planner.to_score(computed):
-            num_tokens = tracked.due_at
-            row, observed = self._row(tracked, num_tokens), planner.observed(tracked, num_tokens)
-            covered, kept = planner.target(tracked)
+            packing = tracked.target()
             scorings.append(
-                self._compression(tracked, num_tokens, row, covered, [0] * kept, observed)
+                Scoring(
+                    *self._candidates(tracked, tracked.due_at, packing.covered),
+                    packing.kept,
+                    policy=tracked.budget.policy,
+                    observed=planner.observed(tracked, tracked.due_at),
+                    floor_pages=tracked.sizes.floor(packing.covered),
+                    protect=tracked.budget.protect,
+                    unscored=tracked.unscored.before(packing.covered * planner.block_size),
+                )
             )
         return scorings
 
-    def _row(self, tracked: Tracked, num_tokens: int) -> list[int]:
-        """Block ids of a request as far as ``num_tokens`` tokens reach."""
-        manager = self.kv_compress_manager
-        return manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
-
-    def _compression(
-        self,
-        tracked: Tracked,
-        num_tokens: int,
-        row: list[int],
-        covered: int,
-        new_blocks: list[int],
-        observed: Observed | None,
-    ) -> Compression:
+    def _candidates(
+        self, tracked: Tracked, num_tokens: int, covered: int
+    ) -> tuple[str, int, int, int, int, int, int, list[int]]:
+        """Whose keys, of the first ``covered`` blocks: the first fields of all records."""
         assert tracked.observe_slot is not None
-        own = tracked.own
-        return Compression(
-            tracked.request_id,
-            tracked.state_slot,
-            tracked.observe_slot,
-            num_tokens,
-            tracked.covered,
-            tracked.kept,
-            covered,
-            row,
-            new_blocks,
-            own.policy if own else None,
-            tracked.trigger,
-            self.kv_compress_planner.floor(covered, own),
-            own.protect if own else (),
-            observed,
-            tracked.unscored.before(covered * self.kv_compress_manager.block_size),
-        )
-
-    def _allocate_slots(
-        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
-    ) -> KVCacheBlocks | None:
-        blocks = self._admit(request, num_new_tokens, *args, **kwargs)
-        if blocks is not None and self._echo is not None:
-            # Now, not once the step is planned: the next request may hit these blocks already.
-            first = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
-            manager = self.kv_compress_manager
-            row = manager.row(request.request_id, None, first // manager.block_size)
-            self._echo.allocated(self._policy(request), row, first, first + num_new_tokens)
-        return blocks
-
-    def _admit(
-        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
-    ) -> KVCacheBlocks | None:
-        """vLLM's allocation, with slots and the reserve as further conditions of admission."""
-        if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-            return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
-        planner, manager = self.kv_compress_planner, self.kv_cache_manager
-        own = self._wish(request)
-        if not planner.can_admit(request.num_tokens, own):
-            self._recorder.refused("slots")
-            return None
-        reserve = planner.reserve(request.num_tokens, own)
-        if not self._fits(request, reserve):
-            self._recorder.refused("forecast")
-            return None
-        # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
-        # then stays uncompressed.
-        manager.watermark_blocks = max(self._base_watermark, reserve)
-        if planner.bounds_peak(request.num_tokens):
-            kwargs["full_sequence_must_fit"] = False
-        blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
-        if blocks is not None:
-            planner.admit(request.request_id, request.num_tokens, own)
-        return blocks
-
-    def _get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
-        """vLLM's prefix cache lookup, except that what a compression observes is computed, and
-        what has no echo scores where it needs them."""
-        blocks, num_tokens, boundary = self._observed_blocks(request)
-        echo, policy = self._echo, self._policy(request)
-        if echo is None or not echo.reads(policy):
-            return blocks, num_tokens, boundary
-        if self.kv_compress_planner.first_due(request.num_tokens, self._wish(request)) == NEVER:
-            return blocks, num_tokens, boundary
-        ids = [block.block_id for block in blocks.blocks[0]]
-        usable = echo.blocks.usable(ids, num_tokens)
-        if usable < num_tokens:
-            blocks = self.kv_cache_manager.create_kv_cache_blocks(
-                tuple(
-                    group[: usable // self.kv_compress_manager.block_size]
-                    for group in blocks.blocks
-                )
-            )
-        return blocks, usable, boundary
-
-    def _observed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
-        blocks, num_tokens, boundary = self._stock_computed_blocks(request)
-        planner = self.kv_compress_planner
-        own = self._wish(request)
-        due_at = planner.first_due(request.num_tokens, own)
-        first_observed = max(0, due_at - planner.config.window)
-        if due_at > request.num_tokens:
-            return blocks, num_tokens, boundary
-        if planner.history(own) is not None:
-            first_observed = 0  # a prefix that others computed has no statistics of all queries
-        if num_tokens <= first_observed:
-            return blocks, num_tokens, boundary
-        usable = first_observed // planner.block_size
-        cut = self.kv_cache_manager.create_kv_cache_blocks(
-            tuple(group[:usable] for group in blocks.blocks)
-        )
-        return cut, usable * planner.block_size, boundary
+        manager = self.kv_compress_manager
+        row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
+        slots = tracked.state_slot, tracked.observe_slot
+        return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
 
     def _mamba_block_aligned_split(
         self,
@@ -375,60 +323,21 @@ class _KVCompressMixin(Scheduler):
             first_token,
             num_new_tokens,
             request.num_tokens if waits else 0,
-            self._wish(request) if waits else None,
+            budget_of(request) if waits else None,
         )
-        if self._echo is None or self.kv_compress_planner.history(self._wish(request)) is not None:
+        if self._echo is None:
             return count
-        tracked = planner.requests.get(request.request_id)
+        tracked, sizes = planner.requests.get(request.request_id), planner.sizes(budget_of(request))
         return self._echo.chunk(
-            self._policy(request),
+            sizes.budget,
             first_token,
             count,
             tracked.prefill_end if tracked else request.num_tokens,
-            tracked.due_at
-            if tracked
-            else planner.first_due(request.num_tokens, self._wish(request)),
+            tracked.due_at if tracked else sizes.first_due(request.num_tokens),
             len(self.running) - (not waits),
-            # vLLM may have cut this chunk for the sake of encoder inputs, which only its going on
-            # makes room for.
-            waits=not request.has_encoder_inputs,
-        )
-
-    def _policy(self, request: Request) -> str | None:
-        own = self._wish(request)
-        return own.policy if own is not None else None
-
-    def _wish(self, request: Request) -> Wish | None:
-        """What a request asked for, as the planner takes it."""
-        return self.kv_compress_planner.sized(request_wish(request.sampling_params))
-
-    def _fits(self, request: Request, reserve: int) -> bool:
-        """Whether the pool will hold the running requests and this one without preemption."""
-        pool, planner = self.kv_compress_manager.block_pool, self.kv_compress_planner
-        if not self.running:
-            return True
-        question = request.request_id, planner.version
-        if question == self._does_not_fit:
-            return False  # nothing has changed since: the forecast would not, either
-        count = len(self.running) + 1
-        loads = [self._load(r, planner.requests.get(r.request_id), count) for r in self.running]
-        loads.append(self._load(request, None, count))
-        most = admission.most_blocks(loads, planner.block_size)
-        margin = len(loads) // MARGIN
-        fits = most + reserve + margin < pool.num_gpu_blocks
-        self._does_not_fit = None if fits else question
-        return fits
-
-    def _load(self, request: Request, tracked: Tracked | None, count: int) -> admission.Load:
-        return admission.load(
-            self.kv_compress_planner,
-            tracked,
-            request.num_computed_tokens,
-            request.num_tokens,
-            self._output_length.left(request.num_output_tokens, request.max_tokens),
-            self.scheduler_config.max_num_batched_tokens,
-            tracked.own if tracked else self._wish(request),
-            count,
+            # vLLM may have cut this chunk for the sake of encoder inputs, and only its going on
+            # makes room for those.
+            may_wait=not request.has_encoder_inputs,
         )
 
     def _release(self, request_id: str) -> None:
@@ -438,7 +347,7 @@ class _KVCompressMixin(Scheduler):
         self._shortage.released(request_id)
         request = self.requests.get(request_id)
         if request is not None and request.is_finished():
-            self._output_length.finished(request.num_output_tokens)
+            self._admission.finished(request)
         if request is None or request.is_finished():
             self._recorder.finished(request_id)
 
@@ -447,8 +356,7 @@ class _KVCompressMixin(Scheduler):
         manager = self.kv_compress_manager
 
         def blocks(request: Request) -> int:
-            covered, kept = manager.packed.get(request.request_id, (0, 0))
-            return len(manager.req_to_blocks[request.request_id]) - covered + kept
+            return manager.held(request.request_id)
 
         avoided = self._shortage.step(
             manager.block_pool.get_num_free_blocks(),
@@ -460,14 +368,16 @@ class _KVCompressMixin(Scheduler):
     def _plan(
         self,
         output: SchedulerOutput,
-        accumulations: list[Compression],
-        scorings: list[Compression],
+        accumulations: list[Accumulation],
+        heard: list[Heard],
+        scorings: list[Scoring],
         compressions: list[Compression],
     ) -> StepPlan:
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
         plan = StepPlan(
             released=planner.take_released(),
             accumulations=accumulations,
+            heard=[item for item in heard if item.request_id in planner.requests],
             scorings=[c for c in scorings if c.request_id in planner.requests],
             # A request that was compressed and then preempted in the same step owns nothing.
             compressions=[c for c in compressions if c.request_id in manager.packed],
@@ -495,10 +405,12 @@ class _KVCompressMixin(Scheduler):
     def _score(self, plan: StepPlan, request_id: str, first: int, end: int) -> None:
         """Have a step's tokens ``[first, end)`` scored, or note that they are not."""
         assert self._echo is not None
-        span = self._echo.span(request_id, self._policy(self.requests[request_id]), first, end)
+        planner = self.kv_compress_planner
+        policy = planner.sizes(budget_of(self.requests[request_id])).budget.policy
+        span = self._echo.span(request_id, policy, first, end)
         if span is not None:
             plan.echoes.append(span)
-        tracked = self.kv_compress_planner.requests.get(request_id)
+        tracked = planner.requests.get(request_id)
         if tracked is not None:
             tracked.unscored.computed(first, end, span is not None)
 
@@ -526,24 +438,4 @@ def _error(request: Request, reason: str) -> EngineCoreOutput:
         stop_reason=f"kv_compress: {reason}",
         events=request.take_events(),
         trace_headers=request.trace_headers,
-    )
-
-
-def _log_banner(scheduler: _KVCompressMixin) -> None:
-    planner, manager = scheduler.kv_compress_planner, scheduler.kv_compress_manager
-    blocks = manager.block_pool.num_gpu_blocks - 1
-    length = scheduler.max_model_len
-    covered, kept = planner.packed_size(length)
-    full = -(-length // manager.block_size)
-    logger.info("kv_compress: %s", planner.config)
-    logger.info(
-        "kv_compress: %d blocks of %d tokens; a prompt of %d tokens takes %d blocks, %d once "
-        "compressed: room for %.1f such requests instead of %.1f",
-        blocks,
-        manager.block_size,
-        length,
-        full,
-        full - covered + kept,
-        blocks / max(1, full - covered + kept),
-        blocks / full,
     )

@@ -23,11 +23,13 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig, check_mass
+from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.config.rules import integer, printable, shown
-from kvcompress_vllm.records.budget import KEEP_ALL, Wish
-from kvcompress_vllm.scheduling.mass import mass_of
-from kvcompress_vllm.scheduling.planner import most_held
+from kvcompress_vllm.integration.engine.kv_cache import most_needed
+from kvcompress_vllm.records.budget import KEEP_ALL, RequestBudget, Wish
+from kvcompress_vllm.scheduling.need import blocks_needed
+from kvcompress_vllm.scheduling.sizes import Limits, Sizes
 
 PREFIX = "kv_compress"
 SWITCH, RATIO = PREFIX, f"{PREFIX}_ratio"
@@ -198,8 +200,8 @@ def _bad_ranges(given: Any) -> ValueError:
 
 
 def check_length(config: KVCompressConfig, vllm_config: Any, request: Any) -> None:
-    """Refuse a request that alone would not fit: where ``prefill_peak_tokens`` is set, the KV cache
-    need not hold a request of the greatest length that keeps everything.
+    """Refuse a request that could not finish even alone in an empty pool: all others would wait
+    behind it. Where ``prefill_peak_tokens`` is set, the KV cache need not hold the longest request.
 
     Args:
         request: vLLM's ``EngineCoreRequest``.
@@ -207,23 +209,26 @@ def check_length(config: KVCompressConfig, vllm_config: Any, request: Any) -> No
     Raises:
         ValueError: with the blocks that it could take and those that there are for one.
     """
-    if config.prefill_peak_tokens is None or request.sampling_params is None:
+    params = request.sampling_params
+    if params is None:
         return
-    longest, block_size = (
-        vllm_config.model_config.max_model_len,
-        vllm_config.cache_config.block_size,
-    )
-    prompt = len(request.prompt_token_ids or ())
-    length = min(longest, prompt + (request.sampling_params.max_tokens or longest))
-    wish = request_wish(request.sampling_params)
-    own = wish and config.with_policy(wish.policy)
-    needed = most_held(own or config, length, block_size, wish)
-    most = most_held(config, longest, block_size)
+    budget = resolve(config, request_wish(params))
+    longest, prompt = vllm_config.model_config.max_model_len, _prompt_tokens(request)
+    length = min(longest, prompt + (params.max_tokens or longest))
+    cache = vllm_config.cache_config
+    sizes = Sizes(budget, Limits.of(config, cache.block_size, longest))
+    needed = blocks_needed(sizes, config.window, length)
+    # What vLLM made sure of when it started. The front end of several engines knows the sum of
+    # their blocks only.
+    most = most_needed(config, cache.block_size, longest)
+    blocks = getattr(cache, "num_gpu_blocks", None)
+    if blocks and vllm_config.parallel_config.data_parallel_size == 1:
+        most = blocks - 1  # the null block is nobody's
     if needed > most:
         raise ValueError(
             f"kv_compress: a prompt of {prompt} tokens and an output of {length - prompt} may take "
-            f"{needed} blocks of {block_size} tokens as this request wants to keep them; with "
-            f"prefill_peak_tokens={config.prefill_peak_tokens} a request has {most}"
+            f"{needed} blocks of {cache.block_size} tokens as this request wants to keep them; "
+            f"with prefill_peak_tokens={config.prefill_peak_tokens} a request has {most}"
         )
 
 
@@ -301,25 +306,48 @@ def _misplaced(given: Mapping[Any, Any], where: str, right: str) -> None:
         )
 
 
-def check_request(config: KVCompressConfig, params: Any, resumable: bool) -> None:
+def check_request(config: KVCompressConfig, params: Any, resumable: bool) -> RequestBudget:
     """Refuse what a request must not ask of an engine that compresses.
+
+    Returns:
+        The budget that it gets.
 
     Raises:
         ValueError: naming what is wrong and what is accepted.
     """
-    wish = request_wish(params)
-    if wish is not None and wish.policy not in (None, config.policy):
-        allowed = config.allowed_policies()
-        if wish.policy not in allowed:
-            only = "" if len(allowed) > 1 else " only (allow_policies=false)"
-            raise ValueError(
-                f"{POLICY}={shown(wish.policy)} is not accepted; this server uses "
-                f"{', '.join(map(repr, allowed))}{only}"
-            )
-        config.with_policy(wish.policy)
-    if wish is not None and wish.policy is not None:
-        mass = mass_of(config, wish)
-        if mass is not None:
-            check_mass(wish.policy, "mass" if wish.mass is None else MASS, mass)
+    budget = resolve(config, request_wish(params), f"{PREFIX}_")
     if resumable:
         raise ValueError("kv_compress: resumable (streaming input) requests are not supported")
+    return budget
+
+
+RESOLVED = f"{PREFIX}_resolved"
+"""Under which the budget travels to the engine; not for clients."""
+
+
+def send_budget(config: KVCompressConfig, params: Any) -> None:
+    """Put a checked request's budget into its own ``SamplingParams``, instead of what it asked for.
+
+    A request that asked for nothing needs none: the engine knows the configured budget.
+    """
+    wish = request_wish(params)
+    if wish is None:
+        return
+    others = {key: value for key, value in params.extra_args.items() if key not in KEYS}
+    params.extra_args = {**others, RESOLVED: resolve(config, wish).to_plain()}
+
+
+def received_budget(config: KVCompressConfig, params: Any) -> RequestBudget | None:
+    """In the engine: the budget of a request; None: the configured one.
+
+    Raises:
+        ValueError: it asks for something and did not pass the front end, which would have refused
+            it.
+    """
+    given = getattr(params, "extra_args", None)
+    if not given:
+        return None
+    if RESOLVED in given:
+        return RequestBudget.from_plain(given[RESOLVED])
+    wish = request_wish(params)
+    return None if wish is None else resolve(config, wish, f"{PREFIX}_")

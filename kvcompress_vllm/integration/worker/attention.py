@@ -30,7 +30,7 @@ from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.cache.transfer import to_device
-from kvcompress_vllm.integration.worker.rotary import Rotation
+from kvcompress_vllm.compression.echo import Rotation
 from kvcompress_vllm.records.plan import Observation, Span
 from kvcompress_vllm.scheduling.segments import SEGMENT, segments
 

@@ -4,23 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvcompress_vllm.compression.echo import Rotation
 from kvcompress_vllm.ops.reference import rotated
 
 CLOSE = 0.05
 """How far a rotation may be from what the module itself does, whose table may be in 16 bits."""
-
-
-class Rotation(NamedTuple):
-    """Arguments of ``ops.echo_scores`` for one layer."""
-
-    angles: Tensor
-    """``[n, 2]`` fp32, cosine and sine by pair; n = 0: the layer does not rotate."""
-    interleaved: bool
 
 
 def rotations(

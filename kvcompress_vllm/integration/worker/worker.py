@@ -15,11 +15,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
+from kvcompress_vllm.compression.echo import score_heard
 from kvcompress_vllm.compression.pending import PendingReports
 from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
+from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.sizing import observe_slots
@@ -126,21 +127,16 @@ class KVCompressWorkerMixin(Worker):
         assert self.kv_compress_context is not None and self.kv_compressor is not None
         assert self.kv_compress_runner is not None
         context = self.kv_compress_context
-        context.state.release(plan.released)
-        self.kv_compressor.accumulate(plan.accumulations)
-        scored = self.kv_compressor.run(plan.scorings, score_only=True)
-        self.kv_compress_pending = scored + self.kv_compressor.run(plan.compressions)
+        score_heard(
+            self.kv_compressor.rank, context.rotations, context.num_sinks, plan.heard
+        )  # while rows are what they were
+        self.kv_compress_pending = start_step(plan, self.kv_compressor)
         self.kv_compress_runner.write_row_prefixes(
-            {
-                item.request_id: item.new_blocks + [0] * (item.covered - len(item.new_blocks))
-                for item in plan.compressions
-            }
+            {item.request_id: item.row_prefix for item in plan.compressions}
         )
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
         context.echoes = plan.echoes
-        if plan.expected is not None:
-            integrity.check_state(context.state, plan.expected)
 
     def _bind(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the state and attach it to every attention layer and metadata builder."""
@@ -206,7 +202,7 @@ class KVCompressWorkerMixin(Worker):
             "head_size": impl.head_size,
             "state_slots": self.vllm_config.scheduler_config.max_num_seqs,
             "observe_slots": observe_slots(self.vllm_config, num_blocks),
-            "window": self.kv_compress_config.window,
+            "window": self.kv_compress_config.ring,
             "dtype": self.model_config.dtype,
             "block_size": self.cache_config.block_size,
             "running": self.kv_compress_config.query_stride > 0,

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may start: slots, the reserve and the forecast, as conditions of vLLM's own allocation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.reporting.metrics import Recorder
+from kvcompress_vllm.scheduling import admission
+from kvcompress_vllm.scheduling.echo import EchoPlanner
+from kvcompress_vllm.scheduling.need import blocks_needed
+from kvcompress_vllm.scheduling.observation import first_observed
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.sizes import NEVER
+
+MARGIN = 8
+"""For every so many requests one block stays free: some compressions come late."""
+
+
+class Admission:
+    """Stands before two methods of a scheduler's KV cache manager.
+
+    Args:
+        scheduler: whose manager's ``allocate_slots`` and ``get_computed_blocks`` are replaced.
+        planner: that of the scheduler.
+        recorder: is told why a request had to wait.
+        echo: says how long hits may be where a policy reads echo scores; None: no policy does.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        planner: CompressionPlanner,
+        recorder: Recorder,
+        echo: EchoPlanner | None = None,
+    ) -> None:
+        self._scheduler, self._planner, self._recorder = scheduler, planner, recorder
+        self._echo = echo
+        self._manager = manager = scheduler.kv_cache_manager
+        self._output_length = admission.OutputLength()
+        self._does_not_fit: tuple[str, int] | None = None
+        self._base_watermark = manager.watermark_blocks
+        self._stock_allocate_slots = manager.allocate_slots
+        scheduler.kv_cache_manager.allocate_slots = (  # type: ignore[method-assign]
+            self.allocate_slots
+        )
+        self._stock_computed_blocks = manager.get_computed_blocks
+        scheduler.kv_cache_manager.get_computed_blocks = (  # type: ignore[method-assign]
+            self.get_computed_blocks
+        )
+
+    def finished(self, request: Request) -> None:
+        """Learn from a finished request how long outputs are."""
+        self._output_length.finished(request.num_output_tokens)
+
+    def too_large(self, request: Request, budget: RequestBudget | None) -> str | None:
+        """Why a request can never finish; the front end refuses such ones, unless passed by."""
+        length = min(self._scheduler.max_model_len, request.num_tokens + request.max_tokens)
+        needed = blocks_needed(self._planner.sizes(budget), self._planner.config.window, length)
+        most = self._manager.block_pool.num_gpu_blocks - 1
+        return None if needed <= most else f"it may need {needed} blocks of {most}"
+
+    def allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        """vLLM's allocation, with slots and the reserve as further conditions of admission."""
+        blocks = self._allocate(request, num_new_tokens, *args, **kwargs)
+        if blocks is not None and self._echo is not None:
+            # Not once the step is planned: the next request may hit these blocks already.
+            first = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
+            size, end = self._planner.block_size, first + num_new_tokens
+            row = self._manager.get_blocks(request.request_id).blocks[0]
+            ids = [block.block_id for block in row[first // size : -(-end // size)]]
+            policy = self._planner.sizes(budget_of(request)).budget.policy
+            self._echo.allocated(policy, ids, first, end)
+        return blocks
+
+    def _allocate(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
+        planner, manager = self._planner, self._manager
+        budget = budget_of(request)
+        if not planner.can_admit(request.num_tokens, budget):
+            self._recorder.refused("slots")
+            return None
+        reserve = planner.reserve(request.num_tokens, budget)
+        if not self._fits(request, reserve):
+            self._recorder.refused("forecast")
+            return None
+        # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
+        # then stays uncompressed.
+        manager.watermark_blocks = max(self._base_watermark, reserve)
+        if planner.sizes(budget).first_due(request.num_tokens) < request.num_tokens:
+            kwargs["full_sequence_must_fit"] = False
+        blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
+        if blocks is not None:
+            planner.admit(request.request_id, request.num_tokens, budget)
+        return blocks
+
+    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+        """vLLM's prefix cache lookup, except that what a compression observes is computed, and
+        what has no echo scores where its policy reads them."""
+        blocks, num_tokens, boundary = self._stock_computed_blocks(request)
+        planner = self._planner
+        sizes = planner.sizes(budget_of(request))
+        due_at = sizes.first_due(request.num_tokens)
+        usable = num_tokens
+        if due_at <= request.num_tokens:
+            first = first_observed(sizes.budget, due_at, planner.config.window)
+            usable = min(usable, first // planner.block_size * planner.block_size)
+        if self._echo is not None and due_at != NEVER and self._echo.reads(sizes.budget.policy):
+            ids = [block.block_id for block in blocks.blocks[0]]
+            usable = self._echo.blocks.usable(ids, usable)
+        lost = num_tokens - usable
+        if lost <= 0:
+            return blocks, num_tokens, boundary
+        stats = self._manager.prefix_cache_stats
+        if stats is not None:  # vLLM has counted them as hits
+            if request.num_preemptions > 0:
+                stats.preempted_hits -= lost
+            else:
+                stats.hits -= lost
+        cut = self._manager.create_kv_cache_blocks(
+            tuple(group[: usable // planner.block_size] for group in blocks.blocks)
+        )
+        return cut, usable, boundary
+
+    def _fits(self, request: Request, reserve: int) -> bool:
+        """Whether the pool will hold the running requests and this one without preemption."""
+        pool, planner, running = self._manager.block_pool, self._planner, self._scheduler.running
+        if not running:
+            return True
+        question = request.request_id, planner.version
+        if question == self._does_not_fit:
+            return False  # nothing has changed since: the forecast would not, either
+        count = len(running) + 1
+        loads = [self._load(r, planner.requests.get(r.request_id), count) for r in running]
+        loads.append(self._load(request, None, count))
+        most = admission.most_blocks(loads, planner.block_size)
+        margin = len(loads) // MARGIN
+        fits = most + reserve + margin < pool.num_gpu_blocks
+        self._does_not_fit = None if fits else question
+        return fits
+
+    def _load(self, request: Request, tracked: Tracked | None, count: int) -> admission.Load:
+        return admission.load(
+            self._planner,
+            tracked,
+            request.num_computed_tokens,
+            request.num_tokens,
+            self._output_length.left(request.num_output_tokens, request.max_tokens),
+            self._scheduler.scheduler_config.max_num_batched_tokens,
+            budget_of(request),
+            count,
+        )
+
+
+def budget_of(request: Request) -> RequestBudget | None:
+    """The budget of a request; None: the configured one."""
+    budget: RequestBudget | None = getattr(request, "kv_compress_budget", None)
+    return budget

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the planner knows of one compressible request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.records.plan import Trigger
+from kvcompress_vllm.scheduling.echo import Unscored
+from kvcompress_vllm.scheduling.sizes import NEVER, NOTHING, Sizes
+
+
+@dataclass
+class Tracked:
+    """One compressible request, from admission on."""
+
+    request_id: str
+    state_slot: int
+    sizes: Sizes
+    """Of its budget. Once a mass budget was scored, it expects of the next what this one was."""
+    due_at: int
+    """Compressed once so many of its tokens are computed."""
+    prefill_end: int = 0
+    """Tokens that its prefill computes."""
+    observe_slot: int | None = None
+    """Held from shortly before a compression until it is carried out."""
+    packing: Packing = NOTHING
+    """As it is packed now; C is 0 until the first compression."""
+    accumulated: int = 0
+    """Tokens whose queries the running statistics count; a policy that judges by all queries."""
+    known: int = 0
+    """Blocks whose keys have running statistics."""
+    counted: int = 0
+    """Queries counted in them."""
+    ratio: float | None = None
+    """Of the compression that is under way, where the pool ran short; None: its usual budget."""
+    trigger: Trigger = "decode"
+    """Of the compression that comes next."""
+    usual_due: int = NEVER
+    """``due_at`` as it was before the pool ran short."""
+    curve: LossCurve | None = None
+    """Of its latest compression, once the worker has reported it."""
+    scored_at: int = 0
+    """``due_at`` for which its loss curve was asked for; a mass budget."""
+    decided: int | None = None
+    """C of the compression that comes next, once that curve was seen."""
+    unscored: Unscored = field(default_factory=Unscored)
+    """Where echo scores are stored: its keys without one."""
+    listen_slot: int | None = None
+    """Observation slot that it holds to have scored what it decodes; the same as ``observe_slot``
+    once it has that."""
+    listened: int = 0
+    """Tokens up to which that was done."""
+
+    @property
+    def budget(self) -> RequestBudget:
+        return self.sizes.budget
+
+    @property
+    def covered(self) -> int:
+        return self.packing.covered
+
+    @property
+    def kept(self) -> int:
+        return self.packing.kept
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether the compression that comes next interrupts the prefill, or ends it."""
+        return self.due_at <= self.prefill_end
+
+    @property
+    def awaits_curve(self) -> bool:
+        """Whether C can only be told from a loss curve. What a peak forces, or goes beyond the
+        budget because the pool runs short, does not wait for one."""
+        return (
+            self.observe_slot is not None
+            and self.decided is None
+            and self.budget.mass is not None
+            and self.ratio is None
+            and (self.due_at >= self.prefill_end or self.due_at == self.budget.context_tokens)
+        )
+
+    def target(self) -> Packing:
+        """Of the compression that it awaits; with a mass budget as expected of it, until known."""
+        if self.decided is not None:
+            return Packing(self.due_at // self.sizes.limits.block_size, self.decided)
+        return self.sizes.packed_at(self.due_at, self.prefill_end, self.ratio)
+
+    def gain(self, num_tokens: int, ratio: float | None = None) -> int:
+        """Blocks that a compression at ``num_tokens`` tokens would give back.
+
+        Args:
+            ratio: compress at least so much.
+        """
+        return self.packing.gives_back(self.sizes.packed(num_tokens, ratio))

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many blocks a request keeps at any length, and when it has outgrown that."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.records.packing import Packing
+
+NEVER = 1 << 62
+"""Token count at which nothing ever is due."""
+
+MOST_REMEMBERED = 100_000
+"""Sizes that are kept at hand for one budget."""
+
+MOST_BUDGETS = 1000
+"""Budgets whose sizes are kept at hand; requests may come with any number of them."""
+
+NOTHING = Packing()
+
+
+class Limits(NamedTuple):
+    """What holds for all requests of an engine."""
+
+    block_size: int
+    """B, tokens per block."""
+    max_tokens: int
+    """Longest possible request, prompt and output."""
+    interval: int
+    """Blocks by which a generation outgrows its budget before it is compressed again."""
+    decode: bool
+    """Whether generations are compressed."""
+    peak_blocks: int | None
+    """Blocks that a request may hold during its prefill; None: all of them."""
+
+    @classmethod
+    def of(cls, config: KVCompressConfig, block_size: int, max_tokens: int) -> Limits:
+        """Those of a configuration."""
+        peak = config.prefill_peak_tokens
+        blocks = None if peak is None else peak // block_size
+        return cls(block_size, max_tokens, config.interval, config.decode, blocks)
+
+
+class Sizes:
+    """(F, C) of one budget in one engine. Asked for every request on every step."""
+
+    def __init__(self, budget: RequestBudget, limits: Limits) -> None:
+        self.budget = budget
+        self.limits = limits
+        self._kept: dict[tuple[int, float | None], int] = {}
+
+    def packed(self, num_tokens: int, ratio: float | None = None) -> Packing:
+        """Of a compression at ``num_tokens`` tokens; of a mass, as expected.
+
+        Args:
+            ratio: compress at least so much.
+        """
+        covered = num_tokens // self.limits.block_size
+        if num_tokens < self.budget.min_prompt_tokens:
+            return Packing(covered, covered)
+        key = covered, ratio
+        if key not in self._kept:
+            if len(self._kept) >= MOST_REMEMBERED:
+                self._kept.clear()
+            self._kept[key] = self.budget.packed_blocks(num_tokens, self.limits.block_size, ratio)
+        return Packing(covered, self._kept[key])
+
+    def floor(self, covered: int = 0) -> int:
+        """Pages that every head keeps of ``covered`` blocks."""
+        return self.budget.floor_pages(self.limits.block_size, covered)
+
+    def packed_at(self, due_at: int, prefill_end: int, ratio: float | None = None) -> Packing:
+        """As ``packed``; of a compression that interrupts the prefill, within half of the peak."""
+        packing = self.packed(due_at, ratio)
+        if self.limits.peak_blocks is None or due_at >= prefill_end:
+            return packing
+        covered, kept = packing
+        if self.budget.context_tokens != due_at:
+            # What the whole prompt may keep need not go yet; of a mass that may be all.
+            whole = self.packed(prefill_end, ratio).kept
+            kept = covered if self.budget.mass is not None else max(kept, whole)
+        return Packing(covered, self.within_peak(covered, kept))
+
+    def within_peak(self, covered: int, kept: int) -> int:
+        """C of a compression that interrupts the prefill: at most half of the peak, and room for
+        the floor."""
+        if self.limits.peak_blocks is not None:
+            kept = max(min(kept, self.limits.peak_blocks // 2), self.floor(covered))
+        return min(covered, kept)
+
+    def outgrown_at(self, packing: Packing = NOTHING) -> int:
+        """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
+
+        Args:
+            packing: as it is packed so far.
+        """
+        interval, size = self.limits.interval, self.limits.block_size
+        if not self.limits.decode:
+            return NEVER
+        # From the shortest compressible request on, the excess grows by at most one block per
+        # block, so these strides cannot miss the place.
+        full = max(packing.covered, -(-self.budget.min_prompt_tokens // size))
+        while full * size <= self.limits.max_tokens:
+            excess = packing.gives_back(self.packed(full * size))
+            if excess >= interval:
+                return full * size
+            full += interval - excess
+        return NEVER
+
+    @cached_property
+    def first_outgrown(self) -> int:
+        """``outgrown_at`` of a request that is not packed."""
+        return self.outgrown_at()
+
+    def after_interval(self, num_tokens: int) -> int:
+        """Tokens at which a request has ``interval`` blocks more; NEVER where ``decode`` is off."""
+        if not self.limits.decode:
+            return NEVER
+        return num_tokens + self.limits.interval * self.limits.block_size
+
+    def interrupted_at(self, packing: Packing, now: int, prefill_end: int) -> int:
+        """Tokens at which a compression interrupts a prefill after ``now`` tokens; may be NEVER.
+
+        Args:
+            packing: as the request is packed so far.
+        """
+        size, peak = self.limits.block_size, self.limits.peak_blocks
+        marks = []
+        if self.budget.context_tokens is not None:
+            marks.append(self.budget.context_tokens)
+        if peak is not None and self.packed(prefill_end).gains:
+            marks.append((peak + packing.covered - packing.kept) * size)
+        return min(
+            (
+                mark
+                for mark in marks
+                if now < mark < prefill_end
+                and packing.gives_back(self.packed_at(mark, prefill_end)) > 0
+            ),
+            default=NEVER,
+        )
+
+    def first_due(self, num_tokens: int) -> int:
+        """Tokens at which a request whose prefill computes ``num_tokens`` is compressed first."""
+        interrupted_at = self.interrupted_at(NOTHING, 0, num_tokens)
+        if interrupted_at < num_tokens:
+            return interrupted_at
+        return num_tokens if self.packed(num_tokens).gains else self.first_outgrown
+
+    def next_due(self, packing: Packing, now: int, prefill_end: int) -> int:
+        """When a request that was compressed at ``now`` tokens is compressed again."""
+        if now < prefill_end:
+            interrupted_at = self.interrupted_at(packing, now, prefill_end)
+            if interrupted_at < prefill_end:
+                return interrupted_at
+            if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval:
+                return prefill_end
+        return self.outgrown_at(packing)
+
+
+class Budgets:
+    """The sizes of all budgets that requests come with; equal budgets share theirs.
+
+    Args:
+        configured: of requests that ask for nothing.
+    """
+
+    def __init__(self, configured: RequestBudget, limits: Limits) -> None:
+        self._configured, self._limits = Sizes(configured, limits), limits
+        self._sizes: dict[RequestBudget, Sizes] = {}
+
+    def sizes(self, budget: RequestBudget | None) -> Sizes:
+        """Those of a budget; None: of the configured one."""
+        if budget is None or budget == self._configured.budget:
+            return self._configured
+        if budget not in self._sizes:
+            if len(self._sizes) >= MOST_BUDGETS:
+                self._sizes.clear()
+            self._sizes[budget] = Sizes(budget, self._limits)
+        return self._sizes[budget]
+
+
+def check_peak(config: KVCompressConfig, sizes: Sizes) -> None:
+    """Refuse a peak that leaves no room for what every head keeps.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    peak, floor = sizes.limits.peak_blocks, sizes.floor()
+    if peak is not None and peak // 2 < floor:
+        raise ValueError(
+            f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half of "
+            f"it must hold the {floor * sizes.limits.block_size} tokens that every head keeps "
+            "(sinks, recent, min_tokens_per_head)"
+        )

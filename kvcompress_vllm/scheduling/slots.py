@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbered places of the workers' tables: state slots, and places in the observation ring."""
+
+from __future__ import annotations
+
+from kvcompress_vllm.config.options import KVCompressConfig
+
+
+class Slots:
+    """The numbers below ``count``; true while one is free."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(range(count - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free one, from now on taken."""
+        return self._free.pop()
+
+    def give(self, slot: int) -> None:
+        """Give back what was taken."""
+        self._free.append(slot)
+
+
+def num_observe_slots(
+    config: KVCompressConfig,
+    max_batched_tokens: int,
+    max_requests: int,
+    cache_tokens: int,
+    group: int,
+) -> int:
+    """Observation slots of an engine; scheduler and workers compute the same number.
+
+    At most ``max_batched_tokens / min_prompt_tokens`` prompts can end in one step, and as many may
+    still wait for their packed blocks; requests beyond that wait their turn. The ring must not eat
+    what compression saves: it takes at most a hundredth of the KV cache.
+
+    Args:
+        max_batched_tokens: tokens in a step.
+        max_requests: requests in a step.
+        cache_tokens: tokens that the KV cache holds.
+        group: G, query heads per KV head.
+    """
+    per_step = -(-max_batched_tokens // config.min_prompt_tokens) + 1
+    # A slot holds ring * G queries per KV head; a token of the cache is a K and a V vector.
+    affordable = cache_tokens * 2 // (RING_SHARE * config.ring * group)
+    return max(FEWEST_OBSERVE_SLOTS, min(2 * per_step, max_requests, affordable))
+
+
+RING_SHARE = 100
+"""The ring takes at most one in so many bytes of the KV cache."""
+
+FEWEST_OBSERVE_SLOTS = 4
+"""With fewer, prompts would wait for each other even on a tiny cache."""

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is accepted, how sizes are remembered, and compressions inside a prompt, in the planner."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.records.budget import KEEP_ALL, Wish
+from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.records.report import Scored
+from kvcompress_vllm.scheduling import sizes as sizes_module
+from kvcompress_vllm.scheduling.need import blocks_needed
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.sizes import Limits, Sizes
+
+B = 16
+
+
+def sizes(wish: Wish | None = None, **options: object) -> Sizes:
+    config = KVCompressConfig.from_dict({"policy": "kv_compress", **options})
+    return Sizes(resolve(config, wish), Limits.of(config, B, 2048))
+
+
+@pytest.mark.parametrize(
+    ("options", "wish", "blocks"),
+    [
+        ({}, None, 75),  # 32 are kept: 2 * 32 + 8 + 1, and 2
+        ({"prefill_peak_tokens": None}, None, 128),
+        ({"decode": False}, None, 128),
+        ({}, KEEP_ALL, 128),
+        ({}, Wish(protect=((0, 400),)), 128),  # leaves less than the peak of 16
+        ({}, Wish(protect=((0, 200),)), 75),
+        ({"mass": 0.9}, None, 128),
+        ({"mass": 0.9, "min_ratio": 4}, None, 75),
+        ({"ratio": None, "budget_tokens": 128}, None, 27),  # 8 + 8 + 8 + 1, and 2
+        ({"ratio": None, "budget_tokens": 128, "interval": 1}, None, 26),  # 16 + 8, and 2
+        ({"ratio": None, "budget_tokens": 128, "min_prompt_tokens": 640}, None, 51),
+        ({"ratio": None, "budget_tokens": 128, "recent": 150}, None, 31),  # 10 are kept
+        ({"ratio": 1.02}, None, 128),
+    ],
+)
+def test_blocks_with_which_a_request_finishes_alone(
+    options: dict, wish: Wish | None, blocks: int
+) -> None:
+    if "mass" not in options:
+        options = {"ratio": 4, **options}
+    needed = blocks_needed(sizes(wish, **{"prefill_peak_tokens": 256, **options}), 8, 2048)
+    assert needed == blocks
+
+
+def test_the_arithmetic_of_a_packing() -> None:
+    packing = Packing(10, 3)
+    assert packing.held(12) == 5 and packing.candidates(14) == 7
+    assert packing.gives_back(Packing(14, 4)) == 3 and packing.gains
+    assert not Packing(3, 3).gains
+
+
+def test_sizes_and_budgets_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes_module, "MOST_REMEMBERED", 3)
+    monkeypatch.setattr(sizes_module, "MOST_BUDGETS", 3)
+    one = sizes(ratio=4)
+    assert [one.packed(n * B) for n in range(10, 30)] == [
+        Packing(n, -(-n // 4)) for n in range(10, 30)
+    ]
+    assert len(one._kept) <= 3
+    planner = CompressionPlanner(KVCompressConfig(ratio=4), B, 2, 2, 2048)
+    for ratio in range(2, 20):
+        budget = resolve(planner.config, Wish(ratio=float(ratio)))
+        assert planner.sizes(budget) is planner.sizes(budget)
+        assert planner.sizes(budget).packed(1600).kept == -(-100 // ratio)
+    assert len(planner._budgets._sizes) <= 3
+    assert planner.sizes(resolve(planner.config)) is planner.sizes()
+
+
+def test_what_a_peak_forces_of_a_mass_keeps_half_of_it() -> None:
+    of_mass, of_ratio = sizes(mass=0.9, prefill_peak_tokens=320), sizes(prefill_peak_tokens=320)
+    assert of_mass.first_due(1600) == of_ratio.first_due(1600) == 320
+    assert of_mass.packed_at(320, 1600) == of_ratio.packed_at(320, 1600) == Packing(20, 10)
+    # Of a ratio no more than the whole prompt may keep.
+    assert of_mass.packed_at(320, 400) == Packing(20, 10)
+    assert of_ratio.packed_at(320, 400) == Packing(20, 7)
+    assert sizes(Wish(protect=((0, 240),)), prefill_peak_tokens=320).within_peak(20, 3) == 16
+
+
+def before_a_question(**options: object) -> CompressionPlanner:
+    config = KVCompressConfig.from_dict({"mass": 0.9, "window": 8, **options})
+    p = CompressionPlanner(config, B, 4, 4, 4096)
+    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)))
+    return p
+
+
+def test_a_prompt_stops_until_its_curve_is_back() -> None:
+    p = before_a_question(interval=4)
+    assert p.chunk("a", 512, 512) == 288
+    (a,) = p.to_score({"a": 800})
+    assert p.due({"a": 800}) == [] and p.chunk("a", 800, 200) == 0
+    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 20, 50], [0.5, 0.1, 0.0])))
+    assert p.chunk("a", 800, 200) == 200, "it goes on if the pool has no room for the copy"
+    assert p.due({"a": 800}) == [a] and a.target() == Packing(50, 20)
+    p.compressed("a", 800)
+    assert a.due_at == 1000 and a.observe_slot is not None and a.trigger == "prefill"
+
+
+def test_a_context_without_anything_to_gain_is_read_on() -> None:
+    p = before_a_question()
+    (a,) = p.to_score({"a": 800})
+    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    assert a.decided is None and a.kept == 0 and p.chunk("a", 800, 300) == 200
+    # The end of the prompt is the next chance; after that it is a generation.
+    assert a.due_at == 1000 and p.observe_slots_used() == 1 and a.trigger == "prefill"
+    assert p.to_score({"a": 1000}) == [a]
+    p.scored(Scored("a", a.state_slot, 1000, LossCurve([2, 61, 62], [1.0, 0.5, 0.0])))
+    assert a.due_at > 1000 and p.observe_slots_used() == 0 and a.trigger == "decode"
+
+
+def test_what_was_computed_while_a_compression_waited_is_not_taken_for_observed() -> None:
+    config = KVCompressConfig(ratio=4, window=8, prefill_peak_tokens=320)
+    p = CompressionPlanner(config, B, 4, 4, 4096)
+    p.admit("a", 2000)
+    a = p.requests["a"]
+    p.compressed("a", a.due_at)
+    on_time = a.due_at
+    assert on_time == 480
+    p.compressed("a", 900)
+    assert a.due_at == 908 and a.accumulated == 900 and p.observe("a", 900, 8) is not None
+    p.compressed("a", 1995)
+    assert a.due_at >= 1995 + 8 and a.observe_slot is None, "the prompt ends before"
+
+
+def test_half_of_a_peak_holds_what_every_head_keeps() -> None:
+    CompressionPlanner(KVCompressConfig(prefill_peak_tokens=256, recent=124), B, 2, 2, 2048)
+    with pytest.raises(ValueError, match="half of it must hold the 144 tokens that every head"):
+        CompressionPlanner(KVCompressConfig(prefill_peak_tokens=256, recent=125), B, 2, 2, 2048)
