@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Channels of attention_statistics and, after them, of key_statistics: one numbering, bits of the
-// ops' masks. What each is: kvcompress_vllm/ops/reference.py.
+// Channels of attention_statistics, of key_statistics and, last, what echo_scores stored: one
+// numbering, bits of the ops' masks. What each is: kvcompress_vllm/ops/reference.py.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,16 @@ enum Channel {
   kMeanSquares,
   kEntropy,
   kLast,
+  kMaximum,
   kNorm,
-  kLikeness
+  kLikeness,
+  kValueNorm
 };
 constexpr int kNumAttentionChannels = kNorm;
 
 // The bits that each op knows.
 constexpr int64_t kAttentionChannels = (1 << kNumAttentionChannels) - 1;
-constexpr int64_t kKeyChannels = 1 << kNorm | 1 << kLikeness;
+constexpr int64_t kKeyChannels = 1 << kNorm | 1 << kLikeness | 1 << kValueNorm;
 
 // How many channels a mask selects.
 inline int64_t count_channels(int64_t channels) {

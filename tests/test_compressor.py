@@ -85,7 +85,7 @@ class Paged:
         self.state = PackedState(
             num_blocks=200, num_layers=L, num_kv_heads=H, num_query_heads=H * G, head_size=D,
             state_slots=4, observe_slots=2, window=W, dtype=torch.float32,
-            device=torch.device("cpu"),
+            device=torch.device("cpu"), echo=True,
         )  # fmt: skip
         self.pages = torch.full((200 * SLOTS, B, 2 * D), float("nan"))
         self.compressor = Compressor(config, self.state, self.pages, D**-0.5)
@@ -99,6 +99,8 @@ class Paged:
                 self.row.append(self.free.pop())
             page = self.row[-1] * SLOTS + torch.arange(SLOTS)
             self.pages[page, self.num_tokens % B] = vector
+            # Any number that goes with its key will do for one.
+            self.state.echo[page, self.num_tokens % B] = vector[:, D].sigmoid()
             self.num_tokens += 1
 
     def compress(self, queries: torch.Tensor, kept: int) -> list[Report]:

@@ -63,6 +63,7 @@ def peak(policy: str, again: bool) -> tuple[int, int]:
     state = PackedState(
         num_blocks=2 * BLOCKS, num_layers=L, num_kv_heads=H, num_query_heads=H * G, head_size=D,
         state_slots=2, observe_slots=1, window=8, dtype=torch.bfloat16, device=torch.device("cpu"),
+        echo=True, block_size=B,
     )  # fmt: skip
     state.ring.normal_()
     pages = torch.empty(2 * BLOCKS * L * H, B, 2 * D, dtype=torch.bfloat16).normal_()

@@ -196,9 +196,9 @@ inline void scale(float* values, int64_t count, float factor) {
 template <bool kEntropies>
 inline void statistics_of_heads(const StatisticsTile& s, int64_t k) {
   const IntVec key = IntVec{} + static_cast<int32_t>(k);
-  const bool by_head = s.out[kHeadSumSquares] != nullptr;
+  const bool by_head = s.out[kHeadSumSquares] != nullptr, highest = s.out[kMaximum] != nullptr;
   float head_squares = 0;
-  Vec total = {}, squares = {}, entropy = {};
+  Vec total = {}, squares = {}, entropy = {}, top = {};
   for (int64_t g = 0; g < s.group; ++g) {
     Vec head = {};
     for (int64_t i = 0; i < s.query_panels * kPanel; i += KVC_LANES) {
@@ -211,6 +211,7 @@ inline void statistics_of_heads(const StatisticsTile& s, int64_t k) {
       store(lanes, p);
       head += p;
       squares += p * p;
+      if (highest) top = (p > top) | (p != p) ? p : top;  // NaN stays
       if (kEntropies) {
         // log2 p without a logarithm per key; p is 0 below the bound, so any finite number does.
         const Vec lowest = Vec{} - 127.0f;
@@ -228,6 +229,11 @@ inline void statistics_of_heads(const StatisticsTile& s, int64_t k) {
   if (s.out[kSumSquares]) s.out[kSumSquares][k] = add_lanes(squares);
   if (by_head) s.out[kHeadSumSquares][k] = head_squares;
   if (kEntropies) s.out[kEntropy][k] = add_lanes(entropy) / kLog2E;
+  if (highest) {
+    float most = 0;
+    for (int i = 0; i < KVC_LANES; ++i) most = top[i] > most || top[i] != top[i] ? top[i] : most;
+    s.out[kMaximum][k] = most;
+  }
 }
 
 // What needs the mean over the group, from the probabilities.

@@ -42,8 +42,8 @@ __device__ __forceinline__ bool has_channel(uint32_t channels, Channel channel) 
 }
 
 // Sums over the query rows for one key per thread. Thread `key` of the first kKeys keeps SUM,
-// SUM_SQUARES, LOW_COUNT, MEAN_SQUARES and LAST, thread kKeys + key HEAD_SUM_SQUARES and ENTROPY;
-// further threads idle. The rarer channels have loops of their own, so that they cost nothing
+// SUM_SQUARES, LOW_COUNT, MEAN_SQUARES and LAST, thread kKeys + key HEAD_SUM_SQUARES, ENTROPY and
+// MAXIMUM; further threads idle. The rarer channels have loops of their own, so that they cost nothing
 // where they are not asked for.
 class ChannelSums {
  public:
@@ -89,6 +89,7 @@ class ChannelSums {
     } else if (threadIdx.x < 2 * kKeys) {
       put(kHeadSumSquares, squares_);
       put(kEntropy, sum_ / kLog2E);
+      put(kMaximum, last_);
     }
   }
 
@@ -158,10 +159,17 @@ class ChannelSums {
           sum_ -= p * __log2f(fmaxf(p, 1e-37f));
         }
       }
+      if (has_channel(channels, kMaximum)) {
+#pragma unroll
+        for (int row = 0; row < queries * group; ++row) {
+          const float p = column[row * kStride];
+          if (p > last_ || p != p) last_ = p;  // NaN stays
+        }
+      }
     }
   }
 
-  // ENTROPY in base 2 and HEAD_SUM_SQUARES share registers with SUM and SUM_SQUARES.
+  // ENTROPY in base 2, HEAD_SUM_SQUARES and MAXIMUM share registers with SUM, SUM_SQUARES and LAST.
   float sum_ = 0.f, squares_ = 0.f, mean_squares_ = 0.f, last_ = 0.f;
   int low_ = 0;
 };

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.config.rules import printable
@@ -124,6 +126,14 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
                 f"{pages.tolist()}, first pages "
                 f"{state.first_page[row.state_slot].flatten().tolist()}"
             )
+        if state.echo is not None:
+            by_block = state.echo.view(-1, layers * heads, state.echo.shape[1])
+            scores = by_block[torch.tensor(row.packed_blocks, device=by_block.device)]
+            if not bool(((scores >= 0) & (scores <= 1)).all()):
+                raise RuntimeError(
+                    f"kv_compress: {row.request_id} has echo scores from {float(scores.min())} to "
+                    f"{float(scores.max())}; they are probabilities"
+                )
         if int(state.covered[row.state_slot]) != row.covered:
             raise RuntimeError(
                 f"kv_compress: {printable(row.request_id)} covers {row.covered} blocks, the "

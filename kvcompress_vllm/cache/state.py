@@ -34,6 +34,9 @@ class PackedState:
             sums so far of their channels (at most three) and, last, how many queries were counted.
             Written for pages of one request only: it computed them itself, and nobody who shares
             them writes here.
+        echo: ``[P, B]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
+            the prefix cache hands to others they are valid where the scheduler says so
+            (``scheduling/segments.py``); where a request wrote none, zeroed before they are read.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class PackedState:
         dtype: torch.dtype,
         device: torch.device,
         running: bool = False,
+        echo: bool = False,
         block_size: int = 16,
     ) -> None:
         heads = (state_slots, num_layers, num_kv_heads)
@@ -72,6 +76,9 @@ class PackedState:
             self.running = torch.zeros(
                 pages, block_size, RUNNING, dtype=torch.float32, device=device
             )
+        self.echo: Tensor | None = None
+        if echo:
+            self.echo = torch.zeros(pages, block_size, dtype=torch.float32, device=device)
         self._first_block: dict[int, int] = {}
 
     @property
@@ -92,8 +99,7 @@ class PackedState:
     def num_bytes(self) -> int:
         """Memory beside the KV cache, in bytes."""
         tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
-        if self.running is not None:
-            tensors.append(self.running)
+        tensors += [stored for stored in (self.running, self.echo) if stored is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def state_slots(self, block_table: Tensor) -> Tensor:

@@ -273,6 +273,8 @@ class Compressor:
         moved = [self.pages]
         if due.items[0].observed is not None and state.running is not None:
             moved.append(state.running)
+        if state.echo is not None and ops.ECHO in due.policy.channels:
+            moved.append(state.echo.unsqueeze(-1))
         for _, part, kept_pages, kept_first, kept_keys in chosen:
             new_blocks = batch.padded_rows([item.new_blocks for item in part.items], self.device)
             for pages in moved:

@@ -32,8 +32,8 @@ def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
     )
     candidates = batch.covered, batch.page_start, batch.num_pages
     parts: list[Tensor] = []
-    of_keys = channels & ops.KEY_CHANNELS
-    if of_attention := channels & ~of_keys:  # refuses what nobody knows
+    of_keys, stored = channels & ops.KEY_CHANNELS, channels & ops.STORED_CHANNELS
+    if of_attention := channels & ~(of_keys | stored):  # refuses what nobody knows
         observed = batch.items[0].observed
         num_queries = [
             item.observed.num_queries
@@ -55,10 +55,35 @@ def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
         )
     if of_keys:
         parts.append(ops.key_statistics(*pages, *candidates, of_keys))
+    if stored:
+        parts.append(_echo(rank, batch)[None])
     if not parts:
         shape = (0, batch.num_pages, rank.block_size)
         return torch.empty(shape, dtype=torch.float32, device=device)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
+    """``[pages, B]`` echo scores of the candidates, zero where a key never got one.
+
+    What was never written is cleared, not masked: it moves with the keys.
+
+    Raises:
+        RuntimeError: nobody stored any.
+    """
+    scores = rank.state.echo
+    if scores is None:
+        raise RuntimeError("kv_compress: no echo scores are stored for this policy")
+    by_block = scores.view(-1, rank.slots, rank.block_size)
+    for item in batch.items:
+        blank = [position for start, end in item.unscored for position in range(start, end)]
+        if blank:
+            blocks = [item.old_blocks[position // rank.block_size] for position in blank]
+            offsets = [position % rank.block_size for position in blank]
+            place = to_device([blocks, offsets], torch.int64, scores.device)
+            by_block[place[0], :, place[1]] = 0
+    pages = [_pages(rank, item, row)[0] for item, row in zip(batch.items, batch.rows, strict=True)]
+    return scores[torch.cat(pages)]
 
 
 def add_up(
@@ -106,7 +131,16 @@ def _candidates(
         ``[pages]`` page ids; ``[pages, B]`` tokens after each key, a lower bound for keys that were
         packed before; ``[pages]`` bool, whether a page has running statistics.
     """
-    state, device, block_size = rank.state, rank.pages.device, rank.block_size
+    device, block_size = rank.pages.device, rank.block_size
+    pages, block = _pages(rank, item, row)
+    position = block[:, None] * block_size + torch.arange(block_size, device=device)
+    return pages, item.num_tokens - 1 - position, block < observed.known
+
+
+def _pages(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]:
+    """``[pages]`` page ids of a request's candidates, in the order of the statistics ops, and the
+    block of each in the row's own count: packed pages stand for some block before them."""
+    state, device = rank.state, rank.pages.device
     slots, fresh = rank.slots, item.covered - item.old_covered
     index = torch.arange(slots, device=device)
     if item.old_kept:
@@ -119,7 +153,5 @@ def _candidates(
     begin = layout.first_candidate(first, index, fresh)
     j = torch.arange(total, device=device) - begin[head]
     pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, slots, j)
-    # In the row's own count of blocks; packed pages stand for some block before them.
     block = torch.where(j < packed[head], item.old_covered - 1, item.old_covered + j - packed[head])
-    position = block[:, None] * block_size + torch.arange(block_size, device=device)
-    return pages, item.num_tokens - 1 - position, block < observed.known
+    return pages, block

@@ -24,6 +24,8 @@ from kvcompress_vllm.config.rules import (
     shown,
     unknown,
 )
+from kvcompress_vllm.ops.channels import ECHO
+from kvcompress_vllm.scheduling.segments import DECODED
 
 DEFAULT_RATIO = 4.0
 ALLOCATORS = ("global", "layer", "uniform")
@@ -103,6 +105,12 @@ class KVCompressConfig:
         "policies that judge by all queries observe every so-many-th one; 1 is exact, 0 leaves "
         "them with the last window",
         *_or_auto(integer(0, 4096)),
+    )
+    echo_distance: int = option(
+        512,
+        "positions between a token and its repetition, as policies imagine it that read echo "
+        "scores",
+        *integer(1, 1 << 20),
     )
     recent: int = option(AUTO, "last prompt tokens that are always kept", *_or_auto(integer(0)))
     sinks: int = option(4, "first prompt tokens that are always kept", *integer(0))
@@ -232,6 +240,29 @@ class KVCompressConfig:
         if isinstance(self.allow_policies, bool):
             return policies.names() if self.allow_policies else (self.policy,)
         return tuple(dict.fromkeys((self.policy, *self.allow_policies)))
+
+    @property
+    def stores_echo(self) -> bool:
+        """Whether a policy that may be used reads echo scores: they are stored with the cache."""
+        return any(map(self.reads_echo, self.allowed_policies()))
+
+    @property
+    def listens(self) -> bool:
+        """Whether what requests decode gets echo scores, too."""
+        return self.stores_echo and self.decode
+
+    @property
+    def ring(self) -> int:
+        """Queries that an observation slot holds: the window, or whole segments."""
+        return -(-self.window // DECODED) * DECODED if self.listens else self.window
+
+    def reads_echo(self, name: str | None = None) -> bool:
+        """Whether a policy reads echo scores; None: the configured one. False of one that cannot
+        be used."""
+        try:
+            return ECHO in self.with_policy(name).create_policy().channels
+        except ValueError:
+            return False
 
     def create_policy(self) -> policies.Policy:
         """The policy with its options."""

@@ -26,12 +26,14 @@ from kvcompress_vllm.ops.channels import (
     ENTROPY,
     HEAD_SUM_SQUARES,
     KEY_CHANNELS,
+    LAST,
     LIKENESS,
     LOW_COUNT,
     MEAN_SQUARES,
     NORM,
     SUM,
     SUM_SQUARES,
+    VALUE_NORM,
 )
 
 
@@ -141,6 +143,7 @@ def attention_statistics(
         MEAN_SQUARES      sum over q of (mean over g of p)^2
         ENTROPY           sum over q, g of -p log p, in nats
         LAST              sum over g of p, for the last query alone
+        MAXIMUM           the highest p of any q and g
 
     Candidates are the whole pages up to ``new_covered``: packed pages, then full tail pages. Those
     of (r, l, h) start at output page ``page_start[r] + first_page + (l * H + h) * (new_covered -
@@ -229,18 +232,19 @@ def key_statistics(
 ) -> Tensor:
     """What each key is, whatever attends to it, over all layers and heads.
 
-    With the keys k of one head (tail included), after RoPE, per candidate key:
+    With the keys k of one head (tail included), after RoPE, and their values v, per candidate key:
 
-        NORM      |k_j|, the L2 norm (arXiv 2406.11430)
-        LIKENESS  cos(k_j, mean over i of k_i / |k_i|), the cosine to the mean direction of the
-                  head's keys (KeyDiff, arXiv 2504.15364)
+        NORM        |k_j|, the L2 norm (arXiv 2406.11430)
+        LIKENESS    cos(k_j, mean over i of k_i / |k_i|), the cosine to the mean direction of the
+                    head's keys (KeyDiff, arXiv 2504.15364)
+        VALUE_NORM  |v_j|, the L2 norm of the value
 
     All in fp32, whatever the dtype of the cache. A key whose squares sum up to zero has no
     direction: it is left out of the mean, and its LIKENESS is 0; so is that of all keys if the
     directions themselves sum up to zero.
 
     Args:
-        pages: ``[P, B, 2 * D]``, of which the values are not read.
+        pages: ``[P, B, 2 * D]``; keys or values that no channel needs are not read.
         new_covered, page_start, num_candidate_pages: as for :func:`attention_statistics`.
         channels: part of the mask :data:`KEY_CHANNELS`; the others are not computed.
 
@@ -264,12 +268,21 @@ def key_statistics(
     )
     for r, (seq_len, slot, new_f, start) in enumerate(rows):
         for layer, head in product(range(layers), range(heads)):
-            keys = _keys(
-                pages, block_table[r], seq_len, slot, num_pages, first_page, covered, layer, head
-            )[:, :head_size].float()
+            keys, values = (
+                _keys(
+                    pages, block_table[r], seq_len, slot, num_pages, first_page, covered, layer,
+                    head,
+                )
+                .float()
+                .split(head_size, -1)
+            )  # fmt: skip
             norms, directions = _directions(keys)
             _, mean = _directions(directions.sum(0))  # of a mean, the count is no matter
-            channel = {NORM: norms[:, 0], LIKENESS: (directions * mean).sum(-1)}
+            channel = {
+                NORM: norms[:, 0],
+                LIKENESS: (directions * mean).sum(-1),
+                VALUE_NORM: _directions(values)[0][:, 0],
+            }
             place, count = _candidates(
                 start, slot, num_pages, first_page, covered, new_f, layer, head, block_size
             )
@@ -341,7 +354,7 @@ def echo_scores(
             held = torch.arange(begin, end, device=query.device) + (packed - old_f) * block_size
             sinks, key = keys[: min(num_sinks, int(held[-1]) + 1)], keys[held]
             q1 = query[token : token + n, head * group : (head + 1) * group].float()
-            q2 = _rotated(q1, rotation, interleaved).to(query.dtype).float()
+            q2 = rotated(q1, rotation, interleaved).to(query.dtype).float()
             echo = torch.einsum("qgd,kd->gqk", q2, key) * scale
             sink = torch.einsum("qgd,kd->gqk", q2, sinks) * scale
             past = torch.einsum("qgd,kd->gqk", q1, key) * scale
@@ -558,8 +571,8 @@ def _keys(
     return pages[ids].flatten(0, 1)[:n]
 
 
-def _rotated(vectors: Tensor, rotation: Tensor, interleaved: bool) -> Tensor:
-    """``[..., D]``: each pair of dimensions turned by its angle, see :func:`echo_scores`."""
+def rotated(vectors: Tensor, rotation: Tensor, interleaved: bool) -> Tensor:
+    """``[..., D]``: each pair of dimensions turned by its angle; see :func:`echo_scores`."""
     pairs = rotation.shape[0]
     turned = vectors.clone()
     if interleaved:
@@ -593,7 +606,9 @@ def _channel(channel: int, p: Tensor, hidden: Tensor) -> Tensor:
         return p.mean(0).square().sum(0)
     if channel == ENTROPY:
         return p.xlogy(p).sum((0, 1)).neg()
-    return p[:, -1:].sum((0, 1))
+    if channel == LAST:
+        return p[:, -1:].sum((0, 1))
+    return p.amax((0, 1)) if p.shape[1] else p.new_zeros(p.shape[2])
 
 
 def _hidden(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

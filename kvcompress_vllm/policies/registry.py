@@ -25,6 +25,7 @@ ENTRY_POINTS = "kvcompress_vllm.policies"
 BUILT_IN: dict[str, str] = {
     "kv_compress": "kv_compress:KVCompress",
     "diverse": "diverse:Diverse",
+    "echo": "echo:Echo",
     "roco": "roco:RoCo",
     "cake": "cake:Cake",
     "scissorhands": "scissorhands:Scissorhands",

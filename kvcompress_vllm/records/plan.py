@@ -52,6 +52,8 @@ class Accumulation:
     """Whose statistics; None: of the configured one."""
     observed: Observed | None = field(default=None, kw_only=True)
     """What the observation slot holds; None: the last ``window`` queries."""
+    unscored: Ranges = field(default=(), kw_only=True)
+    """Positions ``[start, end)`` of candidates whose keys have no echo score."""
 
     @property
     def old_packing(self) -> Packing:
@@ -111,6 +113,26 @@ Judged = Scoring | Compression
 """Requests whose keys are scored."""
 
 
+class Span(NamedTuple):
+    """Tokens ``[first, end)`` of a request, which a step computes and scores."""
+
+    request_id: str
+    first: int
+    end: int
+
+
+class Heard(NamedTuple):
+    """Decoded tokens ``[first, end)`` of a request, whose queries are in an observation slot, all
+    beside each other there, and whose keys get echo scores before the step."""
+
+    request_id: str
+    observe_slot: int
+    first: int
+    end: int
+    blocks: list[int]
+    """Its row, as far as token ``end`` reaches."""
+
+
 class Observation(NamedTuple):
     """Copy queries of this step into an observation slot.
 
@@ -158,6 +180,9 @@ class StepPlan:
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in this step."""
+    heard: list[Heard] = field(default_factory=list)
+    echoes: list[Span] = field(default_factory=list)
+    """Tokens of this step whose keys get echo scores."""
     expected: list[PackedRow] | None = None
     """Every packed request after the compressions, when integrity is checked."""
 
@@ -169,5 +194,7 @@ class StepPlan:
             or self.compressions
             or self.observations
             or self.packed_prefills
+            or self.heard
+            or self.echoes
             or self.expected is not None
         )

@@ -58,18 +58,19 @@ def first_observed(budget: RequestBudget, due_at: int, window: int) -> int:
 
 def observe(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> Observation | None:
     """What to observe of ``num_tokens`` tokens from position ``first_token`` on."""
-    if tracked.observe_slot is None:
+    slot = tracked.listen_slot if tracked.observe_slot is None else tracked.observe_slot
+    if slot is None:
         return None
     observe_from, stride = max(0, tracked.due_at - window), 1
     history = observed_history(tracked.budget)
+    if tracked.listen_slot is not None:
+        observe_from = min(observe_from, tracked.listened)
     if history is not None and tracked.in_prefill:
         observe_from = max(0, _observed_from(tracked, history))
         stride = tracked.budget.query_stride
     if first_token >= tracked.due_at or first_token + num_tokens <= observe_from:
         return None
-    return Observation(
-        tracked.request_id, tracked.observe_slot, first_token, observe_from, stride, tracked.due_at
-    )
+    return Observation(tracked.request_id, slot, first_token, observe_from, stride, tracked.due_at)
 
 
 def observed(tracked: Tracked, window: int, num_tokens: int) -> Observed | None:

@@ -24,6 +24,7 @@ in ``pressure.py``; here are the requests and the slots that they hold.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
@@ -33,6 +34,7 @@ from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
 from kvcompress_vllm.scheduling.mass import ExpectedRatio, decide, rounded_ratio
 from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.segments import DECODED
 from kvcompress_vllm.scheduling.sizes import NEVER, Budgets, Limits, Sizes, check_peak
 from kvcompress_vllm.scheduling.slots import Slots
 
@@ -70,6 +72,9 @@ class CompressionPlanner:
         self._released: list[int] = []
         self._budgets = Budgets(resolve(config), self.limits)
         self._expected = ExpectedRatio(config)
+        self._reads_echo = cache(config.reads_echo)
+        self.listens = config.listens
+        """Whether what requests decode gets echo scores."""
         observation.check_steps(config, block_size, block_size)
         check_peak(config, self.sizes())
 
@@ -103,7 +108,7 @@ class CompressionPlanner:
         """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
         due_at = self.sizes(budget).first_due(num_tokens)
         if due_at <= num_tokens:
-            return bool(self._state_slots and self._observe_slots)
+            return bool(self._state_slots and self._num_slots())
         return bool(self._state_slots) or due_at == NEVER
 
     def admit(self, request_id: str, num_tokens: int, budget: RequestBudget | None = None) -> None:
@@ -128,7 +133,7 @@ class CompressionPlanner:
             )
         tracked = Tracked(request_id, self._state_slots.take(), sizes, due_at, num_tokens)
         if due_at <= num_tokens:
-            tracked.observe_slot = self._observe_slots.take()
+            tracked.observe_slot = self._take_slot()
             tracked.trigger = "prefill"
         self.requests[request_id] = tracked
 
@@ -198,12 +203,46 @@ class CompressionPlanner:
 
     def watch(self, num_computed: Mapping[str, int]) -> None:
         """Give observation slots to decoding requests that will soon have outgrown their budget."""
-        if not self._observe_slots:
+        if not self._num_slots():
             return
         near = observation.outgrowing(self.requests.values(), num_computed, self.config.window)
-        for computed, tracked in near[: len(self._observe_slots)]:
+        for computed, tracked in near[: self._num_slots()]:
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
             self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
+
+    def listen(self, num_computed: Mapping[str, int]) -> None:
+        """Give observation slots that nobody needs to decoding requests whose policy reads echo
+        scores: what they decode is scored while they hold one."""
+        for tracked in self.requests.values() if self.listens else ():
+            if not self._observe_slots:
+                return
+            computed = num_computed.get(tracked.request_id, 0)
+            if (
+                tracked.observe_slot is tracked.listen_slot is None
+                and computed >= tracked.prefill_end
+                and tracked.due_at != NEVER
+                and self._reads_echo(tracked.budget.policy)
+            ):
+                tracked.listen_slot, tracked.listened = self._observe_slots.take(), computed
+
+    def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int]]:
+        """Whole segments that were decoded since the last call, each ``[begin, end)`` of a request,
+        and what there is of one where a compression is due."""
+        for tracked in self.requests.values() if self.listens else ():
+            if tracked.listen_slot is None:
+                continue
+            end, due = num_computed.get(tracked.request_id, 0), False
+            if tracked.observe_slot is not None and end >= tracked.due_at:
+                end, due = tracked.due_at, True
+            while tracked.listened < end:
+                begin = tracked.listened
+                stop = begin - begin % DECODED + DECODED
+                if stop > end and not due:
+                    break
+                tracked.listened = min(stop, end)
+                if tracked.listened - begin > 1:
+                    tracked.unscored.scored(begin, tracked.listened)
+                    yield tracked, begin, tracked.listened
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
         """When the pool runs short, prepare early compressions, lowest loss per block first.
@@ -221,7 +260,7 @@ class CompressionPlanner:
             self.limits,
             self.config.window,
             self.config.max_ratio,
-            len(self._observe_slots),
+            self._num_slots(),
         )
         for item in early:
             tracked = item.tracked
@@ -283,6 +322,7 @@ class CompressionPlanner:
         now, end, sizes = tracked.due_at, tracked.prefill_end, tracked.sizes
         observation.count(tracked, now, self.observed(tracked, now))
         tracked.packing = tracked.target()
+        tracked.unscored.packed(tracked.covered * self.block_size)
         tracked.curve = tracked.decided = tracked.ratio = None
         due_at = sizes.next_due(tracked.packing, now, end)
         if tracked.budget.mass is not None and now >= end:
@@ -334,7 +374,9 @@ class CompressionPlanner:
 
     def _prepare(self, tracked: Tracked, due_at: int) -> None:
         """Observe a request from now on, and compress it at ``due_at`` tokens."""
-        tracked.observe_slot = self._observe_slots.take()
+        tracked.observe_slot = tracked.listen_slot
+        if tracked.observe_slot is None:
+            tracked.observe_slot = self._take_slot()
         tracked.due_at = due_at
 
     def _go_on(self, tracked: Tracked, due_at: int) -> None:
@@ -345,6 +387,25 @@ class CompressionPlanner:
             self._stop_observing(tracked)
 
     def _stop_observing(self, tracked: Tracked) -> None:
-        if tracked.observe_slot is not None:
-            self._observe_slots.give(tracked.observe_slot)
-            tracked.observe_slot = None
+        slot = tracked.listen_slot if tracked.observe_slot is None else tracked.observe_slot
+        if slot is not None:
+            self._observe_slots.give(slot)
+        tracked.observe_slot = tracked.listen_slot = None
+
+    def _listeners(self) -> list[Tracked]:
+        """Requests that would give their slot to one that is to be compressed."""
+        return [
+            tracked
+            for tracked in self.requests.values()
+            if tracked.listen_slot is not None and tracked.observe_slot is None
+        ]
+
+    def _num_slots(self) -> int:
+        """Observation slots that are to be had."""
+        free = len(self._observe_slots)
+        return free + len(self._listeners()) if self.listens else free
+
+    def _take_slot(self) -> int:
+        if not self._observe_slots:
+            self._stop_observing(self._listeners()[-1])
+        return self._observe_slots.take()

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Trigger
+from kvcompress_vllm.scheduling.echo import Unscored
 from kvcompress_vllm.scheduling.sizes import NEVER, NOTHING, Sizes
 
 
@@ -46,6 +47,13 @@ class Tracked:
     """``due_at`` for which its loss curve was asked for; a mass budget."""
     decided: int | None = None
     """C of the compression that comes next, once that curve was seen."""
+    unscored: Unscored = field(default_factory=Unscored)
+    """Where echo scores are stored: its keys without one."""
+    listen_slot: int | None = None
+    """Observation slot that it holds to have scored what it decodes; the same as ``observe_slot``
+    once it has that."""
+    listened: int = 0
+    """Tokens up to which that was done."""
 
     @property
     def budget(self) -> RequestBudget:

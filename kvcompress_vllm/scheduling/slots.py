@@ -45,8 +45,8 @@ def num_observe_slots(
         group: G, query heads per KV head.
     """
     per_step = -(-max_batched_tokens // config.min_prompt_tokens) + 1
-    # A slot holds window * G queries per KV head; a token of the cache is a K and a V vector.
-    affordable = cache_tokens * 2 // (RING_SHARE * config.window * group)
+    # A slot holds ring * G queries per KV head; a token of the cache is a K and a V vector.
+    affordable = cache_tokens * 2 // (RING_SHARE * config.ring * group)
     return max(FEWEST_OBSERVE_SLOTS, min(2 * per_step, max_requests, affordable))
 
 

@@ -18,6 +18,7 @@ from kvcompress_vllm.ops import (
     ENTROPY,
     LAST,
     LOW_COUNT,
+    MAXIMUM,
     MEAN_SQUARES,
     SUM,
     reference,
@@ -209,11 +210,12 @@ def test_sums_add_up(device):
     """Over all keys of a head the probabilities of every query sum to one."""
     args = arguments([Request(tail=64)], [9], 10, 3, 64, 16, torch.float32, device)
     statistics = ops.attention_statistics(*args)[:, 1:-1].cpu()
-    total, squares, heads, _, mean_squares, entropy, last = statistics
+    total, squares, heads, _, mean_squares, entropy, last, maximum = statistics
     torch.testing.assert_close(total.view(SLOTS, -1).sum(-1), torch.full((SLOTS,), 27.0))
     assert (squares <= total + 1e-6).all() and (heads >= squares - 1e-6).all()
     assert (9 * mean_squares <= 3 * squares + 1e-6).all()  # the square of a mean, the mean square
     torch.testing.assert_close(last.view(SLOTS, -1).sum(-1), torch.full((SLOTS,), 3.0))
+    assert (maximum >= total / 27 - 1e-6).all() and (maximum.square() <= squares + 1e-6).all()
     # The entropy of a distribution over 64 keys.
     by_head = entropy.view(SLOTS, -1).sum(-1) / 27
     assert (by_head >= 0).all() and (by_head <= torch.tensor(64.0).log()).all()
@@ -231,6 +233,7 @@ def test_uniform_attention(device):
         MEAN_SQUARES: p.square().sum(0),
         ENTROPY: -4 * p.xlogy(p).sum(0),
         LAST: 4 * p[-1],
+        MAXIMUM: p.amax(0),
     }.items():
         torch.testing.assert_close(got[channel], expected.expand(SLOTS, -1), msg=CHANNELS[channel])
 

@@ -8,16 +8,18 @@ each function of :data:`SCORES` gives ``[L, H, n]`` scores of its n candidate ke
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Attention:
     """A prompt of S tokens after prefill, all in fp64.
 
@@ -266,6 +268,82 @@ def _unlike(a: Attention, s: Setting, layer: int, head: int) -> list[float]:
 
 def keydiff(a: Attention, s: Setting) -> Tensor:
     return _heads(a, lambda layer, head: _max_pool(_unlike(a, s, layer, head), s.pool))
+
+
+@cache
+def repeated(a: Attention, sinks: int, segment: int = 256) -> Tensor:
+    """``[L, H, S]``: the highest probability that each key gets if the prompt is read once more,
+    segment by segment: a repeated token sees the first tokens, the segment as it was, and of its
+    repetition itself and what comes before."""
+    result = torch.zeros(a.keys.shape[:3], dtype=torch.float64)
+    for layer, head in itertools.product(*map(range, a.keys.shape[:2])):
+        for begin in range(0, a.length, segment):
+            end = min(begin + segment, a.length)
+            if end - begin < 2:
+                continue
+            keys = a.keys[layer, head]
+            first, own = keys[: min(sinks, end)], keys[begin:end]
+            for i in range(begin, end):
+                for query in a.queries[layer, head, :, i]:
+                    # Keys of the repetition are as far from it as they were from the first reading.
+                    old, new = (
+                        rotate(query) @ torch.cat([own, first]).T,
+                        query @ keys[begin : i + 1].T,
+                    )
+                    p = torch.cat([old, new]).div(math.sqrt(keys.shape[-1])).softmax(-1)
+                    best = result[layer, head, begin:end]
+                    torch.maximum(best, p[: end - begin], out=best)
+    return result
+
+
+def angles(size: int, distance: int = 512, base: float = 10_000.0) -> Tensor:
+    """``[size / 2]``: by how much each pair of dimensions (i, i + size / 2) turns."""
+    return distance / base ** (2 * torch.arange(size // 2, dtype=torch.float64) / size)
+
+
+def rotate(query: Tensor) -> Tensor:
+    half = len(query) // 2
+    by = torch.polar(torch.ones(half, dtype=torch.float64), angles(2 * half))
+    turned = torch.complex(query[:half], query[half:]) * by
+    return torch.cat([turned.real, turned.imag])
+
+
+def echo(
+    a: Attention,
+    s: Setting,
+    value_norms: bool = True,
+    norm: str = "L2",
+    weight: float = 1.0,
+    stored: Tensor | None = None,
+) -> Tensor:
+    """The repetition, times the value's length over the mean, or, pooled, the last queries;
+    ``stored``: of the repetition already."""
+    known = repeated(a, s.sinks) if stored is None else stored
+    layers, heads = a.keys.shape[:2]
+    n, shielded = s.candidates(a.length), s.shielded(a.length)
+
+    def length(layer: int, head: int, j: int) -> float:
+        return math.sqrt(sum(x * x for x in a.values[layer, head, j].tolist()))
+
+    open_lengths = [
+        length(layer, head, j)
+        for layer in range(layers)
+        for head in range(heads)
+        for j in range(n)
+        if not shielded[j]
+    ]
+    mean = sum(open_lengths) / len(open_lengths)
+
+    def score(layer: int, head: int) -> list[float]:
+        p = a.probabilities[layer, head].tolist()
+        paid = [max(of[q][j] for of in p for q in _window(a, s) if q >= j) for j in range(n)]
+        asked = _max_pool([x * x if norm == "L2" else x for x in paid], s.pool)
+        echoes = known[layer, head].tolist()
+        if value_norms:
+            echoes = [echoes[j] * length(layer, head, j) / mean for j in range(n)]
+        return [max(echoes[j], weight * asked[j]) for j in range(n)]
+
+    return _heads(a, score)
 
 
 def diverse(a: Attention, s: Setting, share: float = 0.5, key_pool: int = 7) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress_vllm import ops
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.plan import Compression
+from kvcompress_vllm.scheduling.segments import SEGMENT, segments
 from tests.policies import literal
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
@@ -90,6 +92,7 @@ def compress(
         num_blocks=num_blocks, num_layers=layers, num_kv_heads=heads, num_query_heads=heads * group,
         head_size=size, state_slots=len(prompts), observe_slots=len(prompts) + 1,
         window=config.window, dtype=torch.float32, device=torch.device(device),
+        echo=config.stores_echo,
     )  # fmt: skip
     due = []
     for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
@@ -116,10 +119,32 @@ def compress(
             )
         )
     pages = cache_.view(-1, BLOCK, 2 * size).to(device)
+    if state.echo is not None:
+        for prompt, item in zip(prompts, due, strict=True):
+            _score(state, pages, prompt, item.old_blocks, config.sinks)
     compressor = Compressor(config, state, pages, size**-0.5)
     compressor.record = {}
     compressor.run(due)
     return [[keys.tolist() for keys in compressor.record[item.request_id]] for item in due]
+
+
+def _score(
+    state: PackedState, pages: Tensor, prompt: literal.Attention, row: list[int], sinks: int
+) -> None:
+    """Store the echo scores of a prompt, as its prefill would."""
+    device, size = pages.device, pages.shape[2] // 2
+    rows = torch.tensor([row], dtype=torch.int32, device=device)
+    found = [[0, *segment, segment[0]] for segment in segments(0, prompt.length)]
+    angles = literal.angles(size).float()
+    rotation = torch.stack([angles.cos(), angles.sin()], -1).to(device)
+    for layer, queries in enumerate(prompt.queries):
+        ops.echo_scores(
+            queries.flatten(0, 1).transpose(0, 1).float().contiguous().to(device), pages, rows,
+            torch.tensor([prompt.length], dtype=torch.int32, device=device),
+            state.state_slots(rows), *state.tables,
+            torch.tensor(found, dtype=torch.int32, device=device), rotation, layer, SEGMENT, sinks,
+            False, size**-0.5, state.echo,
+        )  # fmt: skip
 
 
 def config(policy: str, **options: Any) -> KVCompressConfig:

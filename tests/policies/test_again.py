@@ -72,8 +72,10 @@ def test_second_compression_equals_the_literal_one(policy: str, pool: int | str)
         density = (length // B) / (paged.num_tokens // B)
         s.pool = scaled(s.pool, density)
         score = SAME_SCORE.get(policy) or getattr(literal, policy)
-        widths = {"key_pool": scaled(7, density)} if policy == "diverse" else {}
-        scores = score(a, s, **widths)
+        more = {"key_pool": scaled(7, density)} if policy == "diverse" else {}
+        if policy == "echo":
+            more = {"stored": a.values[..., 0].sigmoid()}
+        scores = score(a, s, **more)
         paged.compress(queries, kept)
         wanted = literal.kept_keys(a, s, scores, "uniform")
         tail = [*range(length // B * B, length)]

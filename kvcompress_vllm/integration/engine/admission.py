@@ -12,10 +12,12 @@ from vllm.v1.request import Request, RequestStatus
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.metrics import Recorder
 from kvcompress_vllm.scheduling import admission
+from kvcompress_vllm.scheduling.echo import EchoPlanner
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.observation import first_observed
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.sizes import NEVER
 
 MARGIN = 8
 """For every so many requests one block stays free: some compressions come late."""
@@ -28,12 +30,18 @@ class Admission:
         scheduler: whose manager's ``allocate_slots`` and ``get_computed_blocks`` are replaced.
         planner: that of the scheduler.
         recorder: is told why a request had to wait.
+        echo: says how long hits may be where a policy reads echo scores; None: no policy does.
     """
 
     def __init__(
-        self, scheduler: Scheduler, planner: CompressionPlanner, recorder: Recorder
+        self,
+        scheduler: Scheduler,
+        planner: CompressionPlanner,
+        recorder: Recorder,
+        echo: EchoPlanner | None = None,
     ) -> None:
         self._scheduler, self._planner, self._recorder = scheduler, planner, recorder
+        self._echo = echo
         self._manager = manager = scheduler.kv_cache_manager
         self._output_length = admission.OutputLength()
         self._does_not_fit: tuple[str, int] | None = None
@@ -62,6 +70,20 @@ class Admission:
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """vLLM's allocation, with slots and the reserve as further conditions of admission."""
+        blocks = self._allocate(request, num_new_tokens, *args, **kwargs)
+        if blocks is not None and self._echo is not None:
+            # Not once the step is planned: the next request may hit these blocks already.
+            first = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
+            size, end = self._planner.block_size, first + num_new_tokens
+            row = self._manager.get_blocks(request.request_id).blocks[0]
+            ids = [block.block_id for block in row[first // size : -(-end // size)]]
+            policy = self._planner.sizes(budget_of(request)).budget.policy
+            self._echo.allocated(policy, ids, first, end)
+        return blocks
+
+    def _allocate(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
         if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         planner, manager = self._planner, self._manager
@@ -86,14 +108,21 @@ class Admission:
     def get_computed_blocks(
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[KVCacheBlocks, int, int]:
-        """vLLM's prefix cache lookup, except that what a compression observes is computed."""
+        """vLLM's prefix cache lookup, except that what a compression observes is computed, and
+        what has no echo scores where its policy reads them."""
         blocks, num_tokens, boundary = self._stock_computed_blocks(request, *args, **kwargs)
         planner = self._planner
         sizes = planner.sizes(budget_of(request))
         due_at = sizes.first_due(request.num_tokens)
-        usable = first_observed(sizes.budget, due_at, planner.config.window) // planner.block_size
-        lost = num_tokens - usable * planner.block_size
-        if due_at > request.num_tokens or lost <= 0:
+        usable = num_tokens
+        if due_at <= request.num_tokens:
+            first = first_observed(sizes.budget, due_at, planner.config.window)
+            usable = min(usable, first // planner.block_size * planner.block_size)
+        if self._echo is not None and due_at != NEVER and self._echo.reads(sizes.budget.policy):
+            ids = [block.block_id for block in blocks.blocks[0]]
+            usable = self._echo.blocks.usable(ids, usable)
+        lost = num_tokens - usable
+        if lost <= 0:
             return blocks, num_tokens, boundary
         stats = self._manager.prefix_cache_stats
         if stats is not None:  # vLLM has counted them as hits
@@ -101,8 +130,10 @@ class Admission:
                 stats.preempted_hits -= lost
             else:
                 stats.hits -= lost
-        cut = self._manager.create_kv_cache_blocks(tuple(group[:usable] for group in blocks.blocks))
-        return cut, num_tokens - lost, boundary
+        cut = self._manager.create_kv_cache_blocks(
+            tuple(group[: usable // planner.block_size] for group in blocks.blocks)
+        )
+        return cut, usable, boundary
 
     def _fits(self, request: Request, reserve: int) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""

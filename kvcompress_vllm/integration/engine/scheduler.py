@@ -31,12 +31,20 @@ from kvcompress_vllm.integration.frontend.usage import send
 from kvcompress_vllm.integration.sizing import observe_slots, step_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
-from kvcompress_vllm.records.plan import Accumulation, Compression, PackedRow, Scoring, StepPlan
+from kvcompress_vllm.records.plan import (
+    Accumulation,
+    Compression,
+    Heard,
+    PackedRow,
+    Scoring,
+    StepPlan,
+)
 from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.reporting.digest import Digest
 from kvcompress_vllm.reporting.metrics import Occupancy, Recorder
 from kvcompress_vllm.reporting.shortage import Shortage
 from kvcompress_vllm.reporting.usage import UsageLog
+from kvcompress_vllm.scheduling.echo import EchoPlanner
 from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.request import Tracked
@@ -73,7 +81,15 @@ class _KVCompressMixin(Scheduler):
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
         self._check_integrity = integrity.enabled()
-        self._admission = Admission(self, self.kv_compress_planner, self._recorder)
+        self._echo: EchoPlanner | None = None
+        if config.stores_echo:
+            self._echo = EchoPlanner(
+                config,
+                manager.block_size,
+                manager.block_pool.num_gpu_blocks,
+                step_tokens(scheduler_config),
+            )
+        self._admission = Admission(self, self.kv_compress_planner, self._recorder, self._echo)
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
         log_banner(self.kv_compress_planner, manager.block_pool.num_gpu_blocks - 1)
@@ -101,10 +117,11 @@ class _KVCompressMixin(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
         accumulations = self._accumulate(computed)
+        heard = self._heard(computed)
         compressions = self._compress_due(computed)
         scorings = self._score_due(computed)
         output = super().schedule(*args, **kwargs)
-        plan = self._plan(output, accumulations, scorings, compressions)
+        plan = self._plan(output, accumulations, heard, scorings, compressions)
         output.kv_compress = plan  # type: ignore[attr-defined]
         if self._recorder.enabled:
             self._count_preemptions(output)
@@ -200,6 +217,21 @@ class _KVCompressMixin(Scheduler):
             for tracked, observed in self.kv_compress_planner.accumulate(computed)
         ]
 
+    def _heard(self, computed: Mapping[str, int]) -> list[Heard]:
+        """What was decoded with an observation slot since the last step, in whole segments."""
+        planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        return [
+            Heard(
+                tracked.request_id,
+                tracked.listen_slot,
+                begin,
+                end,
+                manager.row(tracked.request_id, -(-end // manager.block_size)),
+            )
+            for tracked, begin, end in planner.heard(computed)
+            if tracked.listen_slot is not None
+        ]
+
     def _compress_due(self, computed: Mapping[str, int]) -> list[Compression]:
         """Pack what is due as far as the pool allows; the rest waits for a later step."""
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
@@ -225,6 +257,7 @@ class _KVCompressMixin(Scheduler):
                 floor_pages=tracked.sizes.floor(packing.covered),
                 protect=tracked.budget.protect,
                 trigger=tracked.trigger,
+                unscored=tracked.unscored.before(packing.covered * manager.block_size),
             )
             compressions.append(item)
             freed += old
@@ -242,6 +275,7 @@ class _KVCompressMixin(Scheduler):
             )
         if waits:
             self._recorder.reserve_wait()
+        planner.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
         return compressions
@@ -260,6 +294,7 @@ class _KVCompressMixin(Scheduler):
                     observed=planner.observed(tracked, tracked.due_at),
                     floor_pages=tracked.sizes.floor(packing.covered),
                     protect=tracked.budget.protect,
+                    unscored=tracked.unscored.before(packing.covered * planner.block_size),
                 )
             )
         return scorings
@@ -286,12 +321,26 @@ class _KVCompressMixin(Scheduler):
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        return planner.chunk(
+        count = planner.chunk(
             request.request_id,
             first_token,
             num_new_tokens,
             request.num_tokens if waits else 0,
             budget_of(request) if waits else None,
+        )
+        if self._echo is None:
+            return count
+        tracked, sizes = planner.requests.get(request.request_id), planner.sizes(budget_of(request))
+        return self._echo.chunk(
+            sizes.budget,
+            first_token,
+            count,
+            tracked.prefill_end if tracked else request.num_tokens,
+            tracked.due_at if tracked else sizes.first_due(request.num_tokens),
+            len(self.running) - (not waits),
+            # vLLM may have cut this chunk for the sake of encoder inputs, and only its going on
+            # makes room for those.
+            may_wait=not request.has_encoder_inputs,
         )
 
     def _release(self, request_id: str) -> None:
@@ -323,6 +372,7 @@ class _KVCompressMixin(Scheduler):
         self,
         output: SchedulerOutput,
         accumulations: list[Accumulation],
+        heard: list[Heard],
         scorings: list[Scoring],
         compressions: list[Compression],
     ) -> StepPlan:
@@ -330,6 +380,7 @@ class _KVCompressMixin(Scheduler):
         plan = StepPlan(
             released=planner.take_released(),
             accumulations=accumulations,
+            heard=[item for item in heard if item.request_id in planner.requests],
             scorings=[c for c in scorings if c.request_id in planner.requests],
             # A request that was compressed and then preempted in the same step owns nothing.
             compressions=[c for c in compressions if c.request_id in manager.packed],
@@ -343,6 +394,8 @@ class _KVCompressMixin(Scheduler):
             observation = planner.observe(request_id, first_token, num_tokens)
             if observation is not None:
                 plan.observations.append(observation)
+            if self._echo is not None:
+                self._score(plan, request_id, first_token, first_token + num_tokens)
             if num_tokens > 1 and request_id in manager.packed:
                 plan.packed_prefills.append(request_id)
         if self._check_integrity:
@@ -351,6 +404,18 @@ class _KVCompressMixin(Scheduler):
                 for t in planner.packed()
             ]
         return plan
+
+    def _score(self, plan: StepPlan, request_id: str, first: int, end: int) -> None:
+        """Have a step's tokens ``[first, end)`` scored, or note that they are not."""
+        assert self._echo is not None
+        planner = self.kv_compress_planner
+        policy = planner.sizes(budget_of(self.requests[request_id])).budget.policy
+        span = self._echo.span(request_id, policy, first, end)
+        if span is not None:
+            plan.echoes.append(span)
+        tracked = planner.requests.get(request_id)
+        if tracked is not None:
+            tracked.unscored.computed(first, end, span is not None)
 
 
 class KVCompressScheduler(_KVCompressMixin, Scheduler):

@@ -30,8 +30,10 @@ from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.compression.echo import Rotation
 from kvcompress_vllm.integration.compat.releases import kv_cache_layouts
-from kvcompress_vllm.records.plan import Observation
+from kvcompress_vllm.records.plan import Observation, Span
+from kvcompress_vllm.scheduling.segments import SEGMENT, segments
 
 
 @dataclass
@@ -45,10 +47,25 @@ class StepContext:
     """l of every attention layer, by vLLM's layer name."""
     request_rows: Callable[[CommonAttentionMetadata], dict[str, int]]
     """Row of every request in the batch whose metadata is being built."""
+    rotations: list[Rotation] = field(default_factory=list)
+    """By layer, where keys get echo scores."""
+    num_sinks: int = 0
+    """First keys that echo scores count with every segment."""
     observations: list[Observation] = field(default_factory=list)
     """Of the step that is about to run."""
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in the step that is about to run."""
+    echoes: list[Span] = field(default_factory=list)
+    """Tokens whose keys get echo scores in the step that is about to run."""
+
+
+@dataclass
+class Echo:
+    """Whose keys get echo scores in a step: arguments of ``ops.echo_scores``."""
+
+    rows: tuple[Tensor, Tensor, Tensor]
+    """``block_table``, ``seq_lens`` and ``state_slot`` of the whole batch."""
+    segments: Tensor
 
 
 @dataclass
@@ -62,6 +79,7 @@ class KVCompressMetadata(AttentionMetadata):
     slot_mapping: Tensor
     state_slot: Tensor
     ring_index: Tensor | None
+    echo: Echo | None = field(default=None, kw_only=True)
 
 
 class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
@@ -101,6 +119,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
             slot_mapping=common.slot_mapping,
             state_slot=state_slot,
             ring_index=self.ring_index(common),
+            echo=self.echo(common),
         )
 
     def ring_index(self, common: CommonAttentionMetadata) -> Tensor | None:
@@ -120,6 +139,29 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
             for position in item.positions(end - begin, window):
                 index[begin + position - item.first_token] = item.place(position, window)
         return to_device(index, torch.int32, self.device)
+
+    def echo(self, common: CommonAttentionMetadata) -> Echo | None:
+        """What gets echo scores in this step; None: nothing."""
+        context = self.context
+        if context is None or not context.echoes:
+            return None
+        rows, starts = context.request_rows(common), common.query_start_loc_cpu.tolist()
+        found = []
+        for item in context.echoes:
+            if item.request_id not in rows:
+                raise RuntimeError(
+                    f"kv_compress: scored request {item.request_id} is not in the batch"
+                )
+            row = rows[item.request_id]
+            for begin, end in segments(item.first, item.end):
+                found.append([row, begin, end, starts[row] + begin - item.first])
+        if not found:
+            return None
+        table = common.block_table_tensor
+        return Echo(
+            (table, common.seq_lens, context.state.state_slots(table)),
+            to_device(found, torch.int32, self.device),
+        )
 
 
 class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
@@ -161,12 +203,15 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self._context: StepContext | None = None
         self._layer = 0
+        self._rotation: Rotation | None = None
         self._unpacked: tuple[Tensor, Tensor] | None = None
 
     def bind(self, context: StepContext, layer_name: str) -> None:
         """Attach the rank's state."""
         self._context = context
         self._layer = context.layer_index[layer_name]
+        if context.rotations:
+            self._rotation = context.rotations[self._layer]
 
     def do_kv_cache_update(
         self,
@@ -202,6 +247,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             if meta.ring_index is not None:
                 ring = state.ring[self._layer].flatten(0, 1)
                 ops.observe_queries(query, meta.ring_index, ring)
+            if meta.echo is not None:
+                self.score(query, meta.echo)
         ops.paged_attention(
             query,
             pages,
@@ -215,6 +262,25 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             output.view(-1, self.num_heads, self.head_size),
         )
         return output
+
+    def score(self, query: Tensor, echo: Echo) -> None:
+        """Store the echo scores of this step's keys, which are in the cache already."""
+        context, rotation = self._context, self._rotation
+        assert context is not None and context.state.echo is not None and rotation is not None
+        ops.echo_scores(
+            query,
+            context.pages,
+            *echo.rows,
+            *context.state.tables,
+            echo.segments,
+            rotation.angles,
+            self._layer,
+            SEGMENT,
+            context.num_sinks,
+            rotation.interleaved,
+            self.scale,
+            context.state.echo,
+        )
 
     def _standard(self, kv_cache: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """vLLM's own per-layer cache as a page pool of one layer, with empty state tables."""

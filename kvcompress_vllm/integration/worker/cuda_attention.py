@@ -106,6 +106,7 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
             slot_mapping=common.slot_mapping,
             state_slot=state_slot,
             ring_index=self._fill_ring_index(common),
+            echo=self.echo(common),
             num_decode_tokens=decode_tokens,
             prefills=[
                 self._prefill_rows(common, begin, end, packed)
@@ -193,6 +194,9 @@ class KVCompressCudaImpl(KVCompressImpl):
         query = query.view(-1, self.num_heads, self.head_size)
         out = output.view(-1, self.num_heads, self.head_size)
         ops.observe_queries(query, meta.ring_index, self._ring)
+        # Never in a captured graph: those are of steps of one token a request, which have none.
+        if meta.echo is not None:
+            self.score(query, meta.echo)
         if meta.num_decode_tokens:
             ops.paged_attention(
                 query[: meta.num_decode_tokens],

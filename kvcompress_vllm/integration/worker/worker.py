@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
+from kvcompress_vllm.compression.echo import score_heard
 from kvcompress_vllm.compression.pending import PendingReports
 from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.compression.step import start_step
@@ -29,6 +30,7 @@ from kvcompress_vllm.integration.worker import backend, reports
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
+from kvcompress_vllm.integration.worker.rotary import rotations
 from kvcompress_vllm.records.plan import StepPlan
 
 logger = init_logger("vllm.kv_compress")
@@ -97,6 +99,7 @@ class KVCompressWorkerMixin(Worker):
             if self.kv_compress_context is not None:
                 self.kv_compress_context.observations = []
                 self.kv_compress_context.packed_prefills = []
+                self.kv_compress_context.echoes = []
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
@@ -125,12 +128,16 @@ class KVCompressWorkerMixin(Worker):
         assert self.kv_compress_context is not None and self.kv_compressor is not None
         assert self.kv_compress_runner is not None
         context = self.kv_compress_context
+        score_heard(
+            self.kv_compressor.rank, context.rotations, context.num_sinks, plan.heard
+        )  # while rows are what they were
         self.kv_compress_pending = start_step(plan, self.kv_compressor)
         self.kv_compress_runner.write_row_prefixes(
             {item.request_id: item.row_prefix for item in plan.compressions}
         )
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
+        context.echoes = plan.echoes
 
     def _bind(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the state and attach it to every attention layer and metadata builder."""
@@ -156,6 +163,15 @@ class KVCompressWorkerMixin(Worker):
         context = StepContext(
             state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
         )
+        config = self.kv_compress_config
+        if config.stores_echo:
+            context.num_sinks = config.sinks
+            context.rotations = rotations(
+                self.model_runner.get_model(),
+                {name: layers[name] for name in names},
+                config.echo_distance,
+                self.device,
+            )
         for name, layer_impl in impls.items():
             layer_impl.bind(context, name)
         for builder in runner.metadata_builders():
@@ -187,10 +203,11 @@ class KVCompressWorkerMixin(Worker):
             "head_size": impl.head_size,
             "state_slots": self.vllm_config.scheduler_config.max_num_seqs,
             "observe_slots": observe_slots(self.vllm_config, num_blocks),
-            "window": self.kv_compress_config.window,
+            "window": self.kv_compress_config.ring,
             "dtype": self.model_config.dtype,
             "block_size": self.cache_config.block_size,
             "running": self.kv_compress_config.query_stride > 0,
+            "echo": self.kv_compress_config.stores_echo,
         }
 
     def _extra_bytes(self, available: int) -> int:

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keys get echo scores, and who may use them. No vLLM types, no tensors.
+
+Every prefill is scored where the configured policy reads echo scores, so that whoever comes later
+finds them with the cached blocks; else the prefills of requests that chose such a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records.budget import Ranges, RequestBudget
+from kvcompress_vllm.records.plan import Span
+from kvcompress_vllm.scheduling.segments import WholeBlocks, segments, unscored, whole_segments
+
+
+class EchoPlanner:
+    """Says where chunks end, which tokens of a step are scored, and how long hits may be.
+
+    Args:
+        config: the resolved options; a policy that may be used reads echo scores.
+        block_size: tokens per block.
+        num_blocks: blocks of the pool.
+        step_tokens: tokens that a step computes of one request at most.
+    """
+
+    def __init__(
+        self, config: KVCompressConfig, block_size: int, num_blocks: int, step_tokens: int
+    ) -> None:
+        self.blocks = WholeBlocks(num_blocks, block_size)
+        self.reads = cache(config.reads_echo)
+        self._step_tokens = step_tokens
+
+    def scores(self, policy: str) -> bool:
+        """Whether the prefills of requests with this policy are scored."""
+        return self.reads(None) or self.reads(policy)
+
+    def chunk(
+        self,
+        budget: RequestBudget,
+        first: int,
+        num_tokens: int,
+        prefill_end: int,
+        due_at: int,
+        others: int,
+        may_wait: bool = True,
+    ) -> int:
+        """How many of ``num_tokens`` tokens from position ``first`` on the next step may compute,
+        so that segments stay whole. 0 is only said where a later step will have room.
+
+        Args:
+            prefill_end: tokens that the prefill computes.
+            due_at: where the next compression is due.
+            others: running requests beside it, which may take a token of each step.
+            may_wait: False: it must go on now, whatever that cuts.
+        """
+        if first >= prefill_end or not self.scores(budget.policy) or budget.query_stride:
+            return num_tokens  # what is observed query by query comes in chunks of its own
+        marks = (due_at, prefill_end) if due_at < prefill_end else (prefill_end,)
+        room = self._step_tokens - others if may_wait else 0
+        return whole_segments(first, num_tokens, marks, room)
+
+    def allocated(self, policy: str, row: Sequence[int], first: int, end: int) -> None:
+        """Note that the next step computes tokens ``[first, end)`` into blocks that, from then on,
+        the prefix cache may hand to others.
+
+        Args:
+            row: block ids from that of token ``first`` on.
+        """
+        self.blocks.computed(row, first, end, self.scores(policy))
+
+    def span(self, request_id: str, policy: str, first: int, end: int) -> Span | None:
+        """What a step that computes tokens ``[first, end)`` scores; None: nothing."""
+        if not self.scores(policy) or not any(segments(first, end)):
+            return None
+        return Span(request_id, first, end)
+
+
+class Unscored:
+    """Positions of a request whose keys have no score."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+
+    def computed(self, first: int, end: int, scored: bool) -> None:
+        """Note that a step computes tokens ``[first, end)``."""
+        for begin, stop in unscored(first, end) if scored else [(first, end)]:
+            if self._ranges and self._ranges[-1][1] == begin:
+                begin, _ = self._ranges.pop()
+            self._ranges.append((begin, stop))
+
+    def scored(self, first: int, end: int) -> None:
+        """Note that ``[first, end)`` have scores now."""
+        self._ranges = [
+            (begin, stop)
+            for a, b in self._ranges
+            for begin, stop in ((a, min(b, first)), (max(a, end), b))
+            if begin < stop
+        ]
+
+    def packed(self, end: int) -> None:
+        """Forget those before ``end``: a compression gave them scores of 0, which it moved."""
+        self._ranges = [(max(a, end), b) for a, b in self._ranges if b > end]
+
+    def before(self, end: int) -> Ranges:
+        """Those before ``end``."""
+        return tuple((a, min(b, end)) for a, b in self._ranges if a < end)

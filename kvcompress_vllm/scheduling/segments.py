@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segments of prompts for echo scores: where chunks end, and which blocks have whole segments.
+
+Keys are scored segment by segment, ``SEGMENT`` tokens from each multiple of it on. The scores of a
+segment depend on the tokens up to its end and on nothing else, so they are the same however a
+prompt is cut into chunks, and whoever finds its blocks in the prefix cache can use them, too. That
+is so if a step computes whole segments; what it cuts (a prompt's end, a compression in its middle,
+a step without room) is scored in parts, for the request itself alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+SEGMENT = 256
+"""Tokens of a segment; blocks must divide it."""
+
+DECODED = 64
+"""Tokens of a segment of what is decoded: the queries of so many wait in an observation slot."""
+
+
+def segments(first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Positions ``[first, end)`` cut at the multiples of :data:`SEGMENT`.
+
+    None of a single token: a prompt's last one may come alone, in a step that scores nothing, and
+    what is scored must not depend on the chunks.
+    """
+    while first < end:
+        stop = min(end, first - first % SEGMENT + SEGMENT)
+        if stop - first > 1:
+            yield first, stop
+        first = stop
+
+
+def unscored(first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Positions of ``[first, end)`` that are in none of its segments."""
+    for begin, stop in segments(first, end):
+        if first < begin:
+            yield first, begin
+        first = stop
+    if first < end:
+        yield first, end
+
+
+def whole_segments(first: int, num_tokens: int, marks: Sequence[int], room: int) -> int:
+    """How many of ``num_tokens`` tokens a prefill computes next, so that its segments are whole.
+
+    Args:
+        first: position of the first of them.
+        marks: where the prefill ends, or is interrupted: positions that may cut a segment.
+        room: tokens that a later step may have for this request, if it computes none now.
+
+    Returns:
+        0: the request waits for a step with more room. That is only said where ``room`` suffices.
+    """
+    end = first + num_tokens
+    if end in marks or num_tokens < 1 or end > max(marks):
+        return num_tokens
+    aligned = end - end % SEGMENT
+    if aligned > first:
+        return aligned - first
+    needed = min(mark for mark in (*marks, aligned + SEGMENT) if mark > first) - first
+    return 0 if needed <= room else num_tokens
+
+
+class WholeBlocks:
+    """Which blocks of the pool hold the scores of whole segments; says how long a hit may be.
+
+    A block is computed anew before the prefix cache knows it under another hash, so nothing has to
+    be told when one is freed.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        if SEGMENT % block_size:
+            raise ValueError(
+                f"kv_compress: policy=echo needs blocks that divide its segments of {SEGMENT} "
+                f"tokens; --block-size {block_size} does not"
+            )
+        self._whole = bytearray(num_blocks)
+        self._block_size = block_size
+
+    def __getitem__(self, block: int) -> bool:
+        return bool(self._whole[block])
+
+    def computed(self, row: Sequence[int], first: int, end: int, scored: bool) -> None:
+        """Note that a step computes tokens ``[first, end)`` of a request.
+
+        Args:
+            row: its block ids from block ``first // block_size`` on.
+            scored: whether it scores them.
+        """
+        size, begin = self._block_size, first // self._block_size
+        for index in range(begin, -(-end // size)):
+            start = index * size // SEGMENT * SEGMENT
+            whole = scored and first <= start and start + SEGMENT <= end
+            self._whole[row[index - begin]] = whole
+
+    def usable(self, row: Sequence[int], num_tokens: int) -> int:
+        """Of a prefix cache hit of ``num_tokens`` tokens, the leading whole segments.
+
+        Args:
+            row: block ids of the hit.
+        """
+        per_segment = SEGMENT // self._block_size
+        for segment in range(num_tokens // SEGMENT):
+            blocks = row[segment * per_segment : (segment + 1) * per_segment]
+            if not all(self._whole[block] for block in blocks):
+                return segment * SEGMENT
+        return num_tokens - num_tokens % SEGMENT
