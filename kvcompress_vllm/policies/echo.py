@@ -13,9 +13,9 @@ times the norm of the value, over the mean norm of the keys that are up for choi
 
 Where the end of the prompt asks for something, that counts as well: the score of a key is the
 higher of its echo and of the highest probability that one of the last ``window`` queries pays to
-it, squared (``norm``) and times ``weight``, max-pooled. Squared, what is asked for still comes
-first, and what the last queries pay to everything does not. Echo itself is not pooled: on real
-models that costs answers.
+it, max-pooled and times ``weight``: at one half, what is asked for still comes first, and what the
+last queries pay to everything does not (``norm`` L2 squares it instead). Echo itself is not pooled:
+on real models that costs answers (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Echo(Policy):
         True, "echo scores times the norms of values, over their mean", *flag()
     )
     norm: str = option(
-        "L2", "squared (L2) or plain (L1) probabilities of the last queries", *choice("L2", "L1")
+        "L1", "squared (L2) or plain (L1) probabilities of the last queries", *choice("L2", "L1")
     )
-    weight: float = option(1.0, "factor on what the last queries pay; 0: echo alone", *number(0, 1))
+    weight: float = option(0.5, "factor on what the last queries pay; 0: echo alone", *number(0, 1))
 
     defaults = Defaults("global", window=8, pool=15, recent=16)
 

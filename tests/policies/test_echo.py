@@ -33,7 +33,7 @@ def test_only_keys_that_are_there_and_open_make_the_mean() -> None:
 def test_values_without_length_leave_the_last_queries() -> None:
     nothing, window = torch.zeros(2, 10), torch.rand(2, 10)
     known = evidence(None, ECHO=torch.rand(2, 10), VALUE_NORM=nothing, MAXIMUM=window)
-    assert Echo(pool=1).score(known).equal(window.square())
+    assert Echo(pool=1, norm="L2", weight=1.0).score(known).equal(window.square())
 
 
 def test_only_what_it_reads_is_measured() -> None:
