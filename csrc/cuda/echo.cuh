@@ -30,7 +30,6 @@ struct EchoParams {
   int32_t num_sinks;    // at most kEchoSinks
   int32_t pairs;        // n
   int32_t splits;       // shares of the rows
-  int32_t stages;       // 2: the next rows are loaded beside the present ones
   float scale_log2;     // scale * log2(e)
   bool interleaved;     // pairs of neighbours
   bool aligned;         // queries may be loaded 16 bytes at once
@@ -108,12 +107,10 @@ struct EchoShape {
   static constexpr int kThreads = kRows / kGroupRows * kGroupThreads;
   static constexpr int kQueries = kRows * kQueryStride;
   static constexpr int kStates = kKeyWarps * kRows * sizeof(float2);
-  static constexpr int shared(int stages) {
-    return (kEchoKeys + kEchoSinks) * kKeyStride + stages * kQueries + kStates;
-  }
+  static constexpr int kShared = (kEchoKeys + kEchoSinks) * kKeyStride + kQueries + kStates;
   static_assert(kPart % 16 == 0 && kPart * kParts == kHeadSize);
   static_assert(kQueries >= 2 * kEchoKeys * sizeof(float));
-  static_assert(shared(1) <= 97 << 10);  // what sm_86 has, less what is not dynamic
+  static_assert(kShared <= 97 << 10);  // what sm_86 has, less what is not dynamic
 };
 
 // row / group by a product: exact for rows up to 4,160 and groups up to 16.
@@ -228,7 +225,8 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
   char* keys = shared;
   float2* states = reinterpret_cast<float2*>(keys + (kEchoKeys + kEchoSinks) * kKeyStride);
   char* queries = reinterpret_cast<char*>(states) + Shape::kStates;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  // The same in all lanes, and the compiler knows it.
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0), lane = threadIdx.x % kWarp;
   const int row_warp = warp / Shape::kKeyWarps, key_warp = warp % Shape::kKeyWarps;
   const int thread = threadIdx.x % Shape::kGroupThreads;
   const int h = blockIdx.y, split = blockIdx.z;
@@ -241,14 +239,14 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
   const int shift = __ffs(unit.head.block_size) - 1, mask = unit.head.block_size - 1;
   const int first_page = unit.first >> shift;
   const int num_pages = ((unit.first + n - 1) >> shift) - first_page + 1;
-  // Rows of this group among the 64 of `tile`.
-  const auto load_queries = [&](int tile, int stage) {
-    load_echo_queries<T, kHeadSize>(
-        p, unit, query_of, h, tile * kRows + row_warp * Shape::kGroupRows, thread,
-        queries + stage * Shape::kQueries + row_warp * Shape::kGroupRows * kQueryStride);
+  // Of this group: its place in shared memory, and its rows among the 64 of `tile`.
+  char* own = queries + row_warp * Shape::kGroupRows * kQueryStride;
+  const auto load_queries = [&](int tile) {
+    load_echo_queries<T, kHeadSize>(p, unit, query_of, h,
+                                    tile * kRows + row_warp * Shape::kGroupRows, thread, own);
     copy_async_commit();
   };
-  if (split < tiles) load_queries(split, 0);
+  if (split < tiles) load_queries(split);
   for (int i = threadIdx.x; i <= kMostPages; i += Shape::kThreads) {
     if (i < num_pages) page_ids[i] = unit.head.page_id(first_page + i);
     if (i == kMostPages) page_ids[i] = unit.head.page_id(0);
@@ -426,15 +424,10 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
     copy_async_wait<0>();
     __syncthreads();
   }
-  int stage = 0;
   for (int tile = split; tile < tiles; tile += p.splits) {
     copy_async_wait<0>();
     sync_group();
     const int next = tile + p.splits, row = tile * kRows;
-    char* own = queries + stage * Shape::kQueries + row_warp * Shape::kGroupRows * kQueryStride;
-    const uint32_t q = q_lane + stage * Shape::kQueries;
-    stage = p.stages - 1 - stage;
-    if (p.stages > 1 && next < tiles) load_queries(next, stage);
 #pragma unroll
     for (int i = 0; i < 4; ++i) state[i / 2][i % 2] = make_float2(-kInfinity, 0.f);
 
@@ -465,7 +458,7 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
           copy_async_wait<0>();
           __syncthreads();
         }
-        const uint32_t at = q + part * Shape::kPart * sizeof(T);
+        const uint32_t at = q_lane + part * Shape::kPart * sizeof(T);
         if (with_sinks) {
 #pragma unroll
           for (int k = 0; k < Shape::kPart / 16; ++k) {
@@ -480,7 +473,7 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
         }
       }
       with_groups(limit, [&](auto active) {
-        if (Shape::kParts == 1) multiply(active, q, 0);
+        if (Shape::kParts == 1) multiply(active, q_lane, 0);
         accumulate(active, reading == 0 || n < kEchoKeys, with_sinks, seen);
       });
     }
@@ -491,7 +484,7 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
       if (lane % 4 == 0) states[key_warp * kRows + local_row(i / 2, i % 2)] = mine;
     }
     sync_group();
-    if (p.stages == 1 && next < tiles) load_queries(next, 0);
+    if (next < tiles) load_queries(next);
     float total[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

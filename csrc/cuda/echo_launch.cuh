@@ -39,17 +39,9 @@ Tensor launch_echo(const Launch& launch, const Tensor& like, EchoParams* p, int6
     } else {
       using Shape = EchoShape<T, kHeadSize>;
       const auto kernel = echo_kernel<T, kHeadSize>;
-      const int room = launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-      launch.reserve_shared(kernel, std::max(Shape::shared(1), std::min(Shape::shared(2), room)));
-      const int64_t slots = blocks_on_device(kernel, Shape::kThreads, Shape::shared(1));
-      p->stages = 1;
-      // Loading ahead is worth its memory where no block less fits for it.
-      if (Shape::shared(2) <= room &&
-          blocks_on_device(kernel, Shape::kThreads, Shape::shared(2)) == slots) {
-        p->stages = 2;
-      }
-      const dim3 grid = prepare(slots);
-      kernel<<<grid, Shape::kThreads, Shape::shared(p->stages), launch.stream()>>>(*p);
+      launch.reserve_shared(kernel, Shape::kShared);
+      const dim3 grid = prepare(blocks_on_device(kernel, Shape::kThreads, Shape::kShared));
+      kernel<<<grid, Shape::kThreads, Shape::kShared, launch.stream()>>>(*p);
     }
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
