@@ -1,6 +1,9 @@
 # Everything a newcomer needs: `make serve` and `make test`. Both set up what they use.
+# They take the newest vLLM that we support and this Python allows; `VLLM=0.26.0 make test` takes
+# another, in an environment of its own.
 PYTHON ?= python3
-VENV ?= .venv
+VLLM ?=
+VENV ?= .venv$(addprefix -,$(VLLM))
 PIP = $(VENV)/bin/python -m pip
 MODEL ?= models/tiny
 KV_COMPRESS ?= ratio=8
@@ -9,7 +12,7 @@ export KVCOMPRESS_BUILD ?= $(if $(shell command -v nvidia-smi),auto,$(if $(shell
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: install serve test check format clean
+.PHONY: install serve test engine releases check format clean
 
 # vLLM brings its own torch, so it comes first; our extension is then built against that torch.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
@@ -18,7 +21,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/
 		{ echo "Cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@command -v c++ >/dev/null || echo "No C++ compiler: the PyTorch references will run. On Debian and Ubuntu: apt install g++"
 	$(PIP) install --quiet --upgrade pip "setuptools>=77,<82" wheel ninja
-	$(PIP) install --quiet "vllm>=0.26,<0.27"
+	$(PIP) install --quiet --upgrade "vllm$(if $(VLLM),==$(VLLM),>=0.26,<0.34)"
 	$(PIP) install --quiet --no-build-isolation --editable ".[test]"
 	@touch $@
 
@@ -32,6 +35,15 @@ serve: install
 test: install
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+# Does compression work with this vLLM? A minute; `make test` is thorough.
+engine: install
+	$(VENV)/bin/python -m tests.releases.engine
+	$(VENV)/bin/python -m pytest tests/integration/test_hooks.py
+
+# The same with every release that we support: needs 30 GB and an hour. `RELEASES="0.27.1 0.30.0"`.
+releases: install
+	$(VENV)/bin/python -m tests.releases.run $(RELEASES)
+
 check: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -44,4 +56,4 @@ format: install
 	$(VENV)/bin/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kvcompress_vllm/*.so
+	rm -rf .venv .venv-* .releases build dist *.egg-info kvcompress_vllm/*.so

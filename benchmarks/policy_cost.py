@@ -23,7 +23,7 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression import allocation, gather, loss
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
-from kvcompress_vllm.policies import Evidence
+from kvcompress_vllm.policies import Evidence, judge
 from kvcompress_vllm.records import budget
 
 HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE, RATIO = 8, 4, 128, 16, 4
@@ -63,6 +63,8 @@ class Prompt:
             ))  # fmt: skip
         if of_keys := channels & ops.KEY_CHANNELS:
             parts.append(ops.key_statistics(*pages, *candidates, of_keys))
+        if channels & ops.STORED_CHANNELS:
+            parts.append(torch.rand(1, candidates[-1], BLOCK_SIZE, device=self.device))
         return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(0)
 
     def evidence(self, config: KVCompressConfig, ring: Tensor, channels: Tensor) -> Evidence:
@@ -86,7 +88,7 @@ class Prompt:
             scale=HEAD_SIZE**-0.5, device=self.device, keys=keys, values=values, queries=queries,
             statistics={
                 channel: part.view(self.layers * HEADS, -1)
-                for channel, part in zip(policy.channels, channels, strict=True)
+                for channel, part in zip(sorted(policy.channels), channels, strict=True)
             },
         )  # fmt: skip
 
@@ -126,7 +128,7 @@ def main() -> None:
 
     ring = prompt.ring(8)
     print(f"{'channels at window 8':<50} {'ms':>8}")
-    every = range(len(ops.CHANNELS))
+    every = range(ops.ECHO)  # what is stored is not measured
     for channels in (*([c] for c in every), range(4), every[: ops.NORM], every[ops.NORM :]):
         mask = ops.channel_mask(channels)
         took = timed(lambda mask=mask: prompt.statistics(ring, mask))
@@ -147,16 +149,18 @@ def main() -> None:
             config=config, policy=policy, evidence=evidence, floor=floor, kept=kept
         ) -> Tensor:
             scores = policy.score(evidence)
+            shares = judge.shares(policy, evidence, scores, config.allocator)
             return allocation.freed_pages(
-                [kept], config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
+                [kept], config.allocator, shares, evidence, BLOCK_SIZE, floor, prompt.blocks
             )
 
         def curve(config=config, policy=policy, evidence=evidence, floor=floor, kept=kept) -> None:
             """The loss curve beside that: shares are asked for once for both."""
             points = loss.curve_points(prompt.blocks, floor, kept)
             scores = policy.score(evidence)
+            shares = judge.shares(policy, evidence, scores, config.allocator)
             freed = allocation.freed_pages(
-                points, config.allocator, policy, evidence, scores, BLOCK_SIZE, floor, prompt.blocks
+                points, config.allocator, shares, evidence, BLOCK_SIZE, floor, prompt.blocks
             )
             costs, masses = loss.page_masses(
                 scores, evidence.shielded(), BLOCK_SIZE, policy.worth(evidence)

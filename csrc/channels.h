@@ -17,13 +17,14 @@ enum Channel {
   kLast,
   kMaximum,
   kNorm,
-  kLikeness
+  kLikeness,
+  kValueNorm
 };
 constexpr int kNumAttentionChannels = kNorm;
 
 // The bits that each op knows.
 constexpr int64_t kAttentionChannels = (1 << kNumAttentionChannels) - 1;
-constexpr int64_t kKeyChannels = 1 << kNorm | 1 << kLikeness;
+constexpr int64_t kKeyChannels = 1 << kNorm | 1 << kLikeness | 1 << kValueNorm;
 
 // How many channels a mask selects.
 inline int64_t count_channels(int64_t channels) {

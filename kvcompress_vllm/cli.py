@@ -20,13 +20,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser(
         "doctor",
         help="is this installation fit to run?",
-        description="Show versions, native kernels, the state of every vLLM hook and plugin, and "
-        "the defaults. Starts no engine. Status 0: all is well; 1: it cannot run.",
+        description="Show versions, native kernels, whether vLLM still has what we rely on, "
+        "plugins, and the defaults. Starts no engine. Status 0: all is well; 1: it cannot run.",
+    )
+    command.add_argument(
+        "--wheel", metavar="FILE", help="what would break with the vLLM in this wheel? Only read"
     )
     command.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
     from kvcompress_vllm.integration.start import doctor
 
-    report = doctor.examine()
-    print(json.dumps(report, indent=2) if arguments.json else doctor.render(report))
+    if arguments.wheel:
+        try:
+            report = doctor.examine_wheel(arguments.wheel)
+        except ValueError as error:
+            parser.error(str(error))
+        text = doctor.render_wheel(report)
+    else:
+        report = doctor.examine()
+        text = doctor.render(report)
+    print(json.dumps(report, indent=2) if arguments.json else text)
     return int(bool(report["problems"]))

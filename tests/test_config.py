@@ -16,7 +16,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 def test_nothing_given_means_the_documented_defaults() -> None:
     config = KVCompressConfig.from_dict({})
-    assert (config.policy, config.ratio, config.budget_tokens) == ("diverse", 4.0, None)
+    assert (config.policy, config.ratio, config.budget_tokens) == ("echo", 2.0, None)
     assert KVCompressConfig.from_dict(config.to_dict()) == config
     json.dumps(config.to_dict())  # additional_config is hashed as JSON
 
@@ -84,7 +84,7 @@ def test_mass_is_a_third_way_to_say_how_much() -> None:
         with pytest.raises(ValueError, match=r"and mass=0\.98 exclude each other.*exactly one"):
             KVCompressConfig.from_dict({"mass": 0.98, **other})
     KVCompressConfig.from_dict({"mass": 0.98, "min_ratio": 2, "max_ratio": 8})
-    check({"mass": 0.98, "min_ratio": 8})  # the default ratio of 4 is not meant
+    check({"mass": 0.98, "min_ratio": 8})  # the default ratio of 2 is not meant
 
 
 def test_spec_text() -> None:
@@ -128,7 +128,7 @@ def test_options_of_a_policy_may_come_before_its_name() -> None:
     check({"policy_options": {"gamma": 5}, "policy": "cake"})
     with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='roco'"):
         check({"policy_options.gamma": 5, "policy": "roco"})
-    with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='diverse'"):
+    with pytest.raises(ValueError, match=r"unknown policy_options\.gamma for policy='echo'"):
         KVCompressConfig.from_dict({"policy_options.gamma": 5})
 
 
@@ -262,7 +262,7 @@ def test_every_paper_has_a_preset() -> None:
 
 def test_another_policy_brings_its_own_preferences() -> None:
     config = KVCompressConfig(ratio=8, sinks=2, window=16, pool=3, allow_policies=True)
-    assert config.with_policy(None) is config and config.with_policy("diverse") is config
+    assert config.with_policy(None) is config and config.with_policy("echo") is config
     other = config.with_policy("snapkv")
     assert (other.policy, other.allocator, other.pool) == ("snapkv", "uniform", 127)
     assert other.window == 16, "no more than the ring holds, though snapkv prefers 32"
@@ -285,10 +285,13 @@ def test_limits_may_be_given_before_the_ratio() -> None:
     check({"max_ratio": 3, "ratio": 2})
     with pytest.raises(ValueError, match=r"max_ratio=3 .* at least min_ratio=5"):
         check({"max_ratio": 3, "min_ratio": 5})
-    # In the end the default ratio is 4.
+    # In the end the default ratio is 2.
     for options, message in [
-        ({"max_ratio": 2}, r"max_ratio=2 .* at least ratio=4 \(the default; give another ratio\)"),
-        ({"min_ratio": 5}, r"min_ratio=5 .* at most ratio=4 \(the default; give another ratio\)"),
+        (
+            {"max_ratio": 1.5},
+            r"max_ratio=1\.5 .* at least ratio=2 \(the default; give another ratio\)",
+        ),
+        ({"min_ratio": 5}, r"min_ratio=5 .* at most ratio=2 \(the default; give another ratio\)"),
         ({"max_ratio": 2, "ratio": 8}, "max_ratio=2 .* at least ratio=8$"),
         ({"min_ratio": 9, "ratio": 8}, "min_ratio=9 .* at most ratio=8$"),
     ]:

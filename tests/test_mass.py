@@ -215,7 +215,7 @@ def test_what_interrupts_a_prefill_waits_for_no_curve() -> None:
 
 def test_a_mass_asked_of_a_policy_without_one_is_kv_compress() -> None:
     """Scores of diverse depend on the budget: no sum of them could decide it."""
-    by_ratio = KVCompressConfig(ratio=4)
+    by_ratio = KVCompressConfig(policy="diverse", ratio=4)
     own = resolve(by_ratio, Wish(mass=0.9))
     assert (own.policy, own.mass) == ("kv_compress", 0.9)
     assert resolve(by_ratio, Wish(ratio=2)).policy == resolve(by_ratio).policy == "diverse"

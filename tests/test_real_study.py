@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.lm_eval.scoring import process_results
 from benchmarks.masking_study import Llama, Setting, kept_keys
-from benchmarks.real import decoded, policies, report, samples, scores, study
+from benchmarks.real import calibration, decoded, policies, report, samples, scores, study
 from benchmarks.real.__main__ import parser
 from benchmarks.real.masks import Shields, count, keep
 from benchmarks.real.model import Model
@@ -126,6 +127,20 @@ def test_echo_of_a_generation_is_that_of_its_segments(model, tokens):
     torch.testing.assert_close(score[0], whole)
 
 
+def test_tables_put_heads_on_the_scale_of_a_repetition():
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.rand(2, 3, 4000, generator=generator)
+    foreseen = (0.01 * exact) ** 2  # the same order, on another scale
+    table = calibration.Table(foreseen, exact)
+    some = foreseen[..., :300]
+    high = exact[..., :300] > 0.5  # knots get denser towards what decides
+    torch.testing.assert_close(table(some)[high], exact[..., :300][high], rtol=0.03, atol=0)
+    ordered = table(some.sort(-1).values)
+    assert (ordered[..., 1:] >= ordered[..., :-1]).all()
+    # Beyond all that was seen, further on.
+    assert (table(foreseen.amax(-1, keepdim=True) * 4) > exact.amax(-1, keepdim=True)).all()
+
+
 def test_a_generation_is_compressed_as_the_engine_would():
     assert list(decoded.schedule(700, 2, Shields())) == [256, 512]
     assert list(decoded.schedule(500, 4, Shields())) == [176, 352]
@@ -181,6 +196,11 @@ def test_samples_have_facts_and_exact_lengths(tmp_path):
     path = tmp_path / "samples.jsonl"
     assert samples.write([made], path) == 1
     assert list(samples.read(path)) == [made]
+    rows = tmp_path / "facts.jsonl"
+    assert samples.write_text([made], rows, tokenizer.decode) == 1
+    row = json.loads(rows.read_text().splitlines()[0])
+    assert process_results(row, [row["answer"] + ", and so on"]) == {"right": 1.0}
+    assert process_results(row, ["nothing"]) == {"right": 0.0}
     flowing = maker.text("words", 100, 20, 7)
     assert (len(flowing.context), len(flowing.continuation)) == (100, 20)
     with pytest.raises(ValueError, match="length 100 is not accepted"):

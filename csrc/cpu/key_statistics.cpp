@@ -41,8 +41,24 @@ class Runner {
     if (candidates == 0) return;
     out += (call_.page_start[request] + head.first_candidate(new_covered)) * head.block_size;
     float* norms = wants(kNorm) ? out : nullptr;
-    float* likeness = wants(kLikeness) ? out + (norms ? call_.channel_size : 0) : nullptr;
-    if (likeness) find_direction(simd, head, head.num_keys(call_.rows.seq_lens[request]), pages);
+    if (norms) out += call_.channel_size;
+    float* likeness = wants(kLikeness) ? out : nullptr;
+    if (likeness) out += call_.channel_size;
+    const int32_t num_keys = head.num_keys(call_.rows.seq_lens[request]);
+    if (norms || likeness) look(simd, head, candidates, num_keys, pages, norms, likeness);
+    if (wants(kValueNorm)) {
+      // So far behind the keys, values lie where they would.
+      look(simd, head, candidates, num_keys, pages + call_.head_size, out, nullptr);
+    }
+  }
+
+ private:
+  bool wants(int channel) const { return call_.channels >> channel & 1; }
+
+  // Norms and likeness of the candidates, of `num_keys` keys; nullptr: not wanted.
+  void look(const Simd& simd, const HeadPages& head, int32_t candidates, int32_t num_keys,
+            const T* pages, float* norms, float* likeness) {
+    if (likeness) find_direction(simd, head, num_keys, pages);
     for (int32_t begin = 0; begin < candidates; begin += kTileKeys) {
       const int32_t count = load(simd, head, pages, begin, candidates);
       if (norms) {
@@ -54,9 +70,6 @@ class Runner {
       for (int32_t k = 0; k < count; ++k) likeness[begin + k] *= weights_[k];
     }
   }
-
- private:
-  bool wants(int channel) const { return call_.channels >> channel & 1; }
 
   // The tile from key `begin` on, its squares and their inverse roots; returns how many keys.
   int32_t load(const Simd& simd, const HeadPages& head, const T* pages, int32_t begin,

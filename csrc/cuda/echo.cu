@@ -46,9 +46,7 @@ void echo_scores(const Tensor& query, const Tensor& pages, const Tensor& block_t
     partial = launch_echo<decltype(type)>(launch, pages, &p, num_segments, query.size(2));
   });
   constexpr int kCombineThreads = 256;
-  const dim3 grid(static_cast<unsigned>(num_segments), p.num_heads);
-  echo_combine_kernel<kCombineThreads><<<grid, kCombineThreads, 0, launch.stream()>>>(p);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.chained(echo_combine_kernel<kCombineThreads>, num_segments * heads, kCombineThreads, 0, p);
 }
 
 }  // namespace kvc::gpu

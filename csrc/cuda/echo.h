@@ -12,12 +12,18 @@ template <typename T>
 Tensor launch_echo(const Launch& launch, const Tensor& like, EchoParams* p, int64_t segments,
                    int64_t head_size);
 
-// Rounds of blocks on the device that are worth their start: `rounds` * `slots` blocks or more, as
-// long as each has two tiles of rows.
+// Shares of the rows: rounds of blocks on the device times what a block costs, its keys about as
+// much as a tile of rows.
 inline int32_t echo_splits(int64_t units, int64_t slots, int64_t tiles) {
-  int32_t splits = 1;
-  while (units * splits < 2 * slots && tiles >= 4 * splits) splits *= 2;
-  return splits;
+  const auto cost = [&](int64_t splits) {
+    const int64_t rounds = (units * splits + slots - 1) / slots;
+    return rounds * ((tiles + splits - 1) / splits + 1);
+  };
+  int32_t best = 1;
+  for (int32_t splits = 2; splits <= tiles; ++splits) {
+    if (cost(splits) < cost(best)) best = splits;
+  }
+  return best;
 }
 
 }  // namespace kvc::gpu

@@ -64,6 +64,12 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
+// A barrier of `kThreads` threads of the block, whole warps; `id` from 1 to 15.
+template <int kThreads>
+__device__ __forceinline__ void sync_threads(int id) {
+  asm volatile("barrier.sync %0, %1;\n" ::"r"(id), "n"(kThreads) : "memory");
+}
+
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");

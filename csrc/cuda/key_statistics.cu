@@ -7,6 +7,16 @@
 namespace kvc::gpu {
 namespace {
 
+// The same call for kValueNorm alone: a key's words behind it, values lie where keys would, and
+// their norm is what kNorm is of keys.
+KeyStatisticsParams of_values(KeyStatisticsParams p, int64_t words) {
+  const int64_t before = count_channels(p.channels & ((1 << kValueNorm) - 1));
+  p.out += before * p.candidates * p.rows.block_size;
+  p.pages += words;
+  p.channels = 1 << kNorm;
+  return p;
+}
+
 template <typename T, int kHeadSize>
 void launch_key_statistics(const Launch& launch, const Tensor& like, KeyStatisticsParams p,
                            int64_t requests, int64_t most_keys) {
@@ -24,7 +34,12 @@ void launch_key_statistics(const Launch& launch, const Tensor& like, KeyStatisti
     p.partial = partial.mutable_data_ptr<float>();
     first<<<grid, Shape::kThreads, 0, launch.stream()>>>(p);
   }
-  second<<<grid, Shape::kThreads, 0, launch.stream()>>>(p);
+  if (p.channels & (1 << kNorm | 1 << kLikeness)) {
+    second<<<grid, Shape::kThreads, 0, launch.stream()>>>(p);
+  }
+  if (p.channels >> kValueNorm & 1) {
+    second<<<grid, Shape::kThreads, 0, launch.stream()>>>(of_values(p, Shape::kWords));
+  }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // key_statistics: norms of keys, and their cosines to the mean direction of their head. Two passes
 // over K: the first sums up the directions of a share of the keys, the second adds those sums up
-// and holds every candidate against them.
+// and holds every candidate against them. For norms of values the second runs over V.
 #pragma once
 
 #include "../channels.h"
@@ -11,7 +11,7 @@ namespace kvc::gpu {
 
 struct KeyStatisticsParams {
   PagedRows rows;
-  const uint4* pages;          // [P, B, 2 * D]
+  const uint4* pages;          // [P, B, 2 * D], or D further on: of values
   const int32_t* new_covered;  // [R]
   const int64_t* page_start;   // [R]
   float* partial;              // [R, L * H, splits, D] sums of directions; kLikeness alone

@@ -27,7 +27,9 @@ from kvcompress_vllm.config.rules import (
 from kvcompress_vllm.ops.channels import ECHO
 from kvcompress_vllm.scheduling.segments import DECODED
 
-DEFAULT_RATIO = 4.0
+DEFAULT_RATIO = 2.0
+"""What keeps 95% of the answers of real models whether or not the question is known yet; see
+docs/quality.md."""
 ALLOCATORS = ("global", "layer", "uniform")
 """Which heads compete for pages; see ``compression/allocation.py``."""
 BUDGETS = ("ratio", "budget_tokens", "mass")
@@ -107,7 +109,7 @@ class KVCompressConfig:
         *_or_auto(integer(0, 4096)),
     )
     echo_distance: int = option(
-        512,
+        256,
         "positions between a token and its repetition, as policies imagine it that read echo "
         "scores",
         *integer(1, 1 << 20),

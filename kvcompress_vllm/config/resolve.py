@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.config.options import DEFAULT_RATIO, KVCompressConfig, check_mass
+from kvcompress_vllm.config.options import KVCompressConfig, check_mass
 from kvcompress_vllm.config.rules import shown
 from kvcompress_vllm.records.budget import RequestBudget, Wish
 
+EXPECTED_RATIO = 4.0
+"""Of a mass budget, until one is known."""
 HIGHEST_RATIO = 16.0
 """Of a mass budget, where the operator sets no ``max_ratio``. Scores say what the observed queries
 looked at; the more is dropped for it, the more that guess must be right."""
@@ -43,7 +45,7 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
     least, most = config.min_ratio or 1.0, config.max_ratio
     if mass is not None:
         most = most or max(least, HIGHEST_RATIO)
-        ratio = 1.0 if mass == 1 else min(most, max(least, DEFAULT_RATIO))
+        ratio = 1.0 if mass == 1 else min(most, max(least, EXPECTED_RATIO))
     elif not asked:
         least, most = 1.0, None
     observes_all = config.query_stride > 0 and kind.observes_all

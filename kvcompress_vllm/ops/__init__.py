@@ -29,6 +29,7 @@ from kvcompress_vllm.ops.channels import (
     STORED_CHANNELS,
     SUM,
     SUM_SQUARES,
+    VALUE_NORM,
     channel_mask,
 )
 
@@ -152,6 +153,7 @@ __all__ = [
     "STORED_CHANNELS",
     "SUM",
     "SUM_SQUARES",
+    "VALUE_NORM",
     "attention_statistics",
     "backends",
     "channel_mask",

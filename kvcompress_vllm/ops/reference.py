@@ -33,6 +33,7 @@ from kvcompress_vllm.ops.channels import (
     NORM,
     SUM,
     SUM_SQUARES,
+    VALUE_NORM,
 )
 
 
@@ -231,18 +232,19 @@ def key_statistics(
 ) -> Tensor:
     """What each key is, whatever attends to it, over all layers and heads.
 
-    With the keys k of one head (tail included), after RoPE, per candidate key:
+    With the keys k of one head (tail included), after RoPE, and their values v, per candidate key:
 
-        NORM      |k_j|, the L2 norm (arXiv 2406.11430)
-        LIKENESS  cos(k_j, mean over i of k_i / |k_i|), the cosine to the mean direction of the
-                  head's keys (KeyDiff, arXiv 2504.15364)
+        NORM        |k_j|, the L2 norm (arXiv 2406.11430)
+        LIKENESS    cos(k_j, mean over i of k_i / |k_i|), the cosine to the mean direction of the
+                    head's keys (KeyDiff, arXiv 2504.15364)
+        VALUE_NORM  |v_j|, the L2 norm of the value
 
     All in fp32, whatever the dtype of the cache. A key whose squares sum up to zero has no
     direction: it is left out of the mean, and its LIKENESS is 0; so is that of all keys if the
     directions themselves sum up to zero.
 
     Args:
-        pages: ``[P, B, 2 * D]``, of which the values are not read.
+        pages: ``[P, B, 2 * D]``; keys or values that no channel needs are not read.
         new_covered, page_start, num_candidate_pages: as for :func:`attention_statistics`.
         channels: part of the mask :data:`KEY_CHANNELS`; the others are not computed.
 
@@ -266,12 +268,21 @@ def key_statistics(
     )
     for r, (seq_len, slot, new_f, start) in enumerate(rows):
         for layer, head in product(range(layers), range(heads)):
-            keys = _keys(
-                pages, block_table[r], seq_len, slot, num_pages, first_page, covered, layer, head
-            )[:, :head_size].float()
+            keys, values = (
+                _keys(
+                    pages, block_table[r], seq_len, slot, num_pages, first_page, covered, layer,
+                    head,
+                )
+                .float()
+                .split(head_size, -1)
+            )  # fmt: skip
             norms, directions = _directions(keys)
             _, mean = _directions(directions.sum(0))  # of a mean, the count is no matter
-            channel = {NORM: norms[:, 0], LIKENESS: (directions * mean).sum(-1)}
+            channel = {
+                NORM: norms[:, 0],
+                LIKENESS: (directions * mean).sum(-1),
+                VALUE_NORM: _directions(values)[0][:, 0],
+            }
             place, count = _candidates(
                 start, slot, num_pages, first_page, covered, new_f, layer, head, block_size
             )

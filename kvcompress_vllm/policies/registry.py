@@ -59,7 +59,7 @@ def others() -> tuple[str, ...]:
 
 def default(mass: bool) -> str:
     """The policy where none is named; ``mass``: for a budget that is a share of its scores."""
-    return "kv_compress" if mass else "diverse"
+    return "kv_compress" if mass else "echo"
 
 
 def observing_all() -> tuple[str, ...]:

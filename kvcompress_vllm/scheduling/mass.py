@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 
-from kvcompress_vllm.config.options import DEFAULT_RATIO, KVCompressConfig
-from kvcompress_vllm.config.resolve import HIGHEST_RATIO
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import EXPECTED_RATIO, HIGHEST_RATIO
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.packing import Packing
@@ -65,7 +65,7 @@ class ExpectedRatio:
 
     def __init__(self, config: KVCompressConfig) -> None:
         low, high = config.min_ratio or 1.0, config.max_ratio or HIGHEST_RATIO
-        self._share = 1 / min(high, max(low, DEFAULT_RATIO))
+        self._share = 1 / min(high, max(low, EXPECTED_RATIO))
 
     @property
     def ratio(self) -> float:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy echo on a GPU, in bf16: chunks, prefix cache hits and decoding keep (nearly) the same keys.
+"""The policy echo on a GPU, in bf16: chunks and prefix cache hits keep (nearly) the same keys.
 
-Nearly: products of other shapes round differently in bf16, so the keys themselves differ in the last bit.
+Products of other shapes round differently in bf16, so the keys themselves differ in the last bit.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import OPTIONS, default_text
 from tests.integration.simulation import MODEL
 
-DEFAULT = {"ratio": 4.0, "policy": "diverse"}
+DEFAULT = {"ratio": 2.0, "policy": "echo"}
 
 
 def parse(*flags: str) -> EngineArgs:
@@ -167,7 +167,7 @@ def test_help_lists_every_flag_with_its_default(command: list[str]) -> None:
     )  # fmt: skip
     text = " ".join(result.stdout.split())
     assert f"Presets:{','.join(presets.names())}." in "".join(text.split())  # may break at "-"
-    assert "for diverse 127" in text
+    assert "for echo 15" in text
     for name in OPTIONS:
         assert f"--kv-compress-{name.replace('_', '-')}" in text
         assert f"Default: {default_text(name)}." in text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy echo in an engine: what is kept depends on the prompt alone, not on how it was read."""
+"""The policy echo in an engine: what is kept depends on the prompt alone, however it was read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm import SamplingParams
 
 from tests.integration.engines import engine, scheduler
 
-OPTIONS = {"policy": "echo", "policy_options": {"weight": 0}, "ratio": 4}
+OPTIONS = {"policy": "echo", "policy_options": {"weight": 0, "value_norms": False}, "ratio": 4}
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -63,14 +63,6 @@ def test_a_conversation_grows_by_whole_segments(llm, cold) -> None:
     assert output.num_cached_tokens == 0 and again == kept
 
 
-def test_chunks_do_not_matter(llm, cold) -> None:
-    """Nor compressions inside a prompt, whose marks are the request's own."""
-    marked = read(llm, [prompt(9, 900)], kv_compress_context_tokens=600)[1]
-    with engine(OPTIONS, max_num_batched_tokens=300, max_num_seqs=4) as small:
-        assert read(small, PROMPTS)[1] == cold
-        assert read(small, [prompt(9, 900)], kv_compress_context_tokens=600)[1] == marked
-
-
 def test_what_is_decoded_does_not_depend_on_others(llm) -> None:
     alone = read(llm, [PROMPTS[2]], 300)
     many = read(llm, PROMPTS, 300)
@@ -88,3 +80,12 @@ def test_scores_are_those_of_the_op_on_the_whole_prompt(llm) -> None:
     slots = worker.shape[0] // pool.num_gpu_blocks
     scores = worker.view(pool.num_gpu_blocks, slots, -1)[torch.tensor(blocks)]
     assert len(blocks) == 32 and bool(((scores > 0) & (scores <= 1)).all())
+
+
+def test_chunks_do_not_matter(llm, cold) -> None:
+    """Last, for the end of an engine takes what others share with it. Marks inside a prompt
+    are the request's own."""
+    marked = read(llm, [prompt(9, 900)], kv_compress_context_tokens=600)[1]
+    with engine(OPTIONS, max_num_batched_tokens=300, max_num_seqs=4) as small:
+        assert read(small, PROMPTS)[1] == cold
+        assert read(small, [prompt(9, 900)], kv_compress_context_tokens=600)[1] == marked

@@ -211,7 +211,7 @@ def test_resumable_sessions_are_refused() -> None:
 
 def test_policies_are_the_operators_to_allow() -> None:
     asked = SamplingParams(extra_args={"kv_compress_policy": "snapkv"})
-    with pytest.raises(ValueError, match=r"'snapkv' is not accepted; .*'diverse' only"):
+    with pytest.raises(ValueError, match=r"'snapkv' is not accepted; .*'echo' only"):
         check_request(KVCompressConfig(), asked, resumable=False)
     check_request(KVCompressConfig(policy="snapkv"), asked, resumable=False)
     allowing = KVCompressConfig(allow_policies=True)

@@ -131,6 +131,7 @@ def test_captured_key_statistics():
         )
         assert_close("norm", out[0], expected[0])
         assert_close("likeness", out[1], expected[1])
+        assert_close("norm", out[2], expected[2])
 
 
 def test_echo_scores_do_not_wait():

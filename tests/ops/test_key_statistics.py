@@ -17,6 +17,7 @@ from kvcompress_vllm import ops
 from kvcompress_vllm.ops import KEY_CHANNELS, reference
 
 LAYERS, HEADS = 2, 2
+CHANNELS = ops.NORM, ops.LIKENESS, ops.VALUE_NORM
 SLOTS = LAYERS * HEADS
 
 
@@ -48,6 +49,7 @@ def check(args):
     actual = ops.key_statistics(*args)
     assert_close("norm", actual[0], expected[0])
     assert_close("likeness", actual[1], expected[1])
+    assert_close("norm", actual[2], expected[2])
     return actual.cpu()
 
 
@@ -90,11 +92,13 @@ def test_blocks_that_do_not_divide_a_tile(device, block_size):
 def test_against_the_papers_formula(device):
     """In fp64, key by key, on a request that was never packed: no reference of ours."""
     args = arguments([Request(tail=100)], 64, 16, torch.float32, device, offset=0.5)
-    got = ops.key_statistics(*args)[:, 1:-1].cpu().view(2, SLOTS, 96)
+    got = ops.key_statistics(*args)[:, 1:-1].cpu().view(3, SLOTS, 96)
     row = args[1][0].cpu()
     blocks = row[: -(-100 // 16)].long()
-    keys = args[0].cpu().view(-1, SLOTS, 16, 128)[blocks].transpose(0, 1).flatten(1, 2)
-    keys = keys[:, :100, :64].double()
+    kv = args[0].cpu().view(-1, SLOTS, 16, 128)[blocks].transpose(0, 1).flatten(1, 2)
+    keys, values = kv[:, :100].double().split(64, -1)
+    lengths = [[sum(x * x for x in v) ** 0.5 for v in head[:96].tolist()] for head in values]
+    torch.testing.assert_close(got[2].double(), torch.tensor(lengths).double(), atol=0, rtol=1e-6)
     for head, of_head in enumerate(keys):
         mean = sum(key / key.norm() for key in of_head) / len(of_head)
         wanted = torch.tensor([key @ mean / (key.norm() * mean.norm()) for key in of_head[:96]])
@@ -107,9 +111,9 @@ def test_against_the_papers_formula(device):
 def test_many_keys_of_one_direction(device, dtype):
     """More than fp16 counts, and with squares beyond what fp16 holds."""
     args = arguments([Request(tail=70_000)], 32, 32, dtype, device)
-    args[0][..., 0] += 300
+    args[0][..., [0, 32]] += 300
     statistics = check(args)
-    assert (statistics[0, 1:-1] > 250).all() and (statistics[1, 1:-1] > 0.99).all()
+    assert (statistics[[0, 2], 1:-1] > 250).all() and (statistics[1, 1:-1] > 0.99).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,7 +127,19 @@ def test_keys_without_length(device, dtype):
     statistics = check(args)
     assert (statistics[0] == 0).any() and (statistics[1, statistics[0] == 0] == 0).all()
     pages[..., :64] = 0
-    assert (ops.key_statistics(*args) == 0).all()
+    without = ops.key_statistics(*args)
+    assert (without[:2] == 0).all() and without[2].cpu().equal(statistics[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_without_length(device, dtype):
+    args = arguments(hostile(16), 64, 16, dtype, device)
+    args[0][::2, 3, 64:] = 0
+    args[0][:, 5, 64:] = torch.finfo(dtype).smallest_normal if dtype == torch.float16 else 1e-15
+    args[0][:, 6, 64:] = torch.finfo(torch.float16).max
+    statistics = check(args)
+    assert (statistics[2, :, 3] == 0).any() and (statistics[2, :, 5] < 1e-3).all()
+    assert statistics.isfinite().all() and (statistics[2, :, 6] > 8 * 65_000).any()
 
 
 def test_directions_that_cancel(device):
@@ -135,25 +151,28 @@ def test_directions_that_cancel(device):
     assert (statistics[0, 1:-1] == 2).all() and (statistics[1] == 0).all()
 
 
-@pytest.mark.parametrize("mask", [0, 1 << ops.NORM, 1 << ops.LIKENESS])
+@pytest.mark.parametrize("mask", [part << ops.NORM for part in range(7)])
 def test_only_the_selected_channels(device, mask):
     """Whatever else is asked for, a channel has the same bits."""
     args = arguments(hostile(16), 80, 16, torch.bfloat16, device)
     every = ops.key_statistics(*args)
     args[-1] = mask
     some = ops.key_statistics(*args)
-    assert_same_bits(some, every[[c - ops.NORM for c in (ops.NORM, ops.LIKENESS) if mask >> c & 1]])
+    assert_same_bits(some, every[[i for i, c in enumerate(CHANNELS) if mask >> c & 1]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_and_free_memory_do_not_matter(device, dtype):
+@pytest.mark.parametrize("of_values", [False, True])
+def test_the_other_half_and_free_memory_do_not_matter(device, dtype, of_values):
+    """Norms of values see no key, and what is known of keys no value."""
     args = arguments(hostile(16), 64, 16, dtype, device)
+    args[-1] = 1 << ops.VALUE_NORM if of_values else KEY_CHANNELS & ~(1 << ops.VALUE_NORM)
     before = ops.key_statistics(*args)
-    assert before.isfinite().all()
+    assert before.isfinite().all() and before.any()
     free = args[0].isnan()
     for value in (0.0, float("inf"), float("nan")):
         args[0][free] = value
-        args[0][..., 64:] = value
+        args[0][..., slice(64) if of_values else slice(64, None)] = value
         assert_same_bits(ops.key_statistics(*args), before)
 
 

@@ -13,12 +13,13 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Attention:
     """A prompt of S tokens after prefill, all in fp64.
 
@@ -269,6 +270,7 @@ def keydiff(a: Attention, s: Setting) -> Tensor:
     return _heads(a, lambda layer, head: _max_pool(_unlike(a, s, layer, head), s.pool))
 
 
+@cache
 def repeated(a: Attention, sinks: int, segment: int = 256) -> Tensor:
     """``[L, H, S]``: the highest probability that each key gets if the prompt is read once more,
     segment by segment: a repeated token sees the first tokens, the segment as it was, and of its
@@ -306,16 +308,40 @@ def rotate(query: Tensor) -> Tensor:
     return torch.cat([turned.real, turned.imag])
 
 
-def echo(a: Attention, s: Setting, weight: float = 1.0, stored: Tensor | None = None) -> Tensor:
-    """The repetition or, pooled, the last queries; ``stored``: of the repetition already."""
+def echo(
+    a: Attention,
+    s: Setting,
+    value_norms: bool = True,
+    norm: str = "L2",
+    weight: float = 1.0,
+    stored: Tensor | None = None,
+) -> Tensor:
+    """The repetition, times the value's length over the mean, or, pooled, the last queries;
+    ``stored``: of the repetition already."""
     known = repeated(a, s.sinks) if stored is None else stored
+    layers, heads = a.keys.shape[:2]
+    n, shielded = s.candidates(a.length), s.shielded(a.length)
+
+    def length(layer: int, head: int, j: int) -> float:
+        return math.sqrt(sum(x * x for x in a.values[layer, head, j].tolist()))
+
+    open_lengths = [
+        length(layer, head, j)
+        for layer in range(layers)
+        for head in range(heads)
+        for j in range(n)
+        if not shielded[j]
+    ]
+    mean = sum(open_lengths) / len(open_lengths)
 
     def score(layer: int, head: int) -> list[float]:
-        n = s.candidates(a.length)
-        window = [max(float(p[q, j]) for q in _window(a, s) for p in a.probabilities[layer, head])
-                  for j in range(n)]  # fmt: skip
-        pooled = _max_pool(window, s.pool)
-        return [max(float(known[layer, head, j]), weight * pooled[j]) for j in range(n)]
+        p = a.probabilities[layer, head].tolist()
+        paid = [max(of[q][j] for of in p for q in _window(a, s) if q >= j) for j in range(n)]
+        asked = _max_pool([x * x if norm == "L2" else x for x in paid], s.pool)
+        echoes = known[layer, head].tolist()
+        if value_norms:
+            echoes = [echoes[j] * length(layer, head, j) / mean for j in range(n)]
+        return [max(echoes[j], weight * asked[j]) for j in range(n)]
 
     return _heads(a, score)
 

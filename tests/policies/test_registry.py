@@ -147,7 +147,7 @@ def test_what_auto_stands_for() -> None:
         config = KVCompressConfig.from_dict(options)
         return config.allocator, config.window, config.pool, config.recent
 
-    assert values() == values(policy="diverse") == ("global", 8, 127, 16)
+    assert values() == values(policy="echo") == ("global", 8, 15, 16)
     assert values(mass=0.9) == values(policy="kv_compress") == ("global", 8, 127, 16)
     assert values(policy="kv_compress", window=64) == ("global", 64, 127, 16)
     assert values(policy="snapkv") == ("uniform", 32, 127, 32)

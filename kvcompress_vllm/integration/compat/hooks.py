@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every vLLM name outside its public plugin interfaces that this package relies on.
+"""Every vLLM name outside its public plugin interfaces that this package relies on, and why.
 
-``check()`` verifies that each still exists with the parameters we use; the contract test runs it,
-so a vLLM release that changes one fails with the name, the reason and what to look at.
+What is found by itself in our source (``ours.py``) need not be here, except for the releases that
+have it (``since``, ``until``) and what is replaced at run time. ``contract.py`` checks all of it.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Hook(NamedTuple):
@@ -19,15 +17,19 @@ class Hook(NamedTuple):
         path: ``module:qualified.name``.
         parameters: parameters (or dataclass fields) that must exist, in this order.
         reason: what we do with it.
-        until: when it can go.
+        remove_when: what must come before we can do without.
         patched: whether we replace it at run time (the others are overridden or called).
+        since: first release that has it; empty: all that we support.
+        until: first release that has it no more, and needs it no more; empty: none.
     """
 
     path: str
     parameters: tuple[str, ...]
     reason: str
-    until: str
+    remove_when: str
     patched: bool = False
+    since: str = ""
+    until: str = ""
 
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
@@ -44,6 +46,7 @@ _USAGE = "vLLM lets plugins add to the usage"
 _IN_USAGE = "puts it into the usage; replaced on the server's instance"
 _VALIDATE = "vLLM lets general plugins validate requests"
 _ROPE = "vllm.model_executor.layers.rotary_embedding"
+_BACKEND = "vllm.v1.attention.backend:AttentionBackend"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 HOOKS = (
@@ -76,10 +79,17 @@ HOOKS = (
          "hands over the vllm_xargs of /v1/messages; replaced on the server's instance",
          "vLLM's messages have vllm_xargs", patched=True),
     Hook("vllm.entrypoints.serve.utils.server_utils:AuthenticationMiddleware.verify_token",
-         ("self", "headers"), "guards the page's data where KVCOMPRESS_PAGE=api-key", "never"),
+         ("self", "headers"), "guards the page's data where KVCOMPRESS_PAGE=api-key",
+         "vLLM 0.28 is no longer supported", until="0.29"),
+    Hook("vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware.verify_token",
+         ("self", "headers"), "guards the page's data where KVCOMPRESS_PAGE=api-key", "never",
+         since="0.29"),
     Hook("vllm.entrypoints.openai.api_server:_init_endpoint_plugins_state",
          ("engine_client", "state", "args"), "initialises ours for run-batch, which has no app",
-         "vLLM loads endpoint plugins in run-batch", patched=True),
+         "vLLM 0.28 is no longer supported", patched=True, until="0.29"),
+    Hook("vllm.entrypoints.launchers.api_server.app_state:init_endpoint_plugins_state",
+         ("engine_client", "state", "args"), "initialises ours for run-batch, which has no app",
+         "vLLM loads endpoint plugins in run-batch", patched=True, since="0.29"),
     Hook("vllm.plugins:load_endpoint_plugins", (),
          "adds our endpoints where --kv-compress is given, without VLLM_PLUGINS naming them",
          "vLLM lets general plugins bring endpoint plugins", patched=True),
@@ -97,7 +107,8 @@ HOOKS = (
          "vLLM's outputs have a field for plugins"),
     Hook(f"{_SCHEDULER}.finish_requests", ("self", "request_ids", "finished_status"),
          "ends requests whose policy failed, with an error", "never"),
-    Hook("vllm.distributed:get_tp_group", (), "ranks agree on which policies failed", "never"),
+    Hook("vllm.distributed.parallel_state:get_tp_group", (),
+         "ranks agree on which policies failed", "never"),
     Hook(f"{_CHAT}.chat_completion_full_generator", ("self", "request", "result_generator"),
          _IN_USAGE, _USAGE, patched=True),
     Hook(f"{_CHAT}.chat_completion_stream_generator", ("self", "request", "result_generator"),
@@ -129,7 +140,7 @@ HOOKS = (
          "vLLM's scheduler has an admission hook", patched=True),
     Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.__init__", ("watermark",),
          "its watermark_blocks carries the reserve", "vLLM's scheduler has an admission hook"),
-    Hook(f"{_SCHEDULER}.schedule", ("self", "throttle_prefills"),
+    Hook(f"{_SCHEDULER}.schedule", ("self",),
          "compresses what is due, then attaches the plan to the step", "scheduler_cls is public"),
     Hook(f"{_SCHEDULER}.__init__", ("self", "vllm_config", "kv_cache_config"),
          "built through scheduler_cls with keywords", "scheduler_cls is public"),
@@ -142,6 +153,19 @@ HOOKS = (
     Hook(f"{_SCHEDULER}.update_from_output", ("self", "scheduler_output", "model_runner_output"),
          "reads what the workers report of compressions, and tells the front end of each request",
          "scheduler_cls is public"),
+    Hook(f"{_SCHEDULER}._mamba_block_aligned_split",
+         ("self", "request", "num_new_tokens", "num_new_local_computed_tokens"),
+         "ends a chunk where a compression is due", "vLLM's scheduler asks how long a chunk is"),
+    Hook(f"{_SCHEDULER}.need_mamba_block_aligned_split", (),
+         "set, so that vLLM calls it", "vLLM's scheduler asks how long a chunk is"),
+    Hook(f"{_SCHEDULER}.deferred_frees", (), "integrity checks", "never"),
+    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.watermark_blocks", (),
+         "set to the reserve before an admission", "vLLM's scheduler has an admission hook"),
+    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.create_kv_cache_blocks", ("self", "blocks"),
+         "cuts a prefix cache hit", "never"),
+    Hook("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers", (),
+         "holds our block manager", "the registry hands managers out"),
+    Hook(f"{_MANAGER}._null_block", (), "stands where packed blocks no longer are", "never"),
     Hook(f"{_SCHEDULER}.make_stats", ("self",), "adds our report to the step's statistics",
          "scheduler_cls is public"),
     Hook("vllm.v1.metrics.stats:SchedulerStats", ("num_running_reqs",),
@@ -160,14 +184,15 @@ HOOKS = (
          "its single_type_managers hold our block manager", "the registry hands managers out"),
     Hook(f"{_MANAGER}.pop_blocks_for_free", ("self", "request_id"),
          "the one place where a request gives its blocks up", "the spec registry is public"),
-    Hook(f"{_MANAGER}.cache_blocks", ("self", "request", "num_tokens", "retention_interval"),
+    Hook(f"{_MANAGER}.cache_blocks", ("self", "request", "num_tokens"),
          "packed requests publish nothing", "the spec registry is public"),
     Hook(f"{_MANAGER}.find_longest_cache_hit",
-         ("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec",
-          "drop_eagle_block", "alignment_tokens", "dcp_world_size", "pcp_world_size"),
+         ("cls", "block_hashes", "max_length", "kv_cache_group_ids", "block_pool",
+          "kv_cache_spec"),
          "leaves the observed window to compute", "the spec registry is public"),
     Hook(f"{_MANAGER}.get_num_common_prefix_blocks", ("self", "running_request_id"),
-         "no cascade attention over packed rows", "vLLM 0.33 removes cascade attention"),
+         "no cascade attention over packed rows", "vLLM 0.31 is no longer supported",
+         until="0.32"),
     Hook("vllm.v1.core.block_pool:BlockHashToBlockMap.__len__", ("self",),
          "how many blocks the prefix cache knows, for the page", "never"),
     Hook("vllm.v1.metrics.loggers:StatLoggerManager.record", ("self", "scheduler_stats"),
@@ -178,7 +203,15 @@ HOOKS = (
          "integrity checks", "never"),
     Hook("vllm.v1.kv_cache_interface:KVCacheTensor",
          ("size", "shared_by", "offset", "block_stride"), "the packed layout of all layers",
-         "vLLM 0.29 lays all layers out in one buffer itself"),
+         "vLLM 0.28 is no longer supported", until="0.29"),
+    Hook(f"{_BACKEND}.get_kv_cache_shape", ("num_blocks", "block_size", "num_kv_heads"),
+         "the layout of a layer", "vLLM 0.28 is no longer supported", until="0.29"),
+    Hook(f"{_BACKEND}.get_kv_cache_stride_order", ("include_num_layers_dimension",),
+         "the layout of all layers", "vLLM 0.28 is no longer supported", until="0.29"),
+    Hook(f"{_BACKEND}.supported_kv_cache_layouts", ("cls",),
+         "the layout of all layers", "never", since="0.29"),
+    Hook("vllm.v1.kv_cache_layout:KVCacheLayout", (), "names the layout of all layers", "never",
+         since="0.29"),
     Hook("vllm.v1.core.sched.output:SchedulerOutput",
          ("scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens"),
          "carries the plan as an extra attribute", "vLLM has a field for plugins"),
@@ -217,7 +250,15 @@ HOOKS = (
     Hook("vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
          ("self", "input_batch"),
          "tells the order of the batch; replaced on runner V2's instance",
-         "vLLM tells metadata builders the request ids", patched=True),
+         "vLLM 0.29 is no longer supported", patched=True, until="0.30"),
+    Hook("vllm.v1.attention.backend:CommonAttentionMetadata.req_idx", (),
+         "tells the order of runner V2's batch", "never", since="0.30"),
+    Hook("vllm.v1.worker.gpu.states:RequestState.index_to_req_id", (),
+         "tells the order of runner V2's batch", "never", since="0.30"),
+    Hook("vllm.v1.worker.gpu.states:RequestState.req_id_to_index", (),
+         "the rows whose prefix we rewrite on runner V2", "vLLM can rewrite a row"),
+    Hook("vllm.v1.worker.gpu.block_table:BlockTables.block_tables", (),
+         "the rows whose prefix we rewrite on runner V2", "vLLM can rewrite a row"),
     Hook("vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor", ("size", "dtype", "device"),
          "gpu holds the rows whose prefix we rewrite on runner V2", "vLLM can rewrite a row"),
     Hook("vllm.v1.worker.block_table:BlockTable.__init__", ("self",),
@@ -227,30 +268,15 @@ HOOKS = (
     Hook("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
          ("selected_backend", "attn_selector_config", "num_heads"),
          "attention on CPU", "vLLM's CPU platform honours the selected backend"),
-    Hook("vllm.platforms.cpu:CpuPlatform.import_kernels", (), "supplies three ops",
+    Hook("vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides", (),
+         "mends what stands for a kernel on CPU", "vLLM's wheel runs on CPU", since="0.31"),
+    Hook("vllm.utils.cpu_triton_utils:_compute_slot_mapping_kernel_impl",
+         (), "stands for a kernel on CPU; replaced where it does not take what the kernel takes",
+         "vLLM 0.32 is no longer supported", patched=True, since="0.31"),
+    Hook("vllm.v1.worker.block_table:ComputeSlotMappingKernel.kernel", (),
+         "says what the kernel takes", "vLLM 0.32 is no longer supported", since="0.31"),
+    Hook("vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model", ("self",),
+         "skipped: nothing is compiled", "vLLM's wheel runs on CPU"),
+    Hook("vllm.platforms.cpu:CpuPlatform.import_kernels", (), "supplies a few ops",
          "vLLM's wheel runs on CPU"),
 )  # fmt: skip
-
-
-def check() -> list[str]:
-    """What is broken: one line per hook that is missing or lacks a parameter."""
-    return [problem for hook in HOOKS if (problem := _problem(hook)) is not None]
-
-
-def _problem(hook: Hook) -> str | None:
-    module, _, name = hook.path.partition(":")
-    target: Any
-    try:
-        target = importlib.import_module(module)
-        for part in name.split("."):
-            target = getattr(target, part)
-        found = list(inspect.signature(inspect.unwrap(target)).parameters)
-    except Exception as error:  # whatever it is that a broken vLLM raises on import
-        return f"{hook.path}: {error} (we use it: {hook.reason})"
-    positions = [found.index(p) if p in found else -1 for p in hook.parameters]
-    if -1 in positions or positions != sorted(positions):
-        return (
-            f"{hook.path} takes {found}, we need {list(hook.parameters)} in this order "
-            f"(we use it: {hook.reason})"
-        )
-    return None

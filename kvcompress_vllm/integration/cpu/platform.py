@@ -15,38 +15,17 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from vllm.platforms.cpu import CpuPlatform
 
-from kvcompress_vllm.integration.cpu.activations import ACTIVATIONS
+from kvcompress_vllm.integration.cpu import kernels, newer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _BACKEND = "kvcompress_vllm.integration.worker.attention.KVCompressBackend"
+_PLAIN_BACKEND = "kvcompress_vllm.integration.cpu.attention.PlainCpuBackend"
 _KV_CACHE_BYTES = 1 << 30
 """KV cache on CPU unless the user sizes it."""
-_LIBRARY: torch.library.Library | None = None
-
-
-def _init_cpu_memory_env(nodes: list[int]) -> None:
-    """NUMA binding, which only the CPU build of vLLM has."""
-
-
-def _compute_slot_mapping(
-    query_start: Tensor,
-    positions: Tensor,
-    block_table: Tensor,
-    slot_mapping: Tensor,
-    block_size: int,
-) -> None:
-    """Slot of every token: ``block_table[row, position // B] * B + position % B``."""
-    num_tokens = int(query_start[-1])
-    row = torch.repeat_interleave(query_start.diff().long())
-    position = positions[:num_tokens]
-    block = block_table[row, position.div(block_size, rounding_mode="floor")].long()
-    slot_mapping[:num_tokens] = block * block_size + position.remainder(block_size)
 
 
 class KVCompressCpuPlatform(CpuPlatform):
@@ -54,30 +33,19 @@ class KVCompressCpuPlatform(CpuPlatform):
 
     @classmethod
     def import_kernels(cls) -> None:
-        global _LIBRARY
-        if _LIBRARY is not None:
-            return
-        _LIBRARY = torch.library.Library("_C", "FRAGMENT")
-        for schema, function in (
-            ("init_cpu_memory_env(int[] nodes) -> ()", _init_cpu_memory_env),
-            (
-                "compute_slot_mapping_kernel_impl(Tensor query_start, Tensor positions, "
-                "Tensor block_table, Tensor(a!) slot_mapping, int block_size) -> ()",
-                _compute_slot_mapping,
-            ),
-            *(
-                (f"{name}(Tensor! out, Tensor input) -> ()", function)
-                for name, function in ACTIVATIONS.items()
-            ),
-        ):
-            _LIBRARY.define(schema)
-            _LIBRARY.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
+        kernels.register()
+        newer.claim_no_amx()
 
     @classmethod
-    def get_attn_backend_cls(
-        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
-    ) -> str:
-        return _BACKEND
+    def register_triton_kernel_overrides(cls) -> None:
+        newer.mend_slot_mapping()
+        super().register_triton_kernel_overrides()
+
+    @classmethod
+    def get_attn_backend_cls(cls, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        # Compression selects our backend, as on any platform.
+        compresses = getattr(selected_backend, "name", None) == "CUSTOM"
+        return _BACKEND if compresses else _PLAIN_BACKEND
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:

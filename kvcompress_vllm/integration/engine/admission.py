@@ -105,10 +105,12 @@ class Admission:
             planner.admit(request.request_id, request.num_tokens, budget)
         return blocks
 
-    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+    def get_computed_blocks(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[KVCacheBlocks, int, int]:
         """vLLM's prefix cache lookup, except that what a compression observes is computed, and
         what has no echo scores where its policy reads them."""
-        blocks, num_tokens, boundary = self._stock_computed_blocks(request)
+        blocks, num_tokens, boundary = self._stock_computed_blocks(request, *args, **kwargs)
         planner = self._planner
         sizes = planner.sizes(budget_of(request))
         due_at = sizes.first_due(request.num_tokens)

@@ -73,8 +73,8 @@ class KVCompressManager(FullAttentionManager):
         on_release: called with the request id when its blocks are given up, packed or not.
     """
 
-    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
-        super().__init__(kv_cache_spec, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.packed: dict[str, Packing] = {}
         self.on_release: Callable[[str], None] = lambda request_id: None
 
@@ -115,12 +115,10 @@ class KVCompressManager(FullAttentionManager):
         self.on_release(request_id)
         return [b for b in super().pop_blocks_for_free(request_id) if not b.is_null]
 
-    def cache_blocks(
-        self, request: Request, num_tokens: int, retention_interval: int | None = None
-    ) -> None:
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # What is decoded after a compression attends to fewer keys than its hash says.
         if request.request_id not in self.packed:
-            super().cache_blocks(request, num_tokens, retention_interval)
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         return 0  # cascade attention would read packed rows as shared prefixes
@@ -133,10 +131,8 @@ class KVCompressManager(FullAttentionManager):
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
         kv_cache_spec: KVCacheSpec,
-        drop_eagle_block: bool,
-        alignment_tokens: int,
-        dcp_world_size: int = 1,
-        pcp_world_size: int = 1,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         # vLLM leaves one token to compute; the observed queries must be computed as well, so that
         # a prefix cache hit keeps the same keys as a miss.
@@ -148,10 +144,8 @@ class KVCompressManager(FullAttentionManager):
             kv_cache_group_ids,
             block_pool,
             kv_cache_spec,
-            drop_eagle_block,
-            alignment_tokens,
-            dcp_world_size,
-            pcp_world_size,
+            *args,
+            **kwargs,
         )
 
     def check_integrity(self, held: Sequence[KVCacheBlock] = ()) -> None:

@@ -125,13 +125,13 @@ class _KVCompressMixin(Scheduler):
         )
         self.grammar_compile_error_reqs.add(request_id)
 
-    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
         accumulations = self._accumulate(computed)
         heard = self._heard(computed)
         compressions = self._compress_due(computed)
         scorings = self._score_due(computed)
-        output = super().schedule(throttle_prefills)
+        output = super().schedule(*args, **kwargs)
         plan = self._plan(output, accumulations, heard, scorings, compressions)
         output.kv_compress = plan  # type: ignore[attr-defined]
         if self._recorder.enabled:
@@ -141,7 +141,11 @@ class _KVCompressMixin(Scheduler):
         return output
 
     def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+        self,
+        scheduler_output: SchedulerOutput,
+        model_runner_output: ModelRunnerOutput,
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[int, EngineCoreOutputs]:
         failures: dict[str, str] = {}
         for report in reports_of(model_runner_output):
@@ -152,7 +156,7 @@ class _KVCompressMixin(Scheduler):
             else:
                 self._recorder.measured(report, self.kv_compress_planner.reported(report))
         failed = self._fail(failures)
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
         for request in failed:
             per_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
             per_client.outputs.append(_error(request, failures[request.request_id]))
@@ -191,8 +195,7 @@ class _KVCompressMixin(Scheduler):
             Occupancy(
                 pool.num_gpu_blocks - 1,
                 pool.get_num_free_blocks(),
-                len(self.running),
-                len(self.waiting) + len(self.skipped_waiting),
+                *self.get_request_counts(),
                 manager.held_by_packed(),
                 len(pool.cached_block_hash_to_block),
             ),

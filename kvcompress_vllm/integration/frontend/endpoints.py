@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import time
 from argparse import Namespace
 from importlib import resources
@@ -22,6 +21,7 @@ from vllm import envs, plugins
 from vllm.config import VllmConfig
 
 from kvcompress_vllm.config.rules import shown
+from kvcompress_vllm.integration.compat import releases
 from kvcompress_vllm.integration.frontend import checks
 from kvcompress_vllm.integration.frontend.prometheus import KVCompressStatLogger
 from kvcompress_vllm.integration.frontend.usage import report_in_usage
@@ -81,21 +81,21 @@ def install() -> None:
     plugins.load_endpoint_plugins = load_endpoint_plugins
     # `vllm run-batch` builds no app, and so loads no plugins. Offline there is no server at all,
     # whose import would take a second.
-    server = sys.modules.get("vllm.entrypoints.openai.api_server")
-    if hasattr(server, "_init_endpoint_plugins_state"):
-        _init_without_app(server)
+    place = releases.plugin_initialiser()
+    if place is not None:
+        _init_without_app(*place)
 
 
-def _init_without_app(server: Any) -> None:
-    stock = server._init_endpoint_plugins_state
+def _init_without_app(server: Any, name: str) -> None:
+    stock = getattr(server, name)
 
     @functools.wraps(stock)
-    async def _init_endpoint_plugins_state(engine_client: Any, state: Any, args: Any) -> None:
+    async def init_endpoint_plugins_state(engine_client: Any, state: Any, args: Any) -> None:
         if not hasattr(state, "endpoint_plugins"):
             state.endpoint_plugins = [KVCompressEndpoints()]
         await stock(engine_client, state, args)
 
-    server._init_endpoint_plugins_state = _init_endpoint_plugins_state
+    setattr(server, name, init_endpoint_plugins_state)
 
 
 class KVCompressEndpoints:
@@ -131,10 +131,8 @@ async def _authorized(request: Request) -> None:
     """The key that vLLM's own routes ask for, where KVCOMPRESS_PAGE=api-key."""
     if page_access() != API_KEY:
         return
-    from vllm.entrypoints.serve.utils.server_utils import AuthenticationMiddleware
-
     keys = _api_keys(request.app.state.args)
-    if not AuthenticationMiddleware(request.app, keys).verify_token(request.headers):
+    if not releases.authentication()(request.app, keys).verify_token(request.headers):
         raise HTTPException(401, "Unauthorized", headers={"WWW-Authenticate": "Bearer"})
 
 

@@ -16,9 +16,10 @@ import torch
 from kvcompress_vllm import __version__, ops, policies
 from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.integration.compat import hooks
+from kvcompress_vllm.integration.compat import contract, source
+from kvcompress_vllm.integration.compat.tested import TESTED
 
-SUPPORTED_VLLM = ">=0.26,<0.27"
+SUPPORTED_VLLM = ">=0.26,<0.34"
 """The same as in pyproject.toml."""
 
 PLUGINS = (
@@ -57,9 +58,36 @@ def examine() -> dict[str, Any]:
     return report
 
 
+def examine_wheel(path: str) -> dict[str, Any]:
+    """What would break with the vLLM in a wheel file, which is only read.
+
+    Returns:
+        ``vllm`` (its version), ``checked`` (how many names), ``problems`` (lines of text).
+
+    Raises:
+        ValueError: the file is no wheel of vLLM.
+    """
+    vllm = source.wheel(Path(path))
+    return {
+        "vllm": vllm.version,
+        "checked": len(contract.questions()),
+        "problems": contract.check(vllm.answer, vllm.version),
+    }
+
+
+def render_wheel(report: dict[str, Any]) -> str:
+    """What :func:`examine_wheel` found, for people."""
+    lines = [f"PROBLEM: {text}" for text in report["problems"]]
+    lines.append(
+        f"vLLM {report['vllm']}: {report['checked']} names checked, "
+        + (f"{len(lines)} broken" if lines else "all intact")
+    )
+    return "\n".join(lines)
+
+
 def render(report: dict[str, Any]) -> str:
     """What :func:`examine` found, for people."""
-    versions, kernels, checked = report["versions"], report["kernels"], report["hooks"]
+    versions, kernels, checked = report["versions"], report["kernels"], report["contract"]
     lines = [
         f"kvcompress_vllm {versions['kvcompress_vllm']}, Python {versions['python']}",
         f"vLLM {versions['vllm'] or 'missing'} (supported: {SUPPORTED_VLLM}), "
@@ -77,8 +105,12 @@ def render(report: dict[str, Any]) -> str:
         isa = f", {report['cpu_instruction_set']}" if device == "CPU" and native else ""
         lines.append(f"native {device} kernels: {which}{isa}")
     if checked is not None:
-        intact = checked["checked"] - len(checked["broken"])
-        lines.append(f"vLLM hooks: {intact} of {checked['checked']} intact")
+        broken = len(checked["broken"])
+        lines.append(
+            f"contract with vLLM: {checked['checked']} names checked, "
+            + (f"{broken} broken" if broken else "all intact")
+        )
+        lines.append(f"tested with this vLLM: {checked['tested'] or 'nothing'}")
     for plugin in report["plugins"]:
         state = "not installed" if not plugin["visible"] else (
             "visible to vLLM" if plugin["enabled"] else "disabled"
@@ -122,7 +154,7 @@ def _examine_torch(report: dict[str, Any]) -> None:
 
 
 def _examine_vllm(report: dict[str, Any]) -> None:
-    report["hooks"] = None
+    report["contract"] = None
     found = report["versions"]["vllm"]
     if found is None:
         report["problems"].append(f'vLLM is missing: pip install "vllm{SUPPORTED_VLLM}"')
@@ -131,9 +163,19 @@ def _examine_vllm(report: dict[str, Any]) -> None:
 
     if not SpecifierSet(SUPPORTED_VLLM).contains(found, prereleases=True):
         report["problems"].append(f"vLLM {found} is not supported; it must be {SUPPORTED_VLLM}")
-    broken = hooks.check()
-    report["hooks"] = {"checked": len(hooks.HOOKS), "broken": broken}
-    report["problems"] += [f"vLLM hook {line}" for line in broken]
+    vllm = source.installed(found)
+    broken = ["its source is not to be found"] if vllm is None else []
+    if vllm is not None:
+        broken = contract.check(vllm.answer, found) + contract.unimportable(found)
+    tested = TESTED.get(found.partition("+")[0])
+    report["contract"] = {
+        "checked": len(contract.questions()),
+        "broken": broken,
+        "tested": tested and tested.describe(),
+    }
+    report["problems"] += [f"contract with vLLM: {line}" for line in broken]
+    if tested is None:
+        report["warnings"].append(f"vLLM {found} was not tested; see docs/releases.md")
 
 
 def _examine_plugins(report: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.cache.transfer import to_device
 from kvcompress_vllm.compression.echo import Rotation
+from kvcompress_vllm.integration.compat.releases import kv_cache_layouts
 from kvcompress_vllm.records.plan import Observation, Span
 from kvcompress_vllm.scheduling.segments import SEGMENT, segments
 
@@ -44,8 +45,8 @@ class StepContext:
     """``[P, B, 2 * D]`` page pool of all layers."""
     layer_index: dict[str, int]
     """l of every attention layer, by vLLM's layer name."""
-    request_rows: Callable[[], dict[str, int]]
-    """Row of every request in the current batch."""
+    request_rows: Callable[[CommonAttentionMetadata], dict[str, int]]
+    """Row of every request in the batch whose metadata is being built."""
     rotations: list[Rotation] = field(default_factory=list)
     """By layer, where keys get echo scores."""
     num_sinks: int = 0
@@ -126,7 +127,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
         if self.context is None or not self.context.observations:
             return None
         window = self.context.state.window
-        rows = self.context.request_rows()
+        rows = self.context.request_rows(common)
         starts = common.query_start_loc_cpu.tolist()
         index = [-1] * common.num_actual_tokens
         for item in self.context.observations:
@@ -144,7 +145,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
         context = self.context
         if context is None or not context.echoes:
             return None
-        rows, starts = context.request_rows(), common.query_start_loc_cpu.tolist()
+        rows, starts = context.request_rows(common), common.query_start_loc_cpu.tolist()
         found = []
         for item in context.echoes:
             if item.request_id not in rows:
@@ -309,8 +310,13 @@ class KVCompressBackend(AttentionBackend):
         return KVCompressMetadataBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(*args: Any, **kwargs: Any) -> list[int | MultipleOf]:
         return [MultipleOf(1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        # Layers inside a block; vLLM 0.29 and later ask this instead of the two methods below.
+        return kv_cache_layouts("BLHNC")
 
     @staticmethod
     def get_kv_cache_shape(

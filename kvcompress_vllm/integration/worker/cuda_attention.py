@@ -110,17 +110,19 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
             num_decode_tokens=decode_tokens,
             prefills=[
                 self._prefill_rows(common, begin, end, packed)
-                for begin, end, packed in self._runs(decodes, decodes + prefills)
+                for begin, end, packed in self._runs(common, decodes, decodes + prefills)
             ],
         )
 
-    def _runs(self, begin: int, end: int) -> list[tuple[int, int, bool]]:
+    def _runs(
+        self, common: CommonAttentionMetadata, begin: int, end: int
+    ) -> list[tuple[int, int, bool]]:
         """Neighbouring rows of ``[begin, end)`` that are packed alike: (first, end, packed)."""
         if begin == end:
             return []
         packed_rows: set[int] = set()
         if self.context is not None and self.context.packed_prefills:
-            rows = self.context.request_rows()
+            rows = self.context.request_rows(common)
             packed_rows = {rows[request_id] for request_id in self.context.packed_prefills}
         runs: list[tuple[int, int, bool]] = []
         for packed, group in groupby(range(begin, end), key=packed_rows.__contains__):

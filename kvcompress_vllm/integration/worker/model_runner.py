@@ -9,8 +9,10 @@ from itertools import chain
 from typing import Any
 
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.integration.compat.releases import batch_order_is_told
 from kvcompress_vllm.integration.worker.attention import KVCompressMetadataBuilder
 
 
@@ -21,7 +23,7 @@ class RunnerAdapter(ABC):
         self._runner = runner
 
     @abstractmethod
-    def request_rows(self) -> dict[str, int]:
+    def request_rows(self, common: CommonAttentionMetadata) -> dict[str, int]:
         """Row of every request in the batch whose metadata is being built."""
 
     @abstractmethod
@@ -42,7 +44,7 @@ class RunnerAdapter(ABC):
 class RunnerV1(RunnerAdapter):
     """``v1/worker/gpu_model_runner.py``, which also runs on CPU."""
 
-    def request_rows(self) -> dict[str, int]:
+    def request_rows(self, common: CommonAttentionMetadata) -> dict[str, int]:
         rows: dict[str, int] = self._runner.input_batch.req_id_to_index
         return rows
 
@@ -57,11 +59,14 @@ class RunnerV1(RunnerAdapter):
 
 
 class RunnerV2(RunnerAdapter):
-    """``v1/worker/gpu/model_runner.py``, the default on CUDA for dense models."""
+    """``v1/worker/gpu/model_runner.py``, the default on CUDA: for dense models, from 0.29 on for
+    all."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
         self._rows: dict[str, int] = {}
+        if batch_order_is_told():
+            return
         stock = runner.model_state.prepare_attn
 
         def prepare_attn(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,8 +76,15 @@ class RunnerV2(RunnerAdapter):
 
         runner.model_state.prepare_attn = prepare_attn
 
-    def request_rows(self) -> dict[str, int]:
-        return self._rows
+    def request_rows(self, common: CommonAttentionMetadata) -> dict[str, int]:
+        if not batch_order_is_told():
+            return self._rows
+        told: Any = common  # not every release has the field
+        if told.req_idx is None:
+            raise RuntimeError("kv_compress: runner V2 does not say which request is in which row")
+        names = self._runner.req_states.index_to_req_id
+        places = told.req_idx.tolist()
+        return {names[place]: row for row, place in enumerate(places) if place in names}
 
     def write_row_prefixes(self, prefixes: Mapping[str, list[int]]) -> None:
         # In stream order: after the step before has read the rows, and before the runner applies

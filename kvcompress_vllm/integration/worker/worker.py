@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, KVCacheTensor
@@ -22,6 +22,7 @@ from kvcompress_vllm.compression.pending import PendingReports
 from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.sizing import observe_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
@@ -262,6 +263,8 @@ def packed_config(config: KVCacheConfig) -> KVCacheConfig:
     (group,) = config.kv_cache_groups
     if not isinstance(group.kv_cache_spec, KVCompressSpec):
         raise ValueError(f"kv_compress: cannot compress {group.kv_cache_spec}")
+    if vllm_places_layers():
+        return config
     layer_bytes = group.kv_cache_spec.page_size_bytes
     block_bytes = layer_bytes * len(group.layer_names)
     tensors = [

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between vLLM's releases, asked of vLLM itself: by capability, never by version.
+
+Overrides take and pass on whatever more vLLM gives them; only what cannot be done that way is here.
+What each release changed, and how it was tested: ``docs/releases.md``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+@cache
+def vllm_places_layers() -> bool:
+    """Whether vLLM lays all layers of a block out side by side itself, as our backend's layout
+    asks (0.29 and later); before, the worker says where each layer lies."""
+    from vllm.v1.kv_cache_interface import KVCacheTensor
+
+    return "layers" in {field.name for field in fields(KVCacheTensor)}
+
+
+def kv_cache_layouts(*names: str) -> tuple[Any, ...]:
+    """Members of vLLM's ``KVCacheLayout``, which 0.29 and later ask of a backend."""
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    return tuple(KVCacheLayout[name] for name in names)
+
+
+@cache
+def batch_order_is_told() -> bool:
+    """Whether vLLM tells metadata builders which request is in which row (0.30 and later)."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    return "req_idx" in {field.name for field in fields(CommonAttentionMetadata)}
+
+
+def authentication() -> Any:
+    """vLLM's middleware that asks for API keys; moved in 0.29."""
+    place = "vllm.entrypoints.serve.middleware.authenticate"
+    if find_spec(place.rpartition(".")[0]) is None:
+        place = "vllm.entrypoints.serve.utils.server_utils"
+    return import_module(place).AuthenticationMiddleware
+
+
+INITIALISERS = (
+    ("vllm.entrypoints.launchers.api_server.app_state", "init_endpoint_plugins_state"),
+    ("vllm.entrypoints.openai.api_server", "_init_endpoint_plugins_state"),
+)
+"""Module and name of the function that initialises a server's endpoint plugins: from 0.29 on, and
+before."""
+
+
+def plugin_initialiser() -> tuple[Any, str] | None:
+    """The one of :data:`INITIALISERS` that is there; None: no server is loaded."""
+    for module, name in INITIALISERS:
+        found = sys.modules.get(module)
+        if hasattr(found, name):
+            return found, name
+    return None
