@@ -64,8 +64,8 @@ def test_a_conversation_grows_by_whole_segments(llm, cold) -> None:
 
 
 def test_what_is_decoded_does_not_depend_on_others(llm) -> None:
-    alone = read(llm, [PROMPTS[2]], 300)
-    many = read(llm, PROMPTS, 300)
+    alone = read(llm, [PROMPTS[2]], 160)
+    many = read(llm, PROMPTS, 160)
     assert alone[0][0].outputs[0].token_ids == many[0][2].outputs[0].token_ids
     assert alone[1][0] == many[1][2]
 
