@@ -80,19 +80,29 @@ def test_decoding_is_left_alone():
     assert whole_segments(10, 0, (300,), M) == 0
 
 
+def equal(one: int, other: int) -> bool:
+    return one == other
+
+
 def test_only_whole_segments_can_be_hit():
     blocks = WholeBlocks(100, 16)
     row = list(range(99, 39, -1))
     blocks.computed(row, 0, 2 * M + 40, True)
-    assert blocks.usable(row, 2 * M + 32) == 2 * M
-    assert blocks.usable(row, M + 16) == M and blocks.usable(row, M - 16) == 0
+
+    def usable(length: int) -> int:
+        found = blocks.usable(row[: length // 16], equal)
+        assert found == row[: len(found)]
+        return len(found) * 16
+
+    assert usable(2 * M + 32) == 2 * M
+    assert usable(M + 16) == M and usable(M - 16) == 0
     # Its answer fills the third segment token by token.
     for position in range(2 * M + 40, 3 * M):
         blocks.computed(row[position // 16 :], position, position + 1, True)
-    assert blocks.usable(row, 3 * M) == 2 * M
+    assert usable(3 * M) == 2 * M
     # Another request computes one of its blocks without scores.
     blocks.computed(row[20:], 320, 336, False)
-    assert blocks.usable(row, 3 * M) == M
+    assert usable(3 * M) == M
 
 
 def test_a_segment_in_two_parts_is_not_whole():
@@ -100,7 +110,19 @@ def test_a_segment_in_two_parts_is_not_whole():
     row = list(range(60))
     blocks.computed(row, 0, 112, True)
     blocks.computed(row[7:], 112, 2 * M, True)
-    assert blocks.usable(row, 2 * M) == 0 and not blocks[0] and blocks[M // 16]
+    assert blocks.usable(row[: 2 * M // 16], equal) == []
+
+
+def test_blocks_of_two_segments_are_not_mixed():
+    """Two prompts share their first 200 tokens; the cache hands out the first one's blocks."""
+    blocks = WholeBlocks(100, 16)
+    one, two = list(range(1, 17)), list(range(21, 37))
+    blocks.computed(one, 0, M, True)
+    blocks.computed(two, 0, M, True)
+    mixed = one[:12] + two[12:]
+    assert blocks.usable(mixed, lambda a, b: a % 20 == b % 20) == two
+    assert blocks.usable(mixed, equal) == []  # the second one's are gone
+    assert blocks.usable(one, equal) == one
 
 
 def test_blocks_must_divide_segments():

@@ -353,7 +353,7 @@ class CompressionPlanner:
 
     def observe_slots_used(self) -> int:
         """Observation slots that are taken now."""
-        return self.observe_slots - len(self._observe_slots)
+        return self.observe_slots - self._num_slots()
 
     def take_released(self) -> list[int]:
         """State slots released since the last call."""

@@ -10,7 +10,7 @@ a step without room) is scored in parts, for the request itself alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 SEGMENT = 256
 """Tokens of a segment; blocks must divide it."""
@@ -64,7 +64,11 @@ def whole_segments(first: int, num_tokens: int, marks: Sequence[int], room: int)
 
 
 class WholeBlocks:
-    """Which blocks of the pool hold the scores of whole segments; says how long a hit may be.
+    """Which blocks of the pool hold the scores of whole segments, and whose.
+
+    The prefix cache knows a block by the tokens up to its own end; its scores depend on those up to
+    the end of its segment. So a hit may be made of blocks of several segments that differ behind
+    them; only blocks that were scored together are used, which may be others with the same tokens.
 
     A block is computed anew before the prefix cache knows it under another hash, so nothing has to
     be told when one is freed.
@@ -76,11 +80,9 @@ class WholeBlocks:
                 f"kv_compress: policy=echo needs blocks that divide its segments of {SEGMENT} "
                 f"tokens; --block-size {block_size} does not"
             )
-        self._whole = bytearray(num_blocks)
+        self._segment: list[tuple[int, ...] | None] = [None] * num_blocks
+        """By block, all blocks of the whole segment that it was scored in."""
         self._block_size = block_size
-
-    def __getitem__(self, block: int) -> bool:
-        return bool(self._whole[block])
 
     def computed(self, row: Sequence[int], first: int, end: int, scored: bool) -> None:
         """Note that a step computes tokens ``[first, end)`` of a request.
@@ -91,19 +93,35 @@ class WholeBlocks:
         """
         size, begin = self._block_size, first // self._block_size
         for index in range(begin, -(-end // size)):
-            start = index * size // SEGMENT * SEGMENT
-            whole = scored and first <= start and start + SEGMENT <= end
-            self._whole[row[index - begin]] = whole
+            self._segment[row[index - begin]] = None
+        start = -(-first // SEGMENT) * SEGMENT
+        while scored and start + SEGMENT <= end:
+            at = start // size - begin
+            blocks = tuple(row[at : at + SEGMENT // size])
+            for block in blocks:
+                self._segment[block] = blocks
+            start += SEGMENT
 
-    def usable(self, row: Sequence[int], num_tokens: int) -> int:
-        """Of a prefix cache hit of ``num_tokens`` tokens, the leading whole segments.
+    def usable(self, row: Sequence[int], same: Callable[[int, int], bool]) -> list[int]:
+        """The leading whole segments of a prefix cache hit.
 
         Args:
             row: block ids of the hit.
+            same: whether the cache knows two blocks under one hash.
+
+        Returns:
+            Block ids with the same tokens, a multiple of a segment.
         """
-        per_segment = SEGMENT // self._block_size
-        for segment in range(num_tokens // SEGMENT):
-            blocks = row[segment * per_segment : (segment + 1) * per_segment]
-            if not all(self._whole[block] for block in blocks):
-                return segment * SEGMENT
-        return num_tokens - num_tokens % SEGMENT
+        found: list[int] = []
+        count = SEGMENT // self._block_size
+        while len(found) + count <= len(row):
+            hit = row[len(found) : len(found) + count]
+            blocks = self._segment[hit[-1]]
+            if blocks is None or blocks[-1] != hit[-1]:
+                break
+            if not all(self._segment[block] is blocks for block in blocks):
+                break
+            if not all(map(same, blocks, hit)):
+                break
+            found += blocks
+        return found

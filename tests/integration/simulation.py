@@ -45,6 +45,7 @@ from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
 from kvcompress_vllm.records.plan import StepPlan
 from kvcompress_vllm.reporting.metrics import StepReport
+from kvcompress_vllm.scheduling.segments import DECODED, segments
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
 L, H, G, D, B = 2, 2, 2, 8, 16
@@ -60,9 +61,15 @@ class PretendWorker:
     rows: dict[str, list[int]] = field(default_factory=dict)
     pending: list[PendingReports] = field(default_factory=list)
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    echoes: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By request, where echo scores are stored: those that its keys should have."""
 
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
+        for heard in plan.heard:
+            assert heard.blocks == self.rows[heard.request_id][: len(heard.blocks)]
+            assert heard.first // DECODED == (heard.end - 1) // DECODED
+            self._score(heard.request_id, tokens[heard.request_id], heard.first, heard.end)
         self.pending = start_step(plan, self.compressor)
         for item in plan.compressions:
             row = self.rows[item.request_id]
@@ -80,9 +87,34 @@ class PretendWorker:
         observed = {item.request_id: item for item in plan.observations}
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        fresh = [new.req_id for new in output.scheduled_new_reqs] + list(cached.resumed_req_ids)
+        for request_id in fresh if self.state.echo is not None else ():
+            # What it found in the prefix cache must be there as if it had computed it.
+            self.echoes[request_id] = torch.zeros(1 << 13)
+            for begin, end in segments(0, computed[request_id]):
+                own = tokens[request_id]
+                self.echoes[request_id][begin:end] = echo_of(own, begin, end)
+        spans = {item.request_id: item for item in plan.echoes}
         for request_id, count in output.num_scheduled_tokens.items():
             first = computed[request_id]
+            if self.state.echo is not None:
+                self._store(request_id, torch.arange(first, first + count), torch.tensor(0.5))
+                self.echoes[request_id][first : first + count] = 0
+            if request_id in spans:
+                assert spans[request_id][1:] == (first, first + count)
+                for begin, end in segments(first, first + count):
+                    self._score(request_id, tokens[request_id], begin, end)
             self._forward(request_id, tokens[request_id], first, count, observed.get(request_id))
+
+    def _score(self, request_id, tokens, begin, end) -> None:
+        scores = echo_of(tokens, begin, end)
+        self._store(request_id, torch.arange(begin, end), scores)
+        self.echoes[request_id][begin:end] = scores
+
+    def _store(self, request_id, positions, scores) -> None:
+        page = torch.tensor(self.rows[request_id])[positions // B][:, None] * (L * H)
+        page = page + torch.arange(L * H)
+        self.state.echo[page, (positions % B)[:, None]] = scores.expand(len(positions))[:, None]
 
     def _forward(self, request_id, tokens, first, count, observation) -> None:
         positions = torch.arange(first, first + count)
@@ -101,6 +133,13 @@ class PretendWorker:
             for layer in range(L):
                 query = torch.randn(count, H * G, D, generator=self.random)
                 ops.observe_queries(query, index, self.state.ring[layer].flatten(0, 1))
+
+
+def echo_of(tokens: list[int], begin: int, end: int) -> torch.Tensor:
+    """Scores of a segment that tell it from any other, or from the same one of another prefix."""
+    tag = prefix_tags(tokens)[end - 1]
+    scores = (torch.arange(begin, end) * 7919 + tag * 31 + begin) % 8388593
+    return (scores.float() + 1) / 8388594
 
 
 def prefix_tags(tokens: list[int]) -> list[int]:
@@ -161,8 +200,9 @@ class Simulation:
             num_query_heads=H * G,
             head_size=D,
             state_slots=max_num_seqs,
-            window=config.window,
+            window=config.ring,
             dtype=torch.float32,
+            echo=config.stores_echo,
             observe_slots=observe_slots(self.vllm_config, num_blocks),
             running=config.query_stride > 0,
             device=torch.device("cpu"),
@@ -237,7 +277,7 @@ class Simulation:
         scheduled, cached = output.num_scheduled_tokens, output.scheduled_cached_reqs
         for rid in [*(new.req_id for new in output.scheduled_new_reqs), *cached.resumed_req_ids]:
             self._tokens[rid] = list(self.scheduler.requests[rid]._all_token_ids)
-        self.worker.run(output, {rid: self._tokens[rid] for rid in scheduled})
+        self.worker.run(output, {rid: self._tokens[rid] for rid in self.scheduler.requests})
         self.num_steps += 1
         if output.kv_compress.compressions or output.preempted_req_ids or self.num_steps % 8 == 0:
             self.check_contents()
@@ -300,3 +340,13 @@ class Simulation:
                 assert (position.diff() > 0).all(), (rid, head, position)
                 assert position[c * B :].equal(torch.arange(f * B, n)), (rid, head, position)
                 assert content[:, 0].equal(tags[position]), (rid, head)
+                if (
+                    self.worker.state.echo is not None
+                    and rid in self.scheduler.kv_compress_planner.requests
+                ):
+                    stored = self.worker.state.echo[page].flatten()[:keys]
+                    wanted = self.worker.echoes[rid][position]
+                    # In the tail what has no score yet may hold anything.
+                    ours = (torch.arange(keys) < c * B) | (wanted > 0)
+                    wrong = position[ours & (stored != wanted)]
+                    assert not len(wrong), (rid, head, wrong)

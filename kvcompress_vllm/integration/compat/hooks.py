@@ -45,6 +45,7 @@ _BATCH = "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingCha
 _USAGE = "vLLM lets plugins add to the usage"
 _IN_USAGE = "puts it into the usage; replaced on the server's instance"
 _VALIDATE = "vLLM lets general plugins validate requests"
+_ROPE = "vllm.model_executor.layers.rotary_embedding"
 _BACKEND = "vllm.v1.attention.backend:AttentionBackend"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
@@ -224,6 +225,15 @@ HOOKS = (
          "runs the plan before the step", "worker_cls is public"),
     Hook("vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("self", "grammar_output"),
          "adds the reports to the step's output", "worker_cls is public"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.get_model", ("self",),
+         "its rotary modules say how queries turn (echo scores)", "never"),
+    Hook(f"{_ROPE}.base:RotaryEmbeddingBase._compute_cos_sin_cache", ("self",),
+         "angles of echo scores, in fp32", "vLLM's rotary modules have angles in public"),
+    Hook(f"{_ROPE}.base:RotaryEmbedding.forward_native", ("self", "positions", "query", "key"),
+         "checks those angles", "vLLM's rotary modules have angles in public"),
+    Hook(f"{_ROPE}.phi3_long_rope_scaled_rope:Phi3LongRoPEScaledRotaryEmbedding."
+         "_compute_cos_sin_cache", ("self", "max_position_embeddings", "rescale_factors", "mscale"),
+         "angles of echo scores, in fp32", "vLLM's rotary modules have angles in public"),
     Hook("vllm.v1.outputs:ModelRunnerOutput", ("req_ids",),
          "carries the reports as an extra attribute", "vLLM has a field for plugins"),
     Hook("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",),

@@ -119,8 +119,8 @@ class Admission:
             first = first_observed(sizes.budget, due_at, planner.config.window)
             usable = min(usable, first // planner.block_size * planner.block_size)
         if self._echo is not None and due_at != NEVER and self._echo.reads(sizes.budget.policy):
-            ids = [block.block_id for block in blocks.blocks[0]]
-            usable = self._echo.blocks.usable(ids, usable)
+            blocks = self._scored(blocks, usable)
+            usable = len(blocks.blocks[0]) * planner.block_size
         lost = num_tokens - usable
         if lost <= 0:
             return blocks, num_tokens, boundary
@@ -134,6 +134,17 @@ class Admission:
             tuple(group[: usable // planner.block_size] for group in blocks.blocks)
         )
         return cut, usable, boundary
+
+    def _scored(self, hit: KVCacheBlocks, num_tokens: int) -> KVCacheBlocks:
+        """Of the first tokens of a hit what was scored in whole segments, in the blocks in which it
+        was."""
+        assert self._echo is not None
+        pool = self._manager.block_pool.blocks
+        ids = [block.block_id for block in hit.blocks[0][: num_tokens // self._planner.block_size]]
+        found = self._echo.blocks.usable(
+            ids, lambda mine, theirs: pool[mine].block_hash == pool[theirs].block_hash
+        )
+        return self._manager.create_kv_cache_blocks(([pool[block] for block in found],))
 
     def _fits(self, request: Request, reserve: int) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""

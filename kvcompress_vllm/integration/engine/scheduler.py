@@ -48,6 +48,7 @@ from kvcompress_vllm.scheduling.echo import EchoPlanner
 from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.segments import SEGMENT
 
 logger = init_logger("vllm.kv_compress")
 
@@ -89,6 +90,16 @@ class _KVCompressMixin(Scheduler):
                 manager.block_pool.num_gpu_blocks,
                 step_tokens(scheduler_config),
             )
+            if step_tokens(scheduler_config) - scheduler_config.max_num_seqs < SEGMENT:
+                logger.warning(
+                    "kv_compress: steps of %d tokens with up to %d requests may not have room for "
+                    "the %d tokens that are scored at once: what is kept then depends on how "
+                    "prompts are cut, and the prefix cache is used less; raise "
+                    "--max-num-batched-tokens",
+                    step_tokens(scheduler_config),
+                    scheduler_config.max_num_seqs,
+                    SEGMENT,
+                )
         self._admission = Admission(self, self.kv_compress_planner, self._recorder, self._echo)
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
