@@ -312,8 +312,8 @@ def echo(
     a: Attention,
     s: Setting,
     value_norms: bool = True,
-    norm: str = "L2",
-    weight: float = 1.0,
+    norm: str = "L1",
+    weight: float = 0.5,
     stored: Tensor | None = None,
 ) -> Tensor:
     """The repetition, times the value's length over the mean, or, pooled, the last queries;

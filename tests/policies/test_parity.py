@@ -30,7 +30,7 @@ CASES = [
     {"policy": "kv_compress", "policy_options": {"aggregation": "average"}, "window": 33},
     {"policy": "echo"},
     {"policy": "echo", "policy_options": {"value_norms": False, "weight": 0}},
-    {"policy": "echo", "policy_options": {"norm": "L1", "weight": 0.3}, "window": 20, "pool": 5},
+    {"policy": "echo", "policy_options": {"norm": "L2", "weight": 1}, "window": 20, "pool": 5},
     {"policy": "diverse"},
     {"policy": "diverse", "policy_options": {"share": 0.8, "key_pool": 1}, "pool": 5, "window": 20},
     {"policy": "roco", "pool": 1, "window": 24},
