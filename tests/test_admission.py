@@ -70,7 +70,9 @@ def test_what_is_decoded_grows_from_where_it_is() -> None:
 
 
 def test_without_decode_compression_a_request_grows_without_bound() -> None:
-    planner = CompressionPlanner(KVCompressConfig(decode=False), B, 8, 8, max_tokens=10_000)
+    planner = CompressionPlanner(
+        KVCompressConfig(ratio=4, decode=False), B, 8, 8, max_tokens=10_000
+    )
     assert load(planner, None, 0, 1600, 60, 2048) == Load(1, 100, 25, UNBOUNDED, 8, 60)
     assert load(planner, None, 0, 20, 60, 2048) == Load(1, 2, 2, UNBOUNDED, 8, 60)
 

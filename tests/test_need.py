@@ -76,7 +76,8 @@ def test_sizes_and_budgets_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_a_peak_forces_of_a_mass_keeps_half_of_it() -> None:
-    of_mass, of_ratio = sizes(mass=0.9, prefill_peak_tokens=320), sizes(prefill_peak_tokens=320)
+    of_mass = sizes(mass=0.9, prefill_peak_tokens=320)
+    of_ratio = sizes(ratio=4, prefill_peak_tokens=320)
     assert of_mass.first_due(1600) == of_ratio.first_due(1600) == 320
     assert of_mass.packed_at(320, 1600) == of_ratio.packed_at(320, 1600) == Packing(20, 10)
     # Of a ratio no more than the whole prompt may keep.

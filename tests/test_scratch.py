@@ -98,6 +98,6 @@ def test_what_requests_may_choose_counts() -> None:
         config = KVCompressConfig.from_dict(options)
         return {type(policy).__name__ for policy in usable_policies(config)}
 
-    assert names() == {"Diverse"}
-    assert names(allow_policies="expected_attention") == {"Diverse", "ExpectedAttention"}
+    assert names() == {"Echo"}
+    assert names(allow_policies="expected_attention") == {"Echo", "ExpectedAttention"}
     assert len(names(allow_policies=True)) >= len(policies.BUILT_IN) - 3  # some are only shares

@@ -21,6 +21,7 @@ from vllm.sampling_params import (
 )
 
 from kvcompress_vllm import LLM
+from kvcompress_vllm.records.packing import Packing
 from tests.integration.engines import engine, samples, scheduler
 
 PAIRS = samples("single", 700, 3, offset=3000)
@@ -188,9 +189,9 @@ def compressed(compressing: LLM) -> Iterator[list[float]]:
     manager = scheduler(compressing).kv_compress_manager
     original = manager.pack
 
-    def pack(request_id: str, covered: int, kept_blocks: int, *rest: Any) -> Any:
-        kept.append(kept_blocks / covered)
-        return original(request_id, covered, kept_blocks, *rest)
+    def pack(request_id: str, packing: Packing) -> Any:
+        kept.append(packing.kept / packing.covered)
+        return original(request_id, packing)
 
     manager.pack = pack
     yield kept
