@@ -129,7 +129,8 @@ def extensions(cpp_extension: Any) -> list[Extension]:
         "kvcompress_vllm._C_cuda",
         sources("cuda", "cu"),
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-        libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        # Where Python links with -static-libstdc++, error messages would mix two libraries' streams.
+        libraries=["stdc++", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
         library_dirs=[cudart_folder(cpp_extension)],
         **common,
     )

@@ -21,7 +21,7 @@ SMALL = {
 }  # fmt: skip
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {"num_key_value_heads": 1, "head_dim": 32}),  # gelu_tanh_and_mul
-    "phi": ("PhiConfig", {}),  # gelu_new
+    "phi": ("PhiConfig", {"intermediate_size": 256}),  # gelu_new
     "gpt2": (
         "GPT2Config",
         {"n_inner": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},

@@ -51,9 +51,9 @@ def rope_of(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         return get_rope(D, rope_parameters=parameters, dtype=dtype, **options)
 
 
-def rotation_of(block: nn.Module, distance: int = 256):
+def rotation_of(block: nn.Module, distance: int = 256, *others: nn.Module):
     (found,) = rotations(
-        nn.Sequential(block), {"layers.0.attn": block.attn}, distance, torch.device("cpu")
+        nn.Sequential(block, *others), {"layers.0.attn": block.attn}, distance, torch.device("cpu")
     )
     return found
 
@@ -80,7 +80,11 @@ def test_a_distance_beyond_the_table_and_a_table_in_16_bits():
 
 
 def test_layers_without_positions_do_not_rotate():
-    for block in (Block(rotary_emb=None), Block(rotary_emb=rope_of("plain"), use_rope=False)):
+    for block in (
+        Block(rotary_emb=None),
+        Block(rotary_emb=rope_of("plain"), use_rope=False),
+        Block(),  # of a model that rotates nowhere, such as GPT-2
+    ):
         assert rotation_of(block).angles.shape == (0, 2)
 
 
@@ -96,7 +100,7 @@ def test_what_does_not_tell_is_refused_by_name(broken):
         rope = _Foreign(rope)
     block = Block() if broken == "absent" else Block(rotary_emb=rope)
     with pytest.raises(ValueError, match=r"policy=echo .* layers\.0\.attn"):
-        rotation_of(block)
+        rotation_of(block, 256, rope_of("plain"))
 
 
 class _Foreign(nn.Module):

@@ -31,6 +31,9 @@ def rotations(
     owners = {
         id(child): module for module in model.modules() for child in module.children()
     }  # the attention block that holds projections, rotary embedding and attention
+    if not any("Rotary" in type(module).__name__ for module in model.modules()):
+        # Positions, if any, are added to what is embedded: nothing turns.
+        return [_rotation(None, distance, device)] * len(layers)
     known: dict[int, Rotation] = {}
     found = []
     for name, layer in layers.items():
