@@ -129,7 +129,7 @@ def extensions(cpp_extension: Any) -> list[Extension]:
         "kvcompress_vllm._C_cuda",
         sources("cuda", "cu"),
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-        # Where Python links with -static-libstdc++, error messages would mix two libraries' streams.
+        # First, for a Python that links with -static-libstdc++: one library for all streams.
         libraries=["stdc++", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
         library_dirs=[cudart_folder(cpp_extension)],
         **common,

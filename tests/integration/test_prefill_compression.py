@@ -104,7 +104,8 @@ def test_the_context_is_compressed_before_the_question_is_read() -> None:
 
 
 def test_what_a_compression_observes_is_not_taken_from_the_prefix_cache() -> None:
-    sim = Simulation(120, OPTIONS, max_num_batched_tokens=512)
+    # Of a policy whose hits need not be whole segments.
+    sim = Simulation(120, {**OPTIONS, "policy": "kv_compress"}, max_num_batched_tokens=512)
     tokens = prompt(3, 350)
     sim.add("first", tokens, 2)
     sim.run()
@@ -143,7 +144,7 @@ def test_protected_positions_outlive_every_compression(monkeypatch, seed: int) -
 
 
 def test_a_request_that_keeps_all_must_fit_where_prompts_are_bounded() -> None:
-    config = KVCompressConfig(prefill_peak_tokens=1024)
+    config = KVCompressConfig(ratio=4, prefill_peak_tokens=1024)
     engine = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=8192),
         cache_config=SimpleNamespace(block_size=16),
