@@ -314,6 +314,12 @@ class Simulation:
             self.step()
         raise AssertionError(f"{self.live} still live after {most_steps} steps")
 
+    def _reads_echo(self, request_id: str) -> bool:
+        """Whether a request is compressed by echo scores; those of others may be anything, as what
+        they find in the prefix cache need not have any."""
+        tracked = self.scheduler.kv_compress_planner.requests.get(request_id)
+        return tracked is not None and self.config.reads_echo(tracked.budget.policy)
+
     def check_contents(self) -> None:
         """Every head of every running request holds its own tokens: some of the compressed part,
         in order, and all of the tail."""
@@ -340,10 +346,7 @@ class Simulation:
                 assert (position.diff() > 0).all(), (rid, head, position)
                 assert position[c * B :].equal(torch.arange(f * B, n)), (rid, head, position)
                 assert content[:, 0].equal(tags[position]), (rid, head)
-                if (
-                    self.worker.state.echo is not None
-                    and rid in self.scheduler.kv_compress_planner.requests
-                ):
+                if self._reads_echo(rid):
                     stored = self.worker.state.echo[page].flatten()[:keys]
                     wanted = self.worker.echoes[rid][position]
                     # In the tail what has no score yet may hold anything.

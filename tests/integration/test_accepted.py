@@ -111,6 +111,11 @@ def send(sim: Simulation, name: str, request: tuple[int, int, int, dict[str, Any
     {"ratio": 2.1, "prefill_peak_tokens": 256, "min_prompt_tokens": 40, "interval": 1},
     [(0, 440, 60, {})],
 )
+@example(  # one that needs no echo scores finds blocks without, where others may ask for them
+    {"num_blocks": 16, "max_num_batched_tokens": 200, "max_num_seqs": 2},
+    {"ratio": 1.5, "min_prompt_tokens": 1, "policy": "random", "allow_policies": True},
+    [(1, 98, 114, {"kv_compress": False}), (1, 67, 73, {})],
+)
 def test_what_is_accepted_finishes(
     engine: dict[str, Any],
     options: dict[str, Any],
