@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ from benchmarks.quality.cells import DECODED, FULL, HIDDEN, Cell, Choice, config
 from benchmarks.quality.prompts import GIVEN, Prompt, Prompts
 from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.integration.start.flags import KEY as KV_COMPRESS
 
 BLOCK_SIZE = 16
 SWAPPED = ("policy", "policy_options", "allocator", "pool", "window", "ratio", "budget_tokens")
@@ -99,6 +101,7 @@ def start(settings: Settings, cells: Iterable[Cell]) -> Any:
     choices = {cell.choice for cell in cells if cell.policy != FULL} or {Choice("streaming")}
     widest = max(config_of(choice, settings.base).window for choice in choices)
     (engine,) = {engine_of(choice, settings.base) for choice in choices}
+    options = _with_echo(json.loads(engine), choices, settings.base)
     arguments = {
         "block_size": BLOCK_SIZE,
         "enable_prefix_caching": True,
@@ -107,7 +110,7 @@ def start(settings: Settings, cells: Iterable[Cell]) -> Any:
     }
     llm = LLM(
         settings.model,
-        kv_compress={**json.loads(engine), "window": widest},
+        kv_compress={**options, "window": widest},
         worker_extension_cls="benchmarks.quality.worker.QualityWorker",
         **arguments,
     )
@@ -116,10 +119,30 @@ def start(settings: Settings, cells: Iterable[Cell]) -> Any:
     return llm
 
 
+def _with_echo(options: dict[str, Any], choices: Iterable[Choice], base: str) -> Mapping[str, Any]:
+    """Options of an engine that stores echo scores if a choice reads them."""
+    started = KVCompressConfig.from_dict(options)
+    reading = sorted({c.policy for c in choices if config_of(c, base).reads_echo()})
+    if not reading or started.stores_echo:
+        return options
+    return options | {"allow_policies": [*started.allowed_policies(), *reading]}
+
+
 def configure(llm: Any, choice: Choice, base: str) -> None:
-    """Have the engine compress as the choice says."""
-    if choice.policy != FULL:
-        llm.collective_rpc("quality_configure", args=(config_of(choice, base).to_dict(),))
+    """Have the engine compress as the choice says.
+
+    The front end resolves the budgets of requests, which name the policy, and the workers have its
+    options; the scheduler goes by the budgets.
+    """
+    if choice.policy == FULL:
+        return
+    options = config_of(choice, base).to_dict()
+    llm.collective_rpc("quality_configure", args=(options,))
+    processor = llm.llm_engine.input_processor
+    # A copy: an engine core in this process has the same object, which says how it was started.
+    processor.vllm_config = copy.copy(processor.vllm_config)
+    additional = processor.vllm_config.additional_config
+    processor.vllm_config.additional_config = {**additional, KV_COMPRESS: options}
 
 
 def request(choice: Choice, prompt: Prompt) -> Any:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine for the whole grid: between two calls its workers take another policy.
 
-vLLM adds :class:`QualityWorker` to the engine's worker (``worker_extension_cls``). What the
-scheduler must know, how many blocks a request keeps and which queries are observed, is the same for
-all: each request asks for its ratio, and the shields and the floor are those that the engine was
-started with.
+vLLM adds :class:`QualityWorker` to the engine's worker (``worker_extension_cls``). The scheduler
+learns of each request's budget, which names the policy, from the front end (``measure.configure``).
+What else it must know, such as which queries are observed, is the same for all, and so are the
+shields and the floor: those that the engine was started with.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ class QualityWorker:
             raise ValueError(f"window={config.window} is more than the engine's {started.window}")
         if config.query_stride and _history(config.policy) != _history(started.policy):
             raise ValueError(f"policy={config.policy!r} needs an engine of its own")
+        if config.reads_echo() and not started.stores_echo:
+            raise ValueError(f"policy={config.policy!r} needs an engine that stores echo scores")
         old = self.kv_compressor
-        self.kv_compressor = Compressor(config, *old.rank)
+        rank = old.rank
+        self.kv_compressor = Compressor(config, rank.state, rank.pages, rank.scale, old._agree)
 
     def quality_force(self: Any) -> None:
         """Have requests generate the tokens that they name; see ``forcing.py``."""

@@ -27,7 +27,13 @@ COMPARED = [
     for question in (VISIBLE, HIDDEN)
     for policy, allocator in [("diverse", "global"), ("cake", "layer"), ("adakv", "auto")]
 ]
-
+EFFECTIVE = [
+    Choice("streaming", "auto", 4.0, VISIBLE),
+    Choice("kv_compress", "auto", 4.0, VISIBLE),
+    Choice("echo", "auto", 4.0, VISIBLE),
+    Choice("echo", "auto", 4.0, VISIBLE, "policy_options.weight=0"),
+    Choice("echo", "uniform", 4.0, VISIBLE),
+]
 
 GENERATED = Choice("kv_compress", "auto", 4.0, DECODED)
 
@@ -43,7 +49,7 @@ def started(choices: list[Choice]) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[Any]:
-    yield from started(COMPARED)
+    yield from started(COMPARED + EFFECTIVE)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,21 @@ def test_the_engine_answers_like_the_literal_reference(llm: Any) -> None:
         assert result.unexplained == []
         assert result.same_answers == result.samples == (2 if choice.question == HIDDEN else 1)
         assert result.same_heads >= 0.9 * result.heads
+
+
+def test_every_choice_takes_effect(llm: Any) -> None:
+    """What one engine keeps, asked with one choice after the other and again with the first."""
+    samples = [("kv40", 500, FIRST_SEED)]
+    asked = ask(llm, SETTINGS, [*EFFECTIVE, EFFECTIVE[0]], samples)
+    *kept, again = [[[*keys] for keys in item.kept] for item in asked]
+    assert again == kept[0]
+    for index, one in enumerate(kept):
+        assert all(one != other for other in kept[:index]), EFFECTIVE[index]
+    streaming, *_, uniform = kept
+    latest = streaming[0]
+    assert all(keys == latest for keys in streaming)
+    assert latest[4:] == [*range(latest[-1] - len(latest) + 5, latest[-1] + 1)]
+    assert len({len(keys) for keys in uniform}) == 1 < len({len(keys) for keys in kept[2]})
 
 
 def test_measured_cells(llm: Any) -> None:
