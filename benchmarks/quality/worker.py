@@ -42,7 +42,8 @@ class QualityWorker:
         if config.reads_echo() and not started.stores_echo:
             raise ValueError(f"policy={config.policy!r} needs an engine that stores echo scores")
         old = self.kv_compressor
-        self.kv_compressor = Compressor(config, *old.rank, old._agree)
+        rank = old.rank
+        self.kv_compressor = Compressor(config, rank.state, rank.pages, rank.scale, old._agree)
 
     def quality_force(self: Any) -> None:
         """Have requests generate the tokens that they name; see ``forcing.py``."""

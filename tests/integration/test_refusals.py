@@ -243,7 +243,10 @@ def test_chunked_local_attention() -> None:
 
 def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
     args = EngineArgs(
-        str(MODEL), max_model_len=2048, block_size=16, additional_config={"kv_compress": {}}
+        str(MODEL),
+        max_model_len=2048,
+        block_size=16,
+        additional_config={"kv_compress": {"ratio": 4}},
     )
     config = args.create_engine_config()
     config.cache_config.num_gpu_blocks_override = 90
