@@ -88,7 +88,9 @@ class Tracked:
         """Of the compression that it awaits; with a mass budget as expected of it, until known."""
         if self.decided is not None:
             return Packing(self.due_at // self.sizes.limits.block_size, self.decided)
-        return self.sizes.packed_at(self.due_at, self.prefill_end, self.ratio)
+        covered, kept = self.sizes.packed_at(self.due_at, self.prefill_end, self.ratio)
+        # What a mass is expected to keep may be more than a peak has left of the request.
+        return Packing(covered, min(kept, self.packing.candidates(covered)))
 
     def gain(self, num_tokens: int, ratio: float | None = None) -> int:
         """Blocks that a compression at ``num_tokens`` tokens would give back.

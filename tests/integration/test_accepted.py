@@ -17,7 +17,9 @@ BUDGETS = st.one_of(
     st.sampled_from([32, 100, 300]).map(lambda tokens: {"budget_tokens": tokens}),
     st.sampled_from([0.3, 0.9, 0.999, 1]).map(lambda mass: {"mass": mass}),
 )
-POLICIES = st.sampled_from(["auto", "kv_compress", "h2o", "roco", "scissorhands", "tova", "random"])
+POLICIES = st.sampled_from(
+    ["auto", "echo", "kv_compress", "h2o", "roco", "scissorhands", "tova", "random"]
+)
 OPTIONS = st.tuples(
     BUDGETS,
     st.fixed_dictionaries(
@@ -67,7 +69,7 @@ REQUESTS = st.lists(
 ENGINES = st.fixed_dictionaries(
     {
         "num_blocks": st.integers(16, 50),
-        "max_num_batched_tokens": st.sampled_from([8, 16, 50, 200]),
+        "max_num_batched_tokens": st.sampled_from([8, 16, 50, 200, 300]),
         "max_num_seqs": st.integers(1, 6),
         "prefix_caching": st.booleans(),
         "asynchronous": st.booleans(),
@@ -110,6 +112,35 @@ def send(sim: Simulation, name: str, request: tuple[int, int, int, dict[str, Any
     {"num_blocks": 26, "max_num_batched_tokens": 200, "max_num_seqs": 4},
     {"ratio": 2.1, "prefill_peak_tokens": 256, "min_prompt_tokens": 40, "interval": 1},
     [(0, 440, 60, {})],
+)
+@example(  # a peak leaves less of the prompt than its mass is expected to keep
+    {"num_blocks": 45, "max_num_batched_tokens": 8, "max_num_seqs": 2, "asynchronous": True},
+    {
+        "ratio": 4,
+        "min_prompt_tokens": 1,
+        "prefill_peak_tokens": 256,
+        "min_tokens_per_head": 0,
+        "decode": True,
+        "recent": 0,
+        "interval": 1,
+        "on_pressure": True,
+        "max_ratio": 4,
+        "allow_policies": True,
+    },
+    [
+        (
+            0,
+            355,
+            102,
+            {
+                "kv_compress_mass": 0.999,
+                "kv_compress_policy": "tova",
+                "kv_compress_protect": "300:900",
+                "kv_compress_context_tokens": 414,
+            },
+        ),
+        (1, 55, 64, {}),
+    ],
 )
 @example(  # one that needs no echo scores finds blocks without, where others may ask for them
     {"num_blocks": 16, "max_num_batched_tokens": 200, "max_num_seqs": 2},
