@@ -265,7 +265,7 @@ def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
             with pytest.raises(ValueError, match="keep less"):
                 check_longest_request(config, specs, 1 << 30)
     config.additional_config["kv_compress"]["prefill_peak_tokens"] = None
-    config.cache_config.num_gpu_blocks_override = 128
+    config.cache_config.num_gpu_blocks_override = 129
     check_longest_request(config, specs, 1 << 30)
 
 

@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.integration.simulation import B, H, L, Simulation
 
 # Echo has files of its own: its hits are of whole segments, longer than most prompts here.
-OPTIONS = {"policy": "kv_compress", "ratio": 4, "recent": 8, "sinks": 2, "min_tokens_per_head": 8, "window": 4,
-           "min_prompt_tokens": 40, "interval": 2}  # fmt: skip
+OPTIONS = {"policy": "kv_compress", "ratio": 4, "recent": 8, "sinks": 2, "min_tokens_per_head": 8,
+           "window": 4, "min_prompt_tokens": 40, "interval": 2}  # fmt: skip
 
 
 def prompt(family: int, length: int) -> list[int]:
