@@ -43,8 +43,8 @@ __device__ __forceinline__ bool has_channel(uint32_t channels, Channel channel) 
 
 // Sums over the query rows for one key per thread. Thread `key` of the first kKeys keeps SUM,
 // SUM_SQUARES, LOW_COUNT, MEAN_SQUARES and LAST, thread kKeys + key HEAD_SUM_SQUARES, ENTROPY and
-// MAXIMUM; further threads idle. The rarer channels have loops of their own, so that they cost nothing
-// where they are not asked for.
+// MAXIMUM; further threads idle. The rarer channels have loops of their own, so that they cost
+// nothing where they are not asked for.
 class ChannelSums {
  public:
   // weights [kRows][kStride], zero in rows without a query; thresholds per query of the chunk;
