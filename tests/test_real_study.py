@@ -226,9 +226,9 @@ def test_tables_say_what_share_of_the_full_caches_answers_is_left(tmp_path, caps
     args.action(args)
     printed = capsys.readouterr().out
     assert "full cache 1.000" in printed and "0.75 (" in printed
-    assert report.wilson(8, 8)[0] == pytest.approx(0.676, abs=1e-3)
+    assert report.interval(8, 8)[0] == pytest.approx(0.676, abs=1e-3)
     two = SimpleNamespace(right={}, likelihood={})
-    assert report.wilson(len(two.right), 0) == (0.0, 1.0)
+    assert report.interval(len(two.right), 0) == (0.0, 1.0)
 
 
 def test_gemma_is_that_of_transformers(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any, NamedTuple
 
+from benchmarks.intervals import interval
 from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.spelling import parse_spec
@@ -225,14 +226,3 @@ def runs(numbers: Iterable[int]) -> Iterator[range]:
         end = number + 1
     if begin is not None and end is not None:
         yield range(begin, end)
-
-
-def interval(right: int, samples: int) -> tuple[float, float]:
-    """Wilson's 95% confidence interval of a share."""
-    if not samples:
-        return 0.0, 1.0
-    z = 1.96
-    share, spread = right / samples, z * z / samples
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / samples + spread / (4 * samples)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)

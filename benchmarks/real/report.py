@@ -12,24 +12,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.intervals import interval
+
 FULL = "full"
+
 Line = Mapping[str, Any]
 
 
 def load(paths: Iterable[Path]) -> list[Line]:
     """Every line of these files."""
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-
-
-def wilson(right: int, samples: int) -> tuple[float, float]:
-    """95% confidence interval of a share."""
-    if not samples:
-        return 0.0, 1.0
-    z = 1.96
-    share, spread = right / samples, z * z / samples
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / samples + spread / (4 * samples)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass
@@ -142,7 +134,7 @@ def _print_lines(
             if cell.right:
                 share, low, high = cell.share(full)
                 line |= {"questions": len(cell.right), "right": sum(cell.right.values())}
-                line |= {"tasks": list(tasks), "interval": wilson(line["right"], len(cell.right))}
+                line |= {"tasks": list(tasks), "interval": interval(line["right"], len(cell.right))}
                 line |= {"share_of_full": [round(x, 4) for x in (share, low, high)]}
                 line["interval"] = [round(x, 4) for x in line["interval"]]
                 line["log_likelihood"] = round(mean(cell.likelihood.values()), 3)
@@ -172,7 +164,7 @@ def _print_group(
     full = rows[(FULL,)][1.0]
     title = ", ".join(f"{name} {value}" for name, value in group.items())
     if kind == "tasks":
-        low, high = wilson(sum(full.right.values()), len(full.right))
+        low, high = interval(sum(full.right.values()), len(full.right))
         print(
             f"\n{title}: {len(full.right)} questions, full cache {full.accuracy():.3f} "
             f"({low:.2f} to {high:.2f}), {mean(full.likelihood.values()):.2f} nats an answer; "

@@ -52,7 +52,7 @@ class KVCompressConfig:
     """What to keep, and how to choose it. Immutable; validated when built.
 
     Exactly one of ``ratio``, ``budget_tokens`` and ``mass`` is set; if none is given, ``ratio`` is
-    4. What is given as ``auto`` is what the policy prefers; the built object holds the values.
+    2. What is given as ``auto`` is what the policy prefers; the built object holds the values.
 
     Raises:
         ValueError: a value is not accepted, or several of those are given.
