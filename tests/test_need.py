@@ -40,6 +40,13 @@ def sizes(wish: Wish | None = None, **options: object) -> Sizes:
         ({"ratio": None, "budget_tokens": 128, "min_prompt_tokens": 640}, None, 51),
         ({"ratio": None, "budget_tokens": 128, "recent": 150}, None, 31),  # 10 are kept
         ({"ratio": 1.02}, None, 128),
+        # Outgrown by up to a packed page more; what 32 blocks hold in int4 is all there is.
+        ({"page_dtype": "fp8"}, None, 76),
+        ({"page_dtype": "int4"}, None, 78),
+        ({"page_dtype": "int4", "ratio": 16, "interval": 1}, None, 26),  # 16 + 8, and 2
+        ({"page_dtype": "int4"}, Wish(protect=((0, 700),)), 78),  # 12 pages of 64 keys
+        ({"page_dtype": "int4"}, Wish(protect=((0, 900),)), 128),  # 15 leave no room for one
+        ({"page_dtype": "int4"}, Wish(page_dtype="auto"), 75),
     ],
 )
 def test_blocks_with_which_a_request_finishes_alone(
@@ -65,7 +72,7 @@ def test_sizes_and_budgets_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert [one.packed(n * B) for n in range(10, 30)] == [
         Packing(n, -(-n // 4)) for n in range(10, 30)
     ]
-    assert len(one._kept) <= 3
+    assert len(one._allowed) <= 3
     planner = CompressionPlanner(KVCompressConfig(ratio=4), B, 2, 2, 2048)
     for ratio in range(2, 20):
         budget = resolve(planner.config, Wish(ratio=float(ratio)))

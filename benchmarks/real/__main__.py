@@ -76,11 +76,14 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.real import decoded, policies, study
+    from benchmarks.real.formats import FORMATS
     from benchmarks.real.masks import Shields
     from benchmarks.real.model import Model
 
     if unknown := set(args.modes) - set(study.MODES):
         raise SystemExit(f"modes {sorted(unknown)} are not accepted; known: {study.MODES}")
+    if unknown := set(args.page_dtypes) - FORMATS.keys():
+        raise SystemExit(f"page dtypes {sorted(unknown)} are not accepted; known: {list(FORMATS)}")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     begun = time.monotonic()
@@ -106,11 +109,14 @@ def run(args: argparse.Namespace) -> None:
             few = decoded.FEW if mode == study.DECODED else policies.FEW
             names = list(known) if args.policies == ["all"] else args.policies
             names = few if names == ["few"] else names
+            names = [study.PRODUCT[mode]] if names == ["product"] else names
             if not tables:
                 names = [name for name in names if not name.startswith("table")]
             if wrong := set(names) - known.keys():
                 raise SystemExit(f"policies {sorted(wrong)} are not accepted; known: {list(known)}")
-            plan = study.Plan(names, args.ratios, shields, repeat, args.rows, tables)
+            plan = study.Plan(
+                names, args.ratios, shields, repeat, args.rows, tables, args.page_dtypes
+            )
             wanted = [
                 sample
                 for sample in islice(read(args.samples), args.limit)
@@ -205,8 +211,11 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("samples", type=Path)
     measure.add_argument("--output", type=Path, required=True)
     measure.add_argument("--modes", type=words, default=["hidden"])
-    measure.add_argument("--policies", type=words, default=["few"], help="names, few, or all")
-    measure.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
+    measure.add_argument("--policies", type=words, default=["few"],
+                         help="names, few, all, or product: the default of the product")  # fmt: skip
+    measure.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0], help="in bytes")
+    measure.add_argument("--page-dtypes", type=words, default=["auto"],
+                         help="how packed pages are stored: auto, fp8, int4, ...")  # fmt: skip
     measure.add_argument("--lengths", type=integers, help="only these of the samples")
     measure.add_argument("--sources", type=words, help="only these of the samples")
     measure.add_argument("--limit", type=int, help="only the first so many samples")

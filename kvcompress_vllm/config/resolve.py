@@ -7,11 +7,12 @@ from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import KVCompressConfig, check_mass
 from kvcompress_vllm.config.rules import shown
 from kvcompress_vllm.records.budget import RequestBudget, Wish
+from kvcompress_vllm.records.packing import FOLD
 
 EXPECTED_RATIO = 4.0
-"""Of a mass budget, until one is known."""
+"""Keys per kept key of a mass budget, until one is known."""
 HIGHEST_RATIO = 16.0
-"""Of a mass budget, where the operator sets no ``max_ratio``. Scores say what the observed queries
+"""Keys per kept key of a mass budget, where the operator sets no ``max_ratio``. Scores say what the observed queries
 looked at; the more is dropped for it, the more that guess must be right."""
 
 
@@ -42,10 +43,13 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
             check_mass(policy, f"{prefix}mass" if asked else "mass", mass)
         policy = policies.default(mass=True)
     own, kind = config.with_policy(policy), policies.find(policy)
+    page_dtype = wish.page_dtype or config.page_dtype
+    _check_page_dtype(config, page_dtype, f"{prefix}page_dtype")
+    fold = FOLD[page_dtype]
     least, most = config.min_ratio or 1.0, config.max_ratio
     if mass is not None:
-        most = most or max(least, HIGHEST_RATIO)
-        ratio = 1.0 if mass == 1 else min(most, max(least, EXPECTED_RATIO))
+        most = most or max(least, HIGHEST_RATIO * fold)
+        ratio = 1.0 if mass == 1 else min(most, max(least, EXPECTED_RATIO * fold))
     elif not asked:
         least, most = 1.0, None
     observes_all = config.query_stride > 0 and kind.observes_all
@@ -66,7 +70,19 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
         context_tokens=wish.context_tokens,
         query_stride=config.query_stride if observes_all else 0,
         history=kind.history if observes_all else None,
+        page_dtype=page_dtype,
+        fold=fold,
     )
+
+
+def _check_page_dtype(config: KVCompressConfig, page_dtype: str, key: str) -> None:
+    """A server has room for scales only where its own pages have them."""
+    accepted = dict.fromkeys(("auto", config.page_dtype))
+    if page_dtype not in accepted:
+        raise ValueError(
+            f"{key}={shown(page_dtype)} is not accepted; this server uses "
+            f"{', '.join(map(repr, accepted))}"
+        )
 
 
 def _check_policy(config: KVCompressConfig, policy: str, key: str) -> None:

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a request is packed, and the arithmetic of its blocks."""
+"""How far a request is packed, and the arithmetic of its blocks.
+
+A packed block may hold the keys of several full blocks, in fewer bits: ``fold`` of them.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+FOLD = {"auto": 1, "fp8": 2, "int4": 4}
+"""Full blocks whose keys one packed block holds, by page dtype."""
 
 
 class Packing(NamedTuple):
@@ -16,6 +22,7 @@ class Packing(NamedTuple):
                       |----- F -------|
         held          ■ ■ ■           □ □ ▫      row - F + C
         candidates of a compression that covers F' = 10 blocks: ■ ■ ■ □ □, C + F' - F
+    of which all is kept in                                  ■ ■ ■ and the rest / fold
     """
 
     covered: int = 0
@@ -30,6 +37,14 @@ class Packing(NamedTuple):
     def candidates(self, covered: int) -> int:
         """Blocks whose keys compete when the first ``covered`` full blocks are compressed."""
         return self.held(covered)
+
+    def whole(self, covered: int, fold: int) -> int:
+        """C that holds every key when the first ``covered`` full blocks are compressed.
+
+        Args:
+            covered: F', as F a multiple of ``fold``.
+        """
+        return self.kept + (covered - self.covered) // fold
 
     def gives_back(self, new: Packing) -> int:
         """Blocks that a request gives back when it is packed anew."""

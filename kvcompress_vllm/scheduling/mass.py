@@ -15,7 +15,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import EXPECTED_RATIO, HIGHEST_RATIO
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.curve import LossCurve
-from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.records.packing import FOLD, Packing
 from kvcompress_vllm.scheduling.request import Tracked
 
 LEAST_EXPECTED = 1.25
@@ -42,7 +42,7 @@ def mass_blocks(budget: RequestBudget, curve: LossCurve, covered: int, block_siz
 
 def decide(tracked: Tracked, curve: LossCurve) -> Packing:
     """The packing of a request's next compression, once the loss curve of its keys is known."""
-    covered = tracked.due_at // tracked.sizes.limits.block_size
+    covered = tracked.sizes.covered(tracked.due_at)
     kept = mass_blocks(tracked.budget, curve, covered, tracked.sizes.limits.block_size)
     if tracked.due_at < tracked.prefill_end:
         kept = tracked.sizes.within_peak(covered, kept)
@@ -64,8 +64,9 @@ class ExpectedRatio:
     WEIGHT = 0.1
 
     def __init__(self, config: KVCompressConfig) -> None:
-        low, high = config.min_ratio or 1.0, config.max_ratio or HIGHEST_RATIO
-        self._share = 1 / min(high, max(low, EXPECTED_RATIO))
+        fold = FOLD[config.page_dtype]
+        low, high = config.min_ratio or 1.0, config.max_ratio or HIGHEST_RATIO * fold
+        self._share = 1 / min(high, max(low, EXPECTED_RATIO * fold))
 
     @property
     def ratio(self) -> float:

@@ -29,6 +29,7 @@ from functools import cache
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
@@ -298,7 +299,7 @@ class CompressionPlanner:
         self.version += 1
         expected = rounded_ratio(covered / kept)
         tracked.sizes = self.sizes(tracked.budget._replace(ratio=expected))
-        if kept < scored.curve.blocks[-1]:
+        if tracked.packing.gives_back(Packing(covered, kept)) > 0:
             tracked.decided = kept
         elif tracked.due_at < tracked.prefill_end:
             sizes, packing = tracked.sizes, tracked.packing
@@ -345,7 +346,7 @@ class CompressionPlanner:
             tracked is None
             or not tracked.kept
             or (tracked.state_slot, tracked.covered)
-            != (report.state_slot, report.num_tokens // self.block_size)
+            != (report.state_slot, tracked.sizes.covered(report.num_tokens))
         ):
             return False
         tracked.curve = report.curve

@@ -84,13 +84,17 @@ class Tracked:
             and (self.due_at >= self.prefill_end or self.due_at == self.budget.context_tokens)
         )
 
+    def floor(self, covered: int) -> int:
+        """Packed pages that every head keeps when the first ``covered`` blocks are compressed."""
+        return min(self.sizes.floor(covered), self.packing.whole(covered, self.sizes.fold))
+
     def target(self) -> Packing:
         """Of the compression that it awaits; with a mass budget as expected of it, until known."""
         if self.decided is not None:
-            return Packing(self.due_at // self.sizes.limits.block_size, self.decided)
+            return Packing(self.sizes.covered(self.due_at), self.decided)
         covered, kept = self.sizes.packed_at(self.due_at, self.prefill_end, self.ratio)
-        # What a mass is expected to keep may be more than a peak has left of the request.
-        return Packing(covered, min(kept, self.packing.candidates(covered)))
+        # It may be more than a peak, or pressure, has left of the request.
+        return Packing(covered, min(kept, self.packing.whole(covered, self.sizes.fold)))
 
     def gain(self, num_tokens: int, ratio: float | None = None) -> int:
         """Blocks that a compression at ``num_tokens`` tokens would give back.

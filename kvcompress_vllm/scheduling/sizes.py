@@ -50,7 +50,16 @@ class Sizes:
     def __init__(self, budget: RequestBudget, limits: Limits) -> None:
         self.budget = budget
         self.limits = limits
-        self._kept: dict[tuple[int, float | None], int] = {}
+        self._allowed: dict[tuple[int, float | None], int] = {}
+
+    @property
+    def fold(self) -> int:
+        """Full blocks whose keys one packed block holds."""
+        return self.budget.fold
+
+    def covered(self, num_tokens: int) -> int:
+        """F of a compression at ``num_tokens`` tokens."""
+        return self.budget.covered(num_tokens, self.limits.block_size)
 
     def packed(self, num_tokens: int, ratio: float | None = None) -> Packing:
         """Of a compression at ``num_tokens`` tokens; of a mass, as expected.
@@ -58,18 +67,35 @@ class Sizes:
         Args:
             ratio: compress at least so much.
         """
-        covered = num_tokens // self.limits.block_size
+        covered, allowed = self._budgeted(num_tokens, ratio)
+        if allowed == covered:
+            return Packing(covered, covered)
+        return Packing(covered, min(allowed, covered // self.fold))
+
+    def excess(self, packing: Packing, num_tokens: int) -> int:
+        """Blocks that a request holds beyond its budget at ``num_tokens`` tokens; may be negative.
+
+        Args:
+            packing: as it is packed.
+        """
+        return packing.gives_back(self._budgeted(num_tokens))
+
+    def _budgeted(self, num_tokens: int, ratio: float | None = None) -> Packing:
+        """F, and the blocks that the budget allows for it: more than all keys take, perhaps."""
+        covered = self.covered(num_tokens)
         if num_tokens < self.budget.min_prompt_tokens:
             return Packing(covered, covered)
         key = covered, ratio
-        if key not in self._kept:
-            if len(self._kept) >= MOST_REMEMBERED:
-                self._kept.clear()
-            self._kept[key] = self.budget.packed_blocks(num_tokens, self.limits.block_size, ratio)
-        return Packing(covered, self._kept[key])
+        if key not in self._allowed:
+            if len(self._allowed) >= MOST_REMEMBERED:
+                self._allowed.clear()
+            self._allowed[key] = self.budget.allowed_blocks(
+                num_tokens, self.limits.block_size, ratio
+            )
+        return Packing(covered, self._allowed[key])
 
     def floor(self, covered: int = 0) -> int:
-        """Pages that every head keeps of ``covered`` blocks."""
+        """Packed pages that every head keeps of ``covered`` blocks, if it has as many."""
         return self.budget.floor_pages(self.limits.block_size, covered)
 
     def packed_at(self, due_at: int, prefill_end: int, ratio: float | None = None) -> Packing:
@@ -89,7 +115,7 @@ class Sizes:
         the floor."""
         if self.limits.peak_blocks is not None:
             kept = max(min(kept, self.limits.peak_blocks // 2), self.floor(covered))
-        return min(covered, kept)
+        return min(covered // self.fold, kept)
 
     def outgrown_at(self, packing: Packing = NOTHING) -> int:
         """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
@@ -97,17 +123,17 @@ class Sizes:
         Args:
             packing: as it is packed so far.
         """
-        interval, size = self.limits.interval, self.limits.block_size
+        interval, size, fold = self.limits.interval, self.limits.block_size, self.fold
         if not self.limits.decode:
             return NEVER
         # From the shortest compressible request on, the excess grows by at most one block per
-        # block, so these strides cannot miss the place.
-        full = max(packing.covered, -(-self.budget.min_prompt_tokens // size))
-        while full * size <= self.limits.max_tokens:
-            excess = packing.gives_back(self.packed(full * size))
+        # block, so these strides cannot miss the place. It changes with whole packed pages only.
+        pages = max(packing.covered // fold, -(-self.budget.min_prompt_tokens // (fold * size)))
+        while pages * fold * size <= self.limits.max_tokens:
+            excess = self.excess(packing, pages * fold * size)
             if excess >= interval:
-                return full * size
-            full += interval - excess
+                return pages * fold * size
+            pages += -(-(interval - excess) // fold)
         return NEVER
 
     @cached_property
@@ -132,7 +158,8 @@ class Sizes:
         if self.budget.context_tokens is not None:
             marks.append(self.budget.context_tokens)
         if peak is not None and self.packed(prefill_end).gains:
-            marks.append((peak + packing.covered - packing.kept) * size)
+            room = (peak - packing.kept) // self.fold * self.fold  # for whole packed pages
+            marks.append((packing.covered + room) * size)
         return min(
             (
                 mark
@@ -156,7 +183,7 @@ class Sizes:
             interrupted_at = self.interrupted_at(packing, now, prefill_end)
             if interrupted_at < prefill_end:
                 return interrupted_at
-            if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval:
+            if self.excess(packing, prefill_end) >= self.limits.interval:
                 return prefill_end
         return self.outgrown_at(packing)
 
@@ -189,10 +216,18 @@ def check_peak(config: KVCompressConfig, sizes: Sizes) -> None:
     Raises:
         ValueError: with the numbers.
     """
-    peak, floor = sizes.limits.peak_blocks, sizes.floor()
-    if peak is not None and peak // 2 < floor:
+    peak, floor, size = sizes.limits.peak_blocks, sizes.floor(), sizes.limits.block_size
+    if peak is None:
+        return
+    if peak // 2 < floor:
         raise ValueError(
             f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half of "
-            f"it must hold the {floor * sizes.limits.block_size} tokens that every head keeps "
+            f"it must hold the {floor * size} tokens that every head keeps "
             "(sinks, recent, min_tokens_per_head)"
+        )
+    if peak - peak // 2 < sizes.fold:
+        raise ValueError(
+            f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half of "
+            f"it must hold the {sizes.fold * size} tokens of a packed page "
+            f"(page_dtype={config.page_dtype})"
         )

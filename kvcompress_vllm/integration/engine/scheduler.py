@@ -265,7 +265,7 @@ class _KVCompressMixin(Scheduler):
                 new,
                 policy=tracked.budget.policy,
                 observed=planner.observed(tracked, num_tokens),
-                floor_pages=tracked.sizes.floor(packing.covered),
+                floor_pages=tracked.floor(packing.covered),
                 protect=tracked.budget.protect,
                 trigger=tracked.trigger,
                 unscored=tracked.unscored.before(packing.covered * manager.block_size),
@@ -303,7 +303,7 @@ class _KVCompressMixin(Scheduler):
                     packing.kept,
                     policy=tracked.budget.policy,
                     observed=planner.observed(tracked, tracked.due_at),
-                    floor_pages=tracked.sizes.floor(packing.covered),
+                    floor_pages=tracked.floor(packing.covered),
                     protect=tracked.budget.protect,
                     unscored=tracked.unscored.before(packing.covered * planner.block_size),
                 )
