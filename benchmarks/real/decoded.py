@@ -302,9 +302,9 @@ def generate(
             )
             packed = count(end, ratio, shields).candidates
             there = present[mine, ..., :packed]
-            for stored, quantise in ((keys, form.keys), (values, form.values)):
-                some = stored[mine][:, model.layers, :, :packed].float()
-                stored[mine][:, model.layers, :, :packed] = quantise(some, there).to(stored.dtype)
+            for whole, quantise in ((keys, form.keys), (values, form.values)):
+                some = whole[mine][:, model.layers, :, :packed].float()
+                whole[mine][:, model.layers, :, :packed] = quantise(some, there).to(whole.dtype)
         begin = end
         if end == length:
             break
