@@ -7,7 +7,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records import budget
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
-from kvcompress_vllm.records.packing import FOLD
+from kvcompress_vllm.records.packing import BLOCKS_PER_PAGE
 
 B = 16
 
@@ -60,7 +60,7 @@ def test_packed_blocks(options: dict, num_tokens: int, kept: int) -> None:
     sinks=st.integers(0, 100),
     floor=st.integers(0, 100),
     block_size=st.sampled_from([8, 16, 32]),
-    page_dtype=st.sampled_from(list(FOLD)),
+    page_dtype=st.sampled_from(list(BLOCKS_PER_PAGE)),
 )
 def test_what_is_kept_always_holds_the_shields(
     ratio: float,
@@ -74,17 +74,17 @@ def test_what_is_kept_always_holds_the_shields(
     config = KVCompressConfig(
         ratio=ratio, recent=recent, sinks=sinks, min_tokens_per_head=floor, page_dtype=page_dtype
     )
-    own, page = resolve(config), block_size * FOLD[page_dtype]
+    own, page = resolve(config), block_size * BLOCKS_PER_PAGE[page_dtype]
     covered = own.covered(num_tokens, block_size)
-    assert 0 <= num_tokens - covered * block_size < page and covered % own.fold == 0
+    assert 0 <= num_tokens - covered * block_size < page and covered % own.blocks_per_page == 0
     kept = own.packed_blocks(num_tokens, block_size)
     assert 0 <= kept <= covered
     if kept == covered:
         return
     shielded = budget.num_recent(recent, num_tokens, covered, block_size)
-    if kept < covered // own.fold:  # else every key is kept
+    if kept < covered // own.blocks_per_page:  # else every key is kept
         assert kept >= own.floor_pages(block_size)
-    assert kept <= covered // own.fold
+    assert kept <= covered // own.blocks_per_page
     assert own.floor_pages(block_size) * page >= max(sinks + shielded, floor)
     # The tail and the shielded candidates together are the recent window.
     assert shielded == max(0, recent - (num_tokens - covered * block_size))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.curve import LossCurve
-from kvcompress_vllm.records.packing import FOLD, Packing
+from kvcompress_vllm.records.packing import BLOCKS_PER_PAGE, Packing
 from kvcompress_vllm.records.report import Report
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.sizes import NEVER
@@ -283,7 +283,7 @@ def test_generations_outgrow_their_budgets_further_where_slots_do_not_go_round()
     prompt=st.integers(0, 3000),
     min_prompt_tokens=st.integers(1, 400),
     min_budget_tokens=st.sampled_from([0, 100, 1000]),
-    page_dtype=st.sampled_from(list(FOLD)),
+    page_dtype=st.sampled_from(list(BLOCKS_PER_PAGE)),
     in_tokens=st.booleans(),
 )
 def test_outgrown_at_is_the_first_such_place(
@@ -303,7 +303,7 @@ def test_outgrown_at_is_the_first_such_place(
         ratio=None if in_tokens else ratio,
         budget_tokens=int(2000 / ratio) if in_tokens else None,
     )
-    sizes, fold = p.sizes(), FOLD[page_dtype]
+    sizes, m = p.sizes(), BLOCKS_PER_PAGE[page_dtype]
     covered, kept = sizes.packed(prompt)
     covered, kept = (covered, kept) if kept < covered else (0, 0)
 
@@ -313,11 +313,11 @@ def test_outgrown_at_is_the_first_such_place(
 
     at = sizes.outgrown_at(Packing(covered, kept))
     if at != NEVER:
-        assert at % (B * fold) == 0 and excess(at // B) >= interval
+        assert at % (B * m) == 0 and excess(at // B) >= interval
         after = sizes.packed(at)
         assert Packing(covered, kept).gives_back(after) >= interval
     last = p.limits.max_tokens // B
-    first = next((f for f in range(covered, last, fold) if excess(f) >= interval), None)
+    first = next((f for f in range(covered, last, m) if excess(f) >= interval), None)
     assert at == (NEVER if first is None else first * B)
 
 

@@ -84,6 +84,21 @@ def clipped(vectors: Tensor, kept: Tensor) -> Tensor:
     return best
 
 
+def within(sigmas: float) -> Quantise:
+    """As ``by_channel``, of no more than so many standard deviations around the mean."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        low, high = ranges(vectors, kept)
+        there = kept[..., None]
+        count = there.sum(-2, keepdim=True).clamp(min=1)
+        mean = (vectors * there).sum(-2, keepdim=True) / count
+        square = (vectors.square() * there).sum(-2, keepdim=True) / count
+        reach = sigmas * (square - mean.square()).clamp(min=0).sqrt()
+        return on_grid(vectors, torch.maximum(low, mean - reach), torch.minimum(high, mean + reach))
+
+    return quantise
+
+
 def by_token(vectors: Tensor, kept: Tensor) -> Tensor:
     """4 bits, a scale and a zero point per key: as KIVI (arXiv 2402.02750) has values."""
     return on_grid(vectors, vectors.amin(-1, keepdim=True), vectors.amax(-1, keepdim=True))
@@ -139,6 +154,9 @@ FORMATS: dict[str, Format] = {
     "int4": Format(4, by_channel, by_channel),
     "int4_symmetric": Format(4, symmetric, symmetric),
     "int4_clipped": Format(4, clipped, clipped),
+    **{f"int4_sigma{k:g}": Format(4, within(k), within(k)) for k in (2, 2.5, 3, 3.5, 4)},
+    "int4_clipped_k": Format(4, clipped, by_channel),
+    "int4_clipped_no_sinks": Format(4, without_sinks(clipped), without_sinks(clipped)),
     "int4_token_v": Format(4, by_channel, by_token),
     "int4_rotated": Format(4, rotated(by_channel), rotated(by_channel)),
     "int4_rotated_token": Format(4, rotated(by_token), rotated(by_token)),

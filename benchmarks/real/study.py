@@ -192,9 +192,7 @@ def masked(
     return Judged(right, likelihood)
 
 
-def packed(
-    model: Model, context: Context, kept: Tensor, setting: Setting
-) -> tuple[Tensor, Tensor]:
+def packed(model: Model, context: Context, kept: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
     """Keys and values of a context as packed pages give them back; the tail is as it was.
 
     Args:

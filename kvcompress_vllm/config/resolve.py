@@ -7,7 +7,7 @@ from kvcompress_vllm import policies
 from kvcompress_vllm.config.options import KVCompressConfig, check_mass
 from kvcompress_vllm.config.rules import shown
 from kvcompress_vllm.records.budget import RequestBudget, Wish
-from kvcompress_vllm.records.packing import FOLD
+from kvcompress_vllm.records.packing import BLOCKS_PER_PAGE
 
 EXPECTED_RATIO = 4.0
 """Keys per kept key of a mass budget, until one is known."""
@@ -45,11 +45,11 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
     own, kind = config.with_policy(policy), policies.find(policy)
     page_dtype = wish.page_dtype or config.page_dtype
     _check_page_dtype(config, page_dtype, f"{prefix}page_dtype")
-    fold = FOLD[page_dtype]
+    m = BLOCKS_PER_PAGE[page_dtype]
     least, most = config.min_ratio or 1.0, config.max_ratio
     if mass is not None:
-        most = most or max(least, HIGHEST_RATIO * fold)
-        ratio = 1.0 if mass == 1 else min(most, max(least, EXPECTED_RATIO * fold))
+        most = most or max(least, HIGHEST_RATIO * m)
+        ratio = 1.0 if mass == 1 else min(most, max(least, EXPECTED_RATIO * m))
     elif not asked:
         least, most = 1.0, None
     observes_all = config.query_stride > 0 and kind.observes_all
@@ -71,7 +71,7 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
         query_stride=config.query_stride if observes_all else 0,
         history=kind.history if observes_all else None,
         page_dtype=page_dtype,
-        fold=fold,
+        blocks_per_page=m,
     )
 
 

@@ -68,8 +68,8 @@ class RequestBudget(NamedTuple):
     """With ``query_stride``: only queries of so many tokens before a compression; None: all."""
     page_dtype: str = "auto"
     """What packed pages hold; see ``cache/page_format.py``."""
-    fold: int = 1
-    """Full blocks whose keys one packed block holds."""
+    blocks_per_page: int = 1
+    """m, full blocks whose keys one packed block holds."""
 
     def to_plain(self) -> dict[str, Any]:
         """As :meth:`from_plain` takes it: numbers, strings and lists."""
@@ -89,7 +89,7 @@ class RequestBudget(NamedTuple):
 
     def covered(self, num_tokens: int, block_size: int) -> int:
         """F of a compression at ``num_tokens`` tokens: full blocks, in whole packed pages."""
-        return num_tokens // (block_size * self.fold) * self.fold
+        return num_tokens // (block_size * self.blocks_per_page) * self.blocks_per_page
 
     def floor_pages(self, block_size: int, covered: int = 0) -> int:
         """Packed pages that every head keeps: enough for the shields and for ``min_tokens_per_head``.
@@ -98,11 +98,13 @@ class RequestBudget(NamedTuple):
             covered: full blocks that compete.
         """
         shields = self.sinks + self.recent + self.num_protected(covered * block_size)
-        return max(1, -(-max(shields, self.min_tokens_per_head) // (block_size * self.fold)))
+        return max(
+            1, -(-max(shields, self.min_tokens_per_head) // (block_size * self.blocks_per_page))
+        )
 
     def fewest_blocks(self, block_size: int, covered: int = 0) -> int:
         """Blocks C at least: room for the floor of every head, and ``fewest_tokens``."""
-        fewest = -(-self.fewest_tokens // (block_size * self.fold))
+        fewest = -(-self.fewest_tokens // (block_size * self.blocks_per_page))
         return max(self.floor_pages(block_size, covered), fewest)
 
     def packed_blocks(self, num_tokens: int, block_size: int, ratio: float | None = None) -> int:
@@ -117,7 +119,7 @@ class RequestBudget(NamedTuple):
         """
         covered = self.covered(num_tokens, block_size)
         allowed = self.allowed_blocks(num_tokens, block_size, ratio)
-        return covered if allowed == covered else min(allowed, covered // self.fold)
+        return covered if allowed == covered else min(allowed, covered // self.blocks_per_page)
 
     def allowed_blocks(self, num_tokens: int, block_size: int, ratio: float | None = None) -> int:
         """Blocks that the budget allows for the F full blocks of ``num_tokens`` tokens, F at most.

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a request is packed, and the arithmetic of its blocks.
 
-A packed block may hold the keys of several full blocks, in fewer bits: ``fold`` of them.
+A packed block may hold the keys of several full blocks, in fewer bits: m = ``blocks_per_page`` of them.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-FOLD = {"auto": 1, "fp8": 2, "int4": 4}
+BLOCKS_PER_PAGE = {"auto": 1, "fp8": 2, "int4": 4}
 """Full blocks whose keys one packed block holds, by page dtype."""
 
 
@@ -22,7 +22,7 @@ class Packing(NamedTuple):
                       |----- F -------|
         held          ■ ■ ■           □ □ ▫      row - F + C
         candidates of a compression that covers F' = 10 blocks: ■ ■ ■ □ □, C + F' - F
-    of which all is kept in                                  ■ ■ ■ and the rest / fold
+    of which all is kept in                                  ■ ■ ■ and the rest / m
     """
 
     covered: int = 0
@@ -38,13 +38,13 @@ class Packing(NamedTuple):
         """Blocks whose keys compete when the first ``covered`` full blocks are compressed."""
         return self.held(covered)
 
-    def whole(self, covered: int, fold: int) -> int:
+    def whole(self, covered: int, blocks_per_page: int) -> int:
         """C that holds every key when the first ``covered`` full blocks are compressed.
 
         Args:
-            covered: F', as F a multiple of ``fold``.
+            covered: F', as F a multiple of ``blocks_per_page``.
         """
-        return self.kept + (covered - self.covered) // fold
+        return self.kept + (covered - self.covered) // blocks_per_page
 
     def gives_back(self, new: Packing) -> int:
         """Blocks that a request gives back when it is packed anew."""

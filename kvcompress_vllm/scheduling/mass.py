@@ -15,7 +15,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import EXPECTED_RATIO, HIGHEST_RATIO
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.curve import LossCurve
-from kvcompress_vllm.records.packing import FOLD, Packing
+from kvcompress_vllm.records.packing import BLOCKS_PER_PAGE, Packing
 from kvcompress_vllm.scheduling.request import Tracked
 
 LEAST_EXPECTED = 1.25
@@ -64,9 +64,9 @@ class ExpectedRatio:
     WEIGHT = 0.1
 
     def __init__(self, config: KVCompressConfig) -> None:
-        fold = FOLD[config.page_dtype]
-        low, high = config.min_ratio or 1.0, config.max_ratio or HIGHEST_RATIO * fold
-        self._share = 1 / min(high, max(low, EXPECTED_RATIO * fold))
+        m = BLOCKS_PER_PAGE[config.page_dtype]
+        low, high = config.min_ratio or 1.0, config.max_ratio or HIGHEST_RATIO * m
+        self._share = 1 / min(high, max(low, EXPECTED_RATIO * m))
 
     @property
     def ratio(self) -> float:

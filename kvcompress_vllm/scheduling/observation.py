@@ -127,7 +127,7 @@ def accumulate(
 def chunk(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> int:
     """How many of ``num_tokens`` tokens from ``first_token`` on the next step may compute of a
     request that is, or would be, observed; see :meth:`CompressionPlanner.chunk`."""
-    due_at, page = tracked.due_at, tracked.sizes.limits.block_size * tracked.sizes.fold
+    due_at, page = tracked.due_at, tracked.sizes.limits.block_size * tracked.sizes.blocks_per_page
     if tracked.observe_slot is None or not tracked.in_prefill:
         return num_tokens
     if first_token >= due_at:

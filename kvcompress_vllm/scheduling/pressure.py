@@ -132,6 +132,8 @@ def _loss_per_block(tracked: Tracked, covered: int, gain: int) -> float:
     if tracked.curve is None:
         return math.inf if tracked.kept else 0.0
     left = tracked.packing.candidates(covered) - gain
-    kept = tracked.kept * min(1, left / tracked.packing.whole(covered, tracked.sizes.fold))
+    kept = tracked.kept * min(
+        1, left / tracked.packing.whole(covered, tracked.sizes.blocks_per_page)
+    )
     lost = tracked.curve.lost_at(kept) - tracked.curve.lost_at(tracked.kept)
     return round(lost / gain, LOSS_DIGITS)

@@ -86,7 +86,9 @@ class Tracked:
 
     def floor(self, covered: int) -> int:
         """Packed pages that every head keeps when the first ``covered`` blocks are compressed."""
-        return min(self.sizes.floor(covered), self.packing.whole(covered, self.sizes.fold))
+        return min(
+            self.sizes.floor(covered), self.packing.whole(covered, self.sizes.blocks_per_page)
+        )
 
     def target(self) -> Packing:
         """Of the compression that it awaits; with a mass budget as expected of it, until known."""
@@ -94,7 +96,7 @@ class Tracked:
             return Packing(self.sizes.covered(self.due_at), self.decided)
         covered, kept = self.sizes.packed_at(self.due_at, self.prefill_end, self.ratio)
         # It may be more than a peak, or pressure, has left of the request.
-        return Packing(covered, min(kept, self.packing.whole(covered, self.sizes.fold)))
+        return Packing(covered, min(kept, self.packing.whole(covered, self.sizes.blocks_per_page)))
 
     def gain(self, num_tokens: int, ratio: float | None = None) -> int:
         """Blocks that a compression at ``num_tokens`` tokens would give back.

@@ -53,9 +53,9 @@ class Sizes:
         self._allowed: dict[tuple[int, float | None], int] = {}
 
     @property
-    def fold(self) -> int:
-        """Full blocks whose keys one packed block holds."""
-        return self.budget.fold
+    def blocks_per_page(self) -> int:
+        """m, full blocks whose keys one packed block holds."""
+        return self.budget.blocks_per_page
 
     def covered(self, num_tokens: int) -> int:
         """F of a compression at ``num_tokens`` tokens."""
@@ -70,7 +70,7 @@ class Sizes:
         covered, allowed = self._budgeted(num_tokens, ratio)
         if allowed == covered:
             return Packing(covered, covered)
-        return Packing(covered, min(allowed, covered // self.fold))
+        return Packing(covered, min(allowed, covered // self.blocks_per_page))
 
     def excess(self, packing: Packing, num_tokens: int) -> int:
         """Blocks that a request holds beyond its budget at ``num_tokens`` tokens; may be negative.
@@ -115,7 +115,7 @@ class Sizes:
         the floor."""
         if self.limits.peak_blocks is not None:
             kept = max(min(kept, self.limits.peak_blocks // 2), self.floor(covered))
-        return min(covered // self.fold, kept)
+        return min(covered // self.blocks_per_page, kept)
 
     def outgrown_at(self, packing: Packing = NOTHING) -> int:
         """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
@@ -123,17 +123,17 @@ class Sizes:
         Args:
             packing: as it is packed so far.
         """
-        interval, size, fold = self.limits.interval, self.limits.block_size, self.fold
+        interval, size, m = self.limits.interval, self.limits.block_size, self.blocks_per_page
         if not self.limits.decode:
             return NEVER
         # From the shortest compressible request on, the excess grows by at most one block per
         # block, so these strides cannot miss the place. It changes with whole packed pages only.
-        pages = max(packing.covered // fold, -(-self.budget.min_prompt_tokens // (fold * size)))
-        while pages * fold * size <= self.limits.max_tokens:
-            excess = self.excess(packing, pages * fold * size)
+        pages = max(packing.covered // m, -(-self.budget.min_prompt_tokens // (m * size)))
+        while pages * m * size <= self.limits.max_tokens:
+            excess = self.excess(packing, pages * m * size)
             if excess >= interval:
-                return pages * fold * size
-            pages += -(-(interval - excess) // fold)
+                return pages * m * size
+            pages += -(-(interval - excess) // m)
         return NEVER
 
     @cached_property
@@ -158,7 +158,9 @@ class Sizes:
         if self.budget.context_tokens is not None:
             marks.append(self.budget.context_tokens)
         if peak is not None and self.packed(prefill_end).gains:
-            room = (peak - packing.kept) // self.fold * self.fold  # for whole packed pages
+            room = (
+                (peak - packing.kept) // self.blocks_per_page * self.blocks_per_page
+            )  # for whole packed pages
             marks.append((packing.covered + room) * size)
         return min(
             (
@@ -225,9 +227,9 @@ def check_peak(config: KVCompressConfig, sizes: Sizes) -> None:
             f"it must hold the {floor * size} tokens that every head keeps "
             "(sinks, recent, min_tokens_per_head)"
         )
-    if peak - peak // 2 < sizes.fold:
+    if peak - peak // 2 < sizes.blocks_per_page:
         raise ValueError(
             f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half of "
-            f"it must hold the {sizes.fold * size} tokens of a packed page "
+            f"it must hold the {sizes.blocks_per_page * size} tokens of a packed page "
             f"(page_dtype={config.page_dtype})"
         )
