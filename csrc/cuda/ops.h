@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops, as registered. Meaning of every argument: kvcompress_vllm/ops/reference.py.
+// The ops, as registered. Meaning of every argument: kvcompress_vllm/ops/reference.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

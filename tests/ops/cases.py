@@ -92,7 +92,7 @@ class Request:
 
 @dataclasses.dataclass
 class Batch:
-    """The arguments that describe rows, see ``ops/reference.py``; and what is behind them."""
+    """The arguments that describe rows, see ``ops/reference``; and what is behind them."""
 
     pages: Tensor
     block_table: Tensor
