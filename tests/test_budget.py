@@ -3,13 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records import budget
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
-from kvcompress_vllm.records.packing import BLOCKS_PER_PAGE
 
 B = 16
+PAGE_DTYPES = [each.label for each in PageFormat]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_packed_blocks(options: dict, num_tokens: int, kept: int) -> None:
     sinks=st.integers(0, 100),
     floor=st.integers(0, 100),
     block_size=st.sampled_from([8, 16, 32]),
-    page_dtype=st.sampled_from(list(BLOCKS_PER_PAGE)),
+    page_dtype=st.sampled_from(PAGE_DTYPES),
 )
 def test_what_is_kept_always_holds_the_shields(
     ratio: float,
@@ -74,7 +75,7 @@ def test_what_is_kept_always_holds_the_shields(
     config = KVCompressConfig(
         ratio=ratio, recent=recent, sinks=sinks, min_tokens_per_head=floor, page_dtype=page_dtype
     )
-    own, page = resolve(config), block_size * BLOCKS_PER_PAGE[page_dtype]
+    own, page = resolve(config), block_size * PageFormat.of(page_dtype).blocks_per_page
     covered = own.covered(num_tokens, block_size)
     assert 0 <= num_tokens - covered * block_size < page and covered % own.blocks_per_page == 0
     kept = own.packed_blocks(num_tokens, block_size)

@@ -46,7 +46,6 @@ def sizes(wish: Wish | None = None, **options: object) -> Sizes:
         ({"page_dtype": "int4", "ratio": 16, "interval": 1}, None, 26),  # 16 + 8, and 2
         ({"page_dtype": "int4"}, Wish(protect=((0, 700),)), 78),  # 12 pages of 64 keys
         ({"page_dtype": "int4"}, Wish(protect=((0, 900),)), 128),  # 15 leave no room for one
-        ({"page_dtype": "int4"}, Wish(page_dtype="auto"), 75),
     ],
 )
 def test_blocks_with_which_a_request_finishes_alone(

@@ -3,15 +3,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.curve import LossCurve
-from kvcompress_vllm.records.packing import BLOCKS_PER_PAGE, Packing
+from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.report import Report
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.sizes import NEVER
 from kvcompress_vllm.scheduling.slots import num_observe_slots
 
 B = 16
+PAGE_DTYPES = [each.label for each in PageFormat]
 
 
 def planner(observe_slots: int = 2, **options: object) -> CompressionPlanner:
@@ -283,7 +285,7 @@ def test_generations_outgrow_their_budgets_further_where_slots_do_not_go_round()
     prompt=st.integers(0, 3000),
     min_prompt_tokens=st.integers(1, 400),
     min_budget_tokens=st.sampled_from([0, 100, 1000]),
-    page_dtype=st.sampled_from(list(BLOCKS_PER_PAGE)),
+    page_dtype=st.sampled_from(PAGE_DTYPES),
     in_tokens=st.booleans(),
 )
 def test_outgrown_at_is_the_first_such_place(
@@ -303,7 +305,7 @@ def test_outgrown_at_is_the_first_such_place(
         ratio=None if in_tokens else ratio,
         budget_tokens=int(2000 / ratio) if in_tokens else None,
     )
-    sizes, m = p.sizes(), BLOCKS_PER_PAGE[page_dtype]
+    sizes, m = p.sizes(), PageFormat.of(page_dtype).blocks_per_page
     covered, kept = sizes.packed(prompt)
     covered, kept = (covered, kept) if kept < covered else (0, 0)
 

@@ -212,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--output", type=Path, required=True)
     measure.add_argument("--modes", type=words, default=["hidden"])
     measure.add_argument("--policies", type=words, default=["few"],
-                         help="names, few, all, or product: the default of the product")  # fmt: skip
+                         help="names, few, all, or product: its default")  # fmt: skip
     measure.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0], help="in bytes")
     measure.add_argument("--page-dtypes", type=words, default=["auto"],
                          help="how packed pages are stored: auto, fp8, int4, ...")  # fmt: skip

@@ -28,11 +28,13 @@ def scratch_bytes(
     num_kv_heads: int,
     head_size: int,
     running: bool = False,
+    codes: bool = False,
 ) -> int:
     """Memory that a compression takes while it runs.
 
     Args:
         num_tokens: tokens of the longest request.
+        codes: whether packed pages hold codes.
     """
     # Per candidate key: its statistics, then its score and the policy's temporaries; or the
     # statistics once more, while those of two ops are put together.
@@ -42,5 +44,7 @@ def scratch_bytes(
         per_key += 3 * 4 * RUNNING  # the statistics so far, their sums, and an intermediate
     keys = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads
     # One layer of keys or values, as copied, in fp32, and an intermediate of it.
-    copies = 3 * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0
+    # Of codes both, as numbers, and two intermediates of these.
+    copied = 3 + (2 * 3 if codes else 0)
+    copies = copied * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0
     return keys * per_key + loss.scratch_bytes(keys) + copies

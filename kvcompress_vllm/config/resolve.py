@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from kvcompress_vllm import policies
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig, check_mass
 from kvcompress_vllm.config.rules import shown
 from kvcompress_vllm.records.budget import RequestBudget, Wish
-from kvcompress_vllm.records.packing import BLOCKS_PER_PAGE
 
 EXPECTED_RATIO = 4.0
 """Keys per kept key of a mass budget, until one is known."""
 HIGHEST_RATIO = 16.0
-"""Keys per kept key of a mass budget, where the operator sets no ``max_ratio``. Scores say what the observed queries
-looked at; the more is dropped for it, the more that guess must be right."""
+"""Keys per kept key of a mass budget, where the operator sets no ``max_ratio``. Scores say what the
+observed queries looked at; the more is dropped for it, the more that guess must be right."""
 
 
 def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = "") -> RequestBudget:
@@ -43,9 +43,7 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
             check_mass(policy, f"{prefix}mass" if asked else "mass", mass)
         policy = policies.default(mass=True)
     own, kind = config.with_policy(policy), policies.find(policy)
-    page_dtype = wish.page_dtype or config.page_dtype
-    _check_page_dtype(config, page_dtype, f"{prefix}page_dtype")
-    m = BLOCKS_PER_PAGE[page_dtype]
+    m = PageFormat.of(config.page_dtype).blocks_per_page
     least, most = config.min_ratio or 1.0, config.max_ratio
     if mass is not None:
         most = most or max(least, HIGHEST_RATIO * m)
@@ -70,19 +68,8 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
         context_tokens=wish.context_tokens,
         query_stride=config.query_stride if observes_all else 0,
         history=kind.history if observes_all else None,
-        page_dtype=page_dtype,
         blocks_per_page=m,
     )
-
-
-def _check_page_dtype(config: KVCompressConfig, page_dtype: str, key: str) -> None:
-    """A server has room for scales only where its own pages have them."""
-    accepted = dict.fromkeys(("auto", config.page_dtype))
-    if page_dtype not in accepted:
-        raise ValueError(
-            f"{key}={shown(page_dtype)} is not accepted; this server uses "
-            f"{', '.join(map(repr, accepted))}"
-        )
 
 
 def _check_policy(config: KVCompressConfig, policy: str, key: str) -> None:

@@ -23,7 +23,6 @@ class Wish(NamedTuple):
     context_tokens: int | None = None
     protect: Ranges = ()
     mass: float | None = None
-    page_dtype: str | None = None
 
 
 KEEP_ALL = Wish(ratio=1.0)
@@ -66,8 +65,6 @@ class RequestBudget(NamedTuple):
     """Every so-many-th query of the prompt counts; 0: those of the last window only."""
     history: int | None = None
     """With ``query_stride``: only queries of so many tokens before a compression; None: all."""
-    page_dtype: str = "auto"
-    """What packed pages hold; see ``cache/page_format.py``."""
     blocks_per_page: int = 1
     """m, full blocks whose keys one packed block holds."""
 
@@ -92,7 +89,7 @@ class RequestBudget(NamedTuple):
         return num_tokens // (block_size * self.blocks_per_page) * self.blocks_per_page
 
     def floor_pages(self, block_size: int, covered: int = 0) -> int:
-        """Packed pages that every head keeps: enough for the shields and for ``min_tokens_per_head``.
+        """Packed pages that every head keeps: for the shields and ``min_tokens_per_head``.
 
         Args:
             covered: full blocks that compete.

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a request is packed, and the arithmetic of its blocks.
 
-A packed block may hold the keys of several full blocks, in fewer bits: m = ``blocks_per_page`` of them.
+A packed block may hold the keys of several full blocks, in fewer bits: of m, or
+``blocks_per_page``.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-BLOCKS_PER_PAGE = {"auto": 1, "fp8": 2, "int4": 4}
-"""Full blocks whose keys one packed block holds, by page dtype."""
 
 
 class Packing(NamedTuple):

@@ -21,6 +21,8 @@ class Counts(NamedTuple):
     compressions: int = 0
     blocks_before: int = 0
     blocks_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
 
 
 @dataclass
@@ -31,23 +33,33 @@ class CompressionUsage:
         compressions: how many there were.
         blocks_before: blocks it would have held at the last one, had nothing ever been dropped.
         blocks_after: blocks it held just after the last one.
+        bytes_before, bytes_after: the same in bytes of KV cache, of all layers and ranks.
     """
 
     compressions: int = 0
     blocks_before: int = 0
     blocks_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
 
     def add(self, new: Counts, old: Counts = Counts()) -> None:  # noqa: B008 - immutable
         """Count what a sequence reports, and no longer what it reported before."""
         self.compressions += new.compressions - old.compressions
         self.blocks_before += new.blocks_before - old.blocks_before
         self.blocks_after += new.blocks_after - old.blocks_after
+        self.bytes_before += new.bytes_before - old.bytes_before
+        self.bytes_after += new.bytes_after - old.bytes_after
 
 
 class UsageLog:
-    """The counts of all live requests of one engine, and which are still to be sent."""
+    """The counts of all live requests of one engine, and which are still to be sent.
 
-    def __init__(self) -> None:
+    Args:
+        block_bytes: of a block, over all layers and ranks.
+    """
+
+    def __init__(self, block_bytes: int = 0) -> None:
+        self._block_bytes = block_bytes
         self._counts: dict[str, Counts] = {}
         self._unsent: set[str] = set()
 
@@ -56,7 +68,8 @@ class UsageLog:
         times = self._counts.get(item.request_id, Counts()).compressions
         row = len(item.old_blocks)
         after = item.packing.held(row)
-        self._counts[item.request_id] = Counts(times + 1, row, after)
+        size = self._block_bytes
+        self._counts[item.request_id] = Counts(times + 1, row, after, row * size, after * size)
         self._unsent.add(item.request_id)
 
     def __bool__(self) -> bool:

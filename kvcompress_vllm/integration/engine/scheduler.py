@@ -76,9 +76,10 @@ class _KVCompressMixin(Scheduler):
             observe_slots=observe_slots(self.vllm_config, manager.block_pool.num_gpu_blocks),
             max_tokens=self.max_model_len,
         )
-        self._recorder = Recorder(self.log_stats)
+        block_bytes = self._block_bytes()
+        self._recorder = Recorder(self.log_stats, block_bytes)
         self._shortage = Shortage()
-        self._usage = UsageLog()
+        self._usage = UsageLog(block_bytes)
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
         self._check_integrity = integrity.enabled()
@@ -201,6 +202,13 @@ class _KVCompressMixin(Scheduler):
             ),
         )
         return KVCompressSchedulerStats.of(stats, report)
+
+    def _block_bytes(self) -> int:
+        """Of a block, over all layers and ranks."""
+        (group,) = self.kv_cache_config.kv_cache_groups
+        layers, ranks = len(group.layer_names), self.vllm_config.parallel_config
+        size: int = group.kv_cache_spec.page_size_bytes
+        return size * layers * ranks.tensor_parallel_size
 
     def check_integrity(self) -> None:
         """Check the whole pool; see :mod:`kvcompress_vllm.cache.integrity`.

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.echo import score_heard
@@ -185,11 +186,13 @@ class KVCompressWorkerMixin(Worker):
             logger.warning("kv_compress: %s", message)
         cache_bytes = pages.numel() * pages.element_size()
         held, scratch = state.num_bytes(), self._scratch_bytes(state, kv_cache_config.num_blocks)
+        scales = 0 if state.page_scales is None else state.page_scales.nbytes
         logger.info(
-            "kv_compress: %.1f MiB beside the KV cache of %.1f MiB, and up to %.1f MiB while the "
+            "kv_compress: %.1f MiB beside the KV cache of %.1f MiB%s, and up to %.1f MiB while the "
             "longest prompt is compressed (%.2f%%)",
             held / 2**20,
             cache_bytes / 2**20,
+            f", {scales / 2**20:.1f} of them scales of packed pages" if scales else "",
             scratch / 2**20,
             100 * (held + scratch) / cache_bytes,
         )
@@ -208,6 +211,7 @@ class KVCompressWorkerMixin(Worker):
             "block_size": self.cache_config.block_size,
             "running": self.kv_compress_config.query_stride > 0,
             "echo": self.kv_compress_config.stores_echo,
+            "page_format": PageFormat.of(self.kv_compress_config.page_dtype),
         }
 
     def _extra_bytes(self, available: int) -> int:
@@ -232,8 +236,9 @@ class KVCompressWorkerMixin(Worker):
         most = min(self.model_config.max_model_len, num_blocks * self.cache_config.block_size)
         _, layers, heads = state.num_pages.shape
         running, head_size = state.running is not None, state.ring.shape[-1]
+        codes = state.page_scales is not None
         return max(
-            scratch_bytes(policy, most, layers, heads, head_size, running)
+            scratch_bytes(policy, most, layers, heads, head_size, running, codes)
             for policy in usable_policies(self.kv_compress_config)
         )
 
