@@ -10,6 +10,7 @@ keys that are kept. Shapes: ``vectors`` ``[..., P, D]``, ``kept`` ``[..., P]`` b
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,9 @@ def plain(vectors: Tensor, kept: Tensor) -> Tensor:
 def fp8(vectors: Tensor, kept: Tensor) -> Tensor:
     """E4M3 with one scale per head."""
     scale = (vectors.abs() * kept[..., None]).amax((-2, -1), keepdim=True).clamp(min=SMALLEST) / 448
-    return (vectors / scale).to(torch.float8_e4m3fn).to(vectors.dtype) * scale
+    # What is not there may be larger, and E4M3 has no infinity: it would be no number, times zero.
+    steps = (vectors / scale).clamp(-448, 448)
+    return steps.to(torch.float8_e4m3fn).to(vectors.dtype) * scale
 
 
 def ranges(vectors: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,20 +71,34 @@ def symmetric(vectors: Tensor, kept: Tensor) -> Tensor:
     return on_grid(vectors, -most, most, 14)
 
 
-def clipped(vectors: Tensor, kept: Tensor) -> Tensor:
-    """As ``by_channel``, of a range as much narrower as leaves the least squared error."""
-    low, high = ranges(vectors, kept)
-    middle, half = (low + high) / 2, (high - low) / 2
-    best = least = None
-    for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
-        found = on_grid(vectors, middle - share * half, middle + share * half)
-        error = ((found - vectors).square() * kept[..., None]).sum(-2, keepdim=True)
-        if best is None or least is None:
-            best, least = found, error
-        else:
-            best, least = torch.where(error < least, found, best), torch.minimum(error, least)
-    assert best is not None
-    return best
+def clipped(*shares: float, sides: bool = False) -> Quantise:
+    """As ``by_channel``, of a range as much narrower as leaves the least squared error.
+
+    Args:
+        shares: of half of the range, around its middle, that are tried.
+        sides: try them for either side apart.
+    """
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        low, high = ranges(vectors, kept)
+        middle, half = (low + high) / 2, (high - low) / 2
+        best = least = None
+        for below, above in product(shares, shares) if sides else zip(shares, shares, strict=True):
+            found = on_grid(vectors, middle - below * half, middle + above * half)
+            error = ((found - vectors).square() * kept[..., None]).sum(-2, keepdim=True)
+            if best is None or least is None:
+                best, least = found, error
+            else:
+                best, least = torch.where(error < least, found, best), torch.minimum(error, least)
+        assert best is not None
+        return best
+
+    return quantise
+
+
+SIX = clipped(1, 0.9, 0.8, 0.7, 0.6, 0.5)
+THREE = clipped(1, 0.75, 0.5)
+SIDES = clipped(1, 0.75, 0.5, sides=True)
 
 
 def within(sigmas: float) -> Quantise:
@@ -153,17 +170,19 @@ FORMATS: dict[str, Format] = {
     "fp8": Format(2, fp8, fp8),
     "int4": Format(4, by_channel, by_channel),
     "int4_symmetric": Format(4, symmetric, symmetric),
-    "int4_clipped": Format(4, clipped, clipped),
+    "int4_clipped": Format(4, SIX, SIX),
+    "int4_clipped3": Format(4, THREE, THREE),
+    "int4_clipped_sides": Format(4, SIDES, SIDES),
     **{f"int4_sigma{k:g}": Format(4, within(k), within(k)) for k in (2, 2.5, 3, 3.5, 4)},
-    "int4_clipped_k": Format(4, clipped, by_channel),
-    "int4_clipped_no_sinks": Format(4, without_sinks(clipped), without_sinks(clipped)),
+    "int4_clipped_k": Format(4, SIX, by_channel),
+    "int4_clipped_no_sinks": Format(4, without_sinks(SIX), without_sinks(SIX)),
     "int4_token_v": Format(4, by_channel, by_token),
     "int4_rotated": Format(4, rotated(by_channel), rotated(by_channel)),
     "int4_rotated_token": Format(4, rotated(by_token), rotated(by_token)),
     "int4_rotated_v": Format(4, by_channel, rotated(by_channel)),
     "int4_run64": Format(4, by_run(64, by_channel), by_run(64, by_channel)),
     "int4_run256": Format(4, by_run(256, by_channel), by_run(256, by_channel)),
-    "int4_rotated_clipped": Format(4, rotated(clipped), rotated(clipped)),
+    "int4_rotated_clipped": Format(4, rotated(SIX), rotated(SIX)),
     "int4_no_sinks": Format(4, without_sinks(by_channel), without_sinks(by_channel)),
     "int4_exact": Format(4, plain, plain),
     "int4_keys_only": Format(4, by_channel, plain),
