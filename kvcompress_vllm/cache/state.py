@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.transfer import to_device
 
 RUNNING = 4
 """Numbers per key in the running statistics: 16 bytes, what the compaction kernel moves at once."""
+
+
+Tables = tuple[Tensor, Tensor, Tensor, Tensor | None, int]
+"""What the ops take after the state slots: :attr:`PackedState.tables`."""
 
 
 class PackedState:
@@ -28,13 +33,15 @@ class PackedState:
     Attributes:
         num_pages, first_page: ``[U, L, H]`` int32.
         covered: ``[U]`` int32.
+        page_format: of packed pages.
+        page_scales: ``[U, L, H, A, S]`` bf16, their scales; None where they have none.
         owner: ``[N]`` int32, state slot of the request whose row starts with this block, or -1.
         ring: ``[L, O, W, H * G, D]`` observed queries.
-        running: ``[P, B, 4]`` fp32 or None: per key, for policies that judge by all queries, the
+        running: ``[P, T, 4]`` fp32 or None: per key, for policies that judge by all queries, the
             sums so far of their channels (at most three) and, last, how many queries were counted.
             Written for pages of one request only: it computed them itself, and nobody who shares
             them writes here.
-        echo: ``[P, B]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
+        echo: ``[P, T]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
             the prefix cache hands to others they are valid where the scheduler says so
             (``scheduling/segments.py``); where a request wrote none, zeroed before they are read.
     """
@@ -55,6 +62,7 @@ class PackedState:
         running: bool = False,
         echo: bool = False,
         block_size: int = 16,
+        page_format: PageFormat = PageFormat.AUTO,
     ) -> None:
         heads = (state_slots, num_layers, num_kv_heads)
         self.num_pages = torch.zeros(heads, dtype=torch.int32, device=device)
@@ -70,15 +78,18 @@ class PackedState:
             dtype=dtype,
             device=device,
         )
+        self.page_format = page_format
+        self.page_scales = page_format.new_scales(*heads, head_size, device)
         pages = num_blocks * num_layers * num_kv_heads
+        page_keys = page_format.keys_per_page(block_size)
         self.running: Tensor | None = None
         if running:
             self.running = torch.zeros(
-                pages, block_size, RUNNING, dtype=torch.float32, device=device
+                pages, page_keys, RUNNING, dtype=torch.float32, device=device
             )
         self.echo: Tensor | None = None
         if echo:
-            self.echo = torch.zeros(pages, block_size, dtype=torch.float32, device=device)
+            self.echo = torch.zeros(pages, page_keys, dtype=torch.float32, device=device)
         self._first_block: dict[int, int] = {}
 
     @property
@@ -87,9 +98,11 @@ class PackedState:
         return self.ring.shape[2]
 
     @property
-    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``num_pages``, ``first_page``, ``covered``: what the ops take after the state slots."""
-        return self.num_pages, self.first_page, self.covered
+    def tables(self) -> Tables:
+        """``num_pages``, ``first_page``, ``covered``, ``page_scales`` and ``page_format``: what the
+        ops take after the state slots."""
+        tables = self.num_pages, self.first_page, self.covered
+        return *tables, self.page_scales, int(self.page_format)
 
     @property
     def slots(self) -> dict[int, int]:
@@ -99,7 +112,8 @@ class PackedState:
     def num_bytes(self) -> int:
         """Memory beside the KV cache, in bytes."""
         tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
-        tensors += [stored for stored in (self.running, self.echo) if stored is not None]
+        further = (self.page_scales, self.running, self.echo)
+        tensors += [tensor for tensor in further if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def state_slots(self, block_table: Tensor) -> Tensor:
@@ -111,7 +125,12 @@ class PackedState:
         return next((s for s, b in self._first_block.items() if b == blocks[0]), layout.NOT_PACKED)
 
     def install(
-        self, slots: list[int], blocks: list[list[int]], covered: list[int], kept_pages: Tensor
+        self,
+        slots: list[int],
+        blocks: list[list[int]],
+        covered: list[int],
+        kept_pages: Tensor,
+        new_scales: Tensor | None = None,
     ) -> None:
         """Describe requests that were just compressed.
 
@@ -120,10 +139,13 @@ class PackedState:
             blocks: packed blocks of every request.
             covered: F of every request.
             kept_pages: ``[R, L, H]`` int32.
+            new_scales: ``[R, L, H, A, S]`` of their packed pages, where those have scales.
 
         Raises:
-            RuntimeError: a request has no packed block.
+            RuntimeError: a request has no packed block, or no scales though its pages need them.
         """
+        if self.page_scales is not None and new_scales is None:
+            raise RuntimeError(f"kv_compress: pages of {self.page_format.label} without scales")
         self.release(slots)
         for slot, row in zip(slots, blocks, strict=True):
             if not row:
@@ -133,6 +155,8 @@ class PackedState:
         index = to_device(slots, torch.int64, device)
         self.num_pages[index] = kept_pages
         self.first_page[index] = layout.exclusive_cumsum(kept_pages)
+        if self.page_scales is not None and new_scales is not None:
+            self.page_scales[index] = new_scales
         self.covered[index] = to_device(covered, torch.int32, device)
         first = to_device([row[0] for row in blocks], torch.int64, device)
         self.owner[first] = index.to(torch.int32)

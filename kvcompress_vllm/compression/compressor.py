@@ -270,30 +270,28 @@ class Compressor:
             ``[R, L, H]`` int32, pages that every head of every request keeps.
         """
         state = self.state
-        moved = [self.pages]
+        moved = []
         if due.items[0].observed is not None and state.running is not None:
             moved.append(state.running)
         if state.echo is not None and ops.ECHO in due.policy.channels:
             moved.append(state.echo.unsqueeze(-1))
         for _, part, kept_pages, kept_first, kept_keys in chosen:
             new_blocks = batch.padded_rows([item.new_blocks for item in part.items], self.device)
-            for pages in moved:
-                ops.compact_pages(
-                    pages,
-                    part.rows,
-                    part.state_slot,
-                    *state.tables,
-                    kept_pages,
-                    kept_first,
-                    kept_keys,
-                    new_blocks,
-                )
+            before = part.rows, part.state_slot, *state.tables
+            kept = kept_pages, kept_first, kept_keys
+            new_scales = None
+            if state.page_scales is not None:
+                new_scales = ops.fit_scales(self.pages, *before, *kept)
+            ops.compact_pages(self.pages, *before, *kept, new_blocks, new_scales)
+            for stored in moved:
+                ops.compact_pages(stored, *before, *kept, new_blocks, None)
             self._note(part, kept_pages, kept_keys)
             state.install(
                 [item.state_slot for item in part.items],
                 [item.new_blocks for item in part.items],
                 [item.covered for item in part.items],
                 kept_pages,
+                new_scales,
             )
         if len(chosen) == 1:
             return chosen[0].kept_pages

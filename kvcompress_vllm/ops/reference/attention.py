@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress_vllm.ops.reference.rows import hidden_keys, keys_of
+from kvcompress_vllm.ops.reference.rows import State, hidden_keys
 
 
 def paged_attention(
@@ -18,6 +18,8 @@ def paged_attention(
     num_pages: Tensor,
     first_page: Tensor,
     covered: Tensor,
+    page_scales: Tensor | None,
+    page_format: int,
     query_start: Tensor,
     layer: int,
     scale: float,
@@ -36,6 +38,7 @@ def paged_attention(
         scale: factor on the logits.
         out: like ``query``; rows of tokens outside ``[0, T)`` are left alone.
     """
+    state = State(num_pages, first_page, covered, page_scales, page_format)
     heads = num_pages.shape[2]
     head_size = query.shape[-1]
     group = query.shape[1] // heads
@@ -45,9 +48,7 @@ def paged_attention(
         if begin == end:
             continue
         for head in range(heads):
-            keys = keys_of(
-                pages, block_table[r], seq_len, slot, num_pages, first_page, covered, layer, head
-            )
+            keys = state.head(block_table[r], slot, layer, head).keys(pages, seq_len)
             n = keys.shape[0]
             q = query[begin:end, head * group : (head + 1) * group].float()
             logits = torch.einsum("qgd,kd->gqk", q, keys[:, :head_size].float()) * scale

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress_vllm.cache import layout
-from kvcompress_vllm.ops.reference.rows import hidden_keys, keys_of, packed_part
+from kvcompress_vllm.ops.reference.rows import State, hidden_keys
 
 
 def echo_scores(
@@ -19,6 +18,8 @@ def echo_scores(
     num_pages: Tensor,
     first_page: Tensor,
     covered: Tensor,
+    page_scales: Tensor | None,
+    page_format: int,
     segments: Tensor,
     rotation: Tensor,
     layer: int,
@@ -56,21 +57,20 @@ def echo_scores(
         max_segment: no segment is longer.
         interleaved: pairs are dimensions (2i, 2i + 1), as in GPT-J, else (i, i + n), as in NeoX.
         scale: factor on the logits.
-        scores: ``[P, B]`` fp32, changed where a segment has a key: laid out as ``pages``.
+        scores: ``[P, T]`` fp32, changed where a segment has a key: by page and key of the page, of
+            which those of a tail have B.
     """
-    layers, heads = num_pages.shape[1:]
+    state = State(num_pages, first_page, covered, page_scales, page_format)
+    heads = num_pages.shape[2]
     group, head_size, block_size = query.shape[1] // heads, query.shape[2], pages.shape[1]
     for row, begin, end, token in segments.tolist():
         slot, n = int(state_slot[row]), end - begin
         for head in range(heads):
-            packed, old_f = packed_part(slot, num_pages, covered, layer, head)
-            first = 0 if slot < 0 else int(first_page[slot, layer, head])
-            keys = keys_of(
-                pages, block_table[row], int(seq_lens[row]), slot, num_pages, first_page, covered,
-                layer, head,
-            )[:, :head_size].float()  # fmt: skip
+            of_head = state.head(block_table[row], slot, layer, head)
+            keys = of_head.keys(pages, int(seq_lens[row]))[:, :head_size].float()
             # The head holds what compression kept of the covered blocks, then every token.
-            held = torch.arange(begin, end, device=query.device) + (packed - old_f) * block_size
+            first = of_head.num_keys(begin, block_size)
+            held = torch.arange(first, first + n, device=query.device)
             sinks, key = keys[: min(num_sinks, int(held[-1]) + 1)], keys[held]
             q1 = query[token : token + n, head * group : (head + 1) * group].float()
             q2 = rotated(q1, rotation, interleaved).to(query.dtype).float()
@@ -79,11 +79,7 @@ def echo_scores(
             past = torch.einsum("qgd,kd->gqk", q1, key) * scale
             past.masked_fill_(hidden_keys(n, n, query.device), float("-inf"))
             total = torch.cat([sink, echo, past], dim=-1).logsumexp(-1, keepdim=True)
-            page = layout.page_id(
-                block_table[row], old_f, packed, first, layer * heads + head, layers * heads,
-                held.div(block_size, rounding_mode="floor"),
-            )  # fmt: skip
-            scores[page, held.remainder(block_size)] = (echo - total).exp().amax((0, 1))
+            scores[of_head.place(held, block_size)] = (echo - total).exp().amax((0, 1))
 
 
 def rotated(vectors: Tensor, rotation: Tensor, interleaved: bool) -> Tensor:

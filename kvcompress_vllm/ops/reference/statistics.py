@@ -23,7 +23,7 @@ from kvcompress_vllm.ops.channels import (
     SUM_SQUARES,
     VALUE_NORM,
 )
-from kvcompress_vllm.ops.reference.rows import candidates_of, keys_of
+from kvcompress_vllm.ops.reference.rows import State
 
 
 def attention_statistics(
@@ -35,6 +35,8 @@ def attention_statistics(
     num_pages: Tensor,
     first_page: Tensor,
     covered: Tensor,
+    page_scales: Tensor | None,
+    page_format: int,
     observe_slot: Tensor,
     num_queries: Tensor,
     new_covered: Tensor,
@@ -58,9 +60,9 @@ def attention_statistics(
         LAST              sum over g of p, for the last query alone
         MAXIMUM           the highest p of any q and g
 
-    Candidates are the whole pages up to ``new_covered``: packed pages, then full tail pages. Those
-    of (r, l, h) start at output page ``page_start[r] + first_page + (l * H + h) * (new_covered -
-    covered)``.
+    Candidates are the keys of the packed pages, then those of the full tail blocks up to
+    ``new_covered``, in output pages of B keys (a packed page takes m). Those of (r, l, h) start at
+    output page ``page_start[r] + first_page * m + (l * H + h) * (new_covered - covered)``.
 
     Args:
         ring: ``[L, O, W, H * G, D]``; the query of position x is at ``[:, slot, (x // query_stride)
@@ -84,6 +86,7 @@ def attention_statistics(
     """
     layers, _, window, _, head_size = ring.shape
     heads = num_pages.shape[2]
+    state = State(num_pages, first_page, covered, page_scales, page_format)
     block_size = pages.shape[1]
     selected = _selected(channels, ATTENTION_CHANNELS)
     if query_stride < 1:
@@ -105,26 +108,15 @@ def attention_statistics(
         for layer in range(layers):
             queries = ring[layer, observe, positions].unflatten(1, (heads, -1)).float()
             for head in range(heads):
-                keys = keys_of(
-                    pages,
-                    block_table[r],
-                    seq_len,
-                    slot,
-                    num_pages,
-                    first_page,
-                    covered,
-                    layer,
-                    head,
-                )
+                of_head = state.head(block_table[r], slot, layer, head)
+                keys = of_head.keys(pages, seq_len)
                 logits = torch.einsum("qgd,kd->gqk", queries[:, head], keys[:, :head_size].float())
                 key = torch.arange(keys.shape[0], device=ring.device)
                 hidden = key >= keys.shape[0] - unseen[:, None]
                 p = (logits * scale).masked_fill_(hidden, float("-inf")).softmax(-1)
                 # A query older than every key that the head still has would leave NaN everywhere.
                 p.masked_fill_(hidden, 0.0)
-                place, count = candidates_of(
-                    start, slot, num_pages, first_page, covered, new_f, layer, head, block_size
-                )
+                place, count = of_head.candidates(start, new_f, block_size)
                 for out, channel in zip(flat, selected, strict=True):
                     out[place : place + count] = _channel(channel, p, hidden)[:count]
     return result
@@ -138,6 +130,8 @@ def key_statistics(
     num_pages: Tensor,
     first_page: Tensor,
     covered: Tensor,
+    page_scales: Tensor | None,
+    page_format: int,
     new_covered: Tensor,
     page_start: Tensor,
     num_candidate_pages: int,
@@ -169,6 +163,7 @@ def key_statistics(
     """
     layers, heads = num_pages.shape[1:]
     block_size, head_size = pages.shape[1], pages.shape[2] // 2
+    state = State(num_pages, first_page, covered, page_scales, page_format)
     selected = _selected(channels, KEY_CHANNELS)
     result = pages.new_zeros((len(selected), num_candidate_pages, block_size), dtype=torch.float32)
     flat = result.flatten(1)
@@ -181,14 +176,8 @@ def key_statistics(
     )
     for r, (seq_len, slot, new_f, start) in enumerate(rows):
         for layer, head in product(range(layers), range(heads)):
-            keys, values = (
-                keys_of(
-                    pages, block_table[r], seq_len, slot, num_pages, first_page, covered, layer,
-                    head,
-                )
-                .float()
-                .split(head_size, -1)
-            )  # fmt: skip
+            of_head = state.head(block_table[r], slot, layer, head)
+            keys, values = of_head.keys(pages, seq_len).float().split(head_size, -1)
             norms, directions = _directions(keys)
             _, mean = _directions(directions.sum(0))  # of a mean, the count is no matter
             channel = {
@@ -196,9 +185,7 @@ def key_statistics(
                 LIKENESS: (directions * mean).sum(-1),
                 VALUE_NORM: _directions(values)[0][:, 0],
             }
-            place, count = candidates_of(
-                start, slot, num_pages, first_page, covered, new_f, layer, head, block_size
-            )
+            place, count = of_head.candidates(start, new_f, block_size)
             for out, of_channel in zip(flat, selected, strict=True):
                 out[place : place + count] = channel[of_channel][:count]
     return result
