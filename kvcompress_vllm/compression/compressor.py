@@ -272,11 +272,11 @@ class Compressor:
             ``[R, L, H]`` int32, pages that every head of every request keeps.
         """
         state = self.state
-        stored = []
+        moved = []
         if due.items[0].observed is not None and state.running is not None:
-            stored.append(state.running)
+            moved.append(state.running)
         if state.echo is not None and ops.ECHO in due.policy.channels:
-            stored.append(state.echo.unsqueeze(-1))
+            moved.append(state.echo.unsqueeze(-1))
         for _, part, kept_pages, kept_first, kept_keys in chosen:
             new_blocks = batch.padded_rows([item.new_blocks for item in part.items], self.device)
             before = part.rows, part.state_slot, *state.tables
@@ -285,8 +285,8 @@ class Compressor:
             if state.page_scales is not None:
                 new_scales = ops.fit_scales(self.pages, *before, *kept)
             ops.compact_pages(self.pages, *before, *kept, new_blocks, new_scales)
-            for numbers in stored:
-                ops.compact_pages(numbers, *before, *kept, new_blocks, None)
+            for stored in moved:
+                ops.compact_pages(stored, *before, *kept, new_blocks, None)
             self._note(part, kept_pages, kept_keys)
             state.install(
                 [item.state_slot for item in part.items],

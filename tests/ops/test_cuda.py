@@ -199,5 +199,5 @@ def test_pool_with_64_bit_offsets():
         (b.pages, b.block_table, new),
         (pool, table, new + blocks - used),
     ):
-        ops.compact_pages(pages, rows, *b.state(), kept, first, keys, blocks_of)
+        ops.compact_pages(pages, rows, *b.state(), kept, first, keys, blocks_of, None)
     assert_same_bits(pool[(blocks - used) * SLOTS :], b.pages)

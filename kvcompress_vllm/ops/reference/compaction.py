@@ -114,11 +114,13 @@ def compact_pages(
         target = layout.page_id(new_blocks[r], 0, count, first - base, head.slot, head.slots, j)
         if new_scales is None:
             kept = pages[head.place(key, block_size)]
-            pages[target] = kept.view(count, page_keys, -1)
+            pages[target] = kept.view(count, page_keys, pages.shape[2])
         else:
             scales = new_scales[r].flatten(0, 1)[head.slot]
             codes = formats.quantise(head.read(pages, key).float(), scales, page_format)
-            formats.packed_codes(pages, format_)[target] = codes.view(count, page_keys, -1)
+            formats.packed_codes(pages, format_)[target] = codes.view(
+                count, page_keys, codes.shape[1]
+            )
 
 
 def _kept(
