@@ -173,8 +173,8 @@ class _KVCompressMixin(Scheduler):
         pool = manager.block_pool
         report = self._recorder.take(
             manager.packed,
-            planner.observe_slots_used(),
-            planner.observe_slots,
+            planner.observers.used,
+            planner.observers.count,
             Occupancy(
                 pool.num_gpu_blocks - 1,
                 pool.get_num_free_blocks(),

@@ -118,7 +118,7 @@ class StepBuilder:
                 end,
                 manager.row(tracked.request_id, -(-end // manager.block_size)),
             )
-            for tracked, begin, end in planner.heard(computed)
+            for tracked, begin, end in planner.observers.heard(computed)
             if tracked.listen_slot is not None
         ]
 
@@ -152,7 +152,7 @@ class StepBuilder:
             )
             freed += old
             planner.compressed(tracked.request_id, computed[tracked.request_id])
-        planner.listen(computed)
+        planner.observers.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
         return compressions
