@@ -76,6 +76,9 @@ class StepBuilder:
         """
         planner, manager = self._planner, self._manager
         plan.released = planner.take_released()
+        # Who is gone has no state slot by the time that a worker accumulates: if it was packed, its
+        # row could not be read.
+        plan.accumulations = [a for a in plan.accumulations if a.request_id in planner.requests]
         plan.heard = [item for item in plan.heard if item.request_id in planner.requests]
         plan.scorings = [c for c in plan.scorings if c.request_id in planner.requests]
         # A request that was compressed and then preempted in the same step owns nothing.
