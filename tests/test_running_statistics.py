@@ -20,6 +20,7 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies.h2o import H2O
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Compression, Observation
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from tests.policies.installed import install
@@ -79,7 +80,7 @@ class Request:
         self.planner = CompressionPlanner(config, B, 4, 4, 4096)
         self.planner.admit("r", num_tokens)
         self.state = PackedState(
-            num_blocks=200, num_layers=L, num_kv_heads=H, num_query_heads=H * G, head_size=D,
+            CacheGroup(L, H, G, D, B, 4, D**-0.5), num_blocks=200,
             state_slots=4, observe_slots=4, window=config.window, dtype=torch.float32,
             device=torch.device("cpu"), running=True,
         )  # fmt: skip
@@ -87,7 +88,7 @@ class Request:
         assert self.state.running is not None
         self.state.running.fill_(float("nan"))
         self.pages = torch.full((200 * SLOTS, B, 2 * D), float("nan"))
-        self.compressor = Compressor(config, self.state, self.pages, D**-0.5)
+        self.compressor = Compressor(config, self.state, self.pages)
         self.free = (torch.randperm(199) + 1).tolist()
         self.row: list[int] = []
         self.num_tokens = 0

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.records.group import CacheGroup
 
 RUNNING = 4
 """Numbers per key in the running statistics: 16 bytes, what the compaction kernel moves at once."""
 
 
 class PackedState:
-    """State tables, block owners and the observation ring of one rank.
+    """State tables, block owners and the observation ring of one rank and cache group.
 
     Attributes:
+        group: whose layers, heads and blocks these are.
         num_pages, first_page: ``[U, L, H]`` int32.
         covered: ``[U]`` int32.
         owner: ``[N]`` int32, state slot of the request whose row starts with this block, or -1.
@@ -41,12 +43,9 @@ class PackedState:
 
     def __init__(
         self,
+        group: CacheGroup,
         *,
         num_blocks: int,
-        num_layers: int,
-        num_kv_heads: int,
-        num_query_heads: int,
-        head_size: int,
         state_slots: int,
         observe_slots: int,
         window: int,
@@ -54,31 +53,29 @@ class PackedState:
         device: torch.device,
         running: bool = False,
         echo: bool = False,
-        block_size: int = 16,
     ) -> None:
-        heads = (state_slots, num_layers, num_kv_heads)
+        self.group = group
+        heads = (state_slots, *group.shape)
         self.num_pages = torch.zeros(heads, dtype=torch.int32, device=device)
         self.first_page = torch.zeros(heads, dtype=torch.int32, device=device)
         self.covered = torch.zeros(state_slots, dtype=torch.int32, device=device)
         self.owner = torch.full((num_blocks,), layout.NOT_PACKED, dtype=torch.int32, device=device)
         self.ring = torch.zeros(
-            num_layers,
+            group.layers,
             observe_slots,
             window,
-            num_query_heads,
-            head_size,
+            group.heads * group.queries_per_head,
+            group.head_size,
             dtype=dtype,
             device=device,
         )
-        pages = num_blocks * num_layers * num_kv_heads
+        keys = group.num_pages(num_blocks), group.block_size
         self.running: Tensor | None = None
         if running:
-            self.running = torch.zeros(
-                pages, block_size, RUNNING, dtype=torch.float32, device=device
-            )
+            self.running = torch.zeros(*keys, RUNNING, dtype=torch.float32, device=device)
         self.echo: Tensor | None = None
         if echo:
-            self.echo = torch.zeros(pages, block_size, dtype=torch.float32, device=device)
+            self.echo = torch.zeros(keys, dtype=torch.float32, device=device)
         self._first_block: dict[int, int] = {}
 
     @property

@@ -8,6 +8,7 @@ from kvcompress_vllm.compression import loss
 from kvcompress_vllm.compression.batch import MOST_TOKENS
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies.base import Policy
+from kvcompress_vllm.records.group import CacheGroup
 
 
 def usable_policies(config: KVCompressConfig) -> list[Policy]:
@@ -21,14 +22,7 @@ def usable_policies(config: KVCompressConfig) -> list[Policy]:
     return found
 
 
-def scratch_bytes(
-    policy: Policy,
-    num_tokens: int,
-    num_layers: int,
-    num_kv_heads: int,
-    head_size: int,
-    running: bool = False,
-) -> int:
+def scratch_bytes(policy: Policy, num_tokens: int, group: CacheGroup, running: bool = False) -> int:
     """Memory that a compression takes while it runs.
 
     Args:
@@ -40,7 +34,7 @@ def scratch_bytes(
     per_key = 4 * (count + max(5, count))
     if running:
         per_key += 3 * 4 * RUNNING  # the statistics so far, their sums, and an intermediate
-    keys = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads
+    keys = max(num_tokens, MOST_TOKENS) * group.pages_per_block
     # One layer of keys or values, as copied, in fp32, and an intermediate of it.
-    copies = 3 * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0
+    copies = 3 * num_tokens * group.heads * group.head_size * 4 if policy.needs_keys else 0
     return keys * per_key + loss.scratch_bytes(keys) + copies

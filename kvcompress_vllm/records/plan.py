@@ -48,6 +48,8 @@ class Accumulation:
     old_kept: int
     covered: int
     old_blocks: list[int]
+    group: int = field(default=0, kw_only=True)
+    """Index of the :class:`~kvcompress_vllm.records.group.CacheGroup` whose keys are meant."""
     policy: str | None = field(default=None, kw_only=True)
     """Whose statistics; None: of the configured one."""
     observed: Observed | None = field(default=None, kw_only=True)
@@ -166,6 +168,8 @@ class PackedRow(NamedTuple):
     state_slot: int
     covered: int
     packed_blocks: list[int]
+    group: int = 0
+    """As of :class:`Accumulation`."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.engine.admission import Admission, budget_of
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, cache_group
 from kvcompress_vllm.integration.engine.step import StepBuilder
 from kvcompress_vllm.integration.frontend.requests import received_budget
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
@@ -58,13 +58,16 @@ class _KVCompressMixin(Scheduler):
         if manager.block_pool.null_block.block_id != 0:
             raise RuntimeError("kv_compress: vLLM's null block is not block 0")
         scheduler_config = self.vllm_config.scheduler_config
+        (group,) = kwargs["kv_cache_config"].kv_cache_groups
+        self.kv_compress_group = cache_group(group.kv_cache_spec, len(group.layer_names))
+        blocks = manager.block_pool.num_gpu_blocks
         check_steps(config, manager.block_size, step_tokens(scheduler_config))
         self.kv_compress_manager = manager
         self.kv_compress_planner = CompressionPlanner(
             config,
             manager.block_size,
             state_slots=scheduler_config.max_num_seqs,
-            observe_slots=observe_slots(self.vllm_config, manager.block_pool.num_gpu_blocks),
+            observe_slots=observe_slots(self.vllm_config, self.kv_compress_group, blocks),
             max_tokens=self.max_model_len,
         )
         self._recorder = Recorder(self.log_stats)
@@ -78,15 +81,17 @@ class _KVCompressMixin(Scheduler):
             self._echo = EchoPlanner(
                 config,
                 manager.block_size,
-                manager.block_pool.num_gpu_blocks,
+                blocks,
                 step_tokens(scheduler_config),
             )
             warn_of_small_steps(scheduler_config)
         self._admission = Admission(self, self.kv_compress_planner, self._recorder, self._echo)
-        self._steps = StepBuilder(self.kv_compress_planner, manager, self._echo)
+        self._steps = StepBuilder(
+            self.kv_compress_planner, manager, self._echo, self.kv_compress_group
+        )
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
-        log_banner(self.kv_compress_planner, manager.block_pool.num_gpu_blocks - 1)
+        log_banner(self.kv_compress_planner, blocks - 1)
 
     def add_request(self, request: Request) -> None:
         # Nothing that a request carries may raise here: that would end the engine for everybody.

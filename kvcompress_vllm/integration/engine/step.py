@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.engine.admission import budget_of
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import (
     Accumulation,
     Compression,
@@ -35,6 +36,7 @@ class StepBuilder:
         planner: says who is observed and compressed.
         manager: allocates the packed blocks.
         echo: says which tokens get echo scores; None: no policy reads any.
+        group: whose blocks ``manager`` allocates.
 
     Attributes:
         waits: whether the pool had no room for a compression that was due, in the step that was
@@ -42,9 +44,14 @@ class StepBuilder:
     """
 
     def __init__(
-        self, planner: CompressionPlanner, manager: KVCompressManager, echo: EchoPlanner | None
+        self,
+        planner: CompressionPlanner,
+        manager: KVCompressManager,
+        echo: EchoPlanner | None,
+        group: CacheGroup,
     ) -> None:
         self._planner, self._manager, self._echo = planner, manager, echo
+        self._group = group.index
         self.waits = False
 
     def begin(self, computed: Mapping[str, int]) -> StepPlan:
@@ -95,7 +102,13 @@ class StepBuilder:
                 plan.packed_prefills.append(request_id)
         if check_integrity:
             plan.expected = [
-                PackedRow(t.request_id, t.state_slot, t.covered, manager.row(t.request_id, t.kept))
+                PackedRow(
+                    t.request_id,
+                    t.state_slot,
+                    t.covered,
+                    manager.row(t.request_id, t.kept),
+                    self._group,
+                )
                 for t in planner.packed()
             ]
 
@@ -104,6 +117,7 @@ class StepBuilder:
         return [
             Accumulation(
                 *self._candidates(tracked, tracked.accumulated, tracked.known),
+                group=self._group,
                 policy=tracked.budget.policy,
                 observed=observed,
             )
@@ -145,6 +159,7 @@ class StepBuilder:
                 Compression(
                     *candidates,
                     new,
+                    group=self._group,
                     policy=tracked.budget.policy,
                     observed=planner.observed(tracked, num_tokens),
                     floor_pages=tracked.sizes.floor(packing.covered),
@@ -170,6 +185,7 @@ class StepBuilder:
                 Scoring(
                     *self._candidates(tracked, tracked.due_at, packing.covered),
                     packing.kept,
+                    group=self._group,
                     policy=tracked.budget.policy,
                     observed=planner.observed(tracked, tracked.due_at),
                     floor_pages=tracked.sizes.floor(packing.covered),
