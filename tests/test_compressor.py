@@ -80,7 +80,7 @@ class Literal:
 
 
 class Paged:
-    """The same request in a page pool, compressed by the product."""
+    """The same request in pages, compressed by the product."""
 
     def __init__(self, config: KVCompressConfig) -> None:
         self.state = PackedState(

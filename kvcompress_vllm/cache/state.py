@@ -19,8 +19,9 @@ from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.transfer import to_device
 from kvcompress_vllm.records.group import CacheGroup
 
-RUNNING = 4
-"""Numbers per key in the running statistics: 16 bytes, what the compaction kernel moves at once."""
+ACCUMULATED = 4
+"""Numbers per key in the accumulated statistics: 16 bytes, which the compaction kernel moves at
+once."""
 
 
 class PackedState:
@@ -32,10 +33,10 @@ class PackedState:
         covered: ``[U]`` int32.
         owner: ``[N]`` int32, state slot of the request whose row starts with this block, or -1.
         ring: ``[L, O, W, H * G, D]`` observed queries.
-        running: ``[P, B, 4]`` fp32 or None: per key, for policies that judge by all queries, the
-            sums so far of their channels (at most three) and, last, how many queries were counted.
-            Written for pages of one request only: it computed them itself, and nobody who shares
-            them writes here.
+        accumulated: ``[P, B, 4]`` fp32 or None: per key, for policies that judge by all queries,
+            the sums so far of their channels (at most three) and, last, how many queries were
+            counted. Written for pages of one request only: it computed them itself, and nobody who
+            shares them writes here.
         echo: ``[P, B]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
             the prefix cache hands to others they are valid where the scheduler says so
             (``scheduling/segments.py``); where a request wrote none, zeroed before they are read.
@@ -51,7 +52,7 @@ class PackedState:
         window: int,
         dtype: torch.dtype,
         device: torch.device,
-        running: bool = False,
+        accumulated: bool = False,
         echo: bool = False,
     ) -> None:
         self.group = group
@@ -70,9 +71,9 @@ class PackedState:
             device=device,
         )
         keys = group.num_pages(num_blocks), group.block_size
-        self.running: Tensor | None = None
-        if running:
-            self.running = torch.zeros(*keys, RUNNING, dtype=torch.float32, device=device)
+        self.accumulated: Tensor | None = None
+        if accumulated:
+            self.accumulated = torch.zeros(*keys, ACCUMULATED, dtype=torch.float32, device=device)
         self.echo: Tensor | None = None
         if echo:
             self.echo = torch.zeros(keys, dtype=torch.float32, device=device)
@@ -96,7 +97,7 @@ class PackedState:
     def num_bytes(self) -> int:
         """Memory beside the KV cache, in bytes."""
         tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
-        tensors += [stored for stored in (self.running, self.echo) if stored is not None]
+        tensors += [stored for stored in (self.accumulated, self.echo) if stored is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def state_slots(self, block_table: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Compressor:
         return pending
 
     def accumulate(self, chunks: Sequence[Accumulation]) -> None:
-        """Add what was observed to the running statistics."""
+        """Add what was observed to the accumulated statistics."""
         for item in chunks:
             alone = Batch.of([item], *self._use(item.policy), self.rank)
             mask = ops.channel_mask(alone.policy.channels) & ops.ATTENTION_CHANNELS
@@ -167,9 +167,9 @@ class Compressor:
         """Score and allocate, request by request, so that temporaries are those of one.
 
         Args:
-            found: ``[channels, pages, B]`` statistics; become sums where there are running ones.
+            found: ``[channels, pages, B]`` statistics; become sums where some are accumulated.
             points: block counts of every request's loss curve.
-            store: whether the running statistics become those sums, too.
+            store: whether the accumulated statistics become those sums, too.
 
         Returns:
             ``[pages, B]`` scores of all candidates; ``[A]`` int32 pages to free in every group of
@@ -278,8 +278,8 @@ class Compressor:
         """
         state = self.state
         moved = [self.pages]
-        if due.items[0].observed is not None and state.running is not None:
-            moved.append(state.running)
+        if due.items[0].observed is not None and state.accumulated is not None:
+            moved.append(state.accumulated)
         if state.echo is not None and ops.ECHO in due.policy.channels:
             moved.append(state.echo.unsqueeze(-1))
         for _, part, kept_pages, kept_first, kept_keys in chosen:

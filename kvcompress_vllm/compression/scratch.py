@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from kvcompress_vllm.cache.state import RUNNING
+from kvcompress_vllm.cache.state import ACCUMULATED
 from kvcompress_vllm.compression import loss
 from kvcompress_vllm.compression.batch import MOST_TOKENS
 from kvcompress_vllm.config.options import KVCompressConfig
@@ -22,7 +22,9 @@ def usable_policies(config: KVCompressConfig) -> list[Policy]:
     return found
 
 
-def scratch_bytes(policy: Policy, num_tokens: int, group: CacheGroup, running: bool = False) -> int:
+def scratch_bytes(
+    policy: Policy, num_tokens: int, group: CacheGroup, accumulated: bool = False
+) -> int:
     """Memory that a compression takes while it runs.
 
     Args:
@@ -32,8 +34,8 @@ def scratch_bytes(policy: Policy, num_tokens: int, group: CacheGroup, running: b
     # statistics once more, while those of two ops are put together.
     count = len(policy.channels)
     per_key = 4 * (count + max(5, count))
-    if running:
-        per_key += 3 * 4 * RUNNING  # the statistics so far, their sums, and an intermediate
+    if accumulated:
+        per_key += 3 * 4 * ACCUMULATED  # the statistics so far, their sums, and an intermediate
     keys = max(num_tokens, MOST_TOKENS) * group.pages_per_block
     # One layer of keys or values, as copied, in fp32, and an intermediate of it.
     copies = 3 * num_tokens * group.heads * group.head_size * 4 if policy.needs_keys else 0

@@ -90,13 +90,13 @@ def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
 def add_up(
     rank: Rank, item: Accumulation, row: Tensor, statistics: Tensor, store: bool = True
 ) -> Tensor:
-    """Add the statistics of the observed queries to the running ones of a request.
+    """Add the statistics of the observed queries to the accumulated ones of a request.
 
     Args:
         row: ``[M]`` int32 block ids.
         statistics: ``[channels, pages, B]`` of this request, those of the attention alone; become
             the sums.
-        store: False leaves the running statistics as they are.
+        store: False leaves the accumulated statistics as they are.
 
     Returns:
         ``[pages, B]`` fp32, how many queries saw each key.
@@ -104,13 +104,13 @@ def add_up(
     Raises:
         RuntimeError: there are none.
     """
-    running, observed = rank.state.running, item.observed
-    if running is None or observed is None:
-        raise RuntimeError(f"kv_compress: {item.request_id} has no running statistics")
+    accumulated, observed = rank.state.accumulated, item.observed
+    if accumulated is None or observed is None:
+        raise RuntimeError(f"kv_compress: {item.request_id} has no accumulated statistics")
     pages, ages, known = _candidates(rank, item, row, observed)
     seen = ages.div(observed.stride, rounding_mode="floor") + 1
     counts = seen.clamp(max=observed.num_queries).float()
-    before = running[pages].masked_fill_(~known[:, None, None], 0)
+    before = accumulated[pages].masked_fill_(~known[:, None, None], 0)
     counts += before[..., -1]
     for channel, values in enumerate(statistics):
         values += before[..., channel]
@@ -119,7 +119,7 @@ def add_up(
     sums = torch.zeros_like(before)
     sums[..., -1] = counts
     sums[..., : len(statistics)] = statistics.permute(1, 2, 0)
-    running[pages] = sums
+    accumulated[pages] = sums
     return counts
 
 
@@ -130,7 +130,7 @@ def _candidates(
 
     Returns:
         ``[pages]`` page ids; ``[pages, B]`` tokens after each key, a lower bound for keys that were
-        packed before; ``[pages]`` bool, whether a page has running statistics.
+        packed before; ``[pages]`` bool, whether a page has accumulated statistics.
     """
     device, block_size = rank.pages.device, rank.group.block_size
     pages, block = _pages(rank, item, row)

@@ -191,7 +191,7 @@ class CompressionPlanner:
 
     def observed(self, tracked: Tracked, num_tokens: int) -> Observed | None:
         """What a request's observation slot holds once ``num_tokens`` tokens are computed; None:
-        the last ``window`` queries, and there are no running statistics."""
+        the last ``window`` queries, and there are no accumulated statistics."""
         return observation.observed(tracked, self.config.window, num_tokens)
 
     def accumulate(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, Observed]]:

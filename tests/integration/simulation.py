@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's real scheduler with a pretend model behind it, for tests of the accounting.
 
-The pretend worker keeps a real page pool, real state tables and the real compressor. The K of a
+The pretend worker keeps real pages, real state tables and the real compressor. The K of a
 token is a tag of its whole prefix, so that :meth:`Simulation.check_contents` can tell for every
 key of every request whether it is one the request should have.
 """
@@ -208,7 +208,7 @@ class Simulation:
             dtype=torch.float32,
             echo=config.stores_echo,
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
-            running=config.query_stride > 0,
+            accumulated=config.query_stride > 0,
             device=torch.device("cpu"),
         )
         pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"))

@@ -202,7 +202,7 @@ class KVCompressWorkerMixin(Worker):
             window=self.kv_compress_config.ring,
             dtype=dtype,
             device=device,
-            running=self.kv_compress_config.query_stride > 0,
+            accumulated=self.kv_compress_config.query_stride > 0,
             echo=self.kv_compress_config.stores_echo,
         )
 
@@ -218,7 +218,7 @@ class KVCompressWorkerMixin(Worker):
         """What the largest possible compression takes while it runs."""
         most = min(self.model_config.max_model_len, num_blocks * state.group.block_size)
         return max(
-            scratch_bytes(policy, most, state.group, state.running is not None)
+            scratch_bytes(policy, most, state.group, state.accumulated is not None)
             for policy in usable_policies(self.kv_compress_config)
         )
 
