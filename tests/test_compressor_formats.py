@@ -18,6 +18,7 @@ from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.ops.reference.rows import State
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Compression, Observed, PackedRow
 
@@ -35,12 +36,12 @@ class Request:
         )
         stride = self.config.query_stride
         self.state = PackedState(
-            num_blocks=BLOCKS, num_layers=L, num_kv_heads=H, num_query_heads=H * G, head_size=D,
+            CacheGroup(L, H, G, D, B, 2, D**-0.5, page_format), num_blocks=BLOCKS,
             state_slots=4, observe_slots=2, window=W, dtype=torch.bfloat16,
-            device=torch.device("cpu"), echo=True, running=stride > 0, page_format=page_format,
+            device=torch.device("cpu"), echo=True, accumulated=stride > 0,
         )  # fmt: skip
         self.pages = torch.full((BLOCKS * SLOTS, B, 2 * D), float("nan"), dtype=torch.bfloat16)
-        self.compressor = Compressor(self.config, self.state, self.pages, D**-0.5)
+        self.compressor = Compressor(self.config, self.state, self.pages)
         self.compressor.record = {}
         self.free = (torch.randperm(BLOCKS - 1) + 1).tolist()
         self.row: list[int] = []
@@ -168,15 +169,15 @@ def test_twenty_rounds_move_nothing_by_more_than_a_step(page_format: PageFormat)
         request.check()
 
 
-def test_running_statistics_move_with_their_keys() -> None:
+def test_accumulated_statistics_move_with_their_keys() -> None:
     torch.manual_seed(5)
     request = Request("h2o", PageFormat.INT4, query_stride=1)
     for num_new, kept in [(400, 4), (130, 4), (64, 4)]:
         request.append(torch.randn(num_new, SLOTS, 2 * D))
         request.compress(kept)
         request.check()
-        running = request.state.running
+        accumulated = request.state.accumulated
         blocks = torch.tensor(request.row[:kept])
-        stored = running.view(BLOCKS, -1, 4)[blocks]
+        stored = accumulated.view(BLOCKS, -1, 4)[blocks]
         # Every key that is kept was seen by one query at least, and by all that were counted.
         assert (stored[..., -1] >= 1).all()

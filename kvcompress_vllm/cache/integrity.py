@@ -101,7 +101,7 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
         RuntimeError: slots, F, first blocks or owners differ, or the pages of a packed request
             are not dealt to exactly one (layer, head) each.
     """
-    layers, heads = state.num_pages.shape[1:]
+    per_block = state.group.pages_per_block
     live = {row.state_slot: row.packed_blocks[0] for row in expected}
     if live != state.slots:
         raise RuntimeError(
@@ -113,17 +113,17 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
         raise RuntimeError(f"kv_compress: owner table {owners} does not match slots {live}")
     for row in expected:
         pages = state.num_pages[row.state_slot].flatten()
-        total = len(row.packed_blocks) * layers * heads
+        total = len(row.packed_blocks) * per_block
         if int(pages.min()) < 0 or int(pages.sum()) != total:
             raise RuntimeError(
                 f"kv_compress: {printable(row.request_id)} has {int(pages.sum())} packed pages "
-                f"in {len(row.packed_blocks)} blocks of {layers * heads}"
+                f"in {len(row.packed_blocks)} blocks of {per_block}"
             )
-        m = state.page_format.blocks_per_page
-        if row.covered % m or total * m > row.covered * layers * heads:
+        m = state.group.blocks_per_page
+        if row.covered % m or total * m > row.covered * per_block:
             raise RuntimeError(
                 f"kv_compress: {printable(row.request_id)} has {total} packed pages of {m} blocks "
-                f"each, from {row.covered} blocks of {layers * heads} pages"
+                f"each, from {row.covered} blocks of {per_block} pages"
             )
         if state.page_scales is not None:
             scales = state.page_scales[row.state_slot].flatten(0, 1)[pages > 0]
@@ -140,7 +140,7 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
                 f"{state.first_page[row.state_slot].flatten().tolist()}"
             )
         if state.echo is not None:
-            by_block = state.echo.view(-1, layers * heads, state.echo.shape[1])
+            by_block = state.echo.view(-1, per_block, state.echo.shape[1])
             scores = by_block[torch.tensor(row.packed_blocks, device=by_block.device)]
             if not bool(((scores >= 0) & (scores <= 1)).all()):
                 raise RuntimeError(

@@ -17,6 +17,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.policies.base import Policy
 from kvcompress_vllm.records import budget
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Accumulation, Judged
 
 Item = TypeVar("Item", bound=Accumulation)
@@ -27,47 +28,24 @@ for statistics and scores without making many small compressions wait for each o
 
 
 class Rank(NamedTuple):
-    """What compressions of one rank read and change."""
+    """What compressions of one rank and cache group read and change."""
 
     state: PackedState
     pages: Tensor
-    """``[P, B, 2 * D]`` page pool."""
-    scale: float
-    """Factor on the attention logits."""
+    """``[P, B, 2 * D]``."""
 
     @property
-    def block_size(self) -> int:
-        return self.pages.shape[1]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """L, H."""
-        _, layers, heads = self.state.num_pages.shape
-        return layers, heads
-
-    @property
-    def slots(self) -> int:
-        """L * H, heads of the rank and pages of a block."""
-        layers, heads = self.shape
-        return layers * heads
-
-    @property
-    def blocks_per_page(self) -> int:
-        """m, blocks whose keys a packed page holds."""
-        return self.state.page_format.blocks_per_page
-
-    @property
-    def page_keys(self) -> int:
-        """T, keys that a packed page holds."""
-        return self.blocks_per_page * self.block_size
+    def group(self) -> CacheGroup:
+        """Whose pages these are."""
+        return self.state.group
 
     def candidate_pages(self, item: Accumulation) -> int:
         """Packed pages per head, on average, that all candidate keys of a request would take."""
-        return item.old_packing.whole(item.covered, self.blocks_per_page)
+        return item.old_packing.whole(item.covered, self.group.blocks_per_page)
 
     def candidate_units(self, item: Accumulation) -> int:
         """Candidate keys of a request per head, on average, in units of B."""
-        return self.candidate_pages(item) * self.blocks_per_page
+        return self.candidate_pages(item) * self.group.blocks_per_page
 
 
 @dataclass(frozen=True)
@@ -106,9 +84,9 @@ class Batch(Generic[Item]):
         Args:
             floor_pages: None: as configured.
         """
-        device, size = rank.pages.device, rank.block_size
+        device, size = rank.pages.device, rank.group.block_size
         rows = padded_rows([item.old_blocks for item in items], device)
-        starts = _starts(rank.candidate_units(item) * rank.slots for item in items)
+        starts = _starts(rank.candidate_units(item) * rank.group.pages_per_block for item in items)
         return cls(
             items,
             config,
@@ -153,7 +131,7 @@ def batches(due: Sequence[Judged], rank: Rank) -> Iterator[list[Judged]]:
     batch: list[Judged] = []
     keys = 0
     for item in due:
-        more = rank.candidate_units(item) * rank.block_size
+        more = rank.candidate_units(item) * rank.group.block_size
         if batch and keys + more > MOST_TOKENS:
             yield batch
             batch, keys = [], 0

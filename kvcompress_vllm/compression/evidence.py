@@ -42,19 +42,20 @@ class Rectangle(NamedTuple):
     @classmethod
     def of(cls, rank: Rank, item: Judged, width: int) -> Rectangle:
         """Args: width: units of the longest head, or more."""
-        units, m = rank.candidate_units(item) * rank.slots, rank.blocks_per_page
+        heads, m = rank.group.pages_per_block, rank.group.blocks_per_page
+        units = rank.candidate_units(item) * heads
         if not item.old_kept:
             return cls(width, units)
-        state, slots, device = rank.state, rank.slots, rank.pages.device
+        state, device = rank.state, rank.pages.device
         fresh = item.covered - item.old_covered
         lengths = state.num_pages[item.state_slot] * m + fresh
         first = layout.first_candidate(
-            state.first_page[item.state_slot].view(slots, 1),
-            torch.arange(slots, device=device).unsqueeze(1),
+            state.first_page[item.state_slot].view(heads, 1),
+            torch.arange(heads, device=device).unsqueeze(1),
             fresh,
             m,
         )
-        j = torch.arange(width, device=device) - width + lengths.view(slots, 1)
+        j = torch.arange(width, device=device) - width + lengths.view(heads, 1)
         place = torch.where(j >= 0, first + j, units).flatten().long()
         return cls(width, units, lengths, place, j < 0)
 
@@ -89,7 +90,8 @@ def evidence_of(
         counts: ``[units, B]`` queries that saw each key, or None.
     """
     item, config, state = batch.items[index], batch.config, rank.state
-    (layers, heads), block_size = rank.shape, rank.block_size
+    group = rank.group
+    heads, block_size = group.pages_per_block, group.block_size
     left_out = (item.covered - rectangle.width) * block_size
     window = min(config.window, item.num_tokens)
     absent = rectangle.absent
@@ -106,18 +108,18 @@ def evidence_of(
         gather.Packed(item.state_slot, item.old_covered) if item.old_kept else None,
         left_out,
     )
-    by_channel = [part.reshape(layers * heads, -1) for part in statistics]
+    by_channel = [part.reshape(heads, -1) for part in statistics]
     return Evidence(
-        layers=layers,
-        heads=heads,
-        group=state.ring.shape[3] // heads,
+        layers=group.layers,
+        heads=group.heads,
+        group=group.queries_per_head,
         num_keys=rectangle.width * block_size,
-        num_kept=item.kept * rank.page_keys,
+        num_kept=item.kept * group.page_keys,
         seq_len=item.num_tokens - left_out,
         num_queries=item.observed.before + item.observed.num_queries if item.observed else window,
         num_sinks=config.sinks,
         num_recent=batch.recent[index],
-        scale=rank.scale,
+        scale=group.scale,
         device=rank.pages.device,
         statistics=dict(zip(sorted(batch.policy.channels), by_channel, strict=counts is None)),
         counts=None if counts is None else by_channel[-1],

@@ -19,11 +19,10 @@ class Protected:
 
     Args:
         state: this rank's tables; read before a compression is installed in them.
-        block_size: B.
     """
 
-    def __init__(self, state: PackedState, block_size: int) -> None:
-        self._state, self._block_size = state, block_size
+    def __init__(self, state: PackedState) -> None:
+        self._state, self._block_size = state, state.group.block_size
         self._begin: dict[int, list[Tensor]] = {}
         """By state slot: for every range that begins in the packed part, ``[L * H]`` int64, its
         first key in each head."""
@@ -77,5 +76,5 @@ class Protected:
         pages = self._state.num_pages[item.state_slot].flatten().long()
         if not item.old_kept:
             return torch.zeros_like(pages)
-        m = self._state.page_format.blocks_per_page
+        m = self._state.group.blocks_per_page
         return (item.old_covered - pages * m) * self._block_size

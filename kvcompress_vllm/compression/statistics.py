@@ -50,7 +50,7 @@ def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
                 *candidates,
                 of_attention,
                 observed.stride if observed else 1,
-                rank.scale,
+                rank.group.scale,
             )
         )
     if of_keys:
@@ -58,7 +58,7 @@ def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
     if stored:
         parts.append(_echo(rank, batch)[None])
     if not parts:
-        shape = (0, batch.num_units, rank.block_size)
+        shape = (0, batch.num_units, rank.group.block_size)
         return torch.empty(shape, dtype=torch.float32, device=device)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -74,28 +74,29 @@ def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
     scores = rank.state.echo
     if scores is None:
         raise RuntimeError("kv_compress: no echo scores are stored for this policy")
-    by_block = scores.view(-1, rank.slots, scores.shape[1])
+    block_size = rank.group.block_size
+    by_block = scores.view(-1, rank.group.pages_per_block, scores.shape[1])
     for item in batch.items:
         blank = [position for start, end in item.unscored for position in range(start, end)]
         if blank:
-            blocks = [item.old_blocks[position // rank.block_size] for position in blank]
-            offsets = [position % rank.block_size for position in blank]
+            blocks = [item.old_blocks[position // block_size] for position in blank]
+            offsets = [position % block_size for position in blank]
             place = to_device([blocks, offsets], torch.int64, scores.device)
             by_block[place[0], :, place[1]] = 0
     units = [_units(rank, item, row)[0] for item, row in zip(batch.items, batch.rows, strict=True)]
-    return scores.view(-1, rank.block_size)[torch.cat(units)]
+    return scores.view(-1, block_size)[torch.cat(units)]
 
 
 def add_up(
     rank: Rank, item: Accumulation, row: Tensor, statistics: Tensor, store: bool = True
 ) -> Tensor:
-    """Add the statistics of the observed queries to the running ones of a request.
+    """Add the statistics of the observed queries to the accumulated ones of a request.
 
     Args:
         row: ``[M]`` int32 block ids.
         statistics: ``[channels, units, B]`` of this request, those of the attention alone; become
             the sums.
-        store: False leaves the running statistics as they are.
+        store: False leaves the accumulated statistics as they are.
 
     Returns:
         ``[units, B]`` fp32, how many queries saw each key.
@@ -103,14 +104,14 @@ def add_up(
     Raises:
         RuntimeError: there are none.
     """
-    running, observed = rank.state.running, item.observed
-    if running is None or observed is None:
-        raise RuntimeError(f"kv_compress: {item.request_id} has no running statistics")
-    running = running.view(-1, rank.block_size, running.shape[2])
+    accumulated, observed = rank.state.accumulated, item.observed
+    if accumulated is None or observed is None:
+        raise RuntimeError(f"kv_compress: {item.request_id} has no accumulated statistics")
+    accumulated = accumulated.view(-1, rank.group.block_size, accumulated.shape[2])
     units, ages, known = _candidates(rank, item, row, observed)
     seen = ages.div(observed.stride, rounding_mode="floor") + 1
     counts = seen.clamp(max=observed.num_queries).float()
-    before = running[units].masked_fill_(~known[:, None, None], 0)
+    before = accumulated[units].masked_fill_(~known[:, None, None], 0)
     counts += before[..., -1]
     for channel, values in enumerate(statistics):
         values += before[..., channel]
@@ -119,7 +120,7 @@ def add_up(
     sums = torch.zeros_like(before)
     sums[..., -1] = counts
     sums[..., : len(statistics)] = statistics.permute(1, 2, 0)
-    running[units] = sums
+    accumulated[units] = sums
     return counts
 
 
@@ -130,9 +131,9 @@ def _candidates(
 
     Returns:
         ``[units]`` as of :func:`_units`; ``[units, B]`` tokens after each key, a lower bound for
-        keys that were packed before; ``[units]`` bool, whether a unit has running statistics.
+        keys that were packed before; ``[units]`` bool, whether a unit has accumulated statistics.
     """
-    device, block_size = rank.pages.device, rank.block_size
+    device, block_size = rank.pages.device, rank.group.block_size
     units, block = _units(rank, item, row)
     position = block[:, None] * block_size + torch.arange(block_size, device=device)
     return units, item.num_tokens - 1 - position, block < observed.known
@@ -143,20 +144,21 @@ def _units(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]
     in what is stored by key, as many of B keys as a page has room for; and the block of each in the
     row's own count: packed units stand for some block before them."""
     state, device = rank.state, rank.pages.device
-    slots, fresh, m = rank.slots, item.covered - item.old_covered, rank.blocks_per_page
-    index = torch.arange(slots, device=device)
+    heads, m = rank.group.pages_per_block, rank.group.blocks_per_page
+    fresh = item.covered - item.old_covered
+    index = torch.arange(heads, device=device)
     if item.old_kept:
         packed = state.num_pages[item.state_slot].flatten().long()
         first = state.first_page[item.state_slot].flatten().long()
     else:
         packed = first = torch.zeros_like(index)
-    total = rank.candidate_units(item) * slots
+    total = rank.candidate_units(item) * heads
     head = index.repeat_interleave(packed * m + fresh, output_size=total)
     begin = layout.first_candidate(first, index, fresh, m)
     unit = torch.arange(total, device=device) - begin[head]
     behind = unit - packed[head] * m
     page = torch.where(behind < 0, unit.div(m, rounding_mode="floor"), packed[head] + behind)
-    pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, slots, page)
+    pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, heads, page)
     within = torch.where(behind < 0, unit.remainder(m), 0)
     block = torch.where(behind < 0, item.old_covered - 1, item.old_covered + behind)
     return pages * m + within, block
