@@ -39,13 +39,13 @@ class Rank(NamedTuple):
         """Whose pages these are."""
         return self.state.group
 
-    def candidate_pages(self, item: Accumulation) -> int:
-        """Packed pages per head, on average, that all candidate keys of a request would take."""
-        return item.old_packing.whole(item.covered, self.group.blocks_per_page)
-
     def candidate_units(self, item: Accumulation) -> int:
         """Candidate keys of a request per head, on average, in units of B."""
-        return self.candidate_pages(item) * self.group.blocks_per_page
+        return item.old_kept * self.group.blocks_per_page + item.covered - item.old_covered
+
+    def candidate_pages(self, item: Judged) -> int:
+        """The same in packed pages, which all of them would take."""
+        return item.old_packing.whole(item.covered, self.group.blocks_per_page)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def observed(tracked: Tracked, window: int, num_tokens: int) -> Observed | None:
 def count(tracked: Tracked, num_tokens: int, seen: Observed | None) -> None:
     """Note that the accumulated statistics count what was observed of ``num_tokens`` tokens."""
     tracked.accumulated = num_tokens
-    tracked.known = tracked.sizes.covered(num_tokens)
+    tracked.known = num_tokens // tracked.sizes.limits.block_size
     tracked.counted += seen.num_queries if seen is not None else 0
 
 
@@ -127,7 +127,7 @@ def accumulate(
 def chunk(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> int:
     """How many of ``num_tokens`` tokens from ``first_token`` on the next step may compute of a
     request that is, or would be, observed; see :meth:`CompressionPlanner.chunk`."""
-    due_at, page = tracked.due_at, tracked.sizes.limits.block_size * tracked.sizes.blocks_per_page
+    due_at, block_size = tracked.due_at, tracked.sizes.limits.block_size
     if tracked.observe_slot is None or not tracked.in_prefill:
         return num_tokens
     if first_token >= due_at:
@@ -137,11 +137,11 @@ def chunk(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> i
     if history is not None:
         observed_from = due_at - history
         if first_token < observed_from:
-            end = min(end, -(-observed_from // page) * page)
+            end = min(end, -(-observed_from // block_size) * block_size)
         else:
             end = min(end, first_token + window * tracked.budget.query_stride)
-        if end < due_at:  # statistics are of whole packed pages
-            end -= end % page
+        if end < due_at:  # statistics are of whole blocks
+            end -= end % block_size
     return max(0, end - first_token)
 
 
