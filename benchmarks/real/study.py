@@ -171,8 +171,9 @@ def masked(
     """Judge the masks ``[K, L, H, P]`` of a plan's settings by the continuations of their one
     context, ``rows`` tokens that are judged at once: ``[K, M]``."""
     settings = plan.settings()
-    right = torch.zeros(len(settings), given.answers.shape[1], dtype=torch.bool)
-    likelihood = torch.zeros(right.shape)
+    shape = len(settings), given.answers.shape[1]
+    right = torch.zeros(shape, dtype=torch.bool, device=model.device)
+    likelihood = torch.zeros(shape, device=model.device)
     step = max(1, plan.rows // given.answers.numel())
     exact = [i for i, setting in enumerate(settings) if setting.page_dtype == AUTO]
     for begin in range(0, len(exact), step):
