@@ -24,6 +24,7 @@ def log_banner(planner: CompressionPlanner, blocks: int) -> None:
     packing, page_dtype = planner.sizes().packed(length), planner.config.page_dtype
     packed = packing.held(full)
     share = min(1, packing.kept * planner.sizes().blocks_per_page / max(1, packing.covered))
+    stored = f" in {page_dtype}" if page_dtype != "auto" and packing.gains else ""
     logger.info("kv_compress: %s", planner.config)
     logger.info(
         "kv_compress: %d blocks of %d tokens; a prompt of %d tokens takes %d blocks, %d once "
@@ -34,7 +35,7 @@ def log_banner(planner: CompressionPlanner, blocks: int) -> None:
         full,
         packed,
         100 * share,
-        "" if page_dtype == "auto" else f" in {page_dtype}",
+        stored,
         blocks / max(1, packed),
         blocks / full,
     )
