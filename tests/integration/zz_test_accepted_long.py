@@ -23,7 +23,11 @@ POLICIES = st.sampled_from(
 OPTIONS = st.tuples(
     BUDGETS,
     st.fixed_dictionaries(
-        {"min_prompt_tokens": st.sampled_from([1, 40, 300]), "policy": POLICIES, "page_dtype": st.sampled_from(["fp8", "int4"])},
+        {
+            "min_prompt_tokens": st.sampled_from([1, 40, 300]),
+            "policy": POLICIES,
+            "page_dtype": st.sampled_from(["fp8", "int4"]),
+        },
         optional={
             "prefill_peak_tokens": st.sampled_from([256, 257, 300]),
             "query_stride": st.sampled_from([1, 3, 8]),
