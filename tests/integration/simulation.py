@@ -132,7 +132,8 @@ class PretendWorker:
             for position in observation.positions(count, self.state.window):
                 index[position - first] = observation.place(position, self.state.window)
             for layer in range(L):
-                query = torch.randn(count, H * G, D, generator=self.random)
+                # Large: keys are digits, and heads shall differ in what they attend to.
+                query = 4 * torch.randn(count, H * G, D, generator=self.random)
                 query = query.to(self.state.ring.dtype)
                 ops.observe_queries(query, index, self.state.ring[layer].flatten(0, 1))
 
