@@ -134,8 +134,8 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
             scores = by_block[torch.tensor(row.packed_blocks, device=by_block.device)]
             if not bool(((scores >= 0) & (scores <= 1 + ROUNDING)).all()):
                 raise RuntimeError(
-                    f"kv_compress: {printable(row.request_id)} has echo scores from {float(scores.min())} to "
-                    f"{float(scores.max())}; they are probabilities"
+                    f"kv_compress: {printable(row.request_id)} has echo scores from "
+                    f"{float(scores.min())} to {float(scores.max())}; they are probabilities"
                 )
         if int(state.covered[row.state_slot]) != row.covered:
             raise RuntimeError(
