@@ -244,7 +244,7 @@ def main() -> None:
         if engine.compressions or engine.preemptions:
             print(f"{'':<28} {engine.compressions} compressions, {engine.preemptions} preemptions")
         if engine.profile is not None:
-            pstats.Stats(engine.profile).sort_stats("tottime").print_stats(30)
+            pstats.Stats(engine.profile).sort_stats("tottime").print_stats(45)
 
 
 if __name__ == "__main__":

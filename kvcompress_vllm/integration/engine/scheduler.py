@@ -218,6 +218,9 @@ class _KVCompressMixin(Scheduler):
         # compression is due.
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
+        tracked = planner.requests.get(request.request_id)
+        if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
+            return num_new_tokens  # it decodes, and nothing is due that its prompt began
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         count = planner.chunk(
             request.request_id,
@@ -228,7 +231,7 @@ class _KVCompressMixin(Scheduler):
         )
         if self._echo is None:
             return count
-        tracked, sizes = planner.requests.get(request.request_id), planner.sizes(budget_of(request))
+        sizes = planner.sizes(budget_of(request))
         return self._echo.chunk(
             sizes.budget,
             first_token,

@@ -208,8 +208,10 @@ class StepBuilder:
     def _score(self, plan: StepPlan, request: Request, first: int, end: int) -> None:
         """Have a step's tokens ``[first, end)`` scored, or note that they are not."""
         assert self._echo is not None
-        policy = self._planner.sizes(budget_of(request)).budget.policy
-        span = self._echo.span(request.request_id, policy, first, end)
+        span = None
+        if end - first > 1:  # one token alone is no segment
+            policy = self._planner.sizes(budget_of(request)).budget.policy
+            span = self._echo.span(request.request_id, policy, first, end)
         if span is not None:
             plan.echoes.append(span)
         tracked = self._planner.requests.get(request.request_id)
