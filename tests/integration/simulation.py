@@ -124,16 +124,16 @@ class PretendWorker:
         tags = torch.tensor(prefix_tags(tokens)[first : first + count])
         slot = torch.arange(L * H)
         target = row[positions // B][:, None] * (L * H) + slot
-        value = torch.cat([digits(tags), digits(positions)], -1)[:, None].to(self.pages.dtype)
-        self.pages[target, (positions % B)[:, None]] = value.expand(-1, L * H, -1)
+        value = torch.cat([digits(tags), digits(positions)], -1)[:, None].repeat(1, L * H, 1)
+        value[..., :D] *= 1 + 2 * slot[:, None]  # so that heads differ in what they attend to
+        self.pages[target, (positions % B)[:, None]] = value.to(self.pages.dtype)
         if observation is not None:
             assert observation.first_token == first
             index = torch.full((count,), -1, dtype=torch.int32)
             for position in observation.positions(count, self.state.window):
                 index[position - first] = observation.place(position, self.state.window)
             for layer in range(L):
-                # Large: keys are digits, and heads shall differ in what they attend to.
-                query = 4 * torch.randn(count, H * G, D, generator=self.random)
+                query = torch.randn(count, H * G, D, generator=self.random)
                 query = query.to(self.state.ring.dtype)
                 ops.observe_queries(query, index, self.state.ring[layer].flatten(0, 1))
 
