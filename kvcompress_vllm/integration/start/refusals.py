@@ -5,7 +5,7 @@ before the engine starts and any weight is read."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
@@ -143,7 +143,7 @@ def check_page_dtype(vllm_config: VllmConfig) -> None:
     if config is None:
         return
     given = vllm_config.cache_config.cache_dtype
-    dtype = model.dtype if given == "auto" else getattr(torch, given)
+    dtype: Any = model.dtype if given == "auto" else getattr(torch, given)
     problem = PageFormat.of(config.page_dtype).problem(model.get_head_size(), dtype)
     if problem is not None:
         raise ValueError(f"kv_compress: {problem}; page_dtype=auto works with every model")
