@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
       for (int start = 0; start < code_bytes / 4; start += kWarp) {
         const int word = start + lane;
         const bool live = word < code_bytes / 4;
-#pragma unroll
+#pragma unroll 1  // recode() is long
         for (int k = 0; k < kKeysTogether; ++k) {
           const int64_t source = __shfl_sync(kAllLanes, from, min(row + k, rows - 1));
           if (!live || row + k >= rows) continue;

@@ -175,7 +175,8 @@ def dequantise(codes: Tensor, scales: Tensor, page_format: int) -> Tensor:
     values = torch.empty_like(steps)
     values[..., order(steps.shape[-1] // 2, page_format)] = steps
     scale, zero = _per_channel(scales, steps.shape[-1], page_format)
-    return values * scale + zero
+    # Without a zero, so that -0.0 keeps its sign and its code.
+    return values * scale if page_format == PageFormat.FP8 else values * scale + zero
 
 
 def fit(low: Tensor, high: Tensor, page_format: int) -> Tensor:
