@@ -312,8 +312,7 @@ class Compressor:
         begin = 0
         for index, item in enumerate(part.items):
             end = begin + item.kept * self.rank.group.pages_per_block
-            if item.protect:
-                self._protected.moved(item, kept_keys[begin:end], kept_pages[index])
+            self._protected.moved(item, kept_keys[begin:end], kept_pages[index])
             if self.record is not None:
                 heads = kept_keys[begin:end].split(kept_pages[index].flatten().tolist())
                 self.record[item.request_id] = [keys.flatten() for keys in heads]

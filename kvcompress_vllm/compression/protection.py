@@ -52,6 +52,9 @@ class Protected:
             kept_keys: ``[C * L * H, B]`` int32 from the selection op, of this request.
             kept_pages: ``[L, H]`` int32.
         """
+        if not item.protect:
+            self._begin.pop(item.state_slot, None)  # of whoever had the slot before
+            return
         pages, block_size = kept_keys.shape
         counts = kept_pages.flatten().long()
         head = torch.arange(counts.shape[0], device=counts.device)
@@ -64,7 +67,8 @@ class Protected:
 
     def _candidates(self, item: Judged, block_size: int) -> list[Tensor]:
         """Of every range that begins among the candidates, ``[L * H]`` int64 first key index."""
-        known = self._begin[item.state_slot] if item.old_kept else []
+        # Ranges may come later than the first compression: what nobody listened to is kept, too.
+        known = self._begin.get(item.state_slot, []) if item.old_kept else []
         shift = self._indent(item, block_size)
         fresh = [
             start - shift

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
-from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.records.budget import RequestBudget, united
 from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
@@ -130,6 +130,7 @@ class CompressionPlanner:
                 f"{len(self._state_slots)} state and {self.observers.available} observation slots"
             )
         tracked = Tracked(request_id, self._state_slots.take(), sizes, due_at, num_tokens)
+        tracked.reads_echo = self.observers.reads_echo(sizes.budget.policy)
         if due_at <= num_tokens:
             self.observers.observe(tracked)
             tracked.trigger = "prefill"
@@ -204,9 +205,17 @@ class CompressionPlanner:
         if not self.observers.available:
             return
         near = observation.outgrowing(self.requests.values(), num_computed, self.config.window)
-        for computed, tracked in near[: self.observers.available]:
+        for computed, tracked in near:
+            if not self.observers.available:
+                return
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
-            self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
+            due_at = max(tracked.due_at, computed + self.config.window)
+            whole = tracked.whole(due_at // self.block_size)
+            if whole and tracked.gain(due_at) < self.limits.interval:
+                # It was not heard meanwhile, so it would keep more than was thought.
+                tracked.due_at = tracked.sizes.outgrown_at(tracked.packing, whole)
+                continue
+            self._prepare(tracked, due_at)
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
         """When the pool runs short, prepare early compressions, lowest loss per block first.
@@ -286,9 +295,10 @@ class CompressionPlanner:
         now, end, sizes = tracked.due_at, tracked.prefill_end, tracked.sizes
         observation.count(tracked, now, self.observed(tracked, now))
         tracked.packing = tracked.target()
+        tracked.unheard = united((*tracked.unheard, *tracked.unknown(tracked.covered)))
         tracked.unscored.packed(tracked.covered * self.block_size)
         tracked.curve = tracked.decided = tracked.ratio = None
-        due_at = sizes.next_due(tracked.packing, now, end)
+        due_at = sizes.next_due(tracked.packing, now, end, tracked.whole(tracked.covered))
         if tracked.budget.mass is not None and now >= end:
             # Its ratio is an expectation; it may be off by more than the interval.
             due_at = max(due_at, sizes.after_interval(now))

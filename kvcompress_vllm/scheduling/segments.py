@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 SEGMENT = 256
 """Tokens of a segment; blocks must divide it."""
 
-DECODED = 64
-"""Tokens of a segment of what is decoded: the queries of so many wait in an observation slot."""
+DECODED = 16
+"""Tokens of a segment of what is decoded: the queries of so many wait in an observation slot. With
+64 answers are hardly better (docs/quality.md), and a slot takes four times the memory."""
 
 
 def segments(first: int, end: int) -> Iterator[tuple[int, int]]:

@@ -52,13 +52,17 @@ class Sizes:
         self.limits = limits
         self._kept: dict[tuple[int, float | None], int] = {}
 
-    def packed(self, num_tokens: int, ratio: float | None = None) -> Packing:
+    def packed(self, num_tokens: int, ratio: float | None = None, whole: int = 0) -> Packing:
         """Of a compression at ``num_tokens`` tokens; of a mass, as expected.
 
         Args:
             ratio: compress at least so much.
+            whole: blocks' worth of tokens whose keys all stay, whatever the budget says of others.
         """
         covered = num_tokens // self.limits.block_size
+        if whole:
+            kept = self.packed(num_tokens - whole * self.limits.block_size, ratio).kept
+            return Packing(covered, min(covered, max(kept, self.floor(covered)) + whole))
         if num_tokens < self.budget.min_prompt_tokens:
             return Packing(covered, covered)
         key = covered, ratio
@@ -91,11 +95,12 @@ class Sizes:
             kept = max(min(kept, self.limits.peak_blocks // 2), self.floor(covered))
         return min(covered, kept)
 
-    def outgrown_at(self, packing: Packing = NOTHING) -> int:
+    def outgrown_at(self, packing: Packing = NOTHING, whole: int = 0) -> int:
         """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
 
         Args:
             packing: as it is packed so far.
+            whole: as of :meth:`packed`.
         """
         interval, size = self.limits.interval, self.limits.block_size
         if not self.limits.decode:
@@ -104,7 +109,7 @@ class Sizes:
         # block, so these strides cannot miss the place.
         full = max(packing.covered, -(-self.budget.min_prompt_tokens // size))
         while full * size <= self.limits.max_tokens:
-            excess = packing.gives_back(self.packed(full * size))
+            excess = packing.gives_back(self.packed(full * size, whole=whole))
             if excess >= interval:
                 return full * size
             full += interval - excess
@@ -150,15 +155,19 @@ class Sizes:
             return interrupted_at
         return num_tokens if self.packed(num_tokens).gains else self.first_outgrown
 
-    def next_due(self, packing: Packing, now: int, prefill_end: int) -> int:
-        """When a request that was compressed at ``now`` tokens is compressed again."""
+    def next_due(self, packing: Packing, now: int, prefill_end: int, whole: int = 0) -> int:
+        """When a request that was compressed at ``now`` tokens is compressed again.
+
+        Args:
+            whole: as of :meth:`packed`.
+        """
         if now < prefill_end:
             interrupted_at = self.interrupted_at(packing, now, prefill_end)
             if interrupted_at < prefill_end:
                 return interrupted_at
             if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval:
                 return prefill_end
-        return self.outgrown_at(packing)
+        return self.outgrown_at(packing, whole)
 
 
 class Budgets:
