@@ -64,6 +64,20 @@ def whole_segments(first: int, num_tokens: int, marks: Sequence[int], room: int)
     return 0 if needed <= room else num_tokens
 
 
+def check_block_size(block_size: int) -> None:
+    """Refuse blocks of which a segment is no multiple.
+
+    Raises:
+        ValueError: with the sizes that are accepted.
+    """
+    if SEGMENT % block_size:
+        raise ValueError(
+            f"kv_compress: --block-size {block_size} is not accepted with policy=echo, which "
+            f"scores segments of {SEGMENT} tokens; it must divide {SEGMENT} (16, 32, 64, 128), or "
+            "neither policy nor allow_policies may name echo"
+        )
+
+
 class WholeBlocks:
     """Which blocks of the pool hold the scores of whole segments, and whose.
 
@@ -76,11 +90,7 @@ class WholeBlocks:
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        if SEGMENT % block_size:
-            raise ValueError(
-                f"kv_compress: policy=echo needs blocks that divide its segments of {SEGMENT} "
-                f"tokens; --block-size {block_size} does not"
-            )
+        check_block_size(block_size)
         self._segment: list[tuple[int, ...] | None] = [None] * num_blocks
         """By block, all blocks of the whole segment that it was scored in."""
         self._block_size = block_size

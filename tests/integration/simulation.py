@@ -248,10 +248,10 @@ class Simulation:
             ValueError: it is refused.
         """
         params = self._params(max_tokens, extra_args)
-        check_request(self.config, params, resumable=False)
+        budget = check_request(self.config, params, resumable=False)
         incoming = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
-        check_length(self.config, self.vllm_config, incoming)
-        send_budget(self.config, params)
+        check_length(self.config, self.vllm_config, incoming, budget)
+        send_budget(budget, params)
         self._enqueue(request_id, prompt, params)
 
     def pass_by(self, request_id: str, prompt: list[int], max_tokens: int, **extra_args) -> None:

@@ -93,6 +93,26 @@ def test_nobody_waits_for_ever_for_room(tokens):
     assert all(len(sim.outputs[str(i)]) == 20 for i in range(8))
 
 
+def test_prompts_that_share_a_step_are_cut_where_segments_end():
+    """Not where the step is full: what is scored does not depend on the neighbours."""
+    sim = simulation(tokens=600)
+    lengths = {"a": 700, "b": 1000}
+    for name, length in lengths.items():
+        sim.add(name, prompt(ord(name), length), 30)
+    ends, stock = defaultdict(list), sim.worker.run
+
+    def run(output, tokens):
+        for item in output.kv_compress.echoes:
+            ends[item.request_id].append(item.end)
+        stock(output, tokens)
+
+    sim.worker.run = run
+    sim.run()
+    for name, length in lengths.items():
+        assert ends[name].pop() == length
+        assert ends[name] and not any(end % SEGMENT for end in ends[name])
+
+
 def test_what_is_decoded_is_scored_once_in_segments():
     sim = simulation()
     heard, unscored = defaultdict(list), []
