@@ -88,7 +88,6 @@ def test_unsupported_models_that_vllm_imports_slowly(
         ({"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
          "KV cache events"),
         ({"kv_sharing_fast_prefill": True}, "KV sharing between layers"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"runner": "pooling"}, "pooling"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

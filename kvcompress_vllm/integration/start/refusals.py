@@ -68,11 +68,6 @@ REFUSALS = (
         "encoder cache transfer", "--ec-transfer-config", lambda c: c.ec_transfer_config is not None
     ),
     Refusal(
-        "pipeline parallelism",
-        "--pipeline-parallel-size",
-        lambda c: c.parallel_config.pipeline_parallel_size > 1,
-    ),
-    Refusal(
         "decode context parallelism",
         "--decode-context-parallel-size",
         lambda c: c.parallel_config.decode_context_parallel_size > 1,
