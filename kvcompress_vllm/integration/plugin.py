@@ -84,6 +84,10 @@ def _patch_engine_config(engine_args: Any) -> None:
             prometheus.install()
             usage.install()
             endpoints.install()
+            if vllm_config.parallel_config.use_ray:
+                from kvcompress_vllm.integration.start import ray_nodes
+
+                ray_nodes.install()
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config

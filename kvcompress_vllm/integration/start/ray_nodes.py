@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's executors on Ray, which look at the nodes before they start workers there.
+
+A worker on a node without this package would say no more than that a module is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.ray_executor import RayDistributedExecutor
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
+from vllm.v1.executor.ray_utils import initialize_ray_cluster
+
+from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.ray import check_nodes
+
+_PATCHED = "_kv_compress_patched"
+
+
+class KVCompressRayExecutorV2(RayExecutorV2):
+    """vLLM's default on Ray: message queues between the engine and actors."""
+
+    def _init_executor(self) -> None:
+        _check(self, require_gpu_on_driver=False)
+        super()._init_executor()
+
+
+class KVCompressRayExecutor(RayDistributedExecutor):
+    """Ray's compiled graphs, ``VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0``."""
+
+    def _init_executor(self) -> None:
+        _check(self, require_gpu_on_driver=True)
+        super()._init_executor()
+
+
+_OURS: dict[type[Executor], type[Executor]] = {
+    RayExecutorV2: KVCompressRayExecutorV2,
+    RayDistributedExecutor: KVCompressRayExecutor,
+}
+
+
+def install() -> None:
+    """Have vLLM take our subclass where it would take an executor on Ray; idempotent.
+
+    Not as ``distributed_executor_backend``: vLLM's workers compare that with ``"ray"``.
+    """
+    if getattr(Executor, _PATCHED, False):
+        return
+    setattr(Executor, _PATCHED, True)
+    stock = Executor.get_class
+
+    @functools.wraps(stock)
+    def get_class(vllm_config: VllmConfig) -> type[Executor]:
+        found: type[Executor] = stock(vllm_config)
+        return found if resolved_config(vllm_config) is None else _OURS.get(found, found)
+
+    Executor.get_class = staticmethod(get_class)
+
+
+def _check(executor: Executor, **arguments: Any) -> None:
+    from ray.util import placement_group_table
+
+    # vLLM's own call then finds the placement group.
+    initialize_ray_cluster(executor.parallel_config, **arguments)
+    table = placement_group_table(executor.parallel_config.placement_group)
+    check_nodes(table["bundles_to_node_id"].values())
