@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ray on one machine: a cluster of two nodes that claim to have a GPU each.
+
+``num_cpus`` is of the mind: with as few as two, Ray Data never starts all of its stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+if find_spec("ray") is None:
+    pytest.skip("Ray is not installed: kvcompress_vllm[ray]", allow_module_level=True)
+
+import ray
+from ray.cluster_utils import Cluster
+
+from kvcompress_vllm.ray import check_nodes, engine_kwargs
+from tests.integration.engines import engine, samples
+from tests.integration.simulation import MODEL
+from tests.integration.test_policy_faults import choosing
+
+ROOT = Path(__file__).parents[2]
+NODE = {"num_cpus": 16, "num_gpus": 1, "object_store_memory": 100 << 20}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Of every process that Ray starts from here on.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, sys.path)]))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        found = Cluster()
+        try:
+            for _ in range(2):
+                found.add_node(**NODE)
+            ray.init(address=found.address)
+            yield found
+        finally:
+            ray.shutdown()
+            found.shutdown()
+
+
+@pytest.mark.parametrize("lacks", ["the package", "nothing"])
+def test_a_node_without_the_package_is_named(
+    cluster: Cluster, lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacks == "nothing":
+        check_nodes()
+        return
+    # As if it were not installed: the new node's processes find this before anything else.
+    (tmp_path / "kvcompress_vllm.py").write_text("raise ImportError('not here')\n")
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    before = {node["NodeID"] for node in ray.nodes()}
+    monkeypatch.setenv("PYTHONPATH", path)
+    node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    try:
+        (new,) = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - before
+        with pytest.raises(RuntimeError, match="every Ray node needs kvcompress_vllm") as error:
+            check_nodes()
+        assert new[:8] in str(error.value) and "not here" in str(error.value)
+        assert not any(node[:8] in str(error.value) for node in before)
+    finally:
+        cluster.remove_node(node)
+
+
+def across_nodes(**arguments: Any) -> str:
+    """What executes; checks an engine of two ranks, of which each sees half of all heads."""
+    pairs = samples("single", 900, 3)
+    options = {"ratio": 8, "allow_policies": True}
+    with engine(options, distributed_executor_backend="ray", **arguments) as llm:
+        executor = type(llm.llm_engine.engine_core.engine_core.model_executor).__name__
+        llm.collective_rpc("kv_compress_record")
+        outputs = llm.generate([p for p, _ in pairs], choosing(None), use_tqdm=False)
+        first, second = llm.collective_rpc("kv_compress_record")
+        groups = ray.util.placement_group_table().values()
+        nodes = {
+            n for g in groups if g["state"] == "CREATED" for n in g["bundles_to_node_id"].values()
+        }
+    for output, (_, answer) in zip(outputs, pairs, strict=True):
+        assert output.outputs[0].text.strip().startswith(answer)
+        assert output.kv_compress.blocks_before > 4 * output.kv_compress.blocks_after
+    assert first.keys() == second.keys() and len(first) == 3
+    kept = {sum(map(len, heads)) for record in (first, second) for heads in record.values()}
+    assert len(kept) == 1, "as many on both ranks"
+    return f"{executor} on {len(nodes)}"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_pipeline_across_two_nodes() -> None:
+    assert across_nodes(pipeline_parallel_size=2) == "KVCompressRayExecutorV2 on 2"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_tensor_parallel_across_two_nodes() -> None:
+    assert across_nodes(tensor_parallel_size=2) == "KVCompressRayExecutorV2 on 2"
+
+
+@pytest.fixture
+def example(cluster: Cluster) -> dict[str, str]:
+    """Environment of the examples."""
+    return {**os.environ, "RAY_ADDRESS": cluster.address, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    found = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in found if line.endswith("\n")]
+
+
+def engine_actors() -> list[int]:
+    """Processes that run an engine for Ray Data."""
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    rows = [line.split(maxsplit=1) for line in found.stdout.splitlines()]
+    return [int(pid) for pid, command in rows if "ray::" in command and "vLLMEngine" in command]
+
+
+def test_batch(tmp_path: Path, example: dict[str, str]) -> None:
+    """A worker is killed in the middle; the job is started again and finds everything done."""
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    pairs = samples("single", 500, 48)
+    rows = [{"id": f"r{i}", "prompt": prompt} for i, (prompt, _) in enumerate(pairs)]
+    rows[3]["sampling_params"] = {"extra_args": {"kv_compress_ratio": 0.5}}
+    rows[4]["sampling_params"] = {"max_tokens": 12, "extra_args": {"kv_compress_ratio": 2}}
+    text = "".join(json.dumps(row) + "\n" for row in rows) + "no JSON\n"
+    prompts.write_text(text)
+    settings = {"max_model_len": 2048, "dtype": "float32", "enforce_eager": True, "max_num_seqs": 4}
+    command = [sys.executable, str(ROOT / "examples" / "batch_ray.py"), str(MODEL), str(prompts),
+               str(answers), "--max-tokens", "40", "--batch-size", "4",
+               "--engine", json.dumps(settings)]  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        job = subprocess.Popen(command, env=example, stdout=output, stderr=output)
+        try:
+            killed = False
+            while job.poll() is None:
+                if not killed and 4 <= len(lines(answers)) < 40:
+                    os.kill(engine_actors()[0], signal.SIGKILL)
+                    killed = True
+                time.sleep(0.2)
+        finally:
+            job.kill()
+    assert job.returncode == 0, log.read_text()[-4000:]
+    assert killed
+    found = lines(answers)
+    assert sorted(line["id"] for line in found) == sorted(f"r{i}" for i in range(48) if i != 3)
+    for line in found:
+        answer = pairs[int(line["id"][1:])][1]
+        assert line["text"].strip().startswith(answer)
+        usage = line["usage"]["kv_compress"]
+        most = 3 if line["id"] == "r4" else 12
+        assert usage["compressions"] and usage["blocks_before"] < most * usage["blocks_after"]
+    failed = lines(answers.with_name("answers.jsonl.failed"))
+    assert {line["id"] for line in failed} == {"r3", 49}
+    assert any("kv_compress_ratio=0.5 is not accepted" in line["error"] for line in failed)
+    # Half a line is what a job leaves that is killed itself.
+    kept = answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join(kept[:-1]) + kept[-1][:9])
+    rows[3]["sampling_params"] = {}
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = subprocess.run(command, env=example, capture_output=True, text=True, check=True)
+    assert "48 of 48 rows done, 0 failed" in result.stderr
+    again = lines(answers)
+    assert again[:46] == found[:46] and len({line["id"] for line in again}) == len(again) == 48
+
+
+def test_serve(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's app, asked over HTTP."""
+    from ray import serve
+
+    monkeypatch.setenv("MODEL", str(MODEL))
+    from examples.serve_ray import app
+
+    ((prompt, answer),) = samples("single", 900, 1)
+    try:
+        serve.start(http_options={"port": 0, "host": "127.0.0.1"})
+        serve.run(app, blocking=False)
+        (url,) = (f"http://127.0.0.1:{port}" for port in [serve.status().proxies and 8000])
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        wrong = httpx.post(
+            f"{url}/v1/completions", json={**body, "vllm_xargs": {"kv_compress_ratio": 0.5}}
+        )
+        counted = 0.0
+        for _ in range(120):
+            counted = sum(map(compressions, ray.nodes()))
+            if counted:
+                break
+            time.sleep(0.5)
+    finally:
+        serve.shutdown()
+    assert reply["choices"][0]["text"].strip().startswith(answer)
+    assert (
+        reply["usage"]["kv_compress"]["blocks_before"]
+        > 4 * reply["usage"]["kv_compress"]["blocks_after"]
+    )
+    assert wrong.status_code == 400 and "kv_compress_ratio=0.5 is not accepted" in wrong.text
+    assert counted == 1
+
+
+def compressions(node: dict[str, Any]) -> float:
+    """Of the engines on a node, as Ray tells them."""
+    if not node["Alive"]:
+        return 0
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with contextlib.suppress(httpx.HTTPError):
+        found = httpx.get(url).text.splitlines()
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in found
+            if line.startswith("ray_kv_compress_compressions_total{")
+        )
+    return 0
+
+
+def test_engine_kwargs() -> None:
+    with pytest.raises(ValueError, match="ratio=0 is not accepted"):
+        engine_kwargs(ratio=0)
+    assert engine_kwargs(ratio=8)["additional_config"] == {"kv_compress": {"ratio": 8}}
