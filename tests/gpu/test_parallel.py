@@ -15,16 +15,15 @@ if torch.cuda.device_count() < 2:
 from vllm import SamplingParams
 
 from benchmarks.offline import SHAPE
-from kvcompress_vllm.integration.worker.reports import reports_of
-from kvcompress_vllm.records.report import Report, Scored
+from kvcompress_vllm.reporting.metrics import StepReport
 from tests.gpu.test_echo import alike
 from tests.gpu.test_engine import PAIRS, PROMPTS, gpu_engine, right
-from tests.integration.engines import greedy, scheduler
-from tests.integration.test_parallel import kept, test_data_parallel
+from tests.integration.engines import greedy
+from tests.integration.test_parallel import kept, test_data_parallel, told
 from tests.integration.test_policy_faults import choosing
 from tests.policies.installed import install_for_all
 
-__all__ = ["test_data_parallel"]
+__all__ = ["test_data_parallel", "told"]
 
 pytestmark = pytest.mark.gpu
 
@@ -81,35 +80,30 @@ def test_tensor_parallel_at_the_8b_shape() -> None:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_pipeline_parallel(
-    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: list[StepReport],
 ) -> None:
     """Stages of two and four layers; a policy that fails on the first; recompressions, pressure."""
     install_for_all(tmp_path, monkeypatch, first="tests.policies.faulty:LateRaisesOnRank0")
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,4")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    reports: list[Report | Scored] = []
     options = {"ratio": 8, "interval": 2, "allow_policies": True}
     arguments: dict[str, Any] = {"num_gpu_blocks_override": 400, "async_scheduling": asynchronous}
+    arguments["disable_log_stats"] = False
     with gpu_engine(options, pipeline_parallel_size=2, **arguments) as llm:
-        stock = scheduler(llm).update_from_output
-        scheduler(llm).update_from_output = lambda step, output: (
-            reports.extend(reports_of(output)) or stock(step, output)
-        )
         assert right(llm, greedy(llm, PROMPTS, 16)) >= 18
         outputs = greedy(llm, PROMPTS, 300, ignore_eos=True)
         assert all(len(tokens) == 300 for tokens in outputs) and right(llm, outputs) >= 18
         params = [choosing(None, kv_compress_mass=0.9), choosing("first")]
         by_mass, failed = llm.generate(PROMPTS[:2], params, use_tqdm=False)
-        pool = scheduler(llm).kv_cache_manager.block_pool
-        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert by_mass.outputs[0].text.strip().startswith(PAIRS[0][1])
     assert failed.outputs[0].stop_reason == "kv_compress: score raised KeyError: 'no such channel'"
-    assert any(isinstance(report, Scored) for report in reports)
-    carried_out = [report for report in reports if isinstance(report, Report)]
-    assert len(carried_out) > 40 and {len(report.kept_pages) for report in carried_out} == {6}
-    for report in carried_out:
-        halves = sum(map(sum, report.kept_pages[:2])), sum(map(sum, report.kept_pages[2:]))
-        assert 2 * halves[0] == halves[1]
+    assert sum(len(report.measured) for report in told) > 40
+    pages = [report.kept_pages for report in told if report.measured_requests]
+    assert pages and {len(layers) for layers in pages} == {6}
+    for layers in pages:
+        assert 2 * sum(map(sum, layers[:2])) == sum(map(sum, layers[2:])) > 0
 
 
 def test_pipeline_and_ratio_1_give_the_tokens_of_one_gpu() -> None:

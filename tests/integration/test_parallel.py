@@ -15,11 +15,11 @@ from vllm.sequence import IntermediateTensors
 from kvcompress_vllm.cache.transfer import Stopwatch
 from kvcompress_vllm.compression.failures import Failures
 from kvcompress_vllm.compression.pending import PendingReports
-from kvcompress_vllm.integration.worker.reports import reports_of
+from kvcompress_vllm.integration.frontend.prometheus import KVCompressStatLogger
 from kvcompress_vllm.integration.worker.steps import join, with_parcels
 from kvcompress_vllm.records.plan import Compression
-from kvcompress_vllm.records.report import Report, Scored
-from tests.integration.engines import engine, samples, scheduler, transformers_greedy
+from kvcompress_vllm.reporting.metrics import StepReport
+from tests.integration.engines import engine, samples, transformers_greedy
 from tests.integration.test_policy_faults import choosing
 from tests.integration.test_server import complete, serve
 from tests.policies.installed import install_for_all
@@ -56,7 +56,30 @@ def test_stages_hand_their_reports_on(ranks: int) -> None:
         join([], sent)
 
 
-def test_pipeline_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def engines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine with several ranks in this process, sockets would stay that block the next."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[StepReport]:
+    """What the front end is told of every step from now on."""
+    found: list[StepReport] = []
+    stock = KVCompressStatLogger.record
+
+    def record(self: Any, stats: Any, *args: Any, **kwargs: Any) -> None:
+        if stats is not None:
+            found.append(stats.kv_compress)
+        stock(self, stats, *args, **kwargs)
+
+    monkeypatch.setattr(KVCompressStatLogger, "record", record)
+    return found
+
+
+def test_pipeline_parallel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[StepReport]
+) -> None:
     """Stages of two and four layers. What the first one knows comes back through the last."""
     install_for_all(tmp_path, monkeypatch, first="tests.policies.faulty:LateRaisesOnRank0")
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,4")
@@ -68,18 +91,12 @@ def test_pipeline_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         choosing(None, kv_compress_mass=0.8),
         choosing("first"),
     ]
-    reports: list[Report | Scored] = []
     options = {"ratio": 8, "allow_policies": True}
-    with engine(options, pipeline_parallel_size=2, max_num_batched_tokens=256) as llm:
-        stock = scheduler(llm).update_from_output
-        scheduler(llm).update_from_output = lambda step, output: (
-            reports.extend(reports_of(output)) or stock(step, output)
-        )
+    arguments = {"max_num_batched_tokens": 256, "disable_log_stats": False}
+    with engine(options, pipeline_parallel_size=2, **arguments) as llm:
         llm.collective_rpc("kv_compress_record")
         outputs = llm.generate([*prompts, prompts[0]], params, use_tqdm=False)
         first, second = llm.collective_rpc("kv_compress_record")
-        pool = scheduler(llm).kv_compress_manager.block_pool
-        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     exact, compressed, by_mass, failed = (output.outputs[0] for output in outputs)
     (expected,) = transformers_greedy((prompts[0],), torch.float32, 12)
     assert list(exact.token_ids) == expected
@@ -87,15 +104,16 @@ def test_pipeline_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert by_mass.text.strip().startswith(pairs[2][1])
     assert failed.finish_reason == "error"
     assert failed.stop_reason == "kv_compress: score raised KeyError: 'no such channel'"
-    done = {r.request_id.split("-")[0]: r for r in reports if isinstance(r, Report)}
-    assert len(done) == 3 and any(isinstance(r, Scored) for r in reports)
-    for report in done.values():
-        heads = first[report.request_id], second[report.request_id]
-        assert [len(h) for h in heads] == [4, 8]
-        assert [sum(map(len, h)) for h in heads] == [
-            16 * sum(map(sum, layers)) for layers in (report.kept_pages[:2], report.kept_pages[2:])
-        ]
-        assert sum(map(sum, report.kept_pages[:2])) * 2 == sum(map(sum, report.kept_pages[2:]))
+    assert [output.kv_compress.compressions for output in outputs] == [0, 1, 1, 1]
+    assert first.keys() == second.keys() and len(first) == 3
+    for request_id, heads in first.items():
+        assert [len(heads), len(second[request_id])] == [4, 8]
+        assert 2 * sum(map(len, heads)) == sum(map(len, second[request_id]))
+    assert sum(len(report.measured) for report in told) == 2  # not of the one that failed
+    pages = [report.kept_pages for report in told if report.measured_requests]
+    assert pages and {len(layers) for layers in pages} == {6}
+    for layers in pages:
+        assert 2 * sum(map(sum, layers[:2])) == sum(map(sum, layers[2:])) > 0
 
 
 def kept(llm: Any, prompt: str) -> list[list[list[int]]]:
@@ -142,4 +160,8 @@ def test_data_parallel(tmp_path: Path) -> None:
                 counted[labels["engine"]] = counted.get(labels["engine"], 0) + value
     assert counted.keys() == {"0", "1"} and min(counted.values()) > 0
     assert sum(counted.values()) == len(pairs)
-    print(page)
+    assert page["engines"] == 2 and page["totals"]["compressed_requests"] <= len(pairs)
+    assert page["by_engine"].keys() == {"0", "1"}
+    assert page["now"] == {
+        key: sum(engine[key] for engine in page["by_engine"].values()) for key in page["now"]
+    }

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ if find_spec("ray") is None:
 
 import ray
 from ray.cluster_utils import Cluster
+from vllm.v1.executor.abstract import Executor
 
 from kvcompress_vllm.ray import check_nodes, engine_kwargs
 from tests.integration.engines import engine, samples
@@ -47,7 +49,10 @@ def cluster() -> Iterator[Cluster]:
         try:
             for _ in range(2):
                 found.add_node(**NODE)
-            ray.init(address=found.address)
+            patch.setenv("RAY_ADDRESS", found.address)
+            # As in test_parallel.py.
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+            ray.init()
             yield found
         finally:
             ray.shutdown()
@@ -82,7 +87,7 @@ def across_nodes(**arguments: Any) -> str:
     pairs = samples("single", 900, 3)
     options = {"ratio": 8, "allow_policies": True}
     with engine(options, distributed_executor_backend="ray", **arguments) as llm:
-        executor = type(llm.llm_engine.engine_core.engine_core.model_executor).__name__
+        executor = Executor.get_class(llm.llm_engine.vllm_config).__name__
         llm.collective_rpc("kv_compress_record")
         outputs = llm.generate([p for p, _ in pairs], choosing(None), use_tqdm=False)
         first, second = llm.collective_rpc("kv_compress_record")
@@ -110,12 +115,6 @@ def test_tensor_parallel_across_two_nodes() -> None:
     assert across_nodes(tensor_parallel_size=2) == "KVCompressRayExecutorV2 on 2"
 
 
-@pytest.fixture
-def example(cluster: Cluster) -> dict[str, str]:
-    """Environment of the examples."""
-    return {**os.environ, "RAY_ADDRESS": cluster.address, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-
-
 def lines(path: Path) -> list[dict[str, Any]]:
     found = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in found if line.endswith("\n")]
@@ -128,7 +127,8 @@ def engine_actors() -> list[int]:
     return [int(pid) for pid, command in rows if "ray::" in command and "vLLMEngine" in command]
 
 
-def test_batch(tmp_path: Path, example: dict[str, str]) -> None:
+@pytest.mark.usefixtures("cluster")
+def test_batch(tmp_path: Path) -> None:
     """A worker is killed in the middle; the job is started again and finds everything done."""
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     pairs = samples("single", 500, 48)
@@ -143,7 +143,7 @@ def test_batch(tmp_path: Path, example: dict[str, str]) -> None:
                "--engine", json.dumps(settings)]  # fmt: skip
     log = tmp_path / "log"
     with log.open("wb") as output:
-        job = subprocess.Popen(command, env=example, stdout=output, stderr=output)
+        job = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             killed = False
             while job.poll() is None:
@@ -171,7 +171,7 @@ def test_batch(tmp_path: Path, example: dict[str, str]) -> None:
     answers.write_text("".join(kept[:-1]) + kept[-1][:9])
     rows[3]["sampling_params"] = {}
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = subprocess.run(command, env=example, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "48 of 48 rows done, 0 failed" in result.stderr
     again = lines(answers)
     assert again[:46] == found[:46] and len({line["id"] for line in again}) == len(again) == 48
@@ -186,9 +186,12 @@ def test_serve(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
 
     ((prompt, answer),) = samples("single", 900, 1)
     try:
-        serve.start(http_options={"port": 0, "host": "127.0.0.1"})
-        serve.run(app, blocking=False)
-        (url,) = (f"http://127.0.0.1:{port}" for port in [serve.status().proxies and 8000])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(app)
+        url = f"http://127.0.0.1:{port}"
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0}
         reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
         wrong = httpx.post(
