@@ -38,8 +38,8 @@ ROOT = Path(__file__).parents[2]
 NODE = {"num_cpus": 16, "num_gpus": 1, "object_store_memory": 100 << 20}
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+@contextlib.contextmanager
+def nodes(*wanted: dict[str, int]) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         # Of every process that Ray starts from here on.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, sys.path)]))
@@ -47,8 +47,8 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         found = Cluster()
         try:
-            for _ in range(2):
-                found.add_node(**NODE)
+            for node in wanted:
+                found.add_node(**node)
             patch.setenv("RAY_ADDRESS", found.address)
             # As in test_parallel.py.
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -57,6 +57,25 @@ def cluster() -> Iterator[Cluster]:
         finally:
             ray.shutdown()
             found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with nodes(NODE, NODE) as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's older executor, which calls the model runner past its worker. It wants every node to
+    have an address of its own, so there is one; before the cluster of the
+    other tests."""
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    # Without a GPU activations travel through shared memory.
+    monkeypatch.setenv("VLLM_USE_RAY_COMPILED_DAG_CHANNEL_TYPE", "shm")
+    monkeypatch.setenv("VLLM_USE_RAY_WRAPPED_PP_COMM", "0")
+    with nodes({**NODE, "num_gpus": 2}):
+        assert across_nodes(pipeline_parallel_size=2) == "KVCompressRayExecutor on 1"
 
 
 @pytest.mark.parametrize("lacks", ["the package", "nothing"])
