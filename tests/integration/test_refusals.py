@@ -121,6 +121,16 @@ def test_resolved_settings(part: str, field: str, value: Any, feature: str) -> N
         check(config)
 
 
+def test_several_ranks_of_an_external_launcher() -> None:
+    """Every rank has a scheduler of its own there, which hears its own rank only."""
+    config = engine_config()
+    object.__setattr__(config.parallel_config, "distributed_executor_backend", "external_launcher")
+    check(config)
+    object.__setattr__(config.parallel_config, "world_size", 2)
+    with pytest.raises(ValueError, match="several ranks of an external launcher"):
+        check(config)
+
+
 Attributes = dict[str, Any]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.executor.abstract import Executor
-from vllm.v1.executor.ray_executor import RayDistributedExecutor
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 from vllm.v1.executor.ray_utils import initialize_ray_cluster
 
@@ -25,22 +24,8 @@ class KVCompressRayExecutorV2(RayExecutorV2):
     """vLLM's default on Ray: message queues between the engine and actors."""
 
     def _init_executor(self) -> None:
-        _check(self, require_gpu_on_driver=False)
+        check(self, require_gpu_on_driver=False)
         super()._init_executor()
-
-
-class KVCompressRayExecutor(RayDistributedExecutor):
-    """Ray's compiled graphs, ``VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0``."""
-
-    def _init_executor(self) -> None:
-        _check(self, require_gpu_on_driver=True)
-        super()._init_executor()
-
-
-_OURS: dict[type[Executor], type[Executor]] = {
-    RayExecutorV2: KVCompressRayExecutorV2,
-    RayDistributedExecutor: KVCompressRayExecutor,
-}
 
 
 def install() -> None:
@@ -56,15 +41,27 @@ def install() -> None:
     @functools.wraps(stock)
     def get_class(vllm_config: VllmConfig) -> type[Executor]:
         found: type[Executor] = stock(vllm_config)
-        return found if resolved_config(vllm_config) is None else _OURS.get(found, found)
+        if resolved_config(vllm_config) is None:
+            return found
+        if found is RayExecutorV2:
+            found = KVCompressRayExecutorV2
+        elif found.__name__ == "RayDistributedExecutor":  # which vLLM means to remove
+            from kvcompress_vllm.integration.start.ray_graphs import KVCompressRayExecutor
+
+            found = KVCompressRayExecutor
+        return found
 
     Executor.get_class = staticmethod(get_class)
 
 
-def _check(executor: Executor, **arguments: Any) -> None:
+def check(executor: Executor, **arguments: Any) -> None:
+    """Refuse the nodes of an executor's placement group that lack this package.
+
+    Args:
+        arguments: of vLLM's call that makes the group; its own then finds it.
+    """
     from ray.util import placement_group_table
 
-    # vLLM's own call then finds the placement group.
     initialize_ray_cluster(executor.parallel_config, **arguments)
     table = placement_group_table(executor.parallel_config.placement_group)
     check_nodes(table["bundles_to_node_id"].values())

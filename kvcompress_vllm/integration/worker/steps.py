@@ -59,7 +59,8 @@ class Steps:
         plan = getattr(scheduler_output, "kv_compress", None)
         if plan:
             self._pending += self._start(plan)
-        if intermediate_tensors is not None:
+        # Looking into what is received waits for it; plans are the same on all ranks.
+        if intermediate_tensors is not None and self._pending:
             join(self._pending, intermediate_tensors)
         try:
             output = self._stock_execute(scheduler_output, intermediate_tensors, *args, **kwargs)
