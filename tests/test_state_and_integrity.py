@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every invariant check fires on the violation it is for."""
 
+import math
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -130,4 +133,16 @@ def test_state_violations() -> None:
     s, expected = installed()
     s.covered[0] = 5
     with pytest.raises(RuntimeError, match="b covers 6 blocks, the worker has 5"):
+        check_state(s, expected)
+
+
+@pytest.mark.parametrize(
+    ("score", "sound"),
+    [(0.0, True), (1 + 1e-6, True), (1.01, False), (-1e-6, False), (math.nan, False)],
+)
+def test_echo_scores_are_probabilities_up_to_rounding(score: float, sound: bool) -> None:
+    s, expected = installed()
+    s.echo = torch.full((20 * L * H, 16), 0.5)
+    s.echo[7 * L * H, 3] = score
+    with nullcontext() if sound else pytest.raises(RuntimeError, match="a has echo scores"):
         check_state(s, expected)

@@ -20,6 +20,9 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.records.plan import PackedRow
 
+ROUNDING = 1e-4
+"""By which a probability may exceed 1: kernels divide rounded exponentials by their rounded sum."""
+
 
 def enabled() -> bool:
     """Whether the debug switch is on."""
@@ -129,10 +132,10 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
         if state.echo is not None:
             by_block = state.echo.view(-1, layers * heads, state.echo.shape[1])
             scores = by_block[torch.tensor(row.packed_blocks, device=by_block.device)]
-            if not bool(((scores >= 0) & (scores <= 1)).all()):
+            if not bool(((scores >= 0) & (scores <= 1 + ROUNDING)).all()):
                 raise RuntimeError(
-                    f"kv_compress: {row.request_id} has echo scores from {float(scores.min())} to "
-                    f"{float(scores.max())}; they are probabilities"
+                    f"kv_compress: {printable(row.request_id)} has echo scores from "
+                    f"{float(scores.min())} to {float(scores.max())}; they are probabilities"
                 )
         if int(state.covered[row.state_slot]) != row.covered:
             raise RuntimeError(
