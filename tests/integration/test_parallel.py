@@ -88,12 +88,11 @@ def test_pipeline_parallel(
     params = [
         choosing(None, kv_compress_ratio=1),
         choosing(None),
-        choosing(None, kv_compress_mass=0.8),
+        choosing(None, kv_compress_mass=0.95),
         choosing("first"),
     ]
-    options = {"ratio": 8, "allow_policies": True}
-    arguments = {"max_num_batched_tokens": 256, "disable_log_stats": False}
-    with engine(options, pipeline_parallel_size=2, **arguments) as llm:
+    options = {"ratio": 4, "policy": "kv_compress", "allow_policies": True}
+    with engine(options, pipeline_parallel_size=2, disable_log_stats=False) as llm:
         llm.collective_rpc("kv_compress_record")
         outputs = llm.generate([*prompts, prompts[0]], params, use_tqdm=False)
         first, second = llm.collective_rpc("kv_compress_record")

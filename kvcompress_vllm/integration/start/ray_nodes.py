@@ -6,18 +6,13 @@ A worker on a node without this package would say no more than that a module is 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 from vllm.v1.executor.ray_utils import initialize_ray_cluster
 
-from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.ray import check_nodes
-
-_PATCHED = "_kv_compress_patched"
 
 
 class KVCompressRayExecutorV2(RayExecutorV2):
@@ -28,30 +23,15 @@ class KVCompressRayExecutorV2(RayExecutorV2):
         super()._init_executor()
 
 
-def install() -> None:
-    """Have vLLM take our subclass where it would take an executor on Ray; idempotent.
+def looking_at_nodes(found: type[Executor]) -> type[Executor]:
+    """Our subclass of an executor on Ray; itself where there is none."""
+    if found is RayExecutorV2:
+        return KVCompressRayExecutorV2
+    if found.__name__ == "RayDistributedExecutor":  # which vLLM means to remove
+        from kvcompress_vllm.integration.start.ray_graphs import KVCompressRayExecutor
 
-    Not as ``distributed_executor_backend``: vLLM's workers compare that with ``"ray"``.
-    """
-    if getattr(Executor, _PATCHED, False):
-        return
-    setattr(Executor, _PATCHED, True)
-    stock = Executor.get_class
-
-    @functools.wraps(stock)
-    def get_class(vllm_config: VllmConfig) -> type[Executor]:
-        found: type[Executor] = stock(vllm_config)
-        if resolved_config(vllm_config) is None:
-            return found
-        if found is RayExecutorV2:
-            found = KVCompressRayExecutorV2
-        elif found.__name__ == "RayDistributedExecutor":  # which vLLM means to remove
-            from kvcompress_vllm.integration.start.ray_graphs import KVCompressRayExecutor
-
-            found = KVCompressRayExecutor
-        return found
-
-    Executor.get_class = staticmethod(get_class)
+        return KVCompressRayExecutor
+    return found
 
 
 def check(executor: Executor, **arguments: Any) -> None:
