@@ -9,6 +9,7 @@ import torch
 
 from kvcompress_vllm.cache.integrity import Block, check_pool, check_state
 from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import PackedRow
 
 NULL = Block(0, True, False)
@@ -78,7 +79,7 @@ L, H = 2, 3
 
 def state() -> PackedState:
     return PackedState(
-        num_blocks=20, num_layers=L, num_kv_heads=H, num_query_heads=H, head_size=8, state_slots=4,
+        CacheGroup(L, H, 1, 8, 16, 4, 1.0), num_blocks=20, state_slots=4,
         observe_slots=2, window=4, dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
 

@@ -114,7 +114,7 @@ def _patch_executors() -> None:
 
         return ray_nodes.looking_at_nodes(found)
 
-    Executor.get_class = staticmethod(get_class)  # type: ignore[method-assign]
+    Executor.get_class = staticmethod(get_class)
 
 
 def _patch_requests() -> None:

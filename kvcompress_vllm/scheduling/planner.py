@@ -17,14 +17,13 @@ Life of a compressible request:
    earlier for those that lose least;
 5. ``release`` when it finishes, is aborted or is preempted; a preempted request is admitted anew.
 
-How many blocks and when is in ``sizes.py``, what is observed in ``observation.py``, who goes first
-in ``pressure.py``; here are the requests and the slots that they hold.
+How many blocks and when is in ``sizes.py``, what is observed in ``observation.py``, with which slot
+in ``observers.py``, who goes first in ``pressure.py``; here are the requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
@@ -33,8 +32,8 @@ from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
 from kvcompress_vllm.scheduling.mass import ExpectedRatio, decide, rounded_ratio
+from kvcompress_vllm.scheduling.observers import ObservationSlots
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.segments import DECODED
 from kvcompress_vllm.scheduling.sizes import NEVER, Budgets, Limits, Sizes, check_peak
 from kvcompress_vllm.scheduling.slots import Slots
 
@@ -51,6 +50,9 @@ class CompressionPlanner:
         state_slots: how many requests can be packed at once.
         observe_slots: how many requests can be observed at once.
         max_tokens: longest possible request, prompt and output.
+
+    Attributes:
+        observers: who is observed.
     """
 
     def __init__(
@@ -66,15 +68,11 @@ class CompressionPlanner:
         self.requests: dict[str, Tracked] = {}
         self.version = 0
         """Changes whenever a request comes, goes or is packed for the first time."""
-        self.observe_slots = observe_slots
+        self.observers = ObservationSlots(config, observe_slots, self.requests)
         self._state_slots = Slots(state_slots)
-        self._observe_slots = Slots(observe_slots)
         self._released: list[int] = []
         self._budgets = Budgets(resolve(config), self.limits)
         self._expected = ExpectedRatio(config)
-        self._reads_echo = cache(config.reads_echo)
-        self.listens = config.listens
-        """Whether what requests decode gets echo scores."""
         observation.check_steps(config, block_size, block_size)
         check_peak(config, self.sizes())
 
@@ -101,14 +99,14 @@ class CompressionPlanner:
         More than configured where the observation slots do not go round: each is taken for
         ``window`` tokens at a time.
         """
-        turn = -(-num_requests * self.config.window // (self.observe_slots * self.block_size))
+        turn = -(-num_requests * self.config.window // (self.observers.count * self.block_size))
         return max(self.config.interval, turn)
 
     def can_admit(self, num_tokens: int, budget: RequestBudget | None = None) -> bool:
         """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
         due_at = self.sizes(budget).first_due(num_tokens)
         if due_at <= num_tokens:
-            return bool(self._state_slots and self._num_slots())
+            return bool(self._state_slots and self.observers.available)
         return bool(self._state_slots) or due_at == NEVER
 
     def admit(self, request_id: str, num_tokens: int, budget: RequestBudget | None = None) -> None:
@@ -129,11 +127,11 @@ class CompressionPlanner:
         if request_id in self.requests or not self.can_admit(num_tokens, budget):
             raise RuntimeError(
                 f"kv_compress: cannot admit {request_id}: tracked={request_id in self.requests}, "
-                f"{len(self._state_slots)} state and {len(self._observe_slots)} observation slots"
+                f"{len(self._state_slots)} state and {self.observers.available} observation slots"
             )
         tracked = Tracked(request_id, self._state_slots.take(), sizes, due_at, num_tokens)
         if due_at <= num_tokens:
-            tracked.observe_slot = self._take_slot()
+            self.observers.observe(tracked)
             tracked.trigger = "prefill"
         self.requests[request_id] = tracked
 
@@ -143,7 +141,7 @@ class CompressionPlanner:
         tracked = self.requests.pop(request_id, None)
         if tracked is None:
             return
-        self._stop_observing(tracked)
+        self.observers.stop(tracked)
         self._state_slots.give(tracked.state_slot)
         self._released.append(tracked.state_slot)
 
@@ -193,7 +191,7 @@ class CompressionPlanner:
 
     def observed(self, tracked: Tracked, num_tokens: int) -> Observed | None:
         """What a request's observation slot holds once ``num_tokens`` tokens are computed; None:
-        the last ``window`` queries, and there are no running statistics."""
+        the last ``window`` queries, and there are no accumulated statistics."""
         return observation.observed(tracked, self.config.window, num_tokens)
 
     def accumulate(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, Observed]]:
@@ -203,46 +201,12 @@ class CompressionPlanner:
 
     def watch(self, num_computed: Mapping[str, int]) -> None:
         """Give observation slots to decoding requests that will soon have outgrown their budget."""
-        if not self._num_slots():
+        if not self.observers.available:
             return
         near = observation.outgrowing(self.requests.values(), num_computed, self.config.window)
-        for computed, tracked in near[: self._num_slots()]:
+        for computed, tracked in near[: self.observers.available]:
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
             self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
-
-    def listen(self, num_computed: Mapping[str, int]) -> None:
-        """Give observation slots that nobody needs to decoding requests whose policy reads echo
-        scores: what they decode is scored while they hold one."""
-        for tracked in self.requests.values() if self.listens else ():
-            if not self._observe_slots:
-                return
-            computed = num_computed.get(tracked.request_id, 0)
-            if (
-                tracked.observe_slot is tracked.listen_slot is None
-                and computed >= tracked.prefill_end
-                and tracked.due_at != NEVER
-                and self._reads_echo(tracked.budget.policy)
-            ):
-                tracked.listen_slot, tracked.listened = self._observe_slots.take(), computed
-
-    def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int]]:
-        """Whole segments that were decoded since the last call, each ``[begin, end)`` of a request,
-        and what there is of one where a compression is due."""
-        for tracked in self.requests.values() if self.listens else ():
-            if tracked.listen_slot is None:
-                continue
-            end, due = num_computed.get(tracked.request_id, 0), False
-            if tracked.observe_slot is not None and end >= tracked.due_at:
-                end, due = tracked.due_at, True
-            while tracked.listened < end:
-                begin = tracked.listened
-                stop = begin - begin % DECODED + DECODED
-                if stop > end and not due:
-                    break
-                tracked.listened = min(stop, end)
-                if tracked.listened - begin > 1:
-                    tracked.unscored.scored(begin, tracked.listened)
-                    yield tracked, begin, tracked.listened
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
         """When the pool runs short, prepare early compressions, lowest loss per block first.
@@ -260,7 +224,7 @@ class CompressionPlanner:
             self.limits,
             self.config.window,
             self.config.max_ratio,
-            self._num_slots(),
+            self.observers.available,
         )
         for item in early:
             tracked = item.tracked
@@ -351,10 +315,6 @@ class CompressionPlanner:
         tracked.curve = report.curve
         return True
 
-    def observe_slots_used(self) -> int:
-        """Observation slots that are taken now."""
-        return self.observe_slots - self._num_slots()
-
     def take_released(self) -> list[int]:
         """State slots released since the last call."""
         released, self._released = self._released, []
@@ -374,9 +334,7 @@ class CompressionPlanner:
 
     def _prepare(self, tracked: Tracked, due_at: int) -> None:
         """Observe a request from now on, and compress it at ``due_at`` tokens."""
-        tracked.observe_slot = tracked.listen_slot
-        if tracked.observe_slot is None:
-            tracked.observe_slot = self._take_slot()
+        self.observers.observe(tracked)
         tracked.due_at = due_at
 
     def _go_on(self, tracked: Tracked, due_at: int) -> None:
@@ -384,28 +342,4 @@ class CompressionPlanner:
         tracked.due_at = due_at
         if not tracked.in_prefill:
             tracked.trigger = "decode"
-            self._stop_observing(tracked)
-
-    def _stop_observing(self, tracked: Tracked) -> None:
-        slot = tracked.listen_slot if tracked.observe_slot is None else tracked.observe_slot
-        if slot is not None:
-            self._observe_slots.give(slot)
-        tracked.observe_slot = tracked.listen_slot = None
-
-    def _listeners(self) -> list[Tracked]:
-        """Requests that would give their slot to one that is to be compressed."""
-        return [
-            tracked
-            for tracked in self.requests.values()
-            if tracked.listen_slot is not None and tracked.observe_slot is None
-        ]
-
-    def _num_slots(self) -> int:
-        """Observation slots that are to be had."""
-        free = len(self._observe_slots)
-        return free + len(self._listeners()) if self.listens else free
-
-    def _take_slot(self) -> int:
-        if not self._observe_slots:
-            self._stop_observing(self._listeners()[-1])
-        return self._observe_slots.take()
+            self.observers.stop(tracked)

@@ -26,11 +26,11 @@ class KVCompressRayExecutorV2(RayExecutorV2):
 def looking_at_nodes(found: type[Executor]) -> type[Executor]:
     """Our subclass of an executor on Ray; itself where there is none."""
     if found is RayExecutorV2:
-        return KVCompressRayExecutorV2
-    if found.__name__ == "RayDistributedExecutor":  # which vLLM means to remove
+        found = KVCompressRayExecutorV2
+    elif found.__name__ == "RayDistributedExecutor":  # which vLLM means to remove
         from kvcompress_vllm.integration.start.ray_graphs import KVCompressRayExecutor
 
-        return KVCompressRayExecutor
+        found = KVCompressRayExecutor
     return found
 
 
