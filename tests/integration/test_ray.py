@@ -35,6 +35,14 @@ from tests.integration.simulation import MODEL
 from tests.integration.test_policy_faults import choosing
 
 ROOT = Path(__file__).parents[2]
+NOT_HERE = """
+import sys
+class NotHere:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "kvcompress_vllm":
+            raise ImportError("not here")
+sys.meta_path.insert(0, NotHere())
+"""
 NODE = {"num_cpus": 16, "num_gpus": 1, "object_store_memory": 100 << 20}
 
 
@@ -85,8 +93,8 @@ def test_a_node_without_the_package_is_named(
     if lacks == "nothing":
         check_nodes()
         return
-    # As if it were not installed: the new node's processes find this before anything else.
-    (tmp_path / "kvcompress_vllm.py").write_text("raise ImportError('not here')\n")
+    # As if it were not installed: Python runs this first in every process of the new node.
+    (tmp_path / "sitecustomize.py").write_text(NOT_HERE)
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     before = {node["NodeID"] for node in ray.nodes()}
     monkeypatch.setenv("PYTHONPATH", path)
