@@ -88,7 +88,6 @@ def test_unsupported_models_that_vllm_imports_slowly(
         ({"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
          "KV cache events"),
         ({"kv_sharing_fast_prefill": True}, "KV sharing between layers"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"runner": "pooling"}, "pooling"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -119,6 +118,16 @@ def test_resolved_settings(part: str, field: str, value: Any, feature: str) -> N
     check(config)
     object.__setattr__(getattr(config, part), field, value)
     with pytest.raises(ValueError, match=f"kv_compress: {feature}"):
+        check(config)
+
+
+def test_several_ranks_of_an_external_launcher() -> None:
+    """Every rank has a scheduler of its own there, which hears its own rank only."""
+    config = engine_config()
+    object.__setattr__(config.parallel_config, "distributed_executor_backend", "external_launcher")
+    check(config)
+    object.__setattr__(config.parallel_config, "world_size", 2)
+    with pytest.raises(ValueError, match="several ranks of an external launcher"):
         check(config)
 
 

@@ -39,6 +39,7 @@ def test_accepted() -> None:
     assert request_wish(None) is None and request_wish(SamplingParams()) is None
     assert ask(other_plugin=3) is None
     assert ask(kv_compress=True) is None and ask(kv_compress=1) is None
+    assert ask(kv_compress=None, kv_compress_ratio=None, kv_compress_mass=None) is None
     assert ask(kv_compress=False) == ask(kv_compress=0) == KEEP_ALL
     assert ask(kv_compress_ratio=8) == Wish(ratio=8.0)
     assert ask(kv_compress=1, kv_compress_ratio=2.5) == Wish(ratio=2.5)

@@ -77,7 +77,7 @@ def serve(
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     environment["VLLM_LOGGING_LEVEL"] = "DEBUG"  # one line per compression
     environment.update(given or {})
-    if "--tensor-parallel-size" not in flags:
+    if "--data-parallel-size" not in flags:
         environment["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # as `make serve`; ten seconds less
     log = tmp_path / "server.log"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL),
@@ -262,9 +262,3 @@ def test_bad_flag_ends_the_command(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 2
     assert "ratio=0 is not accepted; it must be a number >= 1" in result.stderr
-
-
-def test_tensor_parallel(tmp_path: Path) -> None:
-    pairs = samples("single", LENGTH, 3, offset=1200)
-    with serve(tmp_path, "--kv-compress", "ratio=4", "--tensor-parallel-size", "2") as server:
-        assert [complete(server, p) for p, _ in pairs] == [answer for _, answer in pairs]

@@ -131,3 +131,14 @@ class LateRaisesOnRank1(Policy):
         if evidence.num_keys > TRIAL and group.is_initialized() and group.get_rank() == 1:
             raise KeyError("no such channel")
         return some(evidence)
+
+
+@dataclass(frozen=True)
+class LateRaisesOnRank0(Policy):
+    """The first pipeline stage, whose output vLLM never reads."""
+
+    def score(self, evidence: Evidence) -> Any:
+        group = torch.distributed
+        if evidence.num_keys > TRIAL and group.is_initialized() and group.get_rank() == 0:
+            raise KeyError("no such channel")
+        return some(evidence)

@@ -73,10 +73,14 @@ REFUSALS = (
     Refusal(
         "encoder cache transfer", "--ec-transfer-config", lambda c: c.ec_transfer_config is not None
     ),
+    # A scheduler per rank, and each would hear another rank's reports.
     Refusal(
-        "pipeline parallelism",
-        "--pipeline-parallel-size",
-        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        "several ranks of an external launcher (torchrun)",
+        "--distributed-executor-backend external_launcher",
+        lambda c: (
+            c.parallel_config.distributed_executor_backend == "external_launcher"
+            and c.parallel_config.world_size > 1
+        ),
     ),
     Refusal(
         "decode context parallelism",
