@@ -47,9 +47,9 @@ class Rectangle(NamedTuple):
             return cls(width, pages)
         state, slots, device = rank.state, rank.slots, rank.pages.device
         fresh = item.covered - item.old_covered
-        lengths = state.num_pages[item.state_slot] + fresh
+        lengths = state.num_pages[item.packed_slot] + fresh
         first = layout.first_candidate(
-            state.first_page[item.state_slot].view(slots, 1),
+            state.first_page[item.packed_slot].view(slots, 1),
             torch.arange(slots, device=device).unsqueeze(1),
             fresh,
         )
@@ -102,7 +102,7 @@ def evidence_of(
         state,
         item.observe_slot,
         window,
-        gather.Packed(item.state_slot, item.old_covered) if item.old_kept else None,
+        gather.Packed(item.packed_slot, item.old_covered) if item.old_kept else None,
         left_out,
     )
     by_channel = [part.reshape(layers * heads, -1) for part in statistics]

@@ -144,8 +144,8 @@ def _pages(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]
     slots, fresh = rank.slots, item.covered - item.old_covered
     index = torch.arange(slots, device=device)
     if item.old_kept:
-        packed = state.num_pages[item.state_slot].flatten().long()
-        first = state.first_page[item.state_slot].flatten().long()
+        packed = state.num_pages[item.packed_slot].flatten().long()
+        first = state.first_page[item.packed_slot].flatten().long()
     else:
         packed = first = torch.zeros_like(index)
     total = item.candidate_blocks * slots

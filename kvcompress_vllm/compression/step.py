@@ -10,7 +10,7 @@ from kvcompress_vllm.records.plan import StepPlan
 
 
 def start_step(plan: StepPlan, compressor: Compressor) -> list[PendingReports]:
-    """Release, accumulate, score, compress, in this order.
+    """Release, accumulate, score, compress, drop, in this order.
 
     The caller then replaces the front of every compressed row (``Compression.row_prefix``) and
     observes queries in the forward.
@@ -25,6 +25,7 @@ def start_step(plan: StepPlan, compressor: Compressor) -> list[PendingReports]:
     compressor.accumulate(plan.accumulations)
     pending = compressor.run(plan.scorings, score_only=True)
     pending += compressor.run(plan.compressions)
+    compressor.state.release(plan.dropped)
     if plan.expected is not None:
         integrity.check_state(compressor.state, plan.expected)
     return pending

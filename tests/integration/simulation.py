@@ -40,7 +40,7 @@ from kvcompress_vllm.integration.frontend.requests import (
     check_request,
     send_budget,
 )
-from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
 from kvcompress_vllm.records.plan import StepPlan
@@ -199,7 +199,7 @@ class Simulation:
             num_kv_heads=H,
             num_query_heads=H * G,
             head_size=D,
-            state_slots=max_num_seqs,
+            state_slots=state_slots(self.vllm_config, num_blocks),
             window=config.ring,
             dtype=torch.float32,
             echo=config.stores_echo,

@@ -25,10 +25,11 @@ from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.engine.admission import Admission, budget_of
 from kvcompress_vllm.integration.engine.banner import log_banner
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.integration.frontend.requests import received_budget
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
-from kvcompress_vllm.integration.sizing import observe_slots, step_tokens
+from kvcompress_vllm.integration.sizing import context_slots, observe_slots, step_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
 from kvcompress_vllm.records.plan import (
@@ -75,7 +76,9 @@ class _KVCompressMixin(Scheduler):
             state_slots=scheduler_config.max_num_seqs,
             observe_slots=observe_slots(self.vllm_config, manager.block_pool.num_gpu_blocks),
             max_tokens=self.max_model_len,
+            context_slots=context_slots(self.vllm_config, manager.block_pool.num_gpu_blocks),
         )
+        self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner)
         self._recorder = Recorder(self.log_stats)
         self._shortage = Shortage()
         self._usage = UsageLog()
@@ -100,7 +103,9 @@ class _KVCompressMixin(Scheduler):
                     scheduler_config.max_num_seqs,
                     SEGMENT,
                 )
-        self._admission = Admission(self, self.kv_compress_planner, self._recorder, self._echo)
+        self._admission = Admission(
+            self, self.kv_compress_planner, self._recorder, self.kv_compress_sharing, self._echo
+        )
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
         log_banner(self.kv_compress_planner, manager.block_pool.num_gpu_blocks - 1)
@@ -114,6 +119,8 @@ class _KVCompressMixin(Scheduler):
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         request.kv_compress_budget = budget  # type: ignore[attr-defined]
+        if problem is None:
+            self.kv_compress_sharing.added(request, budget)
         super().add_request(request)
         if problem is not None:
             self.fail(request.request_id, problem)
@@ -131,14 +138,23 @@ class _KVCompressMixin(Scheduler):
         heard = self._heard(computed)
         compressions = self._compress_due(computed)
         scorings = self._score_due(computed)
+        released = self.kv_compress_planner.contexts.take_released()
+        held = self.kv_compress_sharing.hold_back(self)
         output = super().schedule(*args, **kwargs)
-        plan = self._plan(output, accumulations, heard, scorings, compressions)
+        self.kv_compress_sharing.put_back(self, held)
+        plan = self._plan(output, accumulations, heard, scorings, compressions, released)
         output.kv_compress = plan  # type: ignore[attr-defined]
         if self._recorder.enabled:
             self._count_preemptions(output)
         if self._check_integrity:
             self.check_integrity()
         return output
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        done: bool = super().reset_prefix_cache(*args, **kwargs)
+        if done:
+            self.kv_compress_planner.contexts.clear()
+        return done
 
     def update_from_output(
         self,
@@ -151,6 +167,8 @@ class _KVCompressMixin(Scheduler):
         for report in reports_of(model_runner_output):
             if report.failure is not None:
                 failures[report.request_id] = report.failure
+                users = self.kv_compress_planner.spoiled(report)
+                failures.update(dict.fromkeys(users, report.failure))
             elif isinstance(report, Scored):
                 self.kv_compress_planner.scored(report)
             else:
@@ -209,7 +227,10 @@ class _KVCompressMixin(Scheduler):
             RuntimeError: with the numbers of the first violation.
         """
         held = [block for _, blocks in self.deferred_frees for block in blocks]
-        self.kv_compress_manager.check_integrity(held)
+        contexts = self.kv_compress_planner.contexts.described
+        shared = {block for context in contexts for block in context.blocks}
+        self.kv_compress_manager.check_integrity(held, shared)
+        self.kv_compress_sharing.check_integrity()
         packed = {t.request_id for t in self.kv_compress_planner.packed()}
         if packed != set(self.kv_compress_manager.packed):
             raise RuntimeError(
@@ -221,7 +242,7 @@ class _KVCompressMixin(Scheduler):
         """What was observed in chunks of prefills since the last step."""
         return [
             Accumulation(
-                *self._candidates(tracked, tracked.accumulated, tracked.known),
+                *self._candidates(tracked, tracked.state_slot, tracked.accumulated, tracked.known),
                 policy=tracked.budget.policy,
                 observed=observed,
             )
@@ -258,11 +279,16 @@ class _KVCompressMixin(Scheduler):
             if manager.block_pool.get_num_free_blocks() < packing.kept:
                 waits = True
                 continue  # a smaller one may fit, and makes room
-            candidates = self._candidates(tracked, num_tokens, packing.covered)
-            new, old = manager.pack(tracked.request_id, packing)
+            context = planner.new_context(tracked)
+            request_id, slot = tracked.request_id, context.slot if context else tracked.state_slot
+            candidates = self._candidates(tracked, slot, num_tokens, packing.covered)
+            new, old = manager.pack(request_id, packing)
+            if context is not None:
+                self.kv_compress_sharing.register(context, new)
             item = Compression(
                 *candidates,
                 new,
+                old_state_slot=tracked.packed_slot,
                 policy=tracked.budget.policy,
                 observed=planner.observed(tracked, num_tokens),
                 floor_pages=tracked.sizes.floor(packing.covered),
@@ -272,7 +298,7 @@ class _KVCompressMixin(Scheduler):
             )
             compressions.append(item)
             freed += old
-            planner.compressed(tracked.request_id, computed[tracked.request_id])
+            planner.compressed(request_id, computed[request_id], context)
             before = item.old_packing.held(len(item.old_blocks))
             after = packing.held(len(item.old_blocks))
             if first:  # a long generation is compressed over and over
@@ -299,8 +325,9 @@ class _KVCompressMixin(Scheduler):
             packing = tracked.target()
             scorings.append(
                 Scoring(
-                    *self._candidates(tracked, tracked.due_at, packing.covered),
+                    *self._candidates(tracked, tracked.state_slot, tracked.due_at, packing.covered),
                     packing.kept,
+                    old_state_slot=tracked.packed_slot,
                     policy=tracked.budget.policy,
                     observed=planner.observed(tracked, tracked.due_at),
                     floor_pages=tracked.sizes.floor(packing.covered),
@@ -311,13 +338,14 @@ class _KVCompressMixin(Scheduler):
         return scorings
 
     def _candidates(
-        self, tracked: Tracked, num_tokens: int, covered: int
+        self, tracked: Tracked, state_slot: int, num_tokens: int, covered: int
     ) -> tuple[str, int, int, int, int, int, int, list[int]]:
-        """Whose keys, of the first ``covered`` blocks: the first fields of all records."""
+        """Whose keys, of the first ``covered`` blocks, and which slot will describe them: the first
+        fields of all records."""
         assert tracked.observe_slot is not None
         manager = self.kv_compress_manager
         row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
-        slots = tracked.state_slot, tracked.observe_slot
+        slots = state_slot, tracked.observe_slot
         return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
 
     def _mamba_block_aligned_split(
@@ -332,22 +360,26 @@ class _KVCompressMixin(Scheduler):
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        context = self._admission.hit(request)
         count = planner.chunk(
             request.request_id,
             first_token,
             num_new_tokens,
             request.num_tokens if waits else 0,
             budget_of(request) if waits else None,
+            context,
         )
         if self._echo is None:
             return count
-        tracked, sizes = planner.requests.get(request.request_id), planner.sizes(budget_of(request))
+        tracked = planner.requests.get(request.request_id) or planner.starting(
+            request.request_id, request.num_tokens, budget_of(request), context
+        )
         return self._echo.chunk(
-            sizes.budget,
+            tracked.budget,
             first_token,
             count,
-            tracked.prefill_end if tracked else request.num_tokens,
-            tracked.due_at if tracked else sizes.first_due(request.num_tokens),
+            tracked.prefill_end,
+            tracked.due_at,
             len(self.running) - (not waits),
             # vLLM may have cut this chunk for the sake of encoder inputs, and only its going on
             # makes room for those.
@@ -360,6 +392,7 @@ class _KVCompressMixin(Scheduler):
         self._recorder.released(request_id)
         self._shortage.released(request_id)
         request = self.requests.get(request_id)
+        self.kv_compress_sharing.released(request, request_id)
         if request is not None and request.is_finished():
             self._admission.finished(request)
         if request is None or request.is_finished():
@@ -386,10 +419,15 @@ class _KVCompressMixin(Scheduler):
         heard: list[Heard],
         scorings: list[Scoring],
         compressions: list[Compression],
+        released: list[int],
     ) -> StepPlan:
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
+        for item in compressions:
+            if item.request_id not in manager.packed:
+                planner.contexts.never_packed(item.state_slot)
         plan = StepPlan(
-            released=planner.take_released(),
+            released=planner.take_released() + released,
+            dropped=planner.contexts.take_dropped(),
             accumulations=accumulations,
             heard=[item for item in heard if item.request_id in planner.requests],
             scorings=[c for c in scorings if c.request_id in planner.requests],
@@ -413,6 +451,11 @@ class _KVCompressMixin(Scheduler):
             plan.expected = [
                 PackedRow(t.request_id, t.state_slot, t.covered, manager.row(t.request_id, t.kept))
                 for t in planner.packed()
+                if t.context is None
+            ]
+            plan.expected += [
+                PackedRow(c.owner, c.slot, c.packing.covered, list(c.blocks))
+                for c in planner.contexts.described
             ]
         return plan
 

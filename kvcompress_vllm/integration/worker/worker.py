@@ -24,7 +24,7 @@ from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
-from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import backend, reports
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
@@ -201,7 +201,7 @@ class KVCompressWorkerMixin(Worker):
             "num_kv_heads": impl.num_kv_heads,
             "num_query_heads": impl.num_heads,
             "head_size": impl.head_size,
-            "state_slots": self.vllm_config.scheduler_config.max_num_seqs,
+            "state_slots": state_slots(self.vllm_config, num_blocks),
             "observe_slots": observe_slots(self.vllm_config, num_blocks),
             "window": self.kv_compress_config.ring,
             "dtype": self.model_config.dtype,
