@@ -74,6 +74,7 @@ class CompressionPlanner:
         self.contexts = Contexts(range(state_slots, state_slots + context_slots))
         self._observe_slots = Slots(observe_slots)
         self._released: list[int] = []
+        self._vacated: list[int] = []
         self._budgets = Budgets(resolve(config), self.limits)
         self._expected = ExpectedRatio(config)
         self._reads_echo = cache(config.reads_echo)
@@ -393,6 +394,8 @@ class CompressionPlanner:
         observation.count(tracked, now, self.observed(tracked, now))
         if tracked.context is not None:
             self.contexts.leave(tracked.context, request_id, compressed=True)
+        elif tracked.kept and context is not None:
+            self._vacated.append(tracked.state_slot)
         tracked.context = context
         if now == sizes.context or now < num_computed:
             # It is packed there, or will not be as others would be who were never late.
@@ -449,6 +452,11 @@ class CompressionPlanner:
         """State slots released since the last call."""
         released, self._released = self._released, []
         return released
+
+    def take_dropped(self) -> list[int]:
+        """State slots that describe nothing behind the compressions of the step that is planned."""
+        vacated, self._vacated = self._vacated, []
+        return self.contexts.take_dropped() + vacated
 
     def packed(self) -> Iterable[Tracked]:
         """Requests that are packed now."""

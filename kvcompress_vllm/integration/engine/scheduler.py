@@ -427,7 +427,7 @@ class _KVCompressMixin(Scheduler):
                 planner.contexts.never_packed(item.state_slot)
         plan = StepPlan(
             released=planner.take_released() + released,
-            dropped=planner.contexts.take_dropped(),
+            dropped=planner.take_dropped(),
             accumulations=accumulations,
             heard=[item for item in heard if item.request_id in planner.requests],
             scorings=[c for c in scorings if c.request_id in planner.requests],
