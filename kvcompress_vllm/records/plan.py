@@ -188,8 +188,8 @@ class StepPlan:
     scorings: list[Scoring] = field(default_factory=list)
     compressions: list[Compression] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
-    """State slots that describe nothing from this step's forward on, while compressions of this step
-    may still read the blocks: of contexts, and of requests that now use one."""
+    """State slots that describe nothing from the forward of this step on; its compressions may
+    still read them: of contexts, and of requests that now use one."""
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in this step."""

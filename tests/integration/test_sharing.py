@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.integration.simulation import B, Simulation
+from tests.integration.simulation import Simulation
 
 OPTIONS = {"policy": "kv_compress", "ratio": 8, "recent": 8, "sinks": 2, "min_tokens_per_head": 8,
            "window": 4, "min_prompt_tokens": 40, "interval": 2}  # fmt: skip
@@ -45,7 +45,6 @@ def run(sim: Simulation) -> int:
         sim.step()
         most = max(most, held(sim))
     return most
-
 
 
 def test_a_second_request_takes_what_the_first_packed() -> None:
@@ -87,12 +86,13 @@ def test_only_what_is_packed_alike_is_taken(asked: dict, taken: bool) -> None:
 
 def test_those_who_come_at_once_wait_for_one() -> None:
     """24 on a document of 40 blocks: one computes it, all share what it packed."""
-    sim = Simulation(140, {**OPTIONS, "decode": False}, max_num_seqs=24)
+    sim = Simulation(140, {**OPTIONS, "decode": False}, max_num_seqs=24, max_model_len=800,
+                     max_num_batched_tokens=400)  # fmt: skip
     for index in range(24):
         sim.add(f"r{index}", [*document(1, 640), *document(100 + index, 9)], 30,
                 kv_compress_context_tokens=640)  # fmt: skip
     # Someone else does not wait behind them.
-    sim.add("other", document(2, 50), 3)
+    sim.add("other", document(2, 30), 3)
     for _ in range(3):
         sim.step()
     assert "other" in {r.request_id for r in sim.scheduler.running}
@@ -103,7 +103,12 @@ def test_those_who_come_at_once_wait_for_one() -> None:
     assert most <= max(40 + 5, 5 + 24 * 3) + 4
     (context,) = contexts(sim)
     assert context.hits == 23
-    assert sum(report.shared_hits for report in sim.reports) == 23
+    assert sum(report.shared.hits for report in sim.reports) == 23
+    assert sum(report.shared.misses for report in sim.reports) == 1
+    assert sum(report.shared.tokens for report in sim.reports) == 23 * 640
+    assert max(report.shared.saved_blocks for report in sim.reports) == 23 * 5
+    assert all(report.occupancy.packed_blocks <= 139 for report in sim.reports)
+    assert sum(report.shared.waits for report in sim.reports) > 23
 
 
 def test_a_user_that_grows_packs_into_blocks_of_its_own() -> None:

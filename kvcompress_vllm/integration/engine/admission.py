@@ -112,7 +112,7 @@ class Admission:
         if blocks is not None:
             wanted = self._sharing.wanted(request)
             planner.admit(request.request_id, request.num_tokens, budget, context, wanted)
-            self._sharing.started(request.request_id)
+            self._sharing.started(request, context)
         elif context is not None:
             self._sharing.leave(request.request_id)
         return blocks

@@ -78,10 +78,10 @@ class _KVCompressMixin(Scheduler):
             max_tokens=self.max_model_len,
             context_slots=context_slots(self.vllm_config, manager.block_pool.num_gpu_blocks),
         )
-        self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner)
         self._recorder = Recorder(self.log_stats)
         self._shortage = Shortage()
         self._usage = UsageLog()
+        self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner, self._usage)
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
         self._check_integrity = integrity.enabled()
@@ -205,7 +205,7 @@ class _KVCompressMixin(Scheduler):
         if stats is None:
             return None
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
-        pool = manager.block_pool
+        pool, shared = manager.block_pool, self.kv_compress_sharing.report()
         report = self._recorder.take(
             manager.packed,
             planner.observe_slots_used(),
@@ -214,9 +214,10 @@ class _KVCompressMixin(Scheduler):
                 pool.num_gpu_blocks - 1,
                 pool.get_num_free_blocks(),
                 *self.get_request_counts(),
-                manager.held_by_packed(),
+                manager.held_by_packed() - shared.saved_blocks,
                 len(pool.cached_block_hash_to_block),
             ),
+            shared,
         )
         return KVCompressSchedulerStats.of(stats, report)
 
@@ -437,7 +438,7 @@ class _KVCompressMixin(Scheduler):
         for item in plan.compressions:
             self._recorder.compressed(item)
             self._shortage.compressed(item, planner.requests[item.request_id].usual_due)
-            self._usage.compressed(item)
+            self._usage.compressed(item, planner.requests[item.request_id].sizes.context)
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             first_token = self.requests[request_id].num_computed_tokens - num_tokens
             observation = planner.observe(request_id, first_token, num_tokens)

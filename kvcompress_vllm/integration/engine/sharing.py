@@ -22,6 +22,8 @@ from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
 from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
+from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.sizes import Sizes
@@ -35,15 +37,17 @@ class Sharing:
     Args:
         manager: of the blocks; the pool's ``get_new_blocks`` is replaced.
         planner: knows who uses what.
+        usage: is told what requests took.
     """
 
-    def __init__(self, manager: KVCompressManager, planner: CompressionPlanner) -> None:
-        self._manager, self._planner = manager, planner
+    def __init__(
+        self, manager: KVCompressManager, planner: CompressionPlanner, usage: UsageLog
+    ) -> None:
+        self._manager, self._planner, self._usage = manager, planner, usage
         self._contexts, pool = planner.contexts, manager.block_pool
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
-        self.waits = 0
-        """Requests held back, each counted on every step."""
+        self._recorder = SharedRecorder()
         stock = pool.get_new_blocks
 
         def get_new_blocks(num_blocks: int) -> list[KVCacheBlock]:
@@ -123,7 +127,7 @@ class Sharing:
         if held:
             scheduler.waiting.remove_requests(held)
             scheduler.skipped_waiting.remove_requests(held)
-            self.waits += len(held)
+        self._recorder.waited(len(held))
         return held
 
     def put_back(self, scheduler: Scheduler, held: list[Request]) -> None:
@@ -131,9 +135,17 @@ class Sharing:
         for request in reversed(held):
             scheduler.skipped_waiting.prepend_request(request)
 
-    def started(self, request_id: str) -> None:
-        """Note that a request no longer waits."""
-        self._waiting.pop(request_id, None)
+    def started(self, request: Request, context: Context | None) -> None:
+        """Note that a request no longer waits, and what it took."""
+        self._waiting.pop(request.request_id, None)
+        self._recorder.started(context, self.wanted(request))
+        if context is not None:
+            row = len(self._manager.req_to_blocks[request.request_id])
+            self._usage.took(request.request_id, context.num_tokens, context.packing, row)
+
+    def report(self) -> SharedReport:
+        """What happened since the last call, and what is held now."""
+        return self._recorder.take(list(self._contexts), self._contexts.described)
 
     def released(self, request: Request | None, request_id: str) -> None:
         """Note that a request gave its blocks up: it is gone, or waits again."""
