@@ -75,6 +75,12 @@ def load(
         else:
             packing = NOTHING
         due_at = sizes.outgrown_at(packing)
+        context = sizes.context
+        if context is not None and context < num_tokens and sizes.reaches_context:
+            at_context = sizes.packed_at(context, num_tokens)
+            later = sizes.next_due(at_context, context, num_tokens)
+            if later > num_tokens:  # else it is packed again at its end
+                packing, due_at = at_context, later
         if peak is not None:
             held = min(whole, peak + peak // 2)
     else:

@@ -117,11 +117,13 @@ class Sizes:
             return min(self.context, prefill_end)
         return prefill_end
 
-    def outgrown_at(self, packing: Packing = NOTHING) -> int:
+    def outgrown_at(self, packing: Packing = NOTHING, shared: int = 0) -> int:
         """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
 
         Args:
             packing: as it is packed so far.
+            shared: of its packed blocks, those that others may use: packing it anew does not free
+                them.
         """
         interval, size = self.limits.interval, self.limits.block_size
         if not self.limits.decode:
@@ -131,9 +133,9 @@ class Sizes:
         full = max(packing.covered, -(-self.budget.min_prompt_tokens // size))
         while full * size <= self.limits.max_tokens:
             excess = packing.gives_back(self.packed(full * size))
-            if excess >= interval:
+            if excess >= interval + shared:
                 return full * size
-            full += interval - excess
+            full += interval + shared - excess
         return NEVER
 
     @cached_property
@@ -177,14 +179,20 @@ class Sizes:
         return num_tokens if self.packed(num_tokens).gains else self.first_outgrown
 
     def next_due(self, packing: Packing, now: int, prefill_end: int) -> int:
-        """When a request that was compressed at ``now`` tokens is compressed again."""
+        """When a request that was compressed at ``now`` tokens is compressed again.
+
+        One that is packed as its context may share those blocks with others. It is then not packed
+        anew before that is worth a copy of them, whether others are there or not: what it answers
+        must not depend on them. So beside the context nobody holds more than without compression.
+        """
+        shared = packing.kept if now == self.context else 0
         if now < prefill_end:
             interrupted_at = self.interrupted_at(packing, now, prefill_end)
             if interrupted_at < prefill_end:
                 return interrupted_at
-            if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval:
+            if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval + shared:
                 return prefill_end
-        return self.outgrown_at(packing)
+        return self.outgrown_at(packing, shared)
 
 
 class Budgets:
