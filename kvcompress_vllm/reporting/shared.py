@@ -5,8 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from time import monotonic
+from typing import NamedTuple
 
 from kvcompress_vllm.scheduling.contexts import Context
+
+
+class Held(NamedTuple):
+    """A context that a request could take, for the live page: sizes and no text."""
+
+    name: str
+    context_tokens: int
+    blocks: int
+    blocks_uncompressed: int
+    hits: int
 
 
 @dataclass
@@ -27,6 +39,8 @@ class SharedReport:
     """Packed blocks of those."""
     saved_blocks: int = 0
     """Blocks that requests would hold in addition now, had each of them its own."""
+    held: list[Held] | None = None
+    """Least recently used first; None: about as before."""
 
 
 class SharedRecorder:
@@ -34,6 +48,8 @@ class SharedRecorder:
 
     def __init__(self) -> None:
         self._report = SharedReport()
+        self._held: list[Held] = []
+        self._told = 0.0
 
     def started(self, context: Context | None, wanted: bytes | None) -> None:
         """Note a request that starts its prefill with a context, or computes one (``wanted``)."""
@@ -58,7 +74,16 @@ class SharedRecorder:
         report.contexts = len(contexts)
         report.blocks = sum(len(context.blocks) for context in contexts)
         report.saved_blocks = saved_blocks(in_use)
+        held = [Held(c.name, c.num_tokens, *reversed(c.packing), c.hits) for c in contexts]
+        others = {item.name for item in held} != {item.name for item in self._held}
+        if others or (held != self._held and monotonic() - self._told > PAUSE):
+            report.held = self._held = held
+            self._told = monotonic()
         return report
+
+
+PAUSE = 1.0
+"""Seconds between two lists of the same contexts."""
 
 
 def saved_blocks(contexts: Collection[Context]) -> int:

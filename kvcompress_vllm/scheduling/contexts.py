@@ -54,6 +54,11 @@ class Context:
     retired: bool = False
     """No request takes it any more."""
 
+    @property
+    def name(self) -> str:
+        """For people; says nothing about its text."""
+        return self.key.hex()[:32]
+
 
 class Contexts:
     """All contexts of an engine, and who computes, uses and awaits one.

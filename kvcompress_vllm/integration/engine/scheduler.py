@@ -22,6 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
+from kvcompress_vllm.integration.engine import utilities
 from kvcompress_vllm.integration.engine.admission import Admission, budget_of
 from kvcompress_vllm.integration.engine.banner import log_banner
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
@@ -483,6 +484,7 @@ class KVCompressAsyncScheduler(_KVCompressMixin, AsyncScheduler):
 
 def make_scheduler(**kwargs: Any) -> Scheduler:
     """What ``scheduler_cls`` names; picks the class once vLLM has decided on async scheduling."""
+    utilities.install()
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (KVCompressAsyncScheduler if asynchronous else KVCompressScheduler)(**kwargs)
 

@@ -9,7 +9,9 @@ what was used less recently, and gives them away when it runs out of others, and
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Collection
+from typing import Any
 
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
@@ -29,6 +31,8 @@ from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.sizes import Sizes
 
 _KEY = "kv_compress_context"
+_REMEMBERED = 1024
+"""Requests of which it can be told which context they had."""
 
 
 class Sharing:
@@ -48,6 +52,7 @@ class Sharing:
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
+        self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
 
         def get_new_blocks(num_blocks: int) -> list[KVCacheBlock]:
@@ -138,7 +143,10 @@ class Sharing:
     def started(self, request: Request, context: Context | None) -> None:
         """Note that a request no longer waits, and what it took."""
         self._waiting.pop(request.request_id, None)
-        self._recorder.started(context, self.wanted(request))
+        key = self.wanted(request)
+        self._recorder.started(context, key)
+        if key is not None:
+            self._started.append((request.request_id, key))
         if context is not None:
             row = len(self._manager.req_to_blocks[request.request_id])
             self._usage.took(request.request_id, context.num_tokens, context.packing, row)
@@ -153,6 +161,36 @@ class Sharing:
             self._waiting.pop(request_id, None)
         elif self.wanted(request) is not None:
             self._waiting[request_id] = request
+
+    def described(self, request_id: str | None = None) -> list[dict[str, Any]]:
+        """Every context that a request could take, for people.
+
+        Args:
+            request_id: only the one that this request took or computed. vLLM may have appended
+                something to it.
+        """
+        found = list(self._contexts)
+        if request_id is not None:
+            keys = [key for name, key in self._started if name.startswith(request_id)]
+            found = [context for context in found if context.key in keys]
+        return [
+            {
+                "id": context.name,
+                "context_tokens": context.num_tokens,
+                "blocks": context.packing.kept,
+                "blocks_uncompressed": context.packing.covered,
+                "users": len(context.users),
+                "hits": context.hits,
+            }
+            for context in found
+        ]
+
+    def drop(self, name: str | None = None) -> int:
+        """Retire a context, or all; how many that were."""
+        found = [context for context in self._contexts if name in (None, context.name)]
+        for context in found:
+            self._contexts.retire(context)
+        return len(found)
 
     def check_integrity(self) -> None:
         """Check that users are who vLLM counts, and that rows start with what they share.
