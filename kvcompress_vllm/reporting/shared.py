@@ -74,7 +74,9 @@ class SharedRecorder:
         report.contexts = len(contexts)
         report.blocks = sum(len(context.blocks) for context in contexts)
         report.saved_blocks = saved_blocks(in_use)
-        held = [Held(c.name, c.num_tokens, *reversed(c.packing), c.hits) for c in contexts]
+        held = [
+            Held(c.name, c.num_tokens, c.packing.kept, c.packing.covered, c.hits) for c in contexts
+        ]
         others = {item.name for item in held} != {item.name for item in self._held}
         if others or (held != self._held and monotonic() - self._told > PAUSE):
             report.held = self._held = held
