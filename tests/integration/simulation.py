@@ -314,6 +314,12 @@ class Simulation:
             self.step()
         raise AssertionError(f"{self.live} still live after {most_steps} steps")
 
+    @property
+    def state_slots_left(self) -> set[int]:
+        """State slots that the worker knows, apart from those of contexts that are held."""
+        contexts = self.scheduler.kv_compress_planner.contexts
+        return self.worker.state.slots.keys() - {context.slot for context in contexts}
+
     def _reads_echo(self, request_id: str) -> bool:
         """Whether a request is compressed by echo scores; those of others may be anything, as what
         they find in the prefix cache need not have any."""
