@@ -111,10 +111,10 @@ def test_a_context_without_anything_to_gain_is_read_on() -> None:
     p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
     assert a.decided is None and a.kept == 0 and p.chunk("a", 800, 300) == 200
     # The end of the prompt is the next chance; after that it is a generation.
-    assert a.due_at == 1000 and p.observe_slots_used() == 1 and a.trigger == "prefill"
+    assert a.due_at == 1000 and p.observers.used == 1 and a.trigger == "prefill"
     assert p.to_score({"a": 1000}) == [a]
     p.scored(Scored("a", a.state_slot, 1000, LossCurve([2, 61, 62], [1.0, 0.5, 0.0])))
-    assert a.due_at > 1000 and p.observe_slots_used() == 0 and a.trigger == "decode"
+    assert a.due_at > 1000 and p.observers.used == 0 and a.trigger == "decode"
 
 
 def test_what_was_computed_while_a_compression_waited_is_not_taken_for_observed() -> None:

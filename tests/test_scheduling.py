@@ -7,6 +7,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.budget import Wish
 from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.report import Report
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
@@ -353,17 +354,18 @@ def test_a_window_longer_than_the_prompt_observes_from_its_start() -> None:
 
 
 def test_number_of_observation_slots_is_bounded() -> None:
+    group = CacheGroup(2, 2, 4, 64, B, 2, 0.125)
     config = KVCompressConfig(policy="kv_compress", window=8)
-    assert num_observe_slots(config, 2048, 256, 10**6, 4) == 34
-    assert num_observe_slots(config, 2048, 16, 10**6, 4) == 16
+    assert num_observe_slots(config, 2048, 256, 10**6 // B, group) == 34
+    assert num_observe_slots(config, 2048, 16, 10**6 // B, group) == 16
     # A hundredth of the cache: a slot is 8 queries of 4 heads, 16 tokens' worth of K and V.
-    assert num_observe_slots(config, 2048, 256, 19_200, 4) == 12
-    assert num_observe_slots(config, 2048, 256, 100, 4) == 4
+    assert num_observe_slots(config, 2048, 256, 19_200 // B, group) == 12
+    assert num_observe_slots(config, 2048, 256, 100 // B, group) == 4
     # Where what is decoded is scored, a slot holds a whole segment of 64 queries.
     listening = KVCompressConfig(policy="echo", window=8)
-    assert num_observe_slots(listening, 2048, 256, 153_600, 4) == 12
+    assert num_observe_slots(listening, 2048, 256, 153_600 // B, group) == 12
     silent = KVCompressConfig(policy="echo", window=8, decode=False)
-    assert num_observe_slots(silent, 2048, 256, 19_200, 4) == 12
+    assert num_observe_slots(silent, 2048, 256, 19_200 // B, group) == 12
 
 
 def test_observed_positions_end_where_the_compression_is_due() -> None:

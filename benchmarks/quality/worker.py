@@ -43,7 +43,7 @@ class QualityWorker:
             raise ValueError(f"policy={config.policy!r} needs an engine that stores echo scores")
         old = self.kv_compressor
         rank = old.rank
-        self.kv_compressor = Compressor(config, rank.state, rank.pages, rank.scale, old._agree)
+        self.kv_compressor = Compressor(config, rank.state, rank.pages, old._agree)
 
     def quality_force(self: Any) -> None:
         """Have requests generate the tokens that they name; see ``forcing.py``."""

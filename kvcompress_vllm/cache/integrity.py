@@ -20,6 +20,9 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.records.plan import PackedRow
 
+ROUNDING = 1e-4
+"""By which a probability may exceed 1: kernels divide rounded exponentials by their rounded sum."""
+
 
 def enabled() -> bool:
     """Whether the debug switch is on."""
@@ -111,7 +114,7 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
         RuntimeError: slots, F, first blocks or owners differ, or the pages of a packed request
             are not dealt to exactly one (layer, head) each.
     """
-    layers, heads = state.num_pages.shape[1:]
+    per_block = state.group.pages_per_block
     live = {row.state_slot: row.packed_blocks[0] for row in expected}
     if live != state.slots:
         raise RuntimeError(
@@ -123,11 +126,11 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
         raise RuntimeError(f"kv_compress: owner table {owners} does not match slots {live}")
     for row in expected:
         pages = state.num_pages[row.state_slot].flatten()
-        total = len(row.packed_blocks) * layers * heads
+        total = len(row.packed_blocks) * per_block
         if int(pages.min()) < 0 or int(pages.sum()) != total:
             raise RuntimeError(
                 f"kv_compress: {printable(row.request_id)} has {int(pages.sum())} packed pages "
-                f"in {len(row.packed_blocks)} blocks of {layers * heads}"
+                f"in {len(row.packed_blocks)} blocks of {per_block}"
             )
         first = layout.exclusive_cumsum(state.num_pages[row.state_slot])
         if not first.equal(state.first_page[row.state_slot]):
@@ -137,12 +140,12 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
                 f"{state.first_page[row.state_slot].flatten().tolist()}"
             )
         if state.echo is not None:
-            by_block = state.echo.view(-1, layers * heads, state.echo.shape[1])
+            by_block = state.echo.view(-1, per_block, state.echo.shape[1])
             scores = by_block[torch.tensor(row.packed_blocks, device=by_block.device)]
-            if not bool(((scores >= 0) & (scores <= 1)).all()):
+            if not bool(((scores >= 0) & (scores <= 1 + ROUNDING)).all()):
                 raise RuntimeError(
-                    f"kv_compress: {row.request_id} has echo scores from {float(scores.min())} to "
-                    f"{float(scores.max())}; they are probabilities"
+                    f"kv_compress: {printable(row.request_id)} has echo scores from "
+                    f"{float(scores.min())} to {float(scores.max())}; they are probabilities"
                 )
         if int(state.covered[row.state_slot]) != row.covered:
             raise RuntimeError(

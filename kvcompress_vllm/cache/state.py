@@ -17,23 +17,26 @@ from torch import Tensor
 
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.records.group import CacheGroup
 
-RUNNING = 4
-"""Numbers per key in the running statistics: 16 bytes, what the compaction kernel moves at once."""
+ACCUMULATED = 4
+"""Numbers per key in the accumulated statistics: 16 bytes, which the compaction kernel moves at
+once."""
 
 
 class PackedState:
-    """State tables, block owners and the observation ring of one rank.
+    """State tables, block owners and the observation ring of one rank and cache group.
 
     Attributes:
+        group: whose layers, heads and blocks these are.
         num_pages, first_page: ``[U, L, H]`` int32.
         covered: ``[U]`` int32.
         owner: ``[N]`` int32, state slot of the request whose row starts with this block, or -1.
         ring: ``[L, O, W, H * G, D]`` observed queries.
-        running: ``[P, B, 4]`` fp32 or None: per key, for policies that judge by all queries, the
-            sums so far of their channels (at most three) and, last, how many queries were counted.
-            Written for pages of one request only: it computed them itself, and nobody who shares
-            them writes here.
+        accumulated: ``[P, B, 4]`` fp32 or None: per key, for policies that judge by all queries,
+            the sums so far of their channels (at most three) and, last, how many queries were
+            counted. Written for pages of one request only: it computed them itself, and nobody who
+            shares them writes here.
         echo: ``[P, B]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
             the prefix cache hands to others they are valid where the scheduler says so
             (``scheduling/segments.py``); where a request wrote none, zeroed before they are read.
@@ -41,44 +44,39 @@ class PackedState:
 
     def __init__(
         self,
+        group: CacheGroup,
         *,
         num_blocks: int,
-        num_layers: int,
-        num_kv_heads: int,
-        num_query_heads: int,
-        head_size: int,
         state_slots: int,
         observe_slots: int,
         window: int,
         dtype: torch.dtype,
         device: torch.device,
-        running: bool = False,
+        accumulated: bool = False,
         echo: bool = False,
-        block_size: int = 16,
     ) -> None:
-        heads = (state_slots, num_layers, num_kv_heads)
+        self.group = group
+        heads = (state_slots, *group.shape)
         self.num_pages = torch.zeros(heads, dtype=torch.int32, device=device)
         self.first_page = torch.zeros(heads, dtype=torch.int32, device=device)
         self.covered = torch.zeros(state_slots, dtype=torch.int32, device=device)
         self.owner = torch.full((num_blocks,), layout.NOT_PACKED, dtype=torch.int32, device=device)
         self.ring = torch.zeros(
-            num_layers,
+            group.layers,
             observe_slots,
             window,
-            num_query_heads,
-            head_size,
+            group.heads * group.queries_per_head,
+            group.head_size,
             dtype=dtype,
             device=device,
         )
-        pages = num_blocks * num_layers * num_kv_heads
-        self.running: Tensor | None = None
-        if running:
-            self.running = torch.zeros(
-                pages, block_size, RUNNING, dtype=torch.float32, device=device
-            )
+        keys = group.num_pages(num_blocks), group.block_size
+        self.accumulated: Tensor | None = None
+        if accumulated:
+            self.accumulated = torch.zeros(*keys, ACCUMULATED, dtype=torch.float32, device=device)
         self.echo: Tensor | None = None
         if echo:
-            self.echo = torch.zeros(pages, block_size, dtype=torch.float32, device=device)
+            self.echo = torch.zeros(keys, dtype=torch.float32, device=device)
         self._first_block: dict[int, int] = {}
 
     @property
@@ -99,7 +97,7 @@ class PackedState:
     def num_bytes(self) -> int:
         """Memory beside the KV cache, in bytes."""
         tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
-        tensors += [stored for stored in (self.running, self.echo) if stored is not None]
+        tensors += [stored for stored in (self.accumulated, self.echo) if stored is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def state_slots(self, block_table: Tensor) -> Tensor:

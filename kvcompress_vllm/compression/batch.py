@@ -17,6 +17,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.policies.base import Policy
 from kvcompress_vllm.records import budget
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Accumulation, Judged
 
 Item = TypeVar("Item", bound=Accumulation)
@@ -27,29 +28,16 @@ for statistics and scores without making many small compressions wait for each o
 
 
 class Rank(NamedTuple):
-    """What compressions of one rank read and change."""
+    """What compressions of one rank and cache group read and change."""
 
     state: PackedState
     pages: Tensor
-    """``[P, B, 2 * D]`` page pool."""
-    scale: float
-    """Factor on the attention logits."""
+    """``[P, B, 2 * D]``."""
 
     @property
-    def block_size(self) -> int:
-        return self.pages.shape[1]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """L, H."""
-        _, layers, heads = self.state.num_pages.shape
-        return layers, heads
-
-    @property
-    def slots(self) -> int:
-        """L * H, heads of the rank and pages of a block."""
-        layers, heads = self.shape
-        return layers * heads
+    def group(self) -> CacheGroup:
+        """Whose pages these are."""
+        return self.state.group
 
 
 @dataclass(frozen=True)
@@ -88,9 +76,9 @@ class Batch(Generic[Item]):
         Args:
             floor_pages: None: as configured.
         """
-        device, size = rank.pages.device, rank.block_size
+        device, size = rank.pages.device, rank.group.block_size
         rows = padded_rows([item.old_blocks for item in items], device)
-        starts = _starts(item.candidate_blocks * rank.slots for item in items)
+        starts = _starts(item.candidate_blocks * rank.group.pages_per_block for item in items)
         return cls(
             items,
             config,

@@ -42,18 +42,19 @@ class Rectangle(NamedTuple):
     @classmethod
     def of(cls, rank: Rank, item: Judged, width: int) -> Rectangle:
         """Args: width: pages of the longest head, or more."""
-        pages = item.candidate_blocks * rank.slots
+        pages = item.candidate_blocks * rank.group.pages_per_block
         if not item.old_kept:
             return cls(width, pages)
-        state, slots, device = rank.state, rank.slots, rank.pages.device
+        state, device = rank.state, rank.pages.device
+        heads = rank.group.pages_per_block
         fresh = item.covered - item.old_covered
         lengths = state.num_pages[item.packed_slot] + fresh
         first = layout.first_candidate(
-            state.first_page[item.packed_slot].view(slots, 1),
-            torch.arange(slots, device=device).unsqueeze(1),
+            state.first_page[item.packed_slot].view(heads, 1),
+            torch.arange(heads, device=device).unsqueeze(1),
             fresh,
         )
-        j = torch.arange(width, device=device) - width + lengths.view(slots, 1)
+        j = torch.arange(width, device=device) - width + lengths.view(heads, 1)
         place = torch.where(j >= 0, first + j, pages).flatten().long()
         return cls(width, pages, lengths, place, j < 0)
 
@@ -88,7 +89,8 @@ def evidence_of(
         counts: ``[pages, B]`` queries that saw each key, or None.
     """
     item, config, state = batch.items[index], batch.config, rank.state
-    (layers, heads), block_size = rank.shape, rank.block_size
+    group = rank.group
+    heads, block_size = group.pages_per_block, group.block_size
     left_out = (item.covered - rectangle.width) * block_size
     window = min(config.window, item.num_tokens)
     absent = rectangle.absent
@@ -105,18 +107,18 @@ def evidence_of(
         gather.Packed(item.packed_slot, item.old_covered) if item.old_kept else None,
         left_out,
     )
-    by_channel = [part.reshape(layers * heads, -1) for part in statistics]
+    by_channel = [part.reshape(heads, -1) for part in statistics]
     return Evidence(
-        layers=layers,
-        heads=heads,
-        group=state.ring.shape[3] // heads,
+        layers=group.layers,
+        heads=group.heads,
+        group=group.queries_per_head,
         num_keys=rectangle.width * block_size,
         num_kept=item.kept * block_size,
         seq_len=item.num_tokens - left_out,
         num_queries=item.observed.before + item.observed.num_queries if item.observed else window,
         num_sinks=config.sinks,
         num_recent=batch.recent[index],
-        scale=rank.scale,
+        scale=group.scale,
         device=rank.pages.device,
         statistics=dict(zip(sorted(batch.policy.channels), by_channel, strict=counts is None)),
         counts=None if counts is None else by_channel[-1],

@@ -52,21 +52,27 @@ def readers(
         Two functions that give ``[H, seq_len - left_out, D]`` and one that gives ``[H, G, n, D]``.
         Heads that kept fewer keys begin with zeros.
     """
-    layers, heads = state.num_pages.shape[1:]
-    block_size, head_size = pages.shape[1], pages.shape[2] // 2
+    group = state.group
+    heads, block_size, head_size = group.heads, group.block_size, group.head_size
     covered = packed.covered if packed else 0
 
     def read(layer: int, part: Tensor) -> Tensor:
         column = torch.arange(left_out, seq_len, device=pages.device)
-        head_slot = layer * heads + torch.arange(heads, device=pages.device)[:, None]
+        head = layer * heads + torch.arange(heads, device=pages.device)[:, None]
         num_pages, first_page = (
-            table[packed.state_slot, layer][:, None] if packed else torch.zeros_like(head_slot)
+            table[packed.state_slot, layer][:, None] if packed else torch.zeros_like(head)
             for table in (state.num_pages, state.first_page)
         )
         key = column - covered * block_size + num_pages * block_size
         present = key.clamp(min=0)
         ids = layout.page_id(
-            row, covered, num_pages, first_page, head_slot, layers * heads, present // block_size
+            row,
+            covered,
+            num_pages,
+            first_page,
+            head,
+            group.pages_per_block,
+            present // block_size,
         )
         copied = part[ids, present % block_size]
         return copied.masked_fill_((key < 0)[..., None], 0) if packed else copied

@@ -50,7 +50,7 @@ def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
                 *candidates,
                 of_attention,
                 observed.stride if observed else 1,
-                rank.scale,
+                rank.group.scale,
             )
         )
     if of_keys:
@@ -58,7 +58,7 @@ def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
     if stored:
         parts.append(_echo(rank, batch)[None])
     if not parts:
-        shape = (0, batch.num_pages, rank.block_size)
+        shape = (0, batch.num_pages, rank.group.block_size)
         return torch.empty(shape, dtype=torch.float32, device=device)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -74,12 +74,13 @@ def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
     scores = rank.state.echo
     if scores is None:
         raise RuntimeError("kv_compress: no echo scores are stored for this policy")
-    by_block = scores.view(-1, rank.slots, rank.block_size)
+    block_size = rank.group.block_size
+    by_block = scores.view(-1, rank.group.pages_per_block, block_size)
     for item in batch.items:
         blank = [position for start, end in item.unscored for position in range(start, end)]
         if blank:
-            blocks = [item.old_blocks[position // rank.block_size] for position in blank]
-            offsets = [position % rank.block_size for position in blank]
+            blocks = [item.old_blocks[position // block_size] for position in blank]
+            offsets = [position % block_size for position in blank]
             place = to_device([blocks, offsets], torch.int64, scores.device)
             by_block[place[0], :, place[1]] = 0
     pages = [_pages(rank, item, row)[0] for item, row in zip(batch.items, batch.rows, strict=True)]
@@ -89,13 +90,13 @@ def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
 def add_up(
     rank: Rank, item: Accumulation, row: Tensor, statistics: Tensor, store: bool = True
 ) -> Tensor:
-    """Add the statistics of the observed queries to the running ones of a request.
+    """Add the statistics of the observed queries to the accumulated ones of a request.
 
     Args:
         row: ``[M]`` int32 block ids.
         statistics: ``[channels, pages, B]`` of this request, those of the attention alone; become
             the sums.
-        store: False leaves the running statistics as they are.
+        store: False leaves the accumulated statistics as they are.
 
     Returns:
         ``[pages, B]`` fp32, how many queries saw each key.
@@ -103,13 +104,13 @@ def add_up(
     Raises:
         RuntimeError: there are none.
     """
-    running, observed = rank.state.running, item.observed
-    if running is None or observed is None:
-        raise RuntimeError(f"kv_compress: {item.request_id} has no running statistics")
+    accumulated, observed = rank.state.accumulated, item.observed
+    if accumulated is None or observed is None:
+        raise RuntimeError(f"kv_compress: {item.request_id} has no accumulated statistics")
     pages, ages, known = _candidates(rank, item, row, observed)
     seen = ages.div(observed.stride, rounding_mode="floor") + 1
     counts = seen.clamp(max=observed.num_queries).float()
-    before = running[pages].masked_fill_(~known[:, None, None], 0)
+    before = accumulated[pages].masked_fill_(~known[:, None, None], 0)
     counts += before[..., -1]
     for channel, values in enumerate(statistics):
         values += before[..., channel]
@@ -118,7 +119,7 @@ def add_up(
     sums = torch.zeros_like(before)
     sums[..., -1] = counts
     sums[..., : len(statistics)] = statistics.permute(1, 2, 0)
-    running[pages] = sums
+    accumulated[pages] = sums
     return counts
 
 
@@ -129,9 +130,9 @@ def _candidates(
 
     Returns:
         ``[pages]`` page ids; ``[pages, B]`` tokens after each key, a lower bound for keys that were
-        packed before; ``[pages]`` bool, whether a page has running statistics.
+        packed before; ``[pages]`` bool, whether a page has accumulated statistics.
     """
-    device, block_size = rank.pages.device, rank.block_size
+    device, block_size = rank.pages.device, rank.group.block_size
     pages, block = _pages(rank, item, row)
     position = block[:, None] * block_size + torch.arange(block_size, device=device)
     return pages, item.num_tokens - 1 - position, block < observed.known
@@ -141,17 +142,17 @@ def _pages(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]
     """``[pages]`` page ids of a request's candidates, in the order of the statistics ops, and the
     block of each in the row's own count: packed pages stand for some block before them."""
     state, device = rank.state, rank.pages.device
-    slots, fresh = rank.slots, item.covered - item.old_covered
-    index = torch.arange(slots, device=device)
+    heads, fresh = rank.group.pages_per_block, item.covered - item.old_covered
+    index = torch.arange(heads, device=device)
     if item.old_kept:
         packed = state.num_pages[item.packed_slot].flatten().long()
         first = state.first_page[item.packed_slot].flatten().long()
     else:
         packed = first = torch.zeros_like(index)
-    total = item.candidate_blocks * slots
+    total = item.candidate_blocks * heads
     head = index.repeat_interleave(packed + fresh, output_size=total)
     begin = layout.first_candidate(first, index, fresh)
     j = torch.arange(total, device=device) - begin[head]
-    pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, slots, j)
+    pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, heads, j)
     block = torch.where(j < packed[head], item.old_covered - 1, item.old_covered + j - packed[head])
     return pages, block

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.config.options import KVCompressConfig, check_mass
+from kvcompress_vllm.config.combinations import check_mass
+from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.rules import shown
 from kvcompress_vllm.records.budget import RequestBudget, Wish
 

@@ -19,8 +19,8 @@ class Observed(NamedTuple):
     """What is known to a policy that judges by all queries.
 
     An observation slot holds ``num_queries`` queries, ``stride`` tokens apart, the last of them at
-    the end of the tokens in question. The running statistics of the first ``known`` blocks count
-    ``before`` earlier ones.
+    the end of the tokens in question. The accumulated statistics of the first ``known`` blocks
+    count ``before`` earlier ones.
     """
 
     num_queries: int
@@ -31,8 +31,8 @@ class Observed(NamedTuple):
 
 @dataclass(frozen=True)
 class Accumulation:
-    """Add what the queries in an observation slot paid to the keys of a request to the running
-    statistics; nothing moves.
+    """Add what the queries in an observation slot paid to the keys of a request to its
+    accumulated statistics; nothing moves.
 
     ``old_blocks`` is the request's row as far as ``num_tokens`` tokens reach, which is where the
     observed queries end. Up to now its first ``old_covered`` blocks are packed into ``old_kept``,
@@ -48,6 +48,8 @@ class Accumulation:
     old_kept: int
     covered: int
     old_blocks: list[int]
+    group: int = field(default=0, kw_only=True)
+    """Index of the :class:`~kvcompress_vllm.records.group.CacheGroup` whose keys are meant."""
     policy: str | None = field(default=None, kw_only=True)
     """Whose statistics; None: of the configured one."""
     observed: Observed | None = field(default=None, kw_only=True)
@@ -176,6 +178,8 @@ class PackedRow(NamedTuple):
     state_slot: int
     covered: int
     packed_blocks: list[int]
+    group: int = 0
+    """As of :class:`Accumulation`."""
 
 
 @dataclass

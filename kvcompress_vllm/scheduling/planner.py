@@ -17,14 +17,13 @@ Life of a compressible request:
    earlier for those that lose least;
 5. ``release`` when it finishes, is aborted or is preempted; a preempted request is admitted anew.
 
-How many blocks and when is in ``sizes.py``, what is observed in ``observation.py``, who goes first
-in ``pressure.py``; here are the requests and the slots that they hold.
+How many blocks and when is in ``sizes.py``, what is observed in ``observation.py``, with which slot
+in ``observers.py``, who goes first in ``pressure.py``; here are the requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
@@ -34,8 +33,8 @@ from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
 from kvcompress_vllm.scheduling.contexts import Context, Contexts
 from kvcompress_vllm.scheduling.mass import ExpectedRatio, decide, rounded_ratio
+from kvcompress_vllm.scheduling.observers import ObservationSlots
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.segments import DECODED
 from kvcompress_vllm.scheduling.sizes import NEVER, Budgets, Limits, Sizes, check_peak
 from kvcompress_vllm.scheduling.slots import Slots
 
@@ -53,6 +52,10 @@ class CompressionPlanner:
         observe_slots: how many requests can be observed at once.
         max_tokens: longest possible request, prompt and output.
         context_slots: how many packed prefixes can be held for others.
+
+    Attributes:
+        observers: who is observed.
+        contexts: packed prefixes that requests share.
     """
 
     def __init__(
@@ -69,17 +72,13 @@ class CompressionPlanner:
         self.requests: dict[str, Tracked] = {}
         self.version = 0
         """Changes whenever a request comes, goes or is packed for the first time."""
-        self.observe_slots = observe_slots
-        self._state_slots = Slots(state_slots)
+        self.observers = ObservationSlots(config, observe_slots, self.requests)
         self.contexts = Contexts(range(state_slots, state_slots + context_slots))
-        self._observe_slots = Slots(observe_slots)
+        self._state_slots = Slots(state_slots)
         self._released: list[int] = []
         self._vacated: list[int] = []
         self._budgets = Budgets(resolve(config), self.limits)
         self._expected = ExpectedRatio(config)
-        self._reads_echo = cache(config.reads_echo)
-        self.listens = config.listens
-        """Whether what requests decode gets echo scores."""
         observation.check_steps(config, block_size, block_size)
         check_peak(config, self.sizes())
 
@@ -106,7 +105,7 @@ class CompressionPlanner:
         More than configured where the observation slots do not go round: each is taken for
         ``window`` tokens at a time.
         """
-        turn = -(-num_requests * self.config.window // (self.observe_slots * self.block_size))
+        turn = -(-num_requests * self.config.window // (self.observers.count * self.block_size))
         return max(self.config.interval, turn)
 
     def starting(
@@ -148,7 +147,7 @@ class CompressionPlanner:
 
     def _have_slots(self, starting: Tracked) -> bool:
         if starting.in_prefill:
-            return bool(self._state_slots and self._num_slots())
+            return bool(self._state_slots and self.observers.available)
         return bool(self._state_slots) or not (starting.kept or starting.due_at != NEVER)
 
     def admit(
@@ -175,11 +174,11 @@ class CompressionPlanner:
         if request_id in self.requests or not self._have_slots(tracked):
             raise RuntimeError(
                 f"kv_compress: cannot admit {request_id}: tracked={request_id in self.requests}, "
-                f"{len(self._state_slots)} state and {len(self._observe_slots)} observation slots"
+                f"{len(self._state_slots)} state and {self.observers.available} observation slots"
             )
         tracked.state_slot = self._state_slots.take()
         if tracked.in_prefill:
-            tracked.observe_slot = self._take_slot()
+            self.observers.observe(tracked)
         if context is not None:
             self.contexts.join(context, request_id)
         elif wanted is not None:
@@ -193,7 +192,7 @@ class CompressionPlanner:
         tracked = self.requests.pop(request_id, None)
         if tracked is None:
             return
-        self._stop_observing(tracked)
+        self.observers.stop(tracked)
         self._stop_sharing(tracked)
         self._state_slots.give(tracked.state_slot)
         self._released.append(tracked.state_slot)
@@ -249,7 +248,7 @@ class CompressionPlanner:
 
     def observed(self, tracked: Tracked, num_tokens: int) -> Observed | None:
         """What a request's observation slot holds once ``num_tokens`` tokens are computed; None:
-        the last ``window`` queries, and there are no running statistics."""
+        the last ``window`` queries, and there are no accumulated statistics."""
         return observation.observed(tracked, self.config.window, num_tokens)
 
     def accumulate(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, Observed]]:
@@ -259,46 +258,12 @@ class CompressionPlanner:
 
     def watch(self, num_computed: Mapping[str, int]) -> None:
         """Give observation slots to decoding requests that will soon have outgrown their budget."""
-        if not self._num_slots():
+        if not self.observers.available:
             return
         near = observation.outgrowing(self.requests.values(), num_computed, self.config.window)
-        for computed, tracked in near[: self._num_slots()]:
+        for computed, tracked in near[: self.observers.available]:
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
             self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
-
-    def listen(self, num_computed: Mapping[str, int]) -> None:
-        """Give observation slots that nobody needs to decoding requests whose policy reads echo
-        scores: what they decode is scored while they hold one."""
-        for tracked in self.requests.values() if self.listens else ():
-            if not self._observe_slots:
-                return
-            computed = num_computed.get(tracked.request_id, 0)
-            if (
-                tracked.observe_slot is tracked.listen_slot is None
-                and computed >= tracked.prefill_end
-                and tracked.due_at != NEVER
-                and self._reads_echo(tracked.budget.policy)
-            ):
-                tracked.listen_slot, tracked.listened = self._observe_slots.take(), computed
-
-    def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int]]:
-        """Whole segments that were decoded since the last call, each ``[begin, end)`` of a request,
-        and what there is of one where a compression is due."""
-        for tracked in self.requests.values() if self.listens else ():
-            if tracked.listen_slot is None:
-                continue
-            end, due = num_computed.get(tracked.request_id, 0), False
-            if tracked.observe_slot is not None and end >= tracked.due_at:
-                end, due = tracked.due_at, True
-            while tracked.listened < end:
-                begin = tracked.listened
-                stop = begin - begin % DECODED + DECODED
-                if stop > end and not due:
-                    break
-                tracked.listened = min(stop, end)
-                if tracked.listened - begin > 1:
-                    tracked.unscored.scored(begin, tracked.listened)
-                    yield tracked, begin, tracked.listened
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
         """When the pool runs short, prepare early compressions, lowest loss per block first.
@@ -316,7 +281,7 @@ class CompressionPlanner:
             self.limits,
             self.config.window,
             self.config.max_ratio,
-            self._num_slots(),
+            self.observers.available,
         )
         for item in early:
             tracked = item.tracked
@@ -444,10 +409,6 @@ class CompressionPlanner:
                 return users
         return set()
 
-    def observe_slots_used(self) -> int:
-        """Observation slots that are taken now."""
-        return self.observe_slots - self._num_slots()
-
     def take_released(self) -> list[int]:
         """State slots released since the last call."""
         released, self._released = self._released, []
@@ -472,9 +433,7 @@ class CompressionPlanner:
 
     def _prepare(self, tracked: Tracked, due_at: int) -> None:
         """Observe a request from now on, and compress it at ``due_at`` tokens."""
-        tracked.observe_slot = tracked.listen_slot
-        if tracked.observe_slot is None:
-            tracked.observe_slot = self._take_slot()
+        self.observers.observe(tracked)
         tracked.due_at = due_at
 
     def _go_on(self, tracked: Tracked, due_at: int) -> None:
@@ -482,7 +441,7 @@ class CompressionPlanner:
         tracked.due_at = due_at
         if not tracked.in_prefill:
             tracked.trigger = "decode"
-            self._stop_observing(tracked)
+            self.observers.stop(tracked)
 
     def _stop_computing(self, tracked: Tracked) -> None:
         """Let those go on who await the context that it computes."""
@@ -495,27 +454,3 @@ class CompressionPlanner:
         if tracked.context is not None:
             self.contexts.leave(tracked.context, tracked.request_id)
             tracked.context = None
-
-    def _stop_observing(self, tracked: Tracked) -> None:
-        slot = tracked.listen_slot if tracked.observe_slot is None else tracked.observe_slot
-        if slot is not None:
-            self._observe_slots.give(slot)
-        tracked.observe_slot = tracked.listen_slot = None
-
-    def _listeners(self) -> list[Tracked]:
-        """Requests that would give their slot to one that is to be compressed."""
-        return [
-            tracked
-            for tracked in self.requests.values()
-            if tracked.listen_slot is not None and tracked.observe_slot is None
-        ]
-
-    def _num_slots(self) -> int:
-        """Observation slots that are to be had."""
-        free = len(self._observe_slots)
-        return free + len(self._listeners()) if self.listens else free
-
-    def _take_slot(self) -> int:
-        if not self._observe_slots:
-            self._stop_observing(self._listeners()[-1])
-        return self._observe_slots.take()

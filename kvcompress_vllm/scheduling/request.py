@@ -31,9 +31,9 @@ class Tracked:
     packing: Packing = NOTHING
     """As it is packed now; C is 0 until the first compression."""
     accumulated: int = 0
-    """Tokens whose queries the running statistics count; a policy that judges by all queries."""
+    """Tokens whose queries its statistics count; of a policy that judges by all queries."""
     known: int = 0
-    """Blocks whose keys have running statistics."""
+    """Blocks whose keys have accumulated statistics."""
     counted: int = 0
     """Queries counted in them."""
     ratio: float | None = None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records.group import CacheGroup
 
 
 class Slots:
@@ -29,8 +30,8 @@ def num_observe_slots(
     config: KVCompressConfig,
     max_batched_tokens: int,
     max_requests: int,
-    cache_tokens: int,
-    group: int,
+    num_blocks: int,
+    group: CacheGroup,
 ) -> int:
     """Observation slots of an engine; scheduler and workers compute the same number.
 
@@ -41,12 +42,13 @@ def num_observe_slots(
     Args:
         max_batched_tokens: tokens in a step.
         max_requests: requests in a step.
-        cache_tokens: tokens that the KV cache holds.
-        group: G, query heads per KV head.
+        num_blocks: of the KV cache.
+        group: what they hold.
     """
     per_step = -(-max_batched_tokens // config.min_prompt_tokens) + 1
     # A slot holds ring * G queries per KV head; a token of the cache is a K and a V vector.
-    affordable = cache_tokens * 2 // (RING_SHARE * config.ring * group)
+    vectors = num_blocks * group.block_size * 2
+    affordable = vectors // (RING_SHARE * config.ring * group.queries_per_head)
     return max(FEWEST_OBSERVE_SLOTS, min(2 * per_step, max_requests, affordable))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's real scheduler with a pretend model behind it, for tests of the accounting.
 
-The pretend worker keeps a real page pool, real state tables and the real compressor. The K of a
+The pretend worker keeps real pages, real state tables and the real compressor. The K of a
 token is a tag of its whole prefix, so that :meth:`Simulation.check_contents` can tell for every
 key of every request whether it is one the request should have.
 """
@@ -70,7 +70,7 @@ class PretendWorker:
             assert heard.blocks == self.rows[heard.request_id][: len(heard.blocks)]
             assert heard.first // DECODED == (heard.end - 1) // DECODED
             self._score(heard.request_id, tokens[heard.request_id], heard.first, heard.end)
-        self.pending = start_step(plan, self.compressor)
+        self.pending = start_step(plan, [self.compressor])
         for item in plan.compressions:
             row = self.rows[item.request_id]
             row[: item.covered] = item.row_prefix
@@ -181,7 +181,13 @@ class Simulation:
         self.vllm_config.scheduler_config.async_scheduling = asynchronous
         self.config = config = resolved_config(self.vllm_config)
         spec = KVCompressSpec(
-            block_size=B, num_kv_heads=H, head_size=D, dtype=torch.float32, window=config.window
+            block_size=B,
+            num_kv_heads=H,
+            head_size=D,
+            dtype=torch.float32,
+            window=config.window,
+            queries_per_head=G,
+            scale=D**-0.5,
         )
         register_all_kvcache_specs(self.vllm_config)
         self.vllm_config.cache_config.num_gpu_blocks = num_blocks
@@ -193,22 +199,20 @@ class Simulation:
             structured_output_manager=StructuredOutputManager(self.vllm_config),
             log_stats=log_stats,
         )
+        group = self.scheduler.kv_compress_group
         state = PackedState(
+            group,
             num_blocks=num_blocks,
-            num_layers=L,
-            num_kv_heads=H,
-            num_query_heads=H * G,
-            head_size=D,
             state_slots=state_slots(self.vllm_config, num_blocks),
             window=config.ring,
             dtype=torch.float32,
             echo=config.stores_echo,
-            observe_slots=observe_slots(self.vllm_config, num_blocks),
-            running=config.query_stride > 0,
+            observe_slots=observe_slots(self.vllm_config, group, num_blocks),
+            accumulated=config.query_stride > 0,
             device=torch.device("cpu"),
         )
         pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"))
-        self.worker = PretendWorker(state, pages, Compressor(config, state, pages, D**-0.5))
+        self.worker = PretendWorker(state, pages, Compressor(config, state, pages))
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(B, hash_function) if prefix_caching else None

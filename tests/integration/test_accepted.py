@@ -168,7 +168,7 @@ def test_what_is_accepted_finishes(
     }
     assert sim.pool.get_num_free_blocks() == sim.pool.num_gpu_blocks - 1
     assert sim.scheduler.kv_compress_planner.requests == {}
-    assert sim.scheduler.kv_compress_planner.observe_slots_used() == 0
+    assert sim.scheduler.kv_compress_planner.observers.used == 0
 
 
 @pytest.mark.parametrize("policy", ["h2o", "scissorhands"])

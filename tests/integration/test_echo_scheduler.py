@@ -116,7 +116,7 @@ def test_what_is_decoded_is_scored_once_in_segments():
 def test_listeners_give_their_slots_to_prompts():
     sim = simulation(blocks=900, max_num_seqs=12)
     planner = sim.scheduler.kv_compress_planner
-    assert planner.observe_slots < 12
+    assert planner.observers.count < 12
     for index in range(12):
         sim.add(str(index), prompt(index, 400), 300)
     most = 0
@@ -129,4 +129,4 @@ def test_listeners_give_their_slots_to_prompts():
         ]
         taken = [slot for slot in slots if slot is not None]
         assert len(taken) == len(set(taken))
-    assert most == 12 and len(planner._observe_slots) == planner.observe_slots
+    assert most == 12 and len(planner.observers._slots) == planner.observers.count

@@ -180,3 +180,19 @@ def test_a_request_that_keeps_all_must_fit_where_prompts_are_bounded() -> None:
     engine.parallel_config.data_parallel_size = 2
     with pytest.raises(ValueError, match="has 267"):
         check_length(config, engine, embeds)
+
+
+def test_what_was_observed_of_a_request_that_is_preempted_is_not_added_up() -> None:
+    """A worker could not read its row: the state slot is released before."""
+    sim = Simulation(80, {"policy": "h2o", "query_stride": 5, "ratio": 4, "window": 4,
+                          "min_prompt_tokens": 40})  # fmt: skip
+    sim.add("r", prompt(1, 400), 5, kv_compress_context_tokens=160)
+    scheduler, request = sim.scheduler, sim.scheduler.requests["r"]
+    while request.num_computed_tokens <= 200:
+        sim.step()
+    assert scheduler.kv_compress_planner.requests["r"].kept
+    plan = scheduler._steps.begin({"r": request.num_computed_tokens})
+    assert [item.old_kept > 0 for item in plan.accumulations] == [True]
+    scheduler.kv_cache_manager.free(request)
+    scheduler._steps.complete(plan, {}, scheduler.requests, False)
+    assert len(plan.released) == 1 and plan.accumulations == []

@@ -251,7 +251,7 @@ def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
     config = args.create_engine_config()
     config.cache_config.num_gpu_blocks_override = 90
     stock = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    specs = [KVCompressSpec.of(stock, 8)] * 4
+    specs = [KVCompressSpec.of(stock, 8, 2, 0.25)] * 4
     with pytest.raises(ValueError, match=r"has 90 blocks of 16 tokens.* may need 129;") as error:
         check_longest_request(config, specs, 1 << 30)
     peak = re.search(r"--kv-compress-prefill-peak-tokens (\d+)", str(error.value))

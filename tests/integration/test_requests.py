@@ -17,16 +17,16 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.integration.frontend import requests
+from kvcompress_vllm.integration.frontend import requests, wish
+from kvcompress_vllm.integration.frontend.body import check_body
 from kvcompress_vllm.integration.frontend.checks import BadRequestError, bad_request
 from kvcompress_vllm.integration.frontend.requests import (
-    KEYS,
     RESOLVED,
     check_request,
     received_budget,
-    request_wish,
     send_budget,
 )
+from kvcompress_vllm.integration.frontend.wish import KEYS, request_wish
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 from tests.integration.simulation import MODEL
 
@@ -93,7 +93,7 @@ def test_what_is_large_is_refused_unread(
 
     nested = isinstance(value, dict) or isinstance(value[0], list)
     if not nested:
-        monkeypatch.setattr(requests.re, "fullmatch", read)
+        monkeypatch.setattr(wish.re, "fullmatch", read)
     for wrong in ({key: value}, {key: value, "kv_compress_mass": 0.5}):
         with pytest.raises(ValueError, match=f"^{key}=.* (is not accepted|exclude)") as refused:
             ask(**wrong)
@@ -121,7 +121,7 @@ def test_other_keys_are_not_ours() -> None:
 
 def body_error(**body: Any) -> str:
     try:
-        requests.check_body({"model": "m", "prompt": "p", **body})
+        check_body({"model": "m", "prompt": "p", **body})
     except ValueError as error:
         return str(error)
     return ""

@@ -46,8 +46,8 @@ def install_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch, **found: str)
     )
     lines = [f"[{registry.ENTRY_POINTS}]", *(f"{name} = {value}" for name, value in found.items())]
     (metadata_of / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    root = Path(__file__).parents[2]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(root)]))
+    paths = [str(folder), str(Path(__file__).parents[2]), *filter(None, [os.getenv("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.syspath_prepend(folder)
     for name in ("_installed", "_load"):
         monkeypatch.setattr(registry, name, cache(getattr(registry, name).__wrapped__))

@@ -76,22 +76,25 @@ class Admission:
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """vLLM's allocation, with slots and the reserve as further conditions of admission."""
-        blocks = self._allocate(request, num_new_tokens, *args, **kwargs)
+        if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            blocks = self._admit(request, num_new_tokens, *args, **kwargs)
+        else:
+            blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is not None and self._echo is not None:
-            # Not once the step is planned: the next request may hit these blocks already.
             first = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
             size, end = self._planner.block_size, first + num_new_tokens
-            row = self._manager.get_blocks(request.request_id).blocks[0]
-            ids = [block.block_id for block in row[first // size : -(-end // size)]]
-            policy = self._planner.sizes(budget_of(request)).budget.policy
-            self._echo.allocated(policy, ids, first, end)
+            # Whoever began a block has said so of it: a decoding request does once in a while.
+            if -first % size < num_new_tokens:
+                # Not once the step is planned: the next request may hit these blocks already.
+                row = self._manager.get_blocks(request.request_id).blocks[0]
+                ids = [block.block_id for block in row[first // size : -(-end // size)]]
+                policy = self._planner.sizes(budget_of(request)).budget.policy
+                self._echo.allocated(policy, ids, first, end)
         return blocks
 
-    def _allocate(
+    def _admit(
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
-        if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-            return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         planner, manager = self._planner, self._manager
         budget, context = budget_of(request), self.hit(request)
         if not planner.can_admit(request.num_tokens, budget, context):

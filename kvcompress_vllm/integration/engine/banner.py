@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from vllm.config import SchedulerConfig
 from vllm.logger import init_logger
 
+from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.segments import SEGMENT
 
 logger = init_logger("vllm.kv_compress")
 
@@ -31,3 +34,18 @@ def log_banner(planner: CompressionPlanner, blocks: int) -> None:
         blocks / max(1, packed),
         blocks / full,
     )
+
+
+def warn_of_small_steps(config: SchedulerConfig) -> None:
+    """Warn where steps may not have room for the tokens that get echo scores at once."""
+    tokens, requests = step_tokens(config), config.max_num_seqs
+    if tokens - requests < SEGMENT:
+        logger.warning(
+            "kv_compress: steps of %d tokens with up to %d requests may not have room for "
+            "the %d tokens that are scored at once: what is kept then depends on how "
+            "prompts are cut, and the prefix cache is used less; raise "
+            "--max-num-batched-tokens",
+            tokens,
+            requests,
+            SEGMENT,
+        )

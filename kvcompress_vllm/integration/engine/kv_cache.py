@@ -24,6 +24,7 @@ from kvcompress_vllm.cache.integrity import Block, check_pool
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.sizes import NOTHING, Limits, Sizes
@@ -35,9 +36,13 @@ class KVCompressSpec(FullAttentionSpec):
 
     Attributes:
         window: last prompt queries that must be computed, not taken from the prefix cache.
+        queries_per_head: query heads per KV head.
+        scale: factor on the attention logits.
     """
 
     window: int = 1
+    queries_per_head: int = 1
+    scale: float = 1.0
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         # What vLLM demands of the pool, so that the longest request fits alone.
@@ -49,14 +54,48 @@ class KVCompressSpec(FullAttentionSpec):
         return (most_needed(config, self.block_size, longest) + 1) * self.page_size_bytes
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, window: int) -> KVCompressSpec:
+    def of(
+        cls, spec: FullAttentionSpec, window: int, queries_per_head: int, scale: float
+    ) -> KVCompressSpec:
         """The spec of a layer that vLLM describes as plain full attention."""
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
-        return cls(**values, window=window)
+        return cls(**values, window=window, queries_per_head=queries_per_head, scale=scale)
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        return replace(super().merge(specs), window=max(spec.window for spec in specs))
+        alike = {(spec.queries_per_head, spec.scale) for spec in specs}
+        if len(alike) != 1:
+            raise ValueError(
+                "kv_compress: all layers must share the attention scale and head count; they have "
+                f"{', '.join(f'{scale:g} and {count} per KV head' for count, scale in alike)}"
+            )
+        ((queries_per_head, scale),) = alike
+        window = max(spec.window for spec in specs)
+        merged = super().merge(specs)
+        return replace(merged, window=window, queries_per_head=queries_per_head, scale=scale)
+
+
+def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
+    """A group of layers as vLLM tells scheduler and workers of it.
+
+    Args:
+        spec: of each of its layers.
+        layers: how many there are on a rank.
+
+    Raises:
+        ValueError: they cannot be compressed.
+    """
+    if not isinstance(spec, KVCompressSpec):
+        raise ValueError(f"kv_compress: cannot compress {spec}")
+    return CacheGroup(
+        layers=layers,
+        heads=spec.num_kv_heads,
+        queries_per_head=spec.queries_per_head,
+        head_size=spec.head_size,
+        block_size=spec.block_size,
+        itemsize=spec.dtype.itemsize,
+        scale=spec.scale,
+    )
 
 
 def most_needed(config: KVCompressConfig, block_size: int, longest: int) -> int:

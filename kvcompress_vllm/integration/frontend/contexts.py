@@ -23,8 +23,9 @@ from vllm.sampling_params import RequestOutputKind
 
 from kvcompress_vllm.config.rules import shown
 from kvcompress_vllm.integration.engine.utilities import DROP, LIST
-from kvcompress_vllm.integration.frontend import checks, requests
+from kvcompress_vllm.integration.frontend import checks
 from kvcompress_vllm.integration.frontend.access import authorized
+from kvcompress_vllm.integration.frontend.wish import CONTEXT, XARGS
 from kvcompress_vllm.integration.start.flags import resolved_config
 
 PATH = "/kv-compress/contexts"
@@ -36,13 +37,13 @@ NOT_HELD = (
 router = APIRouter(tags=["kv-compress"], dependencies=[Depends(authorized)])
 
 
-@router.post(PATH, dependencies=[Depends(checks.check_body)])
+@router.post(PATH, dependencies=[Depends(checks.checked_body)])
 async def add(request: Request) -> JSONResponse:
     """Compress a context, unless it is held, and say how large it is."""
     body = await request.json() if await request.body() else None
     if not isinstance(body, dict):
         raise checks.BadRequestError(f"{shown(body)} is not accepted; it must be a JSON object")
-    asked = dict(body.pop(requests.XARGS, None) or {})
+    asked = dict(body.pop(XARGS, None) or {})
     salt = body.pop(SALT, None)
     if salt is not None and not (isinstance(salt, str) and salt):
         raise checks.BadRequestError(f"{SALT}={shown(salt)} is not accepted; it must be a text")
@@ -127,7 +128,7 @@ async def _tokens(request: Request, body: dict[str, Any]) -> tuple[list[int], An
     if unknown:
         raise checks.BadRequestError(
             f"{shown(min(unknown))} is not accepted; the fields are "
-            f"{', '.join([*type(asked).model_fields, SALT, requests.XARGS])}"
+            f"{', '.join([*type(asked).model_fields, SALT, XARGS])}"
         )
     if "messages" in body and "add_generation_prompt" not in body:
         asked.add_generation_prompt = False  # a user's turn follows
@@ -148,8 +149,8 @@ def _request(
     """
     config, cache = resolved_config(client.vllm_config), client.vllm_config.cache_config
     assert config is not None
-    n = asked.get(requests.CONTEXT, len(tokens))
-    asked = {**asked, requests.CONTEXT: n}
+    n = asked.get(CONTEXT, len(tokens))
+    asked = {**asked, CONTEXT: n}
     least = max(config.min_prompt_tokens, cache.block_size)
     if len(tokens) < least:
         raise checks.BadRequestError(
@@ -158,7 +159,7 @@ def _request(
         )
     if isinstance(n, int) and n > len(tokens):
         raise checks.BadRequestError(
-            f"{requests.CONTEXT}={shown(n)} is not accepted; the prompt has {len(tokens)} tokens"
+            f"{CONTEXT}={shown(n)} is not accepted; the prompt has {len(tokens)} tokens"
         )
     whole = n // cache.block_size * cache.block_size if isinstance(n, int) else len(tokens)
     params = SamplingParams(

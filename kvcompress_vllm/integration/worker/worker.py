@@ -23,7 +23,7 @@ from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat.releases import vllm_places_layers
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
 from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import backend, reports
@@ -31,6 +31,7 @@ from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepCon
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
 from kvcompress_vllm.integration.worker.rotary import rotations
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import StepPlan
 
 logger = init_logger("vllm.kv_compress")
@@ -55,6 +56,7 @@ class KVCompressWorkerMixin(Worker):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         window = self.kv_compress_config.window
+        layers: Any = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
         for name, spec in super().get_kv_cache_spec().items():
             if (
@@ -68,7 +70,10 @@ class KVCompressWorkerMixin(Worker):
                     f"kv_compress: layer {name} needs {spec}; only plain causal full attention "
                     "with an unquantised KV cache can be compressed"
                 )
-            specs[name] = KVCompressSpec.of(spec, window)
+            impl = layers[name].impl
+            specs[name] = KVCompressSpec.of(
+                spec, window, impl.num_heads // impl.num_kv_heads, impl.scale
+            )
         return specs
 
     def determine_available_memory(self) -> int:
@@ -131,7 +136,7 @@ class KVCompressWorkerMixin(Worker):
         score_heard(
             self.kv_compressor.rank, context.rotations, context.num_sinks, plan.heard
         )  # while rows are what they were
-        self.kv_compress_pending = start_step(plan, self.kv_compressor)
+        self.kv_compress_pending = start_step(plan, [self.kv_compressor])
         self.kv_compress_runner.write_row_prefixes(
             {item.request_id: item.row_prefix for item in plan.compressions}
         )
@@ -144,22 +149,15 @@ class KVCompressWorkerMixin(Worker):
         assert self.device is not None
         runner = adapt(self.model_runner)
         layers = self.vllm_config.compilation_config.static_forward_context
-        (group,) = kv_cache_config.kv_cache_groups
-        names = group.layer_names
+        (found,) = kv_cache_config.kv_cache_groups
+        names = found.layer_names
+        group = cache_group(found.kv_cache_spec, len(names))
         impls = {name: layers[name].impl for name in names}
-        if len({(impl.scale, impl.num_heads) for impl in impls.values()}) != 1:
-            raise ValueError(
-                "kv_compress: all layers must share the attention scale and head count"
-            )
-        impl = impls[names[0]]
-        if not isinstance(impl, KVCompressImpl):
-            raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
-        state = PackedState(
-            num_blocks=kv_cache_config.num_blocks,
-            device=self.device,
-            **self._state_shape(impl, kv_cache_config.num_blocks),
-        )
-        pages = page_pool(layers[names[0]].kv_cache, len(names))
+        for impl in impls.values():
+            if not isinstance(impl, KVCompressImpl):
+                raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
+        state = self._state(group, kv_cache_config.num_blocks, self.device)
+        pages = all_pages(layers[names[0]].kv_cache, group)
         context = StepContext(
             state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
         )
@@ -179,7 +177,7 @@ class KVCompressWorkerMixin(Worker):
         self.kv_compress_context = context
         self.kv_compress_runner = runner
         agree = _agree if self.parallel_config.tensor_parallel_size > 1 else None
-        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, impl.scale, agree)
+        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, agree)
         message = ops.missing_kernels(self.device.type)
         if message:
             logger.warning("kv_compress: %s", message)
@@ -194,46 +192,33 @@ class KVCompressWorkerMixin(Worker):
             100 * (held + scratch) / cache_bytes,
         )
 
-    def _state_shape(self, impl: KVCompressImpl, num_blocks: int) -> dict[str, Any]:
-        num_layers = self.model_config.get_num_layers(self.parallel_config)
-        return {
-            "num_layers": num_layers,
-            "num_kv_heads": impl.num_kv_heads,
-            "num_query_heads": impl.num_heads,
-            "head_size": impl.head_size,
-            "state_slots": state_slots(self.vllm_config, num_blocks),
-            "observe_slots": observe_slots(self.vllm_config, num_blocks),
-            "window": self.kv_compress_config.ring,
-            "dtype": self.model_config.dtype,
-            "block_size": self.cache_config.block_size,
-            "running": self.kv_compress_config.query_stride > 0,
-            "echo": self.kv_compress_config.stores_echo,
-        }
+    def _state(self, group: CacheGroup, num_blocks: int, device: torch.device) -> PackedState:
+        dtype: Any = self.model_config.dtype
+        return PackedState(
+            group,
+            num_blocks=num_blocks,
+            state_slots=state_slots(self.vllm_config, num_blocks),
+            observe_slots=observe_slots(self.vllm_config, group, num_blocks),
+            window=self.kv_compress_config.ring,
+            dtype=dtype,
+            device=device,
+            accumulated=self.kv_compress_config.query_stride > 0,
+            echo=self.kv_compress_config.stores_echo,
+        )
 
     def _extra_bytes(self, available: int) -> int:
         """What we allocate beside a KV cache of up to ``available`` bytes."""
-        modules = self.vllm_config.compilation_config.static_forward_context
-        impl = next(
-            layer.impl
-            for layer in modules.values()
-            if isinstance(getattr(layer, "impl", None), KVCompressImpl)
-        )
-        block_bytes = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
-        num_blocks = available // block_bytes
-        state = PackedState(
-            num_blocks=num_blocks,
-            device=torch.device("meta"),
-            **self._state_shape(impl, num_blocks),
-        )
+        specs = list(self.get_kv_cache_spec().values())
+        group = cache_group(specs[0].merge(specs), len(specs))
+        num_blocks = available // group.block_bytes
+        state = self._state(group, num_blocks, torch.device("meta"))
         return state.num_bytes() + self._scratch_bytes(state, num_blocks)
 
     def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
         """What the largest possible compression takes while it runs."""
-        most = min(self.model_config.max_model_len, num_blocks * self.cache_config.block_size)
-        _, layers, heads = state.num_pages.shape
-        running, head_size = state.running is not None, state.ring.shape[-1]
+        most = min(self.model_config.max_model_len, num_blocks * state.group.block_size)
         return max(
-            scratch_bytes(policy, most, layers, heads, head_size, running)
+            scratch_bytes(policy, most, state.group, state.accumulated is not None)
             for policy in usable_policies(self.kv_compress_config)
         )
 
@@ -279,19 +264,22 @@ def packed_config(config: KVCacheConfig) -> KVCacheConfig:
     return replace(config, kv_cache_tensors=tensors)
 
 
-def page_pool(first_layer: torch.Tensor, num_layers: int) -> torch.Tensor:
+def all_pages(first_layer: torch.Tensor, group: CacheGroup) -> torch.Tensor:
     """``[P, B, 2 * D]`` over the buffer that ``first_layer`` ``[N, H, B, 2 * D]`` is a view of.
 
     Raises:
         RuntimeError: vLLM did not lay the layers out side by side.
     """
-    blocks, heads, block_size, width = first_layer.shape
-    page = block_size * width
-    expected = (num_layers * heads * page, page, width, 1)
-    if first_layer.stride() != expected or first_layer.storage_offset() != 0:
+    blocks, (keys, width) = first_layer.shape[0], group.page_shape
+    page = keys * width
+    shape, strides = (
+        (blocks, group.heads, keys, width),
+        (group.pages_per_block * page, page, width, 1),
+    )
+    found = tuple(first_layer.shape), first_layer.stride(), first_layer.storage_offset()
+    if found != (shape, strides, 0):
         raise RuntimeError(
-            f"kv_compress: KV cache strides are {first_layer.stride()} at offset "
-            f"{first_layer.storage_offset()}, expected {expected} at 0"
+            f"kv_compress: a layer of the KV cache has shape, strides and offset {found}, expected "
+            f"{(shape, strides, 0)}"
         )
-    shape = (blocks * num_layers * heads, block_size, width)
-    return first_layer.as_strided(shape, (page, width, 1), 0)
+    return first_layer.as_strided((group.num_pages(blocks), keys, width), (page, width, 1), 0)
