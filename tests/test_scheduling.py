@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.records.budget import Wish
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
@@ -373,3 +375,31 @@ def test_observed_positions_end_where_the_compression_is_due() -> None:
     p.admit("a", 1000)
     seen = p.observe("a", 990, 20)
     assert seen is not None and list(seen.positions(20, 8)) == list(range(999, 991, -1))
+
+
+@given(
+    context=st.integers(10, 200),
+    question=st.integers(1, 1500),
+    ratio=st.floats(1.1, 32),
+    interval=st.integers(1, 20),
+)
+def test_beside_its_context_nobody_holds_more_than_without_compression(
+    context: int, question: int, ratio: float, interval: int
+) -> None:
+    """Its blocks may be shared by any number; what comes on top is what counts for each."""
+    config = KVCompressConfig(ratio=ratio, interval=interval)
+    budget = resolve(config, Wish(context_tokens=context * B + 5))
+    p = CompressionPlanner(config, B, 4, 4, 100_000)
+    p.admit("a", end := context * B + question, budget)
+    a, now = p.requests["a"], context * B
+    if a.due_at != now:
+        return  # nothing to gain
+    p.compressed("a", now)
+    for _ in range(6):
+        own = a.packing.held(a.due_at // B) - (a.kept if a.covered == context else 0)
+        assert own <= a.due_at // B - context
+        if a.due_at > max(end, 20_000):
+            break
+        p.watch({"a": a.due_at - config.window})
+        p.compressed("a", a.due_at)
+        assert a.kept <= a.covered - context, "its copy, too"

@@ -243,7 +243,7 @@ class Compressor:
 
         Of a long generation heads keep far fewer pages than it has blocks.
         """
-        longest = self._lengths[item.state_slot].longest() if item.old_kept else None
+        longest = self._lengths[item.packed_slot].longest() if item.old_kept else None
         if longest is None:
             return item.covered
         return longest + item.covered - item.old_covered
@@ -313,7 +313,8 @@ class Compressor:
         begin = 0
         for index, item in enumerate(part.items):
             end = begin + item.kept * self.rank.group.pages_per_block
-            self._protected.moved(item, kept_keys[begin:end], kept_pages[index])
+            if item.protect:
+                self._protected.moved(item, kept_keys[begin:end], kept_pages[index])
             if self.record is not None:
                 heads = kept_keys[begin:end].split(kept_pages[index].flatten().tolist())
                 self.record[item.request_id] = [keys.flatten() for keys in heads]

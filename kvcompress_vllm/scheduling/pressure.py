@@ -86,7 +86,7 @@ def _missing(
         if tracked.observe_slot is not None:
             target = tracked.target()
             copy = max(copy, target.kept)
-            given_back += tracked.packing.gives_back(target)
+            given_back += tracked.gives_back(target)
     return growth + copy - given_back - num_free
 
 

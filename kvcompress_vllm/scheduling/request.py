@@ -9,6 +9,7 @@ from kvcompress_vllm.records.budget import Ranges, RequestBudget, united
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Trigger
+from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.echo import Unscored
 from kvcompress_vllm.scheduling.sizes import NEVER, NOTHING, Sizes
 
@@ -59,6 +60,11 @@ class Tracked:
     listened: int = 0
     """Tokens up to which that was done."""
 
+    wanted: bytes | None = None
+    """Key of the context that it computes for others as well, until that is packed."""
+    context: Context | None = None
+    """Whose blocks its row starts with; None: its packed blocks are its own."""
+
     @property
     def budget(self) -> RequestBudget:
         return self.sizes.budget
@@ -85,7 +91,7 @@ class Tracked:
             and self.decided is None
             and self.budget.mass is not None
             and self.ratio is None
-            and (self.due_at >= self.prefill_end or self.due_at == self.budget.context_tokens)
+            and (self.due_at >= self.prefill_end or self.due_at == self.sizes.context)
         )
 
     def target(self) -> Packing:
@@ -96,13 +102,27 @@ class Tracked:
         # What a mass is expected to keep may be more than a peak has left of the request.
         return Packing(covered, min(kept, self.packing.candidates(covered)))
 
+    @property
+    def packed_slot(self) -> int:
+        """State slot that describes it as it is packed now."""
+        return self.state_slot if self.context is None else self.context.slot
+
+    @property
+    def used_by_others(self) -> int:
+        """Its packed blocks that stay in use when it lets go of them."""
+        return self.kept if self.context is not None and len(self.context.users) > 1 else 0
+
+    def gives_back(self, new: Packing) -> int:
+        """Blocks that come free when it is packed anew."""
+        return self.packing.gives_back(new) - self.used_by_others
+
     def gain(self, num_tokens: int, ratio: float | None = None) -> int:
         """Blocks that a compression at ``num_tokens`` tokens would give back.
 
         Args:
             ratio: compress at least so much.
         """
-        return self.packing.gives_back(self.packed(num_tokens, ratio))
+        return self.gives_back(self.packed(num_tokens, ratio))
 
     def packed(self, num_tokens: int, ratio: float | None = None) -> Packing:
         """Of a compression at ``num_tokens`` tokens.
@@ -142,6 +162,16 @@ class Tracked:
         num_keys = covered * block_size
         more = self.budget._replace(protect=protect).num_protected(num_keys)
         return -(-(more - self.budget.num_protected(num_keys)) // block_size)
+
+    def outgrown_at(self, due_at: int) -> int:
+        """When it has outgrown its budget, by what is known of it until ``due_at`` tokens; before
+        that where it does not keep more than was thought."""
+        block_size = self.sizes.limits.block_size
+        whole = self.whole(due_at // block_size)
+        if not whole:
+            return due_at
+        shared = self.kept if self.covered * block_size == self.sizes.context else 0
+        return self.sizes.outgrown_at(self.packing, whole, shared)
 
     def floor(self, covered: int) -> int:
         """Pages that every head keeps of ``covered`` blocks."""

@@ -55,6 +55,19 @@ def num_observe_slots(
     return max(FEWEST_OBSERVE_SLOTS, min(useful, affordable))
 
 
+def num_context_slots(num_blocks: int) -> int:
+    """State slots for packed prefixes that requests share; scheduler and workers compute the same
+    number. A context has at least one block, and usually dozens.
+
+    Args:
+        num_blocks: blocks of the pool.
+    """
+    return max(FEWEST_CONTEXTS, min(MOST_CONTEXTS, num_blocks // 16))
+
+
+FEWEST_CONTEXTS, MOST_CONTEXTS = 8, 256
+"""Each takes two numbers per KV head in the state tables."""
+
 RING_SHARE = 100
 """The ring takes at most one in so many bytes of the KV cache."""
 

@@ -40,7 +40,7 @@ from kvcompress_vllm.integration.frontend.requests import (
     check_request,
     send_budget,
 )
-from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
 from kvcompress_vllm.records.budget import Ranges
@@ -204,7 +204,7 @@ class Simulation:
         state = PackedState(
             group,
             num_blocks=num_blocks,
-            state_slots=max_num_seqs,
+            state_slots=state_slots(self.vllm_config, num_blocks),
             window=config.ring,
             dtype=torch.float32,
             echo=config.stores_echo,
@@ -318,6 +318,12 @@ class Simulation:
                 return
             self.step()
         raise AssertionError(f"{self.live} still live after {most_steps} steps")
+
+    @property
+    def state_slots_left(self) -> set[int]:
+        """State slots that the worker knows, apart from those of contexts that are held."""
+        contexts = self.scheduler.kv_compress_planner.contexts
+        return self.worker.state.slots.keys() - {context.slot for context in contexts}
 
     def _reads_echo(self, request_id: str) -> bool:
         """Whether a request is compressed by echo scores; those of others may be anything, as what

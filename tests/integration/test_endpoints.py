@@ -29,7 +29,9 @@ from tests.policies.installed import package
 
 MODEL_CONFIG = json.loads((MODEL / "config.json").read_text())
 LAYERS, HEADS = MODEL_CONFIG["num_hidden_layers"], MODEL_CONFIG["num_key_value_heads"]
-NEVER = {"compressions": 0, "blocks_before": 0, "blocks_after": 0}
+NEVER = dict.fromkeys(
+    ("compressions", "blocks_before", "blocks_after", "shared_blocks", "context_tokens"), 0
+)
 
 
 FAULTY = {
