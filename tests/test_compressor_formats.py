@@ -68,7 +68,7 @@ class Request:
     def compress(self, kept: int, protect: tuple = ()) -> None:
         m = self.state.page_format.blocks_per_page
         covered = self.num_tokens // (B * m) * m
-        kept = min(kept, self.packing.whole(covered, m))
+        kept = min(kept, self.packing.all_kept(covered, m))
         self.state.ring[:, 1] = torch.randn(L, W, H * G, D).bfloat16()
         new = [self.free.pop() for _ in range(kept)]
         observed = Observed(W, 1, covered, 0) if self.config.query_stride else None

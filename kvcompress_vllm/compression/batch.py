@@ -45,7 +45,7 @@ class Rank(NamedTuple):
 
     def candidate_pages(self, item: Judged) -> int:
         """The same in packed pages, which all of them would take."""
-        return item.old_packing.whole(item.covered, self.group.blocks_per_page)
+        return item.old_packing.all_kept(item.covered, self.group.blocks_per_page)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,10 @@ class Protected:
 
     def _candidates(self, item: Judged) -> list[Tensor]:
         """Of every range that begins among the candidates, ``[L * H]`` int64 first key index."""
-        known = self._begin[item.state_slot] if item.old_kept else []
+        packed = item.old_covered * self._block_size if item.old_kept else 0
+        # Those who share a context agree on these only; others of theirs begin behind it.
+        shared = sum(start < packed for start, _ in item.protect)
+        known = self._begin[item.packed_slot] if shared else []
         shift = self._indent(item)
         fresh = [
             start - shift
@@ -73,7 +76,7 @@ class Protected:
 
     def _indent(self, item: Judged) -> Tensor:
         """``[L * H]`` int64: tokens whose key a head has lost, up to its packed part's end."""
-        pages = self._state.num_pages[item.state_slot].flatten().long()
+        pages = self._state.num_pages[item.packed_slot].flatten().long()
         if not item.old_kept:
             return torch.zeros_like(pages)
         m = self._state.group.blocks_per_page

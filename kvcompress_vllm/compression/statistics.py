@@ -148,8 +148,8 @@ def _units(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]
     fresh = item.covered - item.old_covered
     index = torch.arange(heads, device=device)
     if item.old_kept:
-        packed = state.num_pages[item.state_slot].flatten().long()
-        first = state.first_page[item.state_slot].flatten().long()
+        packed = state.num_pages[item.packed_slot].flatten().long()
+        first = state.first_page[item.packed_slot].flatten().long()
     else:
         packed = first = torch.zeros_like(index)
     total = rank.candidate_units(item) * heads

@@ -36,7 +36,7 @@ class Packing(NamedTuple):
         """Blocks whose keys compete when the first ``covered`` full blocks are compressed."""
         return self.held(covered)
 
-    def whole(self, covered: int, blocks_per_page: int) -> int:
+    def all_kept(self, covered: int, blocks_per_page: int) -> int:
         """C that holds every key when the first ``covered`` full blocks are compressed.
 
         Args:

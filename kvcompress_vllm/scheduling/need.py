@@ -34,7 +34,9 @@ def blocks_needed(sizes: Sizes, window: int, num_tokens: int) -> int:
     # Read within the peak, with a copy of what interrupts it or of what the prompt keeps. Or too
     # short to be compressed, or within its budget, up to the end of a packed page.
     prefill = max(peak + max(min(most, peak), floor), most + m)
+    # Packed as its context, it grows by as much again.
+    shared = 0 if sizes.context is None else min(most, sizes.packed(sizes.context).kept)
     # Grown by the interval, or just long enough to be compressed, and late by a window.
-    outgrown = most + sizes.limits.interval + m - 1
+    outgrown = most + sizes.limits.interval + shared + m - 1
     decode = max(outgrown, short) + most + -(-window // block_size)
     return min(everything, max(prefill, decode) + SLACK_BLOCKS)

@@ -82,11 +82,11 @@ def _missing(
     copy = given_back = 0
     for tracked in requests:
         later = num_computed.get(tracked.request_id, 0) + window
-        copy = max(copy, tracked.sizes.packed(later).kept)
+        copy = max(copy, tracked.packed(later).kept)
         if tracked.observe_slot is not None:
             target = tracked.target()
             copy = max(copy, target.kept)
-            given_back += tracked.packing.gives_back(target)
+            given_back += tracked.gives_back(target)
     return growth + copy - given_back - num_free
 
 
@@ -133,7 +133,7 @@ def _loss_per_block(tracked: Tracked, covered: int, gain: int) -> float:
         return math.inf if tracked.kept else 0.0
     left = tracked.packing.candidates(covered) - gain
     kept = tracked.kept * min(
-        1, left / tracked.packing.whole(covered, tracked.sizes.blocks_per_page)
+        1, left / tracked.packing.all_kept(covered, tracked.sizes.blocks_per_page)
     )
     lost = tracked.curve.lost_at(kept) - tracked.curve.lost_at(tracked.kept)
     return round(lost / gain, LOSS_DIGITS)
