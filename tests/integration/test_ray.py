@@ -52,6 +52,8 @@ def nodes(*wanted: dict[str, int]) -> Iterator[Cluster]:
         # Of every process that Ray starts from here on.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, sys.path)]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # The engine's own process must end with the actor that is killed.
+        patch.setenv("RAY_process_group_cleanup_enabled", "true")
         patch.setenv("HF_HUB_OFFLINE", "1")
         found = Cluster()
         try:
