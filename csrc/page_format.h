@@ -140,9 +140,10 @@ KVC_HOST_DEVICE uint32_t encode_fp8(float x, float inverse) {
   const uint32_t bits = float_bits(size);
   return sign | (((bits + 0x7FFFFu + (bits >> 20 & 1)) >> 20) - (120u << 3));
 }
-// Exponents from 7 below fp32's bias on; a product moves them, and makes subnormal codes normal.
 KVC_HOST_DEVICE float decode_fp8(uint32_t code) {
-  return bits_float((code & 0x80) << 24 | (code & 0x7F) << 20) * 0x1p120f;
+  const float normal = bits_float(((code & 0x7F) << 20) + (120u << 23));
+  const float size = code & 0x78 ? normal : static_cast<float>(code & 7) * 0x1p-9f;
+  return code & 0x80 ? -size : size;
 }
 
 }  // namespace kvc

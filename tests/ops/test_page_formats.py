@@ -79,6 +79,10 @@ def test_attention_with_head_sizes_that_fp8_alone_takes(device, dtype, head_size
 @pytest.mark.parametrize("block_size", [8, 32, 64])
 def test_attention_with_other_block_sizes(device, page_format, block_size):
     batch = batch_of(page_format, 64, torch.bfloat16, block_size)
+    if device == "cuda" and block_size < 16:
+        with pytest.raises(RuntimeError, match="16 tokens or more"):
+            attend(batch, 2, 64, torch.bfloat16, device)
+        return
     assert_close("attention to codes", *attend(batch, 2, 64, torch.bfloat16, device))
 
 
@@ -285,7 +289,7 @@ def rounds(page_format, dtype, device, count, spread):
         new = (torch.randn(page, 2 * head_size) * spread(i)).to(dtype).to(device)
         pages[fresh_blocks.to(device)] = new.view(m, size, -1)
         old, target = (0, 2) if i % 2 else (2, 0)
-        row = torch.tensor([[old, old + 1, *([0] * 60)]], dtype=torch.int32, device=device)
+        row = torch.tensor([[old, old + 1, *([0] * 100)]], dtype=torch.int32, device=device)
         row[0, i * m : (i + 1) * m] = fresh_blocks.int().to(device)
         if packed:
             row[0, :2] = torch.tensor([old, old + 1])
@@ -325,7 +329,7 @@ def test_compressing_again_does_not_drift(device, page_format, dtype):
 @DTYPES
 def test_scales_stay_while_new_keys_fit(device, page_format, dtype):
     """And then kept keys keep their bits."""
-    history = list(rounds(page_format, dtype, device, 6, lambda i: 0.7 if i else 1.0))
+    history = list(rounds(page_format, dtype, device, 6, lambda i: 0.3 if i else 1.0))
     for values, _ in history[1:]:
         assert torch.equal(values, history[0][0])
 
