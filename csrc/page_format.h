@@ -111,7 +111,20 @@ KVC_HOST_DEVICE uint16_t reaching_int4(float low, float high, float zero) {
   return scale_up(above > below ? above : below);
 }
 KVC_HOST_DEVICE uint16_t zero_int4(float low, float high) {
-  return scale_nearest((8.0f * high + 7.0f * low) / 15.0f);
+  // Half a step above the middle. No product here is rounded, so that none can be fused.
+  return scale_nearest((high + low) * 0.5f + (high - low) / 30.0f);
+}
+// Part of a range that int4 may leave out on either side; the first of those with the least squared
+// error is taken. Powers of two, so that rounding is the same everywhere.
+constexpr int kNumCuts = 3;
+KVC_HOST_DEVICE float range_cut(int index) { return static_cast<float>(index) * 0.125f; }
+struct Int4Scale {
+  uint16_t scale, zero;
+};
+KVC_HOST_DEVICE Int4Scale fit_int4(float low, float high, int index) {
+  const float cut = (high - low) * range_cut(index), below = low + cut, above = high - cut;
+  const uint16_t zero = zero_int4(below, above);
+  return {reaching_int4(below, above, scale_float(zero)), zero};
 }
 KVC_HOST_DEVICE uint16_t widen_int4(uint16_t old, float zero, float low, float high) {
   float scale = scale_float(old);
@@ -140,9 +153,10 @@ KVC_HOST_DEVICE uint32_t encode_fp8(float x, float inverse) {
   const uint32_t bits = float_bits(size);
   return sign | (((bits + 0x7FFFFu + (bits >> 20 & 1)) >> 20) - (120u << 3));
 }
-// Exponents from 7 below fp32's bias on; a product moves them, and makes subnormal codes normal.
 KVC_HOST_DEVICE float decode_fp8(uint32_t code) {
-  return bits_float((code & 0x80) << 24 | (code & 0x7F) << 20) * 0x1p120f;
+  const float normal = bits_float(((code & 0x7F) << 20) + (120u << 23));
+  const float size = code & 0x78 ? normal : static_cast<float>(code & 7) * 0x1p-9f;
+  return code & 0x80 ? -size : size;
 }
 
 }  // namespace kvc

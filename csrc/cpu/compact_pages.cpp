@@ -126,16 +126,44 @@ class Reader {
         scales[side] = anew ? fit_fp8(largest) : widen_fp8(head.scales[side], largest);
       }
     } else {
-      for (int64_t i = 0; i < 2 * head_size_; ++i) {
+      for (int64_t i = 0; i < 2 * head_size_ && !anew; ++i) {
         uint16_t* zero = scales + 2 * head_size_ + i;
-        *zero = anew ? zero_int4(low[i], high[i]) : head.scales[2 * head_size_ + i];
-        scales[i] = anew ? reaching_int4(low[i], high[i], scale_float(*zero))
-                         : widen_int4(head.scales[i], scale_float(*zero), low[i], high[i]);
+        *zero = head.scales[2 * head_size_ + i];
+        scales[i] = widen_int4(head.scales[i], scale_float(*zero), low[i], high[i]);
       }
+      if (anew) fit_channels(simd, head, pages, keys, count, low, high, scales);
     }
   }
 
  private:
+  // Of every channel the cut of its range with the least squared error.
+  void fit_channels(const Simd& simd, const HeadPages& head, const char* pages, const int32_t* keys,
+                    int64_t count, const std::vector<float>& low, const std::vector<float>& high,
+                    uint16_t* scales) {
+    const int64_t channels = 2 * head_size_;
+    std::vector<double> least(channels), errors(channels);
+    for (int cut = 0; cut < kNumCuts; ++cut) {
+      std::fill(errors.begin(), errors.end(), 0.0);
+      for (const int32_t* key = keys; key < keys + count; ++key) {
+        const float* numbers = read(simd, head, pages, *key);
+        for (int64_t i = 0; i < channels; ++i) {
+          const Int4Scale of = fit_int4(low[i], high[i], cut);
+          const float zero = scale_float(of.zero), scale = scale_float(of.scale);
+          const uint32_t code = encode_int4(numbers[i], zero, inverse_scale(scale));
+          const double error = decode_int4(code, zero, scale) - numbers[i];
+          errors[i] += error * error;
+        }
+      }
+      for (int64_t i = 0; i < channels; ++i) {
+        if (cut > 0 && !(errors[i] < least[i])) continue;
+        const Int4Scale of = fit_int4(low[i], high[i], cut);
+        least[i] = errors[i];
+        scales[i] = of.scale;
+        scales[channels + i] = of.zero;
+      }
+    }
+  }
+
   const Call& call_;
   Codes codes_;
   int64_t head_size_;

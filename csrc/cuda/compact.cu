@@ -53,7 +53,7 @@ Tensor fit_scales(const Tensor& pages, const Tensor& block_table, const Tensor& 
       check_fit_scales(pages, block_table, state_slot, num_pages, first_page, covered, page_scales,
                        page_format, kept_pages, kept_first, kept_keys);
   const int64_t requests = block_table.size(0), head_size = pages.size(2) / 2;
-  KVC_CHECK(head_size <= 1024, "pages have a head size of ", head_size, "; the most is 1024");
+  KVC_CHECK(head_size <= 256, "pages have a head size of ", head_size, "; the most on CUDA is 256");
   const int format = static_cast<int>(page_format);
   const Tensor out =
       torch::stable::new_empty(pages,

@@ -177,7 +177,12 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
 template <typename T, int kFormat, int kThreads>
 __global__ void __launch_bounds__(kThreads) fit_scales_kernel(CodesParams q) {
   constexpr int kPerWord = 8, kAhead = 4;
-  __shared__ float low_of[kThreads * kPerWord], high_of[kThreads * kPerWord];
+  constexpr int kPlaces = kThreads * kPerWord, kMostChannels = 512;
+  // Ranges by side and channel; then errors.
+  __shared__ double room[kPlaces];
+  __shared__ float cuts[kFormat == kInt4 ? kNumCuts : 1][3][kMostChannels];
+  float* low_of = reinterpret_cast<float*>(room);
+  float* high_of = low_of + kPlaces;
   const CompactParams& p = q.kept;
   const int head_size = q.head_size, channels = 2 * head_size, index = blockIdx.x;
   uint16_t* out = q.fitted + static_cast<int64_t>(index) * p.rows.scales_size;
@@ -248,11 +253,76 @@ __global__ void __launch_bounds__(kThreads) fit_scales_kernel(CodesParams q) {
       low_of[c] = fminf(low_of[c], low_of[s * channels + c]);
       high_of[c] = fmaxf(high_of[c], high_of[s * channels + c]);
     }
-    if constexpr (kFormat == kInt4) {
-      const uint16_t zero = anew ? zero_int4(low_of[c], high_of[c]) : head.scales[channels + c];
+    if (kFormat == kInt4 && !anew) {
+      const uint16_t zero = head.scales[channels + c];
       out[channels + c] = zero;
-      out[c] = anew ? reaching_int4(low_of[c], high_of[c], scale_float(zero))
-                    : widen_int4(head.scales[c], scale_float(zero), low_of[c], high_of[c]);
+      out[c] = widen_int4(head.scales[c], scale_float(zero), low_of[c], high_of[c]);
+    }
+  }
+  if constexpr (kFormat == kInt4) {
+    if (!anew) return;
+    // Once more over the keys: of every channel the cut of its range with the least squared error.
+    // In double precision, so that the order of a sum decides nothing.
+    __syncthreads();
+    for (int i = threadIdx.x; i < kNumCuts * channels; i += kThreads) {
+      const int cut = i / channels, c = i % channels;
+      const Int4Scale of = fit_int4(low_of[c], high_of[c], cut);
+      const float scale = scale_float(of.scale);
+      cuts[cut][0][c] = scale;
+      cuts[cut][1][c] = inverse_scale(scale);
+      cuts[cut][2][c] = scale_float(of.zero);
+    }
+    __syncthreads();
+    double errors[kNumCuts][kPerWord] = {};
+    for (int k = side; side < sides && k < count; k += sides * kAhead) {
+      uint4 words[kAhead];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const HeadPages::Place place = head.place(keys[min(k + a * sides, count - 1)]);
+        const int64_t row =
+            static_cast<int64_t>(head.page_id(place.page)) * head.block_size + place.within;
+        words[a] = __ldg(pages + row * p.words + word);
+      }
+      float x[kAhead][kPerWord];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) unpack<T>(words[a], x[a]);
+#pragma unroll
+      for (int cut = 0; cut < kNumCuts; ++cut) {
+#pragma unroll
+        for (int i = 0; i < kPerWord; ++i) {
+          const int c = word * kPerWord + i;
+          const float scale = cuts[cut][0][c], inverse = cuts[cut][1][c], zero = cuts[cut][2][c];
+#pragma unroll
+          for (int a = 0; a < kAhead; ++a) {
+            const float error =
+                decode_int4(encode_int4(x[a][i], zero, inverse), zero, scale) - x[a][i];
+            if (k + a * sides < count) errors[cut][i] += static_cast<double>(error) * error;
+          }
+        }
+      }
+    }
+    double least[kMostChannels / kThreads];
+#pragma unroll
+    for (int cut = 0; cut < kNumCuts; ++cut) {
+      __syncthreads();
+      if (side < sides) {
+#pragma unroll
+        for (int i = 0; i < kPerWord; ++i) {
+          room[side * channels + word * kPerWord + i] = errors[cut][i];
+        }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int j = 0; j < kMostChannels / kThreads; ++j) {
+        const int c = threadIdx.x + j * kThreads;
+        if (c >= channels) continue;
+        double error = 0.0;
+        for (int s = 0; s < sides; ++s) error += room[s * channels + c];
+        if (cut > 0 && !(error < least[j])) continue;
+        least[j] = error;
+        out[c] = static_cast<uint16_t>(float_bits(cuts[cut][0][c]) >> 16);
+        out[channels + c] = static_cast<uint16_t>(float_bits(cuts[cut][2][c]) >> 16);
+      }
     }
   }
   if constexpr (kFormat == kFp8) {

@@ -19,10 +19,10 @@ codes in a byte, the first is the lower half. Within K and within V the channels
 that the tensor cores take them in (:func:`order`), so that a lane of a warp reads what it needs at
 once.
 
-Scales are bfloat16, rounded so that the codes reach what they must: rounding a scale up costs less
-than 1 % of a step. They stay when a request is compressed again, unless a new key lies more than
-a step beyond the codes; then the scale doubles as often as needed and the zero stays, so that what
-was kept before moves by less than one of the final steps, however often that happens.
+Scales are bfloat16, rounded so that the codes reach what they should: rounding a scale up costs
+less than 1 % of a step. They stay when a request is compressed again, unless a new key lies more
+than a step beyond the codes; then the scale doubles as often as needed and the zero stays, so that
+what was kept before moves by less than one of the final steps, however often that happens.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from torch import Tensor
 SCALE_DTYPE = torch.bfloat16
 FP8_MAX = 448.0
 """Largest e4m3 number."""
+CUTS = (0.0, 0.125, 0.25)
+"""Shares of a channel's range that int4 may cut off on either side. Powers of two, so that every
+kernel finds the same scales."""
 _INT4_LOW, _INT4_HIGH = -8.0, 7.0
 
 
@@ -179,19 +182,34 @@ def dequantise(codes: Tensor, scales: Tensor, page_format: int) -> Tensor:
     return values * scale if page_format == PageFormat.FP8 else values * scale + zero
 
 
-def fit(low: Tensor, high: Tensor, page_format: int) -> Tensor:
-    """Scales for numbers in a range.
+def fit(values: Tensor, page_format: int) -> Tensor:
+    """Scales for numbers.
+
+    Of int4, each channel takes the share of its range around the middle with which the squared
+    errors sum up to least: numbers outside become the nearest code. Standard deviations would not
+    do: they cut off the few large keys that attention needs.
 
     Args:
-        low, high: ``[2 * D]`` fp32, K then V, least and greatest number of each channel.
+        values: ``[n, 2 * D]`` fp32, K then V, n > 0.
 
     Returns:
         ``[A, S]``.
     """
+    low, high = values.amin(0), values.amax(0)
     if page_format == PageFormat.FP8:
         return _round_up(_largest(low, high) / FP8_MAX)[None]
-    zero = ((-_INT4_LOW * high + _INT4_HIGH * low) / 15).to(SCALE_DTYPE)
-    return torch.stack([_reaching(low, high, zero.float()), zero])
+    found, least = [], []
+    for cut in CUTS:
+        below, above = low + (high - low) * cut, high - (high - low) * cut
+        # Half a step above the middle. No product here is rounded, so that none can be fused.
+        zero = ((above + below) * 0.5 + (above - below) / 30).to(SCALE_DTYPE)
+        scales = torch.stack([_reaching(below, above, zero.float()), zero])
+        codes = quantise(values, scales, page_format)
+        error = dequantise(codes, scales, page_format) - values
+        found.append(scales)
+        least.append(error.double().square().sum(0))
+    best = torch.stack(least).argmin(0)  # the first of equal ones
+    return torch.stack(found).gather(0, best.expand(1, 2, -1))[0]
 
 
 def widen(scales: Tensor, low: Tensor, high: Tensor, page_format: int) -> Tensor:
@@ -199,7 +217,7 @@ def widen(scales: Tensor, low: Tensor, high: Tensor, page_format: int) -> Tensor
 
     Args:
         scales: ``[A, S]`` of what there is.
-        low, high: as for :func:`fit`, of the new numbers alone.
+        low, high: ``[2 * D]`` fp32, K then V, least and greatest of the new numbers.
 
     Returns:
         ``[A, S]``: the same where no new number lies more than a step beyond what codes reach.

@@ -79,6 +79,10 @@ def test_attention_with_head_sizes_that_fp8_alone_takes(device, dtype, head_size
 @pytest.mark.parametrize("block_size", [8, 32, 64])
 def test_attention_with_other_block_sizes(device, page_format, block_size):
     batch = batch_of(page_format, 64, torch.bfloat16, block_size)
+    if device == "cuda" and block_size < 16:
+        with pytest.raises(RuntimeError, match="16 tokens or more"):
+            attend(batch, 2, 64, torch.bfloat16, device)
+        return
     assert_close("attention to codes", *attend(batch, 2, 64, torch.bfloat16, device))
 
 
@@ -266,8 +270,8 @@ def test_stores_move_with_their_keys(device, page_format, numbers):
 
 
 def rounds(page_format, dtype, device, count, spread):
-    """Compresses a growing request again and again, always keeping its first keys; yields after each
-    round what they are, ``[keys, 2 * D]`` of head 0, and the scales.
+    """Compresses a growing request again and again, always keeping its first keys; yields after
+    each round what they are, ``[keys, 2 * D]`` of head 0, and the scales.
 
     Args:
         spread: of the new keys, by round.
@@ -285,7 +289,7 @@ def rounds(page_format, dtype, device, count, spread):
         new = (torch.randn(page, 2 * head_size) * spread(i)).to(dtype).to(device)
         pages[fresh_blocks.to(device)] = new.view(m, size, -1)
         old, target = (0, 2) if i % 2 else (2, 0)
-        row = torch.tensor([[old, old + 1, *([0] * 60)]], dtype=torch.int32, device=device)
+        row = torch.tensor([[old, old + 1, *([0] * 100)]], dtype=torch.int32, device=device)
         row[0, i * m : (i + 1) * m] = fresh_blocks.int().to(device)
         if packed:
             row[0, :2] = torch.tensor([old, old + 1])
@@ -325,7 +329,7 @@ def test_compressing_again_does_not_drift(device, page_format, dtype):
 @DTYPES
 def test_scales_stay_while_new_keys_fit(device, page_format, dtype):
     """And then kept keys keep their bits."""
-    history = list(rounds(page_format, dtype, device, 6, lambda i: 0.7 if i else 1.0))
+    history = list(rounds(page_format, dtype, device, 6, lambda i: 0.3 if i else 1.0))
     for values, _ in history[1:]:
         assert torch.equal(values, history[0][0])
 
@@ -406,12 +410,19 @@ def test_numbers_at_the_ends(page_format):
     values[:, 70] = torch.linspace(-6e4, 6e4, 64)
     values[:, 71] = 1e-30
     values[:, 72] = torch.linspace(400, 401, 64)
-    scales = formats.fit(values.amin(0), values.amax(0), page_format)
+    scales = formats.fit(values, page_format)
     found = formats.dequantise(formats.quantise(values, scales, page_format), scales, page_format)
     error = (found - values).abs()
     if page_format is PageFormat.INT4:
         assert (error <= scales[0].float() / 2 * 1.0001 + values.abs() * 1e-6).all()
         assert found[:, 1:3].equal(values[:, 1:3])
+        # One far from all others stays far, or costs the others their steps: whichever is less.
+        lone = torch.randn(64, 64)
+        lone[0, :32] = 40.0
+        fitted = formats.fit(lone, page_format)
+        back = formats.dequantise(formats.quantise(lone, fitted, page_format), fitted, page_format)
+        assert (back[0, :32] > 20).all()
+        assert (back - lone)[1:].square().mean() < (40 / 15) ** 2 / 12
     else:
         half = torch.maximum(values.abs() / 16, scales[0].float().repeat_interleave(64) * 2.0**-10)
         assert (error <= half * 1.0001).all()

@@ -57,7 +57,7 @@ def fit_scales(
         packed = head.packed * kept_keys.shape[1]
         fresh = head.read(pages, key[key >= packed]).float()
         if head.scales is None or int(key[0]) >= packed:
-            scales.copy_(formats.fit(fresh.amin(0), fresh.amax(0), page_format))
+            scales.copy_(formats.fit(fresh, page_format))
         elif not len(fresh):
             scales.copy_(head.scales)
         else:
