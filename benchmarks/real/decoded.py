@@ -247,7 +247,7 @@ def generate(
     """Read ``tokens`` ``[B, P]`` as if they were generated.
 
     Args:
-        form: of the packed pages. What was packed before is quantised again, from what it was then.
+        form: of the packed pages. What was packed before stays as it was then.
 
     Returns:
         Keys and values ``[N * B, all layers, H, P, D]``, and which of them are there
@@ -302,9 +302,11 @@ def generate(
             )
             packed = count(end, ratio, shields).candidates
             there = present[mine, ..., :packed]
+            before = count(begin, ratio, shields).candidates if begin else 0
             for whole, quantise in ((keys, form.keys), (values, form.values)):
                 some = whole[mine][:, model.layers, :, :packed].float()
-                whole[mine][:, model.layers, :, :packed] = quantise(some, there).to(whole.dtype)
+                new = quantise(some, there)[..., before:, :].to(whole.dtype)
+                whole[mine][:, model.layers, :, before:packed] = new
         begin = end
         if end == length:
             break

@@ -98,6 +98,7 @@ def clipped(*shares: float, sides: bool = False) -> Quantise:
 
 SIX = clipped(1, 0.9, 0.8, 0.7, 0.6, 0.5)
 THREE = clipped(1, 0.75, 0.5)
+"""The product's."""
 SIDES = clipped(1, 0.75, 0.5, sides=True)
 
 
@@ -168,10 +169,10 @@ def without_sinks(inner: Quantise, sinks: int = 4) -> Quantise:
 FORMATS: dict[str, Format] = {
     AUTO: Format(1, plain, plain),
     "fp8": Format(2, fp8, fp8),
-    "int4": Format(4, by_channel, by_channel),
+    "int4": Format(4, THREE, THREE),
+    "int4_range": Format(4, by_channel, by_channel),
     "int4_symmetric": Format(4, symmetric, symmetric),
     "int4_clipped": Format(4, SIX, SIX),
-    "int4_clipped3": Format(4, THREE, THREE),
     "int4_clipped_sides": Format(4, SIDES, SIDES),
     **{f"int4_sigma{k:g}": Format(4, within(k), within(k)) for k in (2, 2.5, 3, 3.5, 4)},
     "int4_clipped_k": Format(4, SIX, by_channel),
