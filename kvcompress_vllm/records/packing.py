@@ -20,7 +20,7 @@ class Packing(NamedTuple):
                       |----- F -------|
         held          ■ ■ ■           □ □ ▫      row - F + C
         candidates of a compression that covers F' = 10 blocks: ■ ■ ■ □ □, C + F' - F
-    of which all is kept in                                  ■ ■ ■ and the rest / m
+    which all fit into C + (F' - F) / m packed blocks
     """
 
     covered: int = 0
