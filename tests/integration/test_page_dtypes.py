@@ -77,7 +77,10 @@ def test_generations_are_packed_again_and_again(llm: LLM) -> None:
 def test_every_policy(llm: LLM) -> None:
     ((prompt, _),) = samples("kv10", 300, 1)
     names = [name for name in policies.BUILT_IN if not policies.find(name).observes_all]
-    params = [SamplingParams(max_tokens=3, extra_args={"kv_compress_policy": n}) for n in names]
+    params = [
+        SamplingParams(max_tokens=3, ignore_eos=True, extra_args={"kv_compress_policy": name})
+        for name in names
+    ]
     for output in llm.generate([prompt] * len(names), params, use_tqdm=False):
         assert output.outputs[0].finish_reason == "length"
         assert output.kv_compress.compressions == 1
