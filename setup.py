@@ -129,8 +129,7 @@ def extensions(cpp_extension: Any) -> list[Extension]:
         "kvcompress_vllm._C_cuda",
         sources("cuda", "cu"),
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-        # First, for a Python that links with -static-libstdc++: one library for all streams.
-        libraries=["stdc++", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
         library_dirs=[cudart_folder(cpp_extension)],
         **common,
     )

@@ -25,6 +25,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.policies import Evidence, judge
 from kvcompress_vllm.records import budget
+from kvcompress_vllm.records.group import CacheGroup
 
 HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE, RATIO = 8, 4, 128, 16, 4
 
@@ -71,9 +72,9 @@ class Prompt:
     def evidence(self, config: KVCompressConfig, ring: Tensor, channels: Tensor) -> Evidence:
         policy = config.create_policy()
         window = min(ring.shape[2], self.tokens)
+        group = CacheGroup(self.layers, HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE, 2, HEAD_SIZE**-0.5)
         state = PackedState(
-            num_blocks=1, num_layers=self.layers, num_kv_heads=HEADS, num_query_heads=HEADS * GROUP,
-            head_size=HEAD_SIZE, state_slots=1, observe_slots=1, window=ring.shape[2],
+            group, num_blocks=1, state_slots=1, observe_slots=1, window=ring.shape[2],
             dtype=ring.dtype, device=self.device,
         )  # fmt: skip
         state.ring.copy_(ring)

@@ -5,7 +5,10 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include <optional>
 
@@ -13,10 +16,14 @@
 #include "dispatch.h"
 #include "paged_layout.h"
 
-// The braces make one statement of STD_TORCH_CHECK, which is a bare `if`.
-#define KVC_CHECK(condition, ...)            \
-  do {                                       \
-    STD_TORCH_CHECK(condition, __VA_ARGS__); \
+// Not STD_TORCH_CHECK: that formats with a stream, and torch exports parts of a libstdc++ of its
+// own, with which a stream of ours ends the process where Python links another one. See message()
+// below.
+#define KVC_CHECK(condition, ...)                            \
+  do {                                                       \
+    if (!(condition)) {                                      \
+      throw std::runtime_error(::kvc::message(__VA_ARGS__)); \
+    }                                                        \
   } while (false)
 
 #define KVC_CHECK_TENSOR(t, dtype, dim, like) ::kvc::check_tensor(t, #t, dtype, dim, like)
@@ -35,6 +42,25 @@ namespace kvc {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <typename Part>
+void append(std::string& text, const Part& part) {
+  if constexpr (std::is_same_v<Part, ScalarType>) {
+    text += torch::headeronly::toString(part);
+  } else if constexpr (std::is_integral_v<Part>) {
+    text += std::to_string(part);
+  } else {
+    text += part;
+  }
+}
+
+// The parts of an error message, joined.
+template <typename... Parts>
+std::string message(const Parts&... parts) {
+  std::string text;
+  (append(text, parts), ...);
+  return text;
+}
 
 inline void check_tensor(const Tensor& t, const char* name, ScalarType dtype, int64_t dim,
                          const Tensor& like) {

@@ -5,9 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <stdexcept>
 #include <utility>
 
 namespace kvc {
@@ -28,7 +28,7 @@ void dispatch_cache_dtype(torch::headeronly::ScalarType dtype, F&& f) {
   } else if (dtype == ScalarType::BFloat16) {
     std::forward<F>(f)(torch::headeronly::BFloat16{});
   } else {
-    STD_TORCH_CHECK(false, "dtype must be float32, float16 or bfloat16");
+    throw std::runtime_error("dtype must be float32, float16 or bfloat16");
   }
 }
 

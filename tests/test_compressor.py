@@ -15,6 +15,7 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Compression
 from kvcompress_vllm.records.report import Report
 
@@ -79,16 +80,16 @@ class Literal:
 
 
 class Paged:
-    """The same request in a page pool, compressed by the product."""
+    """The same request in pages, compressed by the product."""
 
     def __init__(self, config: KVCompressConfig) -> None:
         self.state = PackedState(
-            num_blocks=200, num_layers=L, num_kv_heads=H, num_query_heads=H * G, head_size=D,
+            CacheGroup(L, H, G, D, B, 4, D**-0.5), num_blocks=200,
             state_slots=4, observe_slots=2, window=W, dtype=torch.float32,
             device=torch.device("cpu"), echo=True,
         )  # fmt: skip
         self.pages = torch.full((200 * SLOTS, B, 2 * D), float("nan"))
-        self.compressor = Compressor(config, self.state, self.pages, D**-0.5)
+        self.compressor = Compressor(config, self.state, self.pages)
         self.free = (torch.randperm(199) + 1).tolist()
         self.row: list[int] = []
         self.num_tokens = self.covered = self.kept = 0
@@ -169,7 +170,7 @@ def two_requests(config: KVCompressConfig, policies: list[str | None]) -> torch.
     torch.manual_seed(5)
     state = Paged(config).state
     pages = torch.randn(200 * SLOTS, B, 2 * D)
-    compressor = Compressor(config, state, pages, D**-0.5)
+    compressor = Compressor(config, state, pages)
     state.ring.normal_()
     due = [
         Compression(
@@ -200,7 +201,7 @@ def test_many_compressions_at_once_equal_each_on_its_own() -> None:
         torch.manual_seed(5)
         state = Paged(config).state
         pages = torch.randn(200 * SLOTS, B, 2 * D)
-        compressor = Compressor(config, state, pages, D**-0.5)
+        compressor = Compressor(config, state, pages)
         state.ring.normal_()
         due = [
             Compression(name, slot, slot, length, 0, 0, length // B, list(row), list(new))

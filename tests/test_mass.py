@@ -118,7 +118,7 @@ def test_scored_first_and_compressed_once_the_curve_is_known() -> None:
     assert p.due({"a": 1602}) == [a] and a.target() == (100, 37) and p.reserve() == 37
     p.compressed("a")
     assert (a.covered, a.kept, a.observe_slot) == (100, 37, None)
-    assert p.observe_slots_used() == 0 and p.reserve() == 0
+    assert p.observers.used == 0 and p.reserve() == 0
     # Its own ratio from now on, 2.7: then 4 blocks too many.
     assert a.due_at == a.sizes.outgrown_at(Packing(100, 37)) >= 1600 + 4 * B
     assert (a.budget.mass, a.budget.ratio) == (0.9, 2.5)
@@ -162,7 +162,7 @@ def test_where_there_is_nothing_to_gain_nothing_is_compressed() -> None:
     p.to_score({"a": 1600})
     p.scored(scored(a, LossCurve([2, 99, 100], [1.0, 0.5, 0.0])))
     assert p.due({"a": 1601}) == [] == p.to_score({"a": 1601})
-    assert p.observe_slots_used() == 0 and a.kept == 0 and a.due_at == 1600 + 4 * B
+    assert p.observers.used == 0 and a.kept == 0 and a.due_at == 1600 + 4 * B
     p.watch({"a": a.due_at - 8})
     assert p.to_score({"a": a.due_at}) == [a], "later it is asked again"
     p = planner(decode=False)

@@ -40,6 +40,12 @@ def sizes(wish: Wish | None = None, **options: object) -> Sizes:
         ({"ratio": None, "budget_tokens": 128, "min_prompt_tokens": 640}, None, 51),
         ({"ratio": None, "budget_tokens": 128, "recent": 150}, None, 31),  # 10 are kept
         ({"ratio": 1.02}, None, 128),
+        # Outgrown by up to a packed page more; what 32 blocks hold in int4 is all there is.
+        ({"page_dtype": "fp8"}, None, 76),
+        ({"page_dtype": "int4"}, None, 78),
+        ({"page_dtype": "int4", "ratio": 16, "interval": 1}, None, 26),  # 16 + 8, and 2
+        ({"page_dtype": "int4"}, Wish(protect=((0, 700),)), 78),  # 12 pages of 64 keys
+        ({"page_dtype": "int4"}, Wish(protect=((0, 900),)), 128),  # 15 leave no room for one
     ],
 )
 def test_blocks_with_which_a_request_finishes_alone(
@@ -65,7 +71,7 @@ def test_sizes_and_budgets_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert [one.packed(n * B) for n in range(10, 30)] == [
         Packing(n, -(-n // 4)) for n in range(10, 30)
     ]
-    assert len(one._kept) <= 3
+    assert len(one._allowed) <= 3
     planner = CompressionPlanner(KVCompressConfig(ratio=4), B, 2, 2, 2048)
     for ratio in range(2, 20):
         budget = resolve(planner.config, Wish(ratio=float(ratio)))
@@ -86,15 +92,15 @@ def test_what_a_peak_forces_of_a_mass_keeps_half_of_it() -> None:
     assert sizes(Wish(protect=((0, 240),)), prefill_peak_tokens=320).within_peak(20, 3) == 16
 
 
-def before_a_question(**options: object) -> CompressionPlanner:
+def before_a_question(prompt: int = 1000, **options: object) -> CompressionPlanner:
     config = KVCompressConfig.from_dict({"mass": 0.9, "window": 8, **options})
     p = CompressionPlanner(config, B, 4, 4, 4096)
-    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)))
+    p.admit("a", prompt, resolve(config, Wish(context_tokens=800)))
     return p
 
 
 def test_a_prompt_stops_until_its_curve_is_back() -> None:
-    p = before_a_question(interval=4)
+    p = before_a_question(2000, interval=4)
     assert p.chunk("a", 512, 512) == 288
     (a,) = p.to_score({"a": 800})
     assert p.due({"a": 800}) == [] and p.chunk("a", 800, 200) == 0
@@ -102,7 +108,7 @@ def test_a_prompt_stops_until_its_curve_is_back() -> None:
     assert p.chunk("a", 800, 200) == 200, "it goes on if the pool has no room for the copy"
     assert p.due({"a": 800}) == [a] and a.target() == Packing(50, 20)
     p.compressed("a", 800)
-    assert a.due_at == 1000 and a.observe_slot is not None and a.trigger == "prefill"
+    assert a.due_at == 2000 and a.observe_slot is not None and a.trigger == "prefill"
 
 
 def test_a_context_without_anything_to_gain_is_read_on() -> None:
@@ -111,10 +117,10 @@ def test_a_context_without_anything_to_gain_is_read_on() -> None:
     p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
     assert a.decided is None and a.kept == 0 and p.chunk("a", 800, 300) == 200
     # The end of the prompt is the next chance; after that it is a generation.
-    assert a.due_at == 1000 and p.observe_slots_used() == 1 and a.trigger == "prefill"
+    assert a.due_at == 1000 and p.observers.used == 1 and a.trigger == "prefill"
     assert p.to_score({"a": 1000}) == [a]
     p.scored(Scored("a", a.state_slot, 1000, LossCurve([2, 61, 62], [1.0, 0.5, 0.0])))
-    assert a.due_at > 1000 and p.observe_slots_used() == 0 and a.trigger == "decode"
+    assert a.due_at > 1000 and p.observers.used == 0 and a.trigger == "decode"
 
 
 def test_what_was_computed_while_a_compression_waited_is_not_taken_for_observed() -> None:

@@ -3,8 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.records.budget import Wish
 from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.report import Report
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
@@ -12,6 +16,7 @@ from kvcompress_vllm.scheduling.sizes import NEVER
 from kvcompress_vllm.scheduling.slots import num_observe_slots
 
 B = 16
+PAGE_DTYPES = [each.label for each in PageFormat]
 
 
 def planner(observe_slots: int = 2, **options: object) -> CompressionPlanner:
@@ -253,7 +258,7 @@ def test_without_a_free_slot_a_decode_compression_comes_later_with_a_whole_windo
     p.admit("long", 1000)  # takes the slot
     due = p.requests["short"].due_at
     p.watch({"short": due + 3})
-    assert p.requests["short"].observe_slot is None
+    assert p.requests["short"].observe_slot is None and p.due({"short": due + 3}) == []
     p.compressed("long")
     p.watch({"short": due + 5})
     assert p.requests["short"].observe_slot is not None
@@ -283,27 +288,41 @@ def test_generations_outgrow_their_budgets_further_where_slots_do_not_go_round()
     prompt=st.integers(0, 3000),
     min_prompt_tokens=st.integers(1, 400),
     min_budget_tokens=st.sampled_from([0, 100, 1000]),
+    page_dtype=st.sampled_from(PAGE_DTYPES),
+    in_tokens=st.booleans(),
 )
 def test_outgrown_at_is_the_first_such_place(
-    ratio: float, interval: int, prompt: int, min_prompt_tokens: int, min_budget_tokens: int
+    ratio: float,
+    interval: int,
+    prompt: int,
+    min_prompt_tokens: int,
+    min_budget_tokens: int,
+    page_dtype: str,
+    in_tokens: bool,
 ) -> None:
     p = planner(
-        ratio=ratio,
         interval=interval,
         min_prompt_tokens=min_prompt_tokens,
         min_budget_tokens=min_budget_tokens,
+        page_dtype=page_dtype,
+        ratio=None if in_tokens else ratio,
+        budget_tokens=int(2000 / ratio) if in_tokens else None,
     )
-    covered, kept = p.sizes().packed(prompt)
+    sizes, m = p.sizes(), PageFormat.of(page_dtype).blocks_per_page
+    covered, kept = sizes.packed(prompt)
     covered, kept = (covered, kept) if kept < covered else (0, 0)
 
     def excess(full: int) -> int:
-        return kept + full - covered - p.sizes().packed(full * B)[1]
+        """Of whole packed pages, over what the budget allows: not over what all keys take."""
+        return kept + full - covered - sizes.budget.allowed_blocks(full * B, B)
 
-    at = p.sizes().outgrown_at(Packing(covered, kept))
-    assert at == NEVER or (at % B == 0 and excess(at // B) >= interval)
-    first = next(
-        (f for f in range(covered, p.limits.max_tokens // B) if excess(f) >= interval), None
-    )
+    at = sizes.outgrown_at(Packing(covered, kept))
+    if at != NEVER:
+        assert at % (B * m) == 0 and excess(at // B) >= interval
+        after = sizes.packed(at)
+        assert Packing(covered, kept).gives_back(after) >= interval
+    last = p.limits.max_tokens // B
+    first = next((f for f in range(covered, last, m) if excess(f) >= interval), None)
     assert at == (NEVER if first is None else first * B)
 
 
@@ -351,17 +370,20 @@ def test_a_window_longer_than_the_prompt_observes_from_its_start() -> None:
 
 
 def test_number_of_observation_slots_is_bounded() -> None:
+    group = CacheGroup(2, 2, 4, 64, B, 2, 0.125)
     config = KVCompressConfig(policy="kv_compress", window=8)
-    assert num_observe_slots(config, 2048, 256, 10**6, 4) == 34
-    assert num_observe_slots(config, 2048, 16, 10**6, 4) == 16
+    assert num_observe_slots(config, 2048, 256, 10**6 // B, group) == 34
+    assert num_observe_slots(config, 2048, 16, 10**6 // B, group) == 16
     # A hundredth of the cache: a slot is 8 queries of 4 heads, 16 tokens' worth of K and V.
-    assert num_observe_slots(config, 2048, 256, 19_200, 4) == 12
-    assert num_observe_slots(config, 2048, 256, 100, 4) == 4
-    # Where what is decoded is scored, a slot holds a whole segment of 64 queries.
+    assert num_observe_slots(config, 2048, 256, 19_200 // B, group) == 12
+    assert num_observe_slots(config, 2048, 256, 100 // B, group) == 4
+    # Where what is decoded is scored, a slot holds a whole segment of 16 queries, and there is one
+    # for everybody in a twenty-fifth of the cache.
     listening = KVCompressConfig(policy="echo", window=8)
-    assert num_observe_slots(listening, 2048, 256, 153_600, 4) == 12
+    assert num_observe_slots(listening, 2048, 256, 19_200 // B, group) == 24
+    assert num_observe_slots(listening, 2048, 256, 10**6 // B, group) == 256
     silent = KVCompressConfig(policy="echo", window=8, decode=False)
-    assert num_observe_slots(silent, 2048, 256, 19_200, 4) == 12
+    assert num_observe_slots(silent, 2048, 256, 19_200 // B, group) == 12
 
 
 def test_observed_positions_end_where_the_compression_is_due() -> None:
@@ -369,3 +391,31 @@ def test_observed_positions_end_where_the_compression_is_due() -> None:
     p.admit("a", 1000)
     seen = p.observe("a", 990, 20)
     assert seen is not None and list(seen.positions(20, 8)) == list(range(999, 991, -1))
+
+
+@given(
+    context=st.integers(10, 200),
+    question=st.integers(1, 1500),
+    ratio=st.floats(1.1, 32),
+    interval=st.integers(1, 20),
+)
+def test_beside_its_context_nobody_holds_more_than_without_compression(
+    context: int, question: int, ratio: float, interval: int
+) -> None:
+    """Its blocks may be shared by any number; what comes on top is what counts for each."""
+    config = KVCompressConfig(ratio=ratio, interval=interval)
+    budget = resolve(config, Wish(context_tokens=context * B + 5))
+    p = CompressionPlanner(config, B, 4, 4, 100_000)
+    p.admit("a", end := context * B + question, budget)
+    a, now = p.requests["a"], context * B
+    if a.due_at != now:
+        return  # nothing to gain
+    p.compressed("a", now)
+    for _ in range(6):
+        own = a.packing.held(a.due_at // B) - (a.kept if a.covered == context else 0)
+        assert own <= a.due_at // B - context
+        if a.due_at > max(end, 20_000):
+            break
+        p.watch({"a": a.due_at - config.window})
+        p.compressed("a", a.due_at)
+        assert a.kept <= a.covered - context, "its copy, too"

@@ -17,6 +17,7 @@ from kvcompress_vllm.compression.batch import MOST_TOKENS
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Compression
 
 L, H, G, D, B = 6, 2, 2, 32, 16
@@ -61,13 +62,13 @@ def peak(policy: str, again: bool) -> tuple[int, int]:
     """Bytes that compressing one long prompt takes at most, and those set aside."""
     config = KVCompressConfig.from_dict({"policy": policy, "query_stride": 0, "window": 8})
     state = PackedState(
-        num_blocks=2 * BLOCKS, num_layers=L, num_kv_heads=H, num_query_heads=H * G, head_size=D,
+        CacheGroup(L, H, G, D, B, 2, D**-0.5), num_blocks=2 * BLOCKS,
         state_slots=2, observe_slots=1, window=8, dtype=torch.bfloat16, device=torch.device("cpu"),
-        echo=True, block_size=B,
+        echo=True,
     )  # fmt: skip
     state.ring.normal_()
     pages = torch.empty(2 * BLOCKS * L * H, B, 2 * D, dtype=torch.bfloat16).normal_()
-    compressor = Compressor(config, state, pages, D**-0.5)
+    compressor = Compressor(config, state, pages)
     row = list(range(1, BLOCKS + 2))
     spare = list(range(BLOCKS + 2, 2 * BLOCKS))
     old_covered = old_kept = 0
@@ -83,7 +84,7 @@ def peak(policy: str, again: bool) -> tuple[int, int]:
     with LiveBytes() as counted:
         reports = compressor.run([item])
     del reports
-    return counted.peak, scratch_bytes(compressor.policy, TOKENS, L, H, D)
+    return counted.peak, scratch_bytes(compressor.policy, TOKENS, compressor.group)
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every invariant check fires on the violation it is for."""
 
+import math
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from kvcompress_vllm.cache.integrity import Block, check_pool, check_state
 from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import PackedRow
 
 NULL = Block(0, True, False)
@@ -75,7 +79,7 @@ L, H = 2, 3
 
 def state() -> PackedState:
     return PackedState(
-        num_blocks=20, num_layers=L, num_kv_heads=H, num_query_heads=H, head_size=8, state_slots=4,
+        CacheGroup(L, H, 1, 8, 16, 4, 1.0), num_blocks=20, state_slots=4,
         observe_slots=2, window=4, dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
 
@@ -130,4 +134,16 @@ def test_state_violations() -> None:
     s, expected = installed()
     s.covered[0] = 5
     with pytest.raises(RuntimeError, match="b covers 6 blocks, the worker has 5"):
+        check_state(s, expected)
+
+
+@pytest.mark.parametrize(
+    ("score", "sound"),
+    [(0.0, True), (1 + 1e-6, True), (1.01, False), (-1e-6, False), (math.nan, False)],
+)
+def test_echo_scores_are_probabilities_up_to_rounding(score: float, sound: bool) -> None:
+    s, expected = installed()
+    s.echo = torch.full((20 * L * H, 16), 0.5)
+    s.echo[7 * L * H, 3] = score
+    with nullcontext() if sound else pytest.raises(RuntimeError, match="a has echo scores"):
         check_state(s, expected)

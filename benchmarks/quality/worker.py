@@ -18,7 +18,7 @@ from kvcompress_vllm import policies
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 
-ENGINE_OPTIONS = ("sinks", "recent", "min_tokens_per_head", "query_stride")
+ENGINE_OPTIONS = ("sinks", "recent", "min_tokens_per_head", "query_stride", "page_dtype")
 """Options that only an engine of its own can change, as the scheduler depends on them."""
 
 
@@ -43,7 +43,7 @@ class QualityWorker:
             raise ValueError(f"policy={config.policy!r} needs an engine that stores echo scores")
         old = self.kv_compressor
         rank = old.rank
-        self.kv_compressor = Compressor(config, rank.state, rank.pages, rank.scale, old._agree)
+        self.kv_compressor = Compressor(config, rank.state, rank.pages, old._agree)
 
     def quality_force(self: Any) -> None:
         """Have requests generate the tokens that they name; see ``forcing.py``."""

@@ -76,11 +76,14 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.real import decoded, policies, study
+    from benchmarks.real.formats import FORMATS
     from benchmarks.real.masks import Shields
     from benchmarks.real.model import Model
 
     if unknown := set(args.modes) - set(study.MODES):
         raise SystemExit(f"modes {sorted(unknown)} are not accepted; known: {study.MODES}")
+    if unknown := set(args.page_dtypes) - FORMATS.keys():
+        raise SystemExit(f"page dtypes {sorted(unknown)} are not accepted; known: {list(FORMATS)}")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     begun = time.monotonic()
@@ -106,11 +109,14 @@ def run(args: argparse.Namespace) -> None:
             few = decoded.FEW if mode == study.DECODED else policies.FEW
             names = list(known) if args.policies == ["all"] else args.policies
             names = few if names == ["few"] else names
+            names = [study.PRODUCT[mode]] if names == ["product"] else names
             if not tables:
                 names = [name for name in names if not name.startswith("table")]
             if wrong := set(names) - known.keys():
                 raise SystemExit(f"policies {sorted(wrong)} are not accepted; known: {list(known)}")
-            plan = study.Plan(names, args.ratios, shields, repeat, args.rows, tables)
+            plan = study.Plan(
+                names, args.ratios, shields, repeat, args.rows, tables, args.page_dtypes
+            )
             wanted = [
                 sample
                 for sample in islice(read(args.samples), args.limit)
@@ -178,6 +184,20 @@ def table(args: argparse.Namespace) -> None:
     print_table(load(args.results), args)
 
 
+def shared() -> argparse.ArgumentParser:
+    """What ``run`` and ``engine`` have in common."""
+    result = argparse.ArgumentParser(add_help=False)
+    result.add_argument("model", type=Path)
+    result.add_argument("samples", type=Path)
+    result.add_argument("--output", type=Path, required=True)
+    result.add_argument("--modes", type=words, default=["hidden"])
+    result.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
+    result.add_argument("--lengths", type=integers, help="only these of the samples")
+    result.add_argument("--limit", type=int, help="only the first so many samples")
+    result.add_argument("--floor", type=int, default=16)
+    return result
+
+
 def parser() -> argparse.ArgumentParser:
     """Command line."""
     result = argparse.ArgumentParser(
@@ -199,20 +219,16 @@ def parser() -> argparse.ArgumentParser:
                       help="plain text and so many tokens that follow, no facts")  # fmt: skip
     make.add_argument("--as-text", action="store_true",
                       help="a line per question, as benchmarks/lm_eval takes it")  # fmt: skip
-    measure = commands.add_parser("run", help="measure")
+    both = shared()
+    measure = commands.add_parser("run", parents=[both], help="measure")
     measure.set_defaults(action=run)
-    measure.add_argument("model", type=Path)
-    measure.add_argument("samples", type=Path)
-    measure.add_argument("--output", type=Path, required=True)
-    measure.add_argument("--modes", type=words, default=["hidden"])
-    measure.add_argument("--policies", type=words, default=["few"], help="names, few, or all")
-    measure.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
-    measure.add_argument("--lengths", type=integers, help="only these of the samples")
+    measure.add_argument("--policies", type=words, default=["few"],
+                         help="names, few, all, or product: its default")  # fmt: skip
+    measure.add_argument("--page-dtypes", type=words, default=["auto"],
+                         help="how packed pages are stored: auto, fp8, int4, ...")  # fmt: skip
     measure.add_argument("--sources", type=words, help="only these of the samples")
-    measure.add_argument("--limit", type=int, help="only the first so many samples")
     measure.add_argument("--pages", type=integers, default=[16], help="keys freed together")
     measure.add_argument("--recent", type=integers, default=[32])
-    measure.add_argument("--floor", type=int, default=16)
     measure.add_argument("--min-budget", type=integers, default=[0])
     measure.add_argument("--device", default="cpu")
     measure.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -222,18 +238,10 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--calibration", type=Path, help="samples that the tables are made of")
     measure.add_argument("--calibration-samples", type=int, default=8)
     measure.add_argument("--minutes", type=float, help="begin no sample after so long")
-    ask = commands.add_parser("engine", help="the same through vLLM")
+    ask = commands.add_parser("engine", parents=[both], help="the same through vLLM")
     ask.set_defaults(action=through_engine)
-    ask.add_argument("model", type=Path)
-    ask.add_argument("samples", type=Path)
-    ask.add_argument("--output", type=Path, required=True)
-    ask.add_argument("--modes", type=words, default=["hidden"])
     ask.add_argument("--policies", type=words, default=["auto"], help="NAME or NAME:KEY=VALUE;...")
-    ask.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
-    ask.add_argument("--lengths", type=integers, help="only these of the samples")
-    ask.add_argument("--limit", type=int, help="only the first so many samples")
     ask.add_argument("--recent", type=int, default=32)
-    ask.add_argument("--floor", type=int, default=16)
     ask.add_argument("--min-budget", type=int, default=0)
     ask.add_argument("--llm", type=json.loads, default={}, metavar="JSON",
                      help='more arguments of the engine, like {"dtype": "float32"}')  # fmt: skip

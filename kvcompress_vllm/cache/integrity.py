@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,9 @@ from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.records.plan import PackedRow
+
+ROUNDING = 1e-4
+"""By which a probability may exceed 1: kernels divide rounded exponentials by their rounded sum."""
 
 
 def enabled() -> bool:
@@ -40,6 +43,7 @@ def check_pool(
     rows: Mapping[str, Sequence[int]],
     packed: Mapping[str, tuple[int, int]],
     held: Mapping[int, int] | None = None,
+    shared: Collection[int] = (),
 ) -> None:
     """Check the scheduler's view: every block is free, null, or owned as its count says.
 
@@ -49,6 +53,7 @@ def check_pool(
         rows: block ids of every request.
         packed: (F, C) of every packed request.
         held: further references to blocks (frees deferred until a step is done).
+        shared: packed blocks of contexts, which several requests may hold.
 
     Raises:
         RuntimeError: a block is lost, freed twice, over- or under-counted, or a packed row is not
@@ -83,6 +88,14 @@ def check_pool(
                 f"blocks at {[i for i, null in enumerate(shape) if null]} of "
                 f"{len(row)}"
             )
+        front = set(row[:kept])
+        if front & set(shared):
+            if not front <= set(shared):
+                raise RuntimeError(
+                    f"kv_compress: of the packed blocks {row[:kept]} of {request} only some are "
+                    "those of a context"
+                )
+            continue
         for index in row[:kept]:
             if blocks[index].is_hashed or blocks[index].ref_count != 1:
                 raise RuntimeError(
@@ -101,7 +114,7 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
         RuntimeError: slots, F, first blocks or owners differ, or the pages of a packed request
             are not dealt to exactly one (layer, head) each.
     """
-    layers, heads = state.num_pages.shape[1:]
+    per_block = state.group.pages_per_block
     live = {row.state_slot: row.packed_blocks[0] for row in expected}
     if live != state.slots:
         raise RuntimeError(
@@ -113,12 +126,25 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
         raise RuntimeError(f"kv_compress: owner table {owners} does not match slots {live}")
     for row in expected:
         pages = state.num_pages[row.state_slot].flatten()
-        total = len(row.packed_blocks) * layers * heads
+        total = len(row.packed_blocks) * per_block
         if int(pages.min()) < 0 or int(pages.sum()) != total:
             raise RuntimeError(
                 f"kv_compress: {printable(row.request_id)} has {int(pages.sum())} packed pages "
-                f"in {len(row.packed_blocks)} blocks of {layers * heads}"
+                f"in {len(row.packed_blocks)} blocks of {per_block}"
             )
+        m = state.group.blocks_per_page
+        if row.covered % m or total * m > row.covered * per_block:
+            raise RuntimeError(
+                f"kv_compress: {printable(row.request_id)} has {total} packed pages of {m} blocks "
+                f"each, from {row.covered} blocks of {per_block} pages"
+            )
+        if state.page_scales is not None:
+            scales = state.page_scales[row.state_slot].flatten(0, 1)[pages > 0]
+            if not bool(scales.isfinite().all()) or bool((scales[:, 0] < 0).any()):
+                raise RuntimeError(
+                    f"kv_compress: {printable(row.request_id)} has scales from "
+                    f"{float(scales.min())} to {float(scales.max())}"
+                )
         first = layout.exclusive_cumsum(state.num_pages[row.state_slot])
         if not first.equal(state.first_page[row.state_slot]):
             raise RuntimeError(
@@ -127,12 +153,12 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
                 f"{state.first_page[row.state_slot].flatten().tolist()}"
             )
         if state.echo is not None:
-            by_block = state.echo.view(-1, layers * heads, state.echo.shape[1])
+            by_block = state.echo.view(-1, per_block, state.echo.shape[1])
             scores = by_block[torch.tensor(row.packed_blocks, device=by_block.device)]
-            if not bool(((scores >= 0) & (scores <= 1)).all()):
+            if not bool(((scores >= 0) & (scores <= 1 + ROUNDING)).all()):
                 raise RuntimeError(
-                    f"kv_compress: {row.request_id} has echo scores from {float(scores.min())} to "
-                    f"{float(scores.max())}; they are probabilities"
+                    f"kv_compress: {printable(row.request_id)} has echo scores from "
+                    f"{float(scores.min())} to {float(scores.max())}; they are probabilities"
                 )
         if int(state.covered[row.state_slot]) != row.covered:
             raise RuntimeError(

@@ -13,9 +13,9 @@ Nothing else in the Python package computes a page id. Shape letters, used in ev
     m  blocks per packed page          F  full blocks covered by compression
 
 One buffer holds all layers, ``[N, L, H, B, 2 * D]`` (K, then V, in the last dimension). Flat, the
-same bytes are the page pool ``[P, B, 2 * D]``, where page ``block_id * L * H + slot`` is slot
-``slot`` of a block. In standard placement slot ``l * H + h`` belongs to layer l and head h. A
-request's block-table row keeps its logical length:
+same bytes are the pages ``[P, B, 2 * D]``: page ``block_id * L * H + place`` has that place in its
+block. In standard placement, place ``l * H + h`` belongs to layer l and head h. A request's
+block-table row keeps its logical length:
 
     index   0 ........ C-1    C ........... F-1    F ............ end
             packed blocks     null block (0)       tail, standard placement
@@ -46,8 +46,8 @@ def page_id(
     covered: int,
     num_pages: int | Tensor,
     first_page: int | Tensor,
-    head_slot: int | Tensor,
-    slots: int,
+    head: int | Tensor,
+    pages_per_block: int,
     j: Tensor,
 ) -> Tensor:
     """Page ids of the pages ``j`` of one head, or of several with tensors that broadcast.
@@ -57,8 +57,8 @@ def page_id(
         covered: F, full blocks covered by compression.
         num_pages: packed pages of this head.
         first_page: first packed page of this head.
-        head_slot: ``l * H + h``.
-        slots: ``L * H``, pages in a block.
+        head: ``l * H + h``.
+        pages_per_block: ``L * H``.
         j: ``[n]`` int64 indices of the head's pages.
 
     Returns:
@@ -66,9 +66,10 @@ def page_id(
     """
     packed = j < num_pages
     i = first_page + j
-    index = torch.where(packed, i.div(slots, rounding_mode="floor"), covered + j - num_pages)
-    slot = torch.where(packed, i.remainder(slots), head_slot)
-    return row.long()[index] * slots + slot
+    block = i.div(pages_per_block, rounding_mode="floor")
+    index = torch.where(packed, block, covered + j - num_pages)
+    place = torch.where(packed, i.remainder(pages_per_block), head)
+    return row.long()[index] * pages_per_block + place
 
 
 def place(
@@ -76,8 +77,8 @@ def place(
     covered: int,
     num_pages: int | Tensor,
     first_page: int | Tensor,
-    head_slot: int | Tensor,
-    slots: int,
+    head: int | Tensor,
+    pages_per_block: int,
     key: Tensor,
     block_size: int,
     blocks_per_page: int = 1,
@@ -97,22 +98,20 @@ def place(
         num_pages + behind.div(block_size, rounding_mode="floor"),
     )
     within = torch.where(packed, key.remainder(page_keys), behind.remainder(block_size))
-    return page_id(row, covered, num_pages, first_page, head_slot, slots, j), within
+    return page_id(row, covered, num_pages, first_page, head, pages_per_block, j), within
 
 
-def first_candidate(
-    first_page: Index, head_slot: Index, fresh: int, blocks_per_page: int = 1
-) -> Index:
+def first_candidate(first_page: Index, head: Index, fresh: int, blocks_per_page: int = 1) -> Index:
     """Index of a head's first candidates among those of its request, in units of B keys.
 
     Candidates are a head's packed pages (p), m units each, then the full pages of its tail (t),
     ``fresh`` of them, head after head in (layer, head) order; with m = 1::
 
-        head_slot     0            1        2
+        head          0            1        2
         candidates    p p p t t    p t t    p p t t
-        first at      0            3 + 2    4 + 4       first_page * m + head_slot * fresh
+        first at      0            3 + 2    4 + 4       first_page * m + head * fresh
     """
-    return first_page * blocks_per_page + head_slot * fresh
+    return first_page * blocks_per_page + head * fresh
 
 
 def num_keys(

@@ -18,9 +18,11 @@ from torch import Tensor
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.records.group import CacheGroup
 
-RUNNING = 4
-"""Numbers per key in the running statistics: 16 bytes, what the compaction kernel moves at once."""
+ACCUMULATED = 4
+"""Numbers per key in the accumulated statistics: 16 bytes, which the compaction kernel moves at
+once."""
 
 
 Tables = tuple[Tensor, Tensor, Tensor, Tensor | None, int]
@@ -28,19 +30,19 @@ Tables = tuple[Tensor, Tensor, Tensor, Tensor | None, int]
 
 
 class PackedState:
-    """State tables, block owners and the observation ring of one rank.
+    """State tables, block owners and the observation ring of one rank and cache group.
 
     Attributes:
+        group: whose layers, heads and blocks these are.
         num_pages, first_page: ``[U, L, H]`` int32.
         covered: ``[U]`` int32.
-        page_format: of packed pages.
         page_scales: ``[U, L, H, A, S]`` bf16, their scales; None where they have none.
         owner: ``[N]`` int32, state slot of the request whose row starts with this block, or -1.
         ring: ``[L, O, W, H * G, D]`` observed queries.
-        running: ``[P, T, 4]`` fp32 or None: per key, for policies that judge by all queries, the
-            sums so far of their channels (at most three) and, last, how many queries were counted.
-            Written for pages of one request only: it computed them itself, and nobody who shares
-            them writes here.
+        accumulated: ``[P, T, 4]`` fp32 or None: per key, for policies that judge by all queries,
+            the sums so far of their channels (at most three) and, last, how many queries were
+            counted. Written for pages of one request only: it computed them itself, and nobody who
+            shares them writes here.
         echo: ``[P, T]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
             the prefix cache hands to others they are valid where the scheduler says so
             (``scheduling/segments.py``); where a request wrote none, zeroed before they are read.
@@ -48,49 +50,46 @@ class PackedState:
 
     def __init__(
         self,
+        group: CacheGroup,
         *,
         num_blocks: int,
-        num_layers: int,
-        num_kv_heads: int,
-        num_query_heads: int,
-        head_size: int,
         state_slots: int,
         observe_slots: int,
         window: int,
         dtype: torch.dtype,
         device: torch.device,
-        running: bool = False,
+        accumulated: bool = False,
         echo: bool = False,
-        block_size: int = 16,
-        page_format: PageFormat = PageFormat.AUTO,
     ) -> None:
-        heads = (state_slots, num_layers, num_kv_heads)
+        self.group = group
+        heads = (state_slots, *group.shape)
         self.num_pages = torch.zeros(heads, dtype=torch.int32, device=device)
         self.first_page = torch.zeros(heads, dtype=torch.int32, device=device)
         self.covered = torch.zeros(state_slots, dtype=torch.int32, device=device)
         self.owner = torch.full((num_blocks,), layout.NOT_PACKED, dtype=torch.int32, device=device)
         self.ring = torch.zeros(
-            num_layers,
+            group.layers,
             observe_slots,
             window,
-            num_query_heads,
-            head_size,
+            group.heads * group.queries_per_head,
+            group.head_size,
             dtype=dtype,
             device=device,
         )
-        self.page_format = page_format
-        self.page_scales = page_format.new_scales(*heads, head_size, device)
-        pages = num_blocks * num_layers * num_kv_heads
-        page_keys = page_format.keys_per_page(block_size)
-        self.running: Tensor | None = None
-        if running:
-            self.running = torch.zeros(
-                pages, page_keys, RUNNING, dtype=torch.float32, device=device
-            )
+        self.page_scales = group.page_format.new_scales(*heads, group.head_size, device)
+        keys = group.num_pages(num_blocks), group.page_keys
+        self.accumulated: Tensor | None = None
+        if accumulated:
+            self.accumulated = torch.zeros(*keys, ACCUMULATED, dtype=torch.float32, device=device)
         self.echo: Tensor | None = None
         if echo:
-            self.echo = torch.zeros(pages, page_keys, dtype=torch.float32, device=device)
+            self.echo = torch.zeros(keys, dtype=torch.float32, device=device)
         self._first_block: dict[int, int] = {}
+
+    @property
+    def page_format(self) -> PageFormat:
+        """Of packed pages."""
+        return self.group.page_format
 
     @property
     def window(self) -> int:
@@ -112,7 +111,7 @@ class PackedState:
     def num_bytes(self) -> int:
         """Memory beside the KV cache, in bytes."""
         tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
-        further = (self.page_scales, self.running, self.echo)
+        further = (self.page_scales, self.accumulated, self.echo)
         tensors += [tensor for tensor in further if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -26,6 +26,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies import judge
 from kvcompress_vllm.policies.base import Evidence, Policy
 from kvcompress_vllm.policies.judge import PolicyError, Shares
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Accumulation, Compression, Judged
 
 
@@ -53,13 +54,12 @@ class Selection(NamedTuple):
 
 
 class Compressor:
-    """Carries out compressions on one rank.
+    """Carries out compressions of one cache group on one rank.
 
     Args:
         config: the resolved options.
         state: this rank's tables, changed by :meth:`run`.
-        pages: ``[P, B, 2 * D]`` page pool, changed by :meth:`run`.
-        scale: factor on the attention logits.
+        pages: ``[P, B, 2 * D]``, changed by :meth:`run`.
         agree: tells all ranks what went wrong on one; None: there is one rank.
     """
 
@@ -68,11 +68,10 @@ class Compressor:
         config: KVCompressConfig,
         state: PackedState,
         pages: Tensor,
-        scale: float,
         agree: Agree | None = None,
     ) -> None:
         self._configured = config
-        self.rank = Rank(state, pages, scale)
+        self.rank = Rank(state, pages)
         self._agree = agree
         self._policies: dict[str | None, tuple[KVCompressConfig, Policy]] = {}
         self._protected = Protected(state)
@@ -84,6 +83,10 @@ class Compressor:
     @property
     def state(self) -> PackedState:
         return self.rank.state
+
+    @property
+    def group(self) -> CacheGroup:
+        return self.rank.group
 
     @property
     def pages(self) -> Tensor:
@@ -114,13 +117,13 @@ class Compressor:
         pending = []
         for policy, floor, stride in dict.fromkeys(map(kind, due)):
             alike = [item for item in due if kind(item) == (policy, floor, stride)]
-            for items in batch.batches(alike, batch.MOST_TOKENS // self.rank.block_size):
+            for items in batch.batches(alike, self.rank):
                 together = Batch.of(items, *self._use(policy), self.rank, floor)
                 pending.append(self._run(together, score_only))
         return pending
 
     def accumulate(self, chunks: Sequence[Accumulation]) -> None:
-        """Add what was observed to the running statistics."""
+        """Add what was observed to the accumulated statistics."""
         for item in chunks:
             alone = Batch.of([item], *self._use(item.policy), self.rank)
             mask = ops.channel_mask(alone.policy.channels) & ops.ATTENTION_CHANNELS
@@ -138,13 +141,14 @@ class Compressor:
         """Compress the requests of a batch, or only score them."""
         watch, failures = Stopwatch(self.device), Failures(due.items, self._agree)
         points = [
-            loss.curve_points(item.candidate_blocks, due.floor_pages, item.kept)
+            loss.curve_points(self.rank.candidate_pages(item), due.floor_pages, item.kept)
             for item in due.items
         ]
         found = statistics.measure(self.rank, due, ops.channel_mask(due.policy.channels))
         scores, freed, lost = self._judge(due, found, points, failures, not score_only)
         if score_only:
-            return PendingReports(due.items, points, lost, None, watch, failures)
+            nothing = self.state.num_pages[:0]
+            return PendingReports(due.items, points, lost, nothing, watch, failures)
         carried_out = cast("Batch[Compression]", due)
         chosen = self._select(carried_out, scores, freed)
         kept_pages = self._compact(carried_out, chosen)
@@ -164,12 +168,12 @@ class Compressor:
         """Score and allocate, request by request, so that temporaries are those of one.
 
         Args:
-            found: ``[channels, pages, B]`` statistics; become sums where there are running ones.
+            found: ``[channels, units, B]`` statistics; become sums where some are accumulated.
             points: block counts of every request's loss curve.
-            store: whether the running statistics become those sums, too.
+            store: whether the accumulated statistics become those sums, too.
 
         Returns:
-            ``[pages, B]`` scores of all candidates; ``[A]`` int32 pages to free in every group of
+            ``[units, B]`` scores of all candidates; ``[A]`` int32 pages to free in every group of
             heads, by request; ``[sum of points]`` share of the score mass lost at each.
         """
         scores = torch.empty(found.shape[1:], dtype=torch.float32, device=found.device)
@@ -200,7 +204,9 @@ class Compressor:
         """What a request's keys are worth, and which heads give back how much. A policy that fails
         is replaced by the latest keys, one threshold over all heads: a choice that can always be
         made."""
-        item, block_size, allocator = due.items[index], self.rank.block_size, due.config.allocator
+        item, allocator, rank = due.items[index], due.config.allocator, self.rank
+        m, page_keys = rank.group.blocks_per_page, rank.group.page_keys
+        lengths = None if rectangle.lengths is None else rectangle.lengths // m
         try:
             judged = judge.scores(due.policy, known)
             scores = self._shielded(item, judged.scores)
@@ -215,30 +221,30 @@ class Compressor:
             allocator,
             shares,
             known,
-            block_size,
+            page_keys,
             due.floor_pages,
-            item.candidate_blocks,
-            rectangle.lengths,
+            rank.candidate_pages(item),
+            lengths,
         )
-        costs, masses = loss.page_masses(scores, known.shielded(), block_size, judged.worth)
-        lengths = rectangle.width if rectangle.lengths is None else rectangle.lengths.flatten()
-        lost = loss.loss_at(costs, masses, lengths, due.floor_pages, freed[1:])
+        costs, masses = loss.page_masses(scores, known.shielded(), page_keys, judged.worth)
+        each = rectangle.width // m if lengths is None else lengths.flatten()
+        lost = loss.loss_at(costs, masses, each, due.floor_pages, freed[1:])
         return Verdict(scores, freed, lost)
 
     def _shielded(self, item: Judged, scores: Tensor) -> Tensor:
         if not item.protect:
             return scores
-        return self._protected.shield(item, scores, self.rank.block_size)
+        return self._protected.shield(item, scores)
 
     def _width(self, item: Judged) -> int:
-        """Pages of the longest head among the candidates, or more while only the device knows.
+        """Units of the longest head among the candidates, or more while only the device knows.
 
         Of a long generation heads keep far fewer pages than it has blocks.
         """
-        longest = self._lengths[item.state_slot].longest() if item.old_kept else None
+        longest = self._lengths[item.packed_slot].longest() if item.old_kept else None
         if longest is None:
             return item.covered
-        return longest + item.covered - item.old_covered
+        return longest * self.group.blocks_per_page + item.covered - item.old_covered
 
     def _select(
         self, due: Batch[Compression], scores: Tensor, freed: list[Tensor]
@@ -250,7 +256,7 @@ class Compressor:
             part = due.part(which)
             kept_pages, kept_first, kept_keys = ops.select_pages(
                 scores,
-                part.page_start,
+                part.unit_start,
                 part.state_slot,
                 *self.state.tables,
                 part.covered,
@@ -258,7 +264,7 @@ class Compressor:
                 to_device(part.recent, torch.int32, scores.device),
                 due.config.sinks,
                 due.floor_pages,
-                sum(item.kept for item in part.items) * self.rank.slots,
+                sum(item.kept for item in part.items) * self.rank.group.pages_per_block,
             )
             chosen.append(Selection(which, part, kept_pages, kept_first, kept_keys))
         return chosen
@@ -271,8 +277,8 @@ class Compressor:
         """
         state = self.state
         moved = []
-        if due.items[0].observed is not None and state.running is not None:
-            moved.append(state.running)
+        if due.items[0].observed is not None and state.accumulated is not None:
+            moved.append(state.accumulated)
         if state.echo is not None and ops.ECHO in due.policy.channels:
             moved.append(state.echo.unsqueeze(-1))
         for _, part, kept_pages, kept_first, kept_keys in chosen:
@@ -302,7 +308,7 @@ class Compressor:
         """Follow protected ranges, and record what is kept."""
         begin = 0
         for index, item in enumerate(part.items):
-            end = begin + item.kept * self.rank.slots
+            end = begin + item.kept * self.rank.group.pages_per_block
             if item.protect:
                 self._protected.moved(item, kept_keys[begin:end], kept_pages[index])
             if self.record is not None:

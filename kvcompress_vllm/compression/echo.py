@@ -65,6 +65,6 @@ def score_heard(
             DECODED,
             num_sinks,
             rotation.interleaved,
-            rank.scale,
+            rank.group.scale,
             state.echo,
         )

@@ -52,20 +52,20 @@ def readers(
         Two functions that give ``[H, seq_len - left_out, D]`` and one that gives ``[H, G, n, D]``.
         Heads that kept fewer keys begin with zeros.
     """
-    layers, heads = state.num_pages.shape[1:]
-    block_size, head_size = pages.shape[1], pages.shape[2] // 2
-    covered, blocks_per_page = packed.covered if packed else 0, state.page_format.blocks_per_page
+    group = state.group
+    heads, block_size, head_size = group.heads, group.block_size, group.head_size
+    covered, blocks_per_page = packed.covered if packed else 0, group.blocks_per_page
 
     def read(layer: int, part: slice) -> Tensor:
         column = torch.arange(left_out, seq_len, device=pages.device)
-        head_slot = layer * heads + torch.arange(heads, device=pages.device)[:, None]
+        head = layer * heads + torch.arange(heads, device=pages.device)[:, None]
         num_pages, first_page = (
-            table[packed.state_slot, layer][:, None] if packed else torch.zeros_like(head_slot)
+            table[packed.state_slot, layer][:, None] if packed else torch.zeros_like(head)
             for table in (state.num_pages, state.first_page)
         )
         key = column + (num_pages * blocks_per_page - covered) * block_size
         ids, within = layout.place(
-            row, covered, num_pages, first_page, head_slot, layers * heads, key.clamp(min=0),
+            row, covered, num_pages, first_page, head, group.pages_per_block, key.clamp(min=0),
             block_size, blocks_per_page,
         )  # fmt: skip
         if not packed:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from kvcompress_vllm.cache.state import RUNNING
+from kvcompress_vllm.cache.page_format import PageFormat
+from kvcompress_vllm.cache.state import ACCUMULATED
 from kvcompress_vllm.compression import loss
 from kvcompress_vllm.compression.batch import MOST_TOKENS
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies.base import Policy
+from kvcompress_vllm.records.group import CacheGroup
 
 
 def usable_policies(config: KVCompressConfig) -> list[Policy]:
@@ -22,12 +24,7 @@ def usable_policies(config: KVCompressConfig) -> list[Policy]:
 
 
 def scratch_bytes(
-    policy: Policy,
-    num_tokens: int,
-    num_layers: int,
-    num_kv_heads: int,
-    head_size: int,
-    running: bool = False,
+    policy: Policy, num_tokens: int, group: CacheGroup, accumulated: bool = False
 ) -> int:
     """Memory that a compression takes while it runs.
 
@@ -38,9 +35,11 @@ def scratch_bytes(
     # statistics once more, while those of two ops are put together.
     count = len(policy.channels)
     per_key = 4 * (count + max(5, count))
-    if running:
-        per_key += 3 * 4 * RUNNING  # the statistics so far, their sums, and an intermediate
-    keys = max(num_tokens, MOST_TOKENS) * num_layers * num_kv_heads
+    if accumulated:
+        per_key += 3 * 4 * ACCUMULATED  # the statistics so far, their sums, and an intermediate
+    keys = max(num_tokens, MOST_TOKENS) * group.pages_per_block
     # One layer of keys or values, as copied, in fp32, and an intermediate of it.
-    copies = 3 * num_tokens * num_kv_heads * head_size * 4 if policy.needs_keys else 0
+    # Of codes both, as numbers, and two intermediates of these.
+    copied = 3 if group.page_format is PageFormat.AUTO else 3 + 2 * 3
+    copies = copied * num_tokens * group.heads * group.head_size * 4 if policy.needs_keys else 0
     return keys * per_key + loss.scratch_bytes(keys) + copies

@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvcompress_vllm.cache import integrity
+from kvcompress_vllm.compression.batch import Item
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.pending import PendingReports
 from kvcompress_vllm.records.plan import StepPlan
 
 
-def start_step(plan: StepPlan, compressor: Compressor) -> list[PendingReports]:
-    """Release, accumulate, score, compress, in this order.
+def start_step(plan: StepPlan, compressors: Sequence[Compressor]) -> list[PendingReports]:
+    """Release, accumulate, score, compress, drop, in this order.
+
+    Args:
+        compressors: one per cache group, by index.
 
     The caller then replaces the front of every compressed row (``Compression.row_prefix``) and
     observes queries in the forward.
@@ -21,10 +27,19 @@ def start_step(plan: StepPlan, compressor: Compressor) -> list[PendingReports]:
     Raises:
         RuntimeError: integrity is checked, and the state is not what the scheduler expects.
     """
-    compressor.state.release(plan.released)
-    compressor.accumulate(plan.accumulations)
-    pending = compressor.run(plan.scorings, score_only=True)
-    pending += compressor.run(plan.compressions)
-    if plan.expected is not None:
-        integrity.check_state(compressor.state, plan.expected)
+    pending: list[PendingReports] = []
+    for compressor in compressors:
+        group = compressor.group.index
+        compressor.state.release(plan.released)
+        compressor.accumulate(_of(plan.accumulations, group))
+        pending += compressor.run(_of(plan.scorings, group), score_only=True)
+        pending += compressor.run(_of(plan.compressions, group))
+        compressor.state.release(plan.dropped)
+        if plan.expected is not None:
+            expected = [row for row in plan.expected if row.group == group]
+            integrity.check_state(compressor.state, expected)
     return pending
+
+
+def _of(items: Sequence[Item], group: int) -> list[Item]:
+    return [item for item in items if item.group == group]

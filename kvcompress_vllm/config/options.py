@@ -9,12 +9,19 @@ the key, the value and what is accepted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from kvcompress_vllm import policies
+from kvcompress_vllm.config.auto import AUTO, GENERAL, or_auto, preferred
+from kvcompress_vllm.config.combinations import (
+    check_limits,
+    check_mass,
+    check_shares,
+    named_policies,
+)
+from kvcompress_vllm.config.keys import POLICY_OPTIONS, nested
 from kvcompress_vllm.config.rules import (
-    Rule,
     choice,
     flag,
     integer,
@@ -34,17 +41,6 @@ ALLOCATORS = ("global", "layer", "uniform")
 """Which heads compete for pages; see ``compression/allocation.py``."""
 BUDGETS = ("ratio", "budget_tokens", "mass")
 """How much is kept; exclude each other."""
-AUTO = "auto"
-GENERAL: dict[str, Any] = {
-    "window": 8, "recent": 16, "pool": 15, "allocator": "global", "query_stride": 0,
-}  # fmt: skip
-"""What ``auto`` stands for where the policy names nothing else."""
-POLICY_OPTIONS = "policy_options"
-
-
-def _or_auto(rule: Rule) -> Rule:
-    accepted, accepts = rule
-    return f"{accepted}, or {AUTO}", lambda value: value == AUTO or accepts(value)
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,12 @@ class KVCompressConfig:
         *number(0, 1, above=True),
         optional=True,
     )
+    page_dtype: str = option(
+        AUTO,
+        "what packed pages hold: keys as in the cache (auto), two in the bytes of one (fp8), or "
+        "four (int4)",
+        *choice(AUTO, "fp8", "int4"),
+    )
     allow_policies: bool | tuple[str, ...] = option(
         False,
         "requests may choose another policy: any, or one of these; true leaves out policies of "
@@ -100,13 +102,13 @@ class KVCompressConfig:
         lambda value: isinstance(value, bool) or (isinstance(value, tuple) and bool(value)),
     )
     window: int = option(
-        AUTO, "how many of the last prompt queries are observed", *_or_auto(integer(1, 512))
+        AUTO, "how many of the last prompt queries are observed", *or_auto(integer(1, 512))
     )
     query_stride: int = option(
         AUTO,
         "policies that judge by all queries observe every so-many-th one; 1 is exact, 0 leaves "
         "them with the last window",
-        *_or_auto(integer(0, 4096)),
+        *or_auto(integer(0, 4096)),
     )
     echo_distance: int = option(
         256,
@@ -114,7 +116,7 @@ class KVCompressConfig:
         "scores",
         *integer(1, 1 << 20),
     )
-    recent: int = option(AUTO, "last prompt tokens that are always kept", *_or_auto(integer(0)))
+    recent: int = option(AUTO, "last prompt tokens that are always kept", *or_auto(integer(0)))
     sinks: int = option(4, "first prompt tokens that are always kept", *integer(0))
     min_tokens_per_head: int = option(16, "tokens that every KV head keeps at least", *integer(0))
     min_prompt_tokens: int = option(128, "shorter requests are never compressed", *integer(1))
@@ -162,12 +164,12 @@ class KVCompressConfig:
     pool: int = option(
         AUTO,
         "width of the pooling of scores over neighbouring tokens; 1 is off",
-        *_or_auto(integer(1, odd=True)),
+        *or_auto(integer(1, odd=True)),
     )
     allocator: str = option(
         AUTO,
         "which heads compete for the budget: all of the request, those of a layer, or none",
-        *_or_auto(choice(*ALLOCATORS)),
+        *or_auto(choice(*ALLOCATORS)),
     )
 
     shares: str = option(
@@ -182,11 +184,11 @@ class KVCompressConfig:
         if self.policy == AUTO:
             object.__setattr__(self, "policy", policies.default(mass=self.mass is not None))
         policy = policies.find(self.policy)
-        preferred = {**GENERAL, **_preferred(policy, self.shares)}
-        for name, value in preferred.items():
+        values = {**GENERAL, **preferred(policy, self.shares)}
+        for name, value in values.items():
             if getattr(self, name) == AUTO:
                 object.__setattr__(self, name, value)
-        object.__setattr__(self, "allow_policies", _allowed(self.allow_policies))
+        object.__setattr__(self, "allow_policies", named_policies(self.allow_policies))
         defaulted = self.ratio is self.budget_tokens is self.mass is None
         if defaulted:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
@@ -199,43 +201,18 @@ class KVCompressConfig:
             )
         if self.ratio is not None:
             object.__setattr__(self, "ratio", float(self.ratio))
-        self._check_limits(" (the default; give another ratio)" if defaulted else "")
+        hint = " (the default; give another ratio)" if defaulted else ""
+        check_limits(self.min_ratio, self.ratio, self.max_ratio, hint)
         if self.query_stride and not (policy.observes_all or self.allow_policies):
             raise ValueError(
                 f"kv_compress: query_stride={self.query_stride!r} is for policies that judge by "
                 f"all queries ({', '.join(policies.observing_all())}); {self.policy!r} does not"
             )
-        self._check_shares()
+        check_shares(self.shares, self.allocator, self.window)
         if policy.keeps_window:
             object.__setattr__(self, "recent", max(self.recent, self.window))
         object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))
         self.create_policy()
-
-    def _check_limits(self, hint: str) -> None:
-        """Refuse a ratio outside the operator's own limits; ``hint`` says where it comes from."""
-        least, ratio, most = self.min_ratio, self.ratio, self.max_ratio
-        if least is not None and ratio is not None and least > ratio:
-            raise refusal("min_ratio", least, f"at most ratio={ratio:g}{hint}")
-        if most is not None and ratio is not None and most < ratio:
-            raise refusal("max_ratio", most, f"at least ratio={ratio:g}{hint}")
-        if least is not None and most is not None and most < least:
-            raise refusal("max_ratio", most, f"at least min_ratio={least:g}")
-
-    def _check_shares(self) -> None:
-        """Refuse shares that would change nothing."""
-        for name in policies.shares.named(self.shares) or ():
-            part = policies.shares.find(name)
-            needed = ("layer",) if part.of_heads else ("layer", "uniform")
-            if self.allocator not in needed:
-                raise ValueError(
-                    f"kv_compress: shares={self.shares!r} cannot be combined with "
-                    f"allocator={self.allocator!r}: {name!r} needs {' or '.join(needed)}"
-                )
-            if part.window is not None and self.window < 2:
-                raise ValueError(
-                    f"kv_compress: shares={self.shares!r} cannot be combined with "
-                    f"window={self.window!r}: {name!r} compares at least 2 queries"
-                )
 
     def allowed_policies(self) -> tuple[str, ...]:
         """What requests may name as their policy; the configured one, always."""
@@ -281,10 +258,10 @@ class KVCompressConfig:
         if name in (None, self.policy):
             return self
         assert name is not None
-        preferred = policies.find(name).defaults.window or GENERAL["window"]
+        window = policies.find(name).defaults.window or GENERAL["window"]
         own = {"policy", POLICY_OPTIONS, "shares", *GENERAL}
         options = {key: value for key, value in self.to_dict().items() if key not in own}
-        options["window"] = min(preferred, self.window)
+        options["window"] = min(window, self.window)
         options["query_stride"] = self.query_stride if policies.find(name).observes_all else 0
         return KVCompressConfig(policy=name, **options)
 
@@ -338,88 +315,9 @@ def check_value(name: str, value: Any) -> None:
         raise refusal(name, value, rule["accepted"])
 
 
-def _preferred(policy: type[policies.Policy], share: Any) -> dict[str, Any]:
-    """What ``auto`` stands for with these scores and shares."""
-    defaults = {k: v for k, v in vars(policy.defaults).items() if v is not None}
-    parts = [policies.shares.find(name) for name in _named(share)]
-    if parts:
-        # Under `global` nothing is shared, and heads that do not compete have no shares either.
-        of_heads = any(part.of_heads for part in parts)
-        uniform = defaults.get("allocator") == "uniform" and not of_heads
-        defaults["allocator"] = "uniform" if uniform else "layer"
-        windows = [part.window for part in parts if part.window is not None]
-        defaults["window"] = max([defaults.get("window", GENERAL["window"]), *windows])
-    return defaults
-
-
-def _named(share: Any) -> tuple[str, ...]:
-    if not isinstance(share, str):
-        raise refusal("shares", share, policies.shares.ACCEPTED)
-    return policies.shares.named(share) or ()
-
-
-def _allowed(value: Any) -> Any:
-    """``allow_policies`` as a tuple of names where it names some."""
-    if isinstance(value, str):
-        value = [name.strip() for name in value.split("+")]
-    if not isinstance(value, list | tuple):
-        return value
-    for name in value:
-        if name not in policies.names():
-            accepted = f"true, false or some of {', '.join(policies.names())}, joined by +"
-            raise refusal("allow_policies", name, accepted)
-    return tuple(dict.fromkeys(value))
-
-
-def check_mass(policy: str, key: str, mass: float) -> None:
-    """Refuse a mass of scores that do not add up to one.
-
-    Args:
-        key: under which the mass was given.
-
-    Raises:
-        ValueError: the policy's scores depend on the budget, which a mass is to decide.
-    """
-    if not policies.find(policy).additive:
-        raise ValueError(
-            f"kv_compress: {key}={mass!r} needs a policy whose scores do not depend on how much is "
-            f"kept, such as {policies.default(mass=True)!r}; those of {policy!r} do"
-        )
-
-
-def default_text(name: str) -> str:
-    """The default of an option, for help texts."""
-    if name == "policy":
-        return f"{policies.default(mass=False)}, with a mass {policies.default(mass=True)}"
-    if name == "ratio":
-        return f"{DEFAULT_RATIO:g} unless budget_tokens or mass is given"
-    if name in GENERAL:
-        usual = policies.default(mass=False)
-        preferred = getattr(policies.find(usual).defaults, name)
-        value = GENERAL[name] if preferred is None else preferred
-        return f"{AUTO}, what the policy prefers: for {usual} {value}"
-    default = OPTIONS[name].default
-    return "none" if default is None or default is MISSING else str(default)
-
-
 def is_key(key: Any) -> bool:
     """Whether it names an option, or as ``policy_options.NAME`` one of a policy."""
     return key in OPTIONS or (isinstance(key, str) and key.startswith(f"{POLICY_OPTIONS}."))
-
-
-def nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``policy_options.NAME`` moved into the mapping ``policy_options``."""
-    prefix = f"{POLICY_OPTIONS}."
-    plain: dict[str, Any] = {}
-    dotted: dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(key, str) and key.startswith(prefix):
-            dotted[key[len(prefix) :]] = value
-        else:
-            plain[key] = value
-    if dotted and isinstance(plain.get(POLICY_OPTIONS, {}), Mapping):
-        plain[POLICY_OPTIONS] = {**plain.get(POLICY_OPTIONS, {}), **dotted}
-    return plain
 
 
 def known_keys() -> str:

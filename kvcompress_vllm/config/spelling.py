@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How users write the configuration: on the command line, in a YAML file, or as a preset's name."""
+"""How users write the configuration, on the command line, in a YAML file or as a preset's name; and
+how help texts write its defaults."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,16 @@ import yaml
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.config import presets
+from kvcompress_vllm.config.auto import AUTO, GENERAL
+from kvcompress_vllm.config.keys import POLICY_OPTIONS, nested
 from kvcompress_vllm.config.options import (
     BUDGETS,
+    DEFAULT_RATIO,
     OPTIONS,
-    POLICY_OPTIONS,
     KVCompressConfig,
     check_value,
     is_key,
     known_keys,
-    nested,
 )
 from kvcompress_vllm.config.rules import refusal, shortened, shown, unknown
 from kvcompress_vllm.config.yaml_reader import read
@@ -30,6 +33,21 @@ LARGEST_FILE = 1 << 16
 """Bytes of a configuration file; the longest of ours has 600."""
 LONGEST_REASON = 300
 """Characters that an error message repeats of what the YAML reader says."""
+
+
+def default_text(name: str) -> str:
+    """The default of an option, for help texts."""
+    if name == "policy":
+        return f"{policies.default(mass=False)}, with a mass {policies.default(mass=True)}"
+    if name == "ratio":
+        return f"{DEFAULT_RATIO:g} unless budget_tokens or mass is given"
+    if name in GENERAL:
+        usual = policies.default(mass=False)
+        preferred = getattr(policies.find(usual).defaults, name)
+        value = GENERAL[name] if preferred is None else preferred
+        return f"{AUTO}, what the policy prefers: for {usual} {value}"
+    default = OPTIONS[name].default
+    return "none" if default is None or default is MISSING else str(default)
 
 
 def parse_value(name: str, text: str) -> Any:

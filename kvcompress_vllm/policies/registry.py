@@ -44,7 +44,7 @@ BUILT_IN: dict[str, str] = {
 """``module:class`` in this folder, by name."""
 
 MOST_SUMMED = 3
-"""Channels of the attention that running statistics have room for (``cache/state.py``)."""
+"""Channels of the attention that accumulated statistics have room for (``cache/state.py``)."""
 
 
 def names() -> tuple[str, ...]:

@@ -19,8 +19,8 @@ class Observed(NamedTuple):
     """What is known to a policy that judges by all queries.
 
     An observation slot holds ``num_queries`` queries, ``stride`` tokens apart, the last of them at
-    the end of the tokens in question. The running statistics of the first ``known`` blocks count
-    ``before`` earlier ones.
+    the end of the tokens in question. The accumulated statistics of the first ``known`` blocks
+    count ``before`` earlier ones.
     """
 
     num_queries: int
@@ -31,8 +31,8 @@ class Observed(NamedTuple):
 
 @dataclass(frozen=True)
 class Accumulation:
-    """Add what the queries in an observation slot paid to the keys of a request to the running
-    statistics; nothing moves.
+    """Add what the queries in an observation slot paid to the keys of a request to its
+    accumulated statistics; nothing moves.
 
     ``old_blocks`` is the request's row as far as ``num_tokens`` tokens reach, which is where the
     observed queries end. Up to now its first ``old_covered`` blocks are packed into ``old_kept``,
@@ -48,12 +48,22 @@ class Accumulation:
     old_kept: int
     covered: int
     old_blocks: list[int]
+    group: int = field(default=0, kw_only=True)
+    """Index of the :class:`~kvcompress_vllm.records.group.CacheGroup` whose keys are meant."""
     policy: str | None = field(default=None, kw_only=True)
     """Whose statistics; None: of the configured one."""
     observed: Observed | None = field(default=None, kw_only=True)
     """What the observation slot holds; None: the last ``window`` queries."""
     unscored: Ranges = field(default=(), kw_only=True)
     """Positions ``[start, end)`` of candidates whose keys have no echo score."""
+    old_state_slot: int | None = field(default=None, kw_only=True)
+    """State slot that describes it as it is packed up to now: that of a context which it shares
+    with others; None: its own."""
+
+    @property
+    def packed_slot(self) -> int:
+        """State slot that describes its candidates."""
+        return self.state_slot if self.old_state_slot is None else self.old_state_slot
 
     @property
     def old_packing(self) -> Packing:
@@ -83,7 +93,8 @@ class Compression(Accumulation):
     """Compress one request at the start of the step.
 
     The kept K/V of its first ``covered`` blocks (F) go into ``new_blocks``, and the row becomes
-    ``new_blocks``, null blocks up to F, tail.
+    ``new_blocks``, null blocks up to F, tail. From then on ``state_slot`` describes it: that of a
+    context, where others may take what is packed.
     """
 
     new_blocks: list[int]
@@ -160,12 +171,15 @@ class Observation(NamedTuple):
 
 
 class PackedRow(NamedTuple):
-    """What the scheduler believes of a packed request; sent only when integrity is checked."""
+    """What the scheduler believes of a packed request, or of a context that requests share, users
+    or not; sent only when integrity is checked."""
 
     request_id: str
     state_slot: int
     covered: int
     packed_blocks: list[int]
+    group: int = 0
+    """As of :class:`Accumulation`."""
 
 
 @dataclass
@@ -173,10 +187,13 @@ class StepPlan:
     """All that one step asks of a worker, in the order in which it is carried out."""
 
     released: list[int] = field(default_factory=list)
-    """State slots whose request gave its packed blocks back."""
+    """State slots whose request or context gave its packed blocks back."""
     accumulations: list[Accumulation] = field(default_factory=list)
     scorings: list[Scoring] = field(default_factory=list)
     compressions: list[Compression] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    """State slots that describe nothing from the forward of this step on; its compressions may
+    still read them: of contexts, and of requests that now use one."""
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in this step."""
@@ -192,6 +209,7 @@ class StepPlan:
             or self.accumulations
             or self.scorings
             or self.compressions
+            or self.dropped
             or self.observations
             or self.packed_prefills
             or self.heard

@@ -3,7 +3,7 @@
 
 Usually the last ``window`` queries before a compression. A policy that judges by all queries
 observes every ``query_stride``-th query of the prefill; what a step of it observed is added to the
-running statistics of whole blocks before the next step.
+accumulated statistics of whole blocks before the next step.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def observe(tracked: Tracked, window: int, first_token: int, num_tokens: int) ->
 
 def observed(tracked: Tracked, window: int, num_tokens: int) -> Observed | None:
     """What the observation slot holds once ``num_tokens`` tokens are computed; None: the last
-    ``window`` queries, and there are no running statistics."""
+    ``window`` queries, and there are no accumulated statistics."""
     history = observed_history(tracked.budget)
     if history is None:
         return None
@@ -88,7 +88,7 @@ def observed(tracked: Tracked, window: int, num_tokens: int) -> Observed | None:
 
 
 def count(tracked: Tracked, num_tokens: int, seen: Observed | None) -> None:
-    """Note that the running statistics count what was observed of ``num_tokens`` tokens."""
+    """Note that the accumulated statistics count what was observed of ``num_tokens`` tokens."""
     tracked.accumulated = num_tokens
     tracked.known = num_tokens // tracked.sizes.limits.block_size
     tracked.counted += seen.num_queries if seen is not None else 0

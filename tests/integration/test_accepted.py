@@ -38,6 +38,7 @@ OPTIONS = st.tuples(
             "max_ratio": st.sampled_from([4, 20]),
             "allow_policies": st.just(True),
             "allocator": st.sampled_from(["global", "layer", "uniform"]),
+            "page_dtype": st.sampled_from(["fp8", "int4"]),
         },
     ),
 ).map(lambda parts: {**parts[0], **parts[1]})
@@ -168,7 +169,7 @@ def test_what_is_accepted_finishes(
     }
     assert sim.pool.get_num_free_blocks() == sim.pool.num_gpu_blocks - 1
     assert sim.scheduler.kv_compress_planner.requests == {}
-    assert sim.scheduler.kv_compress_planner.observe_slots_used() == 0
+    assert sim.scheduler.kv_compress_planner.observers.used == 0
 
 
 @pytest.mark.parametrize("policy", ["h2o", "scissorhands"])

@@ -11,7 +11,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kvcompress_vllm.config import presets
-from kvcompress_vllm.config.options import OPTIONS, default_text
+from kvcompress_vllm.config.options import OPTIONS
+from kvcompress_vllm.config.spelling import default_text
 from tests.integration.simulation import MODEL
 
 DEFAULT = {"ratio": 2.0, "policy": "echo"}

@@ -20,7 +20,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
-from kvcompress_vllm.integration.frontend.requests import KEYS, check_request, request_wish
+from kvcompress_vllm.integration.frontend.requests import check_request
+from kvcompress_vllm.integration.frontend.wish import KEYS, request_wish
 from kvcompress_vllm.integration.start.flags import user_options
 from kvcompress_vllm.policies import BUILT_IN
 from kvcompress_vllm.records.budget import Wish

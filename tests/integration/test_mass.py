@@ -73,8 +73,8 @@ def test_thousands_of_random_operations(asynchronous: bool) -> None:
     assert gone > 5 if asynchronous else gone == 0
     assert {name: len(sim.outputs[name]) for name in wanted} == wanted
     assert sim.pool.get_num_free_blocks() == 39
-    assert sim.worker.state.slots == {} and planner.requests == {}
-    assert planner.observe_slots_used() == 0
+    assert sim.state_slots_left == set() and planner.requests == {}
+    assert planner.observers.used == 0
 
 
 def kept_before_question(mass: float, others: int, asynchronous: bool = False) -> list[int]:

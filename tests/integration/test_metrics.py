@@ -46,7 +46,7 @@ def test_a_prompt_and_its_generation() -> None:
     assert (0, 0, 1) in states and (1, 12, 0) in states and (1, 12, 1) in states
     assert (1, 16, 0) in states and states[-1] == (0, 0, 0)
     assert {report.observation_slots for report in sim.reports} == {
-        sim.scheduler.kv_compress_planner.observe_slots
+        sim.scheduler.kv_compress_planner.observers.count
     }
 
 
@@ -162,11 +162,11 @@ def test_refused_by_the_forecast() -> None:
 def test_refused_for_want_of_slots() -> None:
     sim = Simulation(60, OPTIONS)
     planner = sim.scheduler.kv_compress_planner
-    slots, planner._observe_slots = planner._observe_slots, []
+    slots, planner.observers._slots = planner.observers._slots, []
     sim.add("r", prompt(1, 300), 5)
     for _ in range(3):
         sim.step()
-    planner._observe_slots = slots
+    planner.observers._slots = slots
     sim.run()
     assert refusals(sim) == {"slots": 3}
 

@@ -30,6 +30,7 @@ from kvcompress_vllm.integration.worker.cuda_attention import (
     KVCompressCudaMetadataBuilder,
 )
 from kvcompress_vllm.integration.worker.model_runner import RunnerV2
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Observation
 
 ROWS, WIDTH = 4, 12
@@ -182,8 +183,8 @@ class Step:
         )
         self.adapter = RunnerV2(self.runner)
         packed_state = PackedState(
-            num_blocks=64, num_layers=LAYERS, num_kv_heads=HEADS, num_query_heads=HEADS,
-            head_size=SIZE, state_slots=ROWS, observe_slots=2, window=WINDOW, dtype=torch.float32,
+            CacheGroup(LAYERS, HEADS, 1, SIZE, 16, 4, 1.0), num_blocks=64,
+            state_slots=ROWS, observe_slots=2, window=WINDOW, dtype=torch.float32,
             device=CPU,
         )  # fmt: skip
         self.context = StepContext(

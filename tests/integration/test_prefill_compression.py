@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvcompress_vllm.cache import layout
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.integration.frontend.requests import check_length
-from tests.integration.simulation import B, H, L, Simulation
+from kvcompress_vllm.integration.frontend.requests import check_length, check_request
+from kvcompress_vllm.ops.reference.rows import State
+from tests.integration.simulation import B, D, H, L, Simulation, numbers
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -30,16 +30,11 @@ def positions(sim: Simulation, request_id: str) -> list[torch.Tensor]:
     row = manager.row(request_id, len(manager.req_to_blocks[request_id]))
     slot = state.slot_of(row)
     n = sim.scheduler.requests[request_id].num_computed_tokens
-    covered = int(state.covered[slot]) if slot >= 0 else 0
-    found = []
-    for head in range(L * H):
-        count = int(state.num_pages[slot].flatten()[head]) if slot >= 0 else 0
-        first = int(state.first_page[slot].flatten()[head]) if slot >= 0 else 0
-        keys = layout.num_keys(n, covered, count, B)
-        pages = torch.arange(-(-keys // B))
-        page = layout.page_id(torch.tensor(row), covered, count, first, head, L * H, pages)
-        found.append(sim.worker.pages[page].flatten(0, 1)[:keys, 1].long())
-    return found
+    heads = [
+        State(*state.tables).head(torch.tensor(row), slot, *divmod(head, H))
+        for head in range(L * H)
+    ]
+    return [numbers(head.keys(sim.worker.pages, n)[:, D:]) for head in heads]
 
 
 OPTIONS = {"ratio": 8, "recent": 8, "sinks": 4, "window": 4, "interval": 4}
@@ -97,9 +92,10 @@ def test_the_context_is_compressed_before_the_question_is_read() -> None:
         chunks += plans[0].num_scheduled_tokens.values()
         compressed += [(c.num_tokens, c.covered, len(c.new_blocks))
                        for c in plans[0].kv_compress.compressions]  # fmt: skip
-    assert chunks[:3] == [200, 100, 50]
-    # 300 tokens are 18 full blocks; the question adds too little to compress once more.
-    assert compressed == [(300, 18, 3)]
+    # 300 tokens are 18 full blocks, which others can take; the question adds too little to compress
+    # once more.
+    assert chunks[:3] == [200, 88, 62]
+    assert compressed == [(288, 18, 3)]
     assert len(sim.outputs["r"]) == 4
 
 
@@ -150,32 +146,52 @@ def test_a_request_that_keeps_all_must_fit_where_prompts_are_bounded() -> None:
         cache_config=SimpleNamespace(block_size=16),
     )
 
+    def check(config, engine, request):
+        budget = check_request(config, request.sampling_params, resumable=False)
+        check_length(config, engine, request, budget)
+
     def request(length: int, max_tokens: int, **extra_args):
         params = SimpleNamespace(max_tokens=max_tokens, extra_args=extra_args)
         return SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * length)
 
-    check_length(config, engine, request(8000, 100))
-    check_length(config, engine, request(900, 100, kv_compress=False))
+    check(config, engine, request(8000, 100))
+    check(config, engine, request(900, 100, kv_compress=False))
     with pytest.raises(ValueError, match=r"prompt of 8000 tokens .* 507 blocks .* has 267"):
-        check_length(config, engine, request(8000, 100, kv_compress=False))
+        check(config, engine, request(8000, 100, kv_compress=False))
     with pytest.raises(ValueError, match="has 267"):
-        check_length(config, engine, request(100, 8000, kv_compress_ratio=1))
-    check_length(KVCompressConfig(), engine, request(8000, 100, kv_compress=False))
+        check(config, engine, request(100, 8000, kv_compress_ratio=1))
+    check(KVCompressConfig(), engine, request(8000, 100, kv_compress=False))
 
     # Embeddings are as long as they have rows.
     embeds = request(0, 100, kv_compress=False)
     embeds.prompt_token_ids, embeds.prompt_embeds = None, torch.zeros(8000, 4)
     with pytest.raises(ValueError, match=r"prompt of 8000 tokens .* 507 blocks .* has 267"):
-        check_length(config, engine, embeds)
+        check(config, engine, embeds)
 
     # What the pool has counts, once it is known; of several engines only their sum is.
     engine.cache_config.num_gpu_blocks = 508
     engine.parallel_config = SimpleNamespace(data_parallel_size=1)
-    check_length(config, engine, embeds)
+    check(config, engine, embeds)
     engine.cache_config.num_gpu_blocks = 507
     with pytest.raises(ValueError, match="has 506"):
-        check_length(config, engine, embeds)
+        check(config, engine, embeds)
     engine.cache_config.num_gpu_blocks = 2 * 508
     engine.parallel_config.data_parallel_size = 2
     with pytest.raises(ValueError, match="has 267"):
-        check_length(config, engine, embeds)
+        check(config, engine, embeds)
+
+
+def test_what_was_observed_of_a_request_that_is_preempted_is_not_added_up() -> None:
+    """A worker could not read its row: the state slot is released before."""
+    sim = Simulation(80, {"policy": "h2o", "query_stride": 5, "ratio": 4, "window": 4,
+                          "min_prompt_tokens": 40})  # fmt: skip
+    sim.add("r", prompt(1, 400), 5, kv_compress_context_tokens=160)
+    scheduler, request = sim.scheduler, sim.scheduler.requests["r"]
+    while request.num_computed_tokens <= 200:
+        sim.step()
+    assert scheduler.kv_compress_planner.requests["r"].kept
+    plan = scheduler._steps.begin({"r": request.num_computed_tokens})
+    assert [item.old_kept > 0 for item in plan.accumulations] == [True]
+    scheduler.kv_cache_manager.free(request)
+    scheduler._steps.complete(plan, {}, scheduler.requests, False)
+    assert len(plan.released) == 1 and plan.accumulations == []

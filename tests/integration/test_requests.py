@@ -17,16 +17,16 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.integration.frontend import requests
+from kvcompress_vllm.integration.frontend import requests, wish
+from kvcompress_vllm.integration.frontend.body import check_body
 from kvcompress_vllm.integration.frontend.checks import BadRequestError, bad_request
 from kvcompress_vllm.integration.frontend.requests import (
-    KEYS,
     RESOLVED,
     check_request,
     received_budget,
-    request_wish,
     send_budget,
 )
+from kvcompress_vllm.integration.frontend.wish import KEYS, request_wish
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 from tests.integration.simulation import MODEL
 
@@ -39,6 +39,7 @@ def test_accepted() -> None:
     assert request_wish(None) is None and request_wish(SamplingParams()) is None
     assert ask(other_plugin=3) is None
     assert ask(kv_compress=True) is None and ask(kv_compress=1) is None
+    assert ask(kv_compress=None, kv_compress_ratio=None, kv_compress_mass=None) is None
     assert ask(kv_compress=False) == ask(kv_compress=0) == KEEP_ALL
     assert ask(kv_compress_ratio=8) == Wish(ratio=8.0)
     assert ask(kv_compress=1, kv_compress_ratio=2.5) == Wish(ratio=2.5)
@@ -93,7 +94,7 @@ def test_what_is_large_is_refused_unread(
 
     nested = isinstance(value, dict) or isinstance(value[0], list)
     if not nested:
-        monkeypatch.setattr(requests.re, "fullmatch", read)
+        monkeypatch.setattr(wish.re, "fullmatch", read)
     for wrong in ({key: value}, {key: value, "kv_compress_mass": 0.5}):
         with pytest.raises(ValueError, match=f"^{key}=.* (is not accepted|exclude)") as refused:
             ask(**wrong)
@@ -121,7 +122,7 @@ def test_other_keys_are_not_ours() -> None:
 
 def body_error(**body: Any) -> str:
     try:
-        requests.check_body({"model": "m", "prompt": "p", **body})
+        check_body({"model": "m", "prompt": "p", **body})
     except ValueError as error:
         return str(error)
     return ""
@@ -254,13 +255,13 @@ def test_the_budget_travels_to_the_engine() -> None:
     asked = {"kv_compress_ratio": 3, "kv_compress_protect": "0:9,20:30", "other": 7}
     params = SamplingParams(extra_args=asked)
     budget = check_request(config, params, resumable=False)
-    send_budget(config, params)
+    send_budget(budget, params)
     assert asked["other"] == 7 and "kv_compress_ratio" in asked, "the client's own"
     assert params.extra_args is not None and params.extra_args.keys() == {"other", RESOLVED}
     sent = MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(params))
     assert received_budget(config, sent) == budget and budget.protect == ((0, 9), (20, 30))
     nothing = SamplingParams(extra_args={"other": 7})
-    send_budget(config, nothing)
+    send_budget(budget, nothing)
     assert nothing.extra_args == {"other": 7} and received_budget(config, nothing) is None
     with pytest.raises(ValueError, match="unknown kv_compress_resolved"):
         check_request(config, params, resumable=False)

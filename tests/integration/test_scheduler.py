@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from tests.integration.simulation import B, H, L, Simulation
 
 # Echo has files of its own: its hits are of whole segments, longer than most prompts here.
@@ -32,14 +33,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching=st.booleans(),
         peak=st.sampled_from([{}, {}, {"prefill_peak_tokens": 256}]),
         policy=st.sampled_from([{}, {"policy": "h2o", "query_stride": 5}]),
+        page_dtype=st.sampled_from([each.label for each in PageFormat]),
     )
     def build(
         self, num_blocks, max_num_batched_tokens, max_num_seqs, allocator, decode, prefix_caching,
-        peak, policy,
+        peak, policy, page_dtype,
     ):  # fmt: skip
         # check_integrity() runs in every schedule() (the switch is on), contents in every step().
         self.sim = Simulation(
-            num_blocks, {**OPTIONS, "allocator": allocator, "decode": decode, **peak, **policy},
+            num_blocks,
+            {
+                **OPTIONS, "allocator": allocator, "decode": decode, "page_dtype": page_dtype,
+                **peak, **policy,
+            },
             prefix_caching=prefix_caching, max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
         )  # fmt: skip
@@ -85,7 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.sim.run()
             assert self.sim.pool.get_num_free_blocks() == self.sim.pool.num_gpu_blocks - 1
             assert self.sim.scheduler.kv_compress_planner.requests == {}
-            assert self.sim.worker.rows == {} and self.sim.worker.state.slots == {}
+            assert self.sim.worker.rows == {} and self.sim.state_slots_left == set()
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
@@ -122,7 +128,7 @@ def test_thousands_of_random_operations() -> None:
     assert min(sim.num_compressions, sim.num_preemptions, sim.num_cached_tokens, aborted) > 5
     assert {name: len(sim.outputs[name]) for name in wanted} == wanted
     assert sim.pool.get_num_free_blocks() == 39
-    assert sim.worker.state.slots == {} and sim.scheduler.kv_compress_planner.requests == {}
+    assert sim.state_slots_left == set() and sim.scheduler.kv_compress_planner.requests == {}
 
 
 def load(ratio: float, **options: object) -> Simulation:

@@ -80,7 +80,7 @@ def test_hostile_batch(device, dtype, head_size, block_size):
 @pytest.mark.parametrize("numbers", [1, 4])
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64])
 def test_scores_move_with_their_keys(device, numbers, block_size):
-    """One number per key, and the four of the running statistics, instead of K and V."""
+    """One number per key, and the four of the accumulated statistics, instead of K and V."""
     args = arguments(*hostile(block_size), block_size, 32, torch.float32)
     args[0] = torch.randn(*args[0].shape[:2], numbers)
     check(device, args)

@@ -15,6 +15,7 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Compression
 from kvcompress_vllm.scheduling.segments import SEGMENT, segments
 from tests.policies import literal
@@ -89,8 +90,8 @@ def compress(
     free = (torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(1)) + 1).tolist()
     cache_ = torch.full((num_blocks, layers, heads, BLOCK, 2 * size), float("nan"))
     state = PackedState(
-        num_blocks=num_blocks, num_layers=layers, num_kv_heads=heads, num_query_heads=heads * group,
-        head_size=size, state_slots=len(prompts), observe_slots=len(prompts) + 1,
+        CacheGroup(layers, heads, group, size, BLOCK, 4, size**-0.5), num_blocks=num_blocks,
+        state_slots=len(prompts), observe_slots=len(prompts) + 1,
         window=config.window, dtype=torch.float32, device=torch.device(device),
         echo=config.stores_echo,
     )  # fmt: skip
@@ -122,7 +123,7 @@ def compress(
     if state.echo is not None:
         for prompt, item in zip(prompts, due, strict=True):
             _score(state, pages, prompt, item.old_blocks, config.sinks)
-    compressor = Compressor(config, state, pages, size**-0.5)
+    compressor = Compressor(config, state, pages)
     compressor.record = {}
     compressor.run(due)
     return [[keys.tolist() for keys in compressor.record[item.request_id]] for item in due]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops, policies
-from kvcompress_vllm.config.options import GENERAL, KVCompressConfig
+from kvcompress_vllm.config.auto import GENERAL
+from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.rules import integer, option
 from kvcompress_vllm.policies import Defaults, Evidence, Policy
 from kvcompress_vllm.policies.random_keys import RandomKeys

@@ -8,7 +8,7 @@ vLLM's public registry, which is also what unpickling a spec in the engine core 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,9 +21,11 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from kvcompress_vllm.cache.integrity import Block, check_pool
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.sizes import NOTHING, Limits, Sizes
@@ -35,9 +37,15 @@ class KVCompressSpec(FullAttentionSpec):
 
     Attributes:
         window: last prompt queries that must be computed, not taken from the prefix cache.
+        queries_per_head: query heads per KV head.
+        scale: factor on the attention logits.
+        page_format: how packed pages hold keys.
     """
 
     window: int = 1
+    queries_per_head: int = 1
+    scale: float = 1.0
+    page_format: PageFormat = PageFormat.AUTO
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         # What vLLM demands of the pool, so that the longest request fits alone.
@@ -49,14 +57,66 @@ class KVCompressSpec(FullAttentionSpec):
         return (most_needed(config, self.block_size, longest) + 1) * self.page_size_bytes
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, window: int) -> KVCompressSpec:
+    def of(
+        cls,
+        spec: FullAttentionSpec,
+        window: int,
+        queries_per_head: int,
+        scale: float,
+        page_format: PageFormat = PageFormat.AUTO,
+    ) -> KVCompressSpec:
         """The spec of a layer that vLLM describes as plain full attention."""
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
-        return cls(**values, window=window)
+        return cls(
+            **values,
+            window=window,
+            queries_per_head=queries_per_head,
+            scale=scale,
+            page_format=page_format,
+        )
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        return replace(super().merge(specs), window=max(spec.window for spec in specs))
+        alike = {(spec.queries_per_head, spec.scale) for spec in specs}
+        if len(alike) != 1:
+            raise ValueError(
+                "kv_compress: all layers must share the attention scale and head count; they have "
+                f"{', '.join(f'{scale:g} and {count} per KV head' for count, scale in alike)}"
+            )
+        ((queries_per_head, scale),) = alike
+        window = max(spec.window for spec in specs)
+        merged = super().merge(specs)
+        return replace(
+            merged,
+            window=window,
+            queries_per_head=queries_per_head,
+            scale=scale,
+            page_format=specs[0].page_format,
+        )
+
+
+def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
+    """A group of layers as vLLM tells scheduler and workers of it.
+
+    Args:
+        spec: of each of its layers.
+        layers: how many there are on a rank.
+
+    Raises:
+        ValueError: they cannot be compressed.
+    """
+    if not isinstance(spec, KVCompressSpec):
+        raise ValueError(f"kv_compress: cannot compress {spec}")
+    return CacheGroup(
+        layers=layers,
+        heads=spec.num_kv_heads,
+        queries_per_head=spec.queries_per_head,
+        head_size=spec.head_size,
+        block_size=spec.block_size,
+        itemsize=spec.dtype.itemsize,
+        scale=spec.scale,
+        page_format=spec.page_format,
+    )
 
 
 def most_needed(config: KVCompressConfig, block_size: int, longest: int) -> int:
@@ -148,11 +208,14 @@ class KVCompressManager(FullAttentionManager):
             **kwargs,
         )
 
-    def check_integrity(self, held: Sequence[KVCacheBlock] = ()) -> None:
+    def check_integrity(
+        self, held: Sequence[KVCacheBlock] = (), shared: Collection[int] = ()
+    ) -> None:
         """Check the whole pool (see :func:`kvcompress_vllm.cache.integrity.check_pool`).
 
         Args:
             held: blocks that are still referenced although their request let go of them.
+            shared: packed blocks of contexts, which several requests may hold.
         """
         pool = self.block_pool
         references: dict[int, int] = {}
@@ -164,6 +227,7 @@ class KVCompressManager(FullAttentionManager):
             {rid: [b.block_id for b in blocks] for rid, blocks in self.req_to_blocks.items()},
             self.packed,
             references,
+            shared,
         )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -22,23 +21,19 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
+from kvcompress_vllm.integration.engine import utilities
 from kvcompress_vllm.integration.engine.admission import Admission, budget_of
-from kvcompress_vllm.integration.engine.banner import log_banner
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, cache_group
+from kvcompress_vllm.integration.engine.sharing import Sharing
+from kvcompress_vllm.integration.engine.step import StepBuilder
 from kvcompress_vllm.integration.frontend.requests import received_budget
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
-from kvcompress_vllm.integration.sizing import observe_slots, step_tokens
+from kvcompress_vllm.integration.sizing import context_slots, observe_slots, step_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
-from kvcompress_vllm.records.plan import (
-    Accumulation,
-    Compression,
-    Heard,
-    PackedRow,
-    Scoring,
-    StepPlan,
-)
+from kvcompress_vllm.records.plan import StepPlan
 from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.reporting.digest import Digest
 from kvcompress_vllm.reporting.metrics import Occupancy, Recorder
@@ -47,8 +42,6 @@ from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling.echo import EchoPlanner
 from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
-from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.segments import SEGMENT
 
 logger = init_logger("vllm.kv_compress")
 
@@ -67,43 +60,49 @@ class _KVCompressMixin(Scheduler):
         if manager.block_pool.null_block.block_id != 0:
             raise RuntimeError("kv_compress: vLLM's null block is not block 0")
         scheduler_config = self.vllm_config.scheduler_config
+        (group,) = kwargs["kv_cache_config"].kv_cache_groups
+        self.kv_compress_group = cache_group(group.kv_cache_spec, len(group.layer_names))
+        blocks = manager.block_pool.num_gpu_blocks
         check_steps(config, manager.block_size, step_tokens(scheduler_config))
         self.kv_compress_manager = manager
         self.kv_compress_planner = CompressionPlanner(
             config,
             manager.block_size,
             state_slots=scheduler_config.max_num_seqs,
-            observe_slots=observe_slots(self.vllm_config, manager.block_pool.num_gpu_blocks),
+            observe_slots=observe_slots(self.vllm_config, self.kv_compress_group, blocks),
             max_tokens=self.max_model_len,
+            context_slots=context_slots(self.vllm_config, blocks),
         )
-        self._recorder = Recorder(self.log_stats)
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        block_bytes = self.kv_compress_group.block_bytes * ranks
+        self._recorder = Recorder(self.log_stats, block_bytes)
         self._shortage = Shortage()
-        self._usage = UsageLog()
+        self._usage = UsageLog(block_bytes)
+        self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner, self._usage)
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
+        self._failures: dict[str, str] = {}
+        """Why requests that came since the last step cannot be served, by id."""
         self._check_integrity = integrity.enabled()
         self._echo: EchoPlanner | None = None
         if config.stores_echo:
             self._echo = EchoPlanner(
                 config,
                 manager.block_size,
-                manager.block_pool.num_gpu_blocks,
+                blocks,
                 step_tokens(scheduler_config),
             )
-            if step_tokens(scheduler_config) - scheduler_config.max_num_seqs < SEGMENT:
-                logger.warning(
-                    "kv_compress: steps of %d tokens with up to %d requests may not have room for "
-                    "the %d tokens that are scored at once: what is kept then depends on how "
-                    "prompts are cut, and the prefix cache is used less; raise "
-                    "--max-num-batched-tokens",
-                    step_tokens(scheduler_config),
-                    scheduler_config.max_num_seqs,
-                    SEGMENT,
-                )
-        self._admission = Admission(self, self.kv_compress_planner, self._recorder, self._echo)
+            warn_of_small_steps(scheduler_config)
+        sharing = self.kv_compress_sharing
+        self._admission = Admission(
+            self, self.kv_compress_planner, self._recorder, sharing, self._echo
+        )
+        self._steps = StepBuilder(
+            self.kv_compress_planner, manager, sharing, self._echo, self.kv_compress_group
+        )
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
-        log_banner(self.kv_compress_planner, manager.block_pool.num_gpu_blocks - 1)
+        log_banner(self.kv_compress_planner, blocks - 1)
 
     def add_request(self, request: Request) -> None:
         # Nothing that a request carries may raise here: that would end the engine for everybody.
@@ -114,31 +113,34 @@ class _KVCompressMixin(Scheduler):
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         request.kv_compress_budget = budget  # type: ignore[attr-defined]
+        if problem is None:
+            self.kv_compress_sharing.added(request, budget)
         super().add_request(request)
         if problem is not None:
-            self.fail(request.request_id, problem)
-
-    def fail(self, request_id: str, problem: str) -> None:
-        """Answer a request with an error at the end of this step; the others go on."""
-        logger.warning(
-            "kv_compress: %s is answered with an error: %s", printable(request_id), problem
-        )
-        self.grammar_compile_error_reqs.add(request_id)
+            self._failures[request.request_id] = problem
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
-        accumulations = self._accumulate(computed)
-        heard = self._heard(computed)
-        compressions = self._compress_due(computed)
-        scorings = self._score_due(computed)
+        plan = self._steps.begin(computed)
+        held = self.kv_compress_sharing.hold_back(self)
         output = super().schedule(*args, **kwargs)
-        plan = self._plan(output, accumulations, heard, scorings, compressions)
+        self.kv_compress_sharing.put_back(self, held)
+        self._steps.complete(
+            plan, output.num_scheduled_tokens, self.requests, self._check_integrity
+        )
+        self._count(plan)
         output.kv_compress = plan  # type: ignore[attr-defined]
         if self._recorder.enabled:
             self._count_preemptions(output)
         if self._check_integrity:
             self.check_integrity()
         return output
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        done: bool = super().reset_prefix_cache(*args, **kwargs)
+        if done:
+            self.kv_compress_planner.contexts.clear()
+        return done
 
     def update_from_output(
         self,
@@ -147,10 +149,12 @@ class _KVCompressMixin(Scheduler):
         *args: Any,
         **kwargs: Any,
     ) -> dict[int, EngineCoreOutputs]:
-        failures: dict[str, str] = {}
+        failures, self._failures = self._failures, {}
         for report in reports_of(model_runner_output):
             if report.failure is not None:
                 failures[report.request_id] = report.failure
+                users = self.kv_compress_planner.spoiled(report)
+                failures.update(dict.fromkeys(users, report.failure))
             elif isinstance(report, Scored):
                 self.kv_compress_planner.scored(report)
             else:
@@ -167,14 +171,15 @@ class _KVCompressMixin(Scheduler):
         return outputs
 
     def _fail(self, failures: Mapping[str, str]) -> list[Request]:
-        """Finish requests whose policy failed. What a worker kept of them is as many blocks as was
-        said, so the accounting is exact; but their answers would not be those of their policy."""
+        """Finish requests that should not be here, and those whose policy failed. What a worker
+        kept of these is as many blocks as was said, so the accounting is exact; but their answers
+        would not be those of their policy."""
         failed = [self.requests[name] for name in failures if name in self.requests]
         failed = [request for request in failed if not request.is_finished()]
         for request in failed:
             budget = budget_of(request)
             logger.error(
-                "kv_compress: %s ends with an error: policy=%r: %s",
+                "kv_compress: %s (policy=%r) ends with an error: %s",
                 printable(request.request_id),
                 budget.policy if budget is not None else self.kv_compress_planner.config.policy,
                 failures[request.request_id],
@@ -187,18 +192,19 @@ class _KVCompressMixin(Scheduler):
         if stats is None:
             return None
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
-        pool = manager.block_pool
+        pool, shared = manager.block_pool, self.kv_compress_sharing.report()
         report = self._recorder.take(
             manager.packed,
-            planner.observe_slots_used(),
-            planner.observe_slots,
+            planner.observers.used,
+            planner.observers.count,
             Occupancy(
                 pool.num_gpu_blocks - 1,
                 pool.get_num_free_blocks(),
                 *self.get_request_counts(),
-                manager.held_by_packed(),
+                manager.held_by_packed() - shared.saved_blocks,
                 len(pool.cached_block_hash_to_block),
             ),
+            shared,
         )
         return KVCompressSchedulerStats.of(stats, report)
 
@@ -209,116 +215,16 @@ class _KVCompressMixin(Scheduler):
             RuntimeError: with the numbers of the first violation.
         """
         held = [block for _, blocks in self.deferred_frees for block in blocks]
-        self.kv_compress_manager.check_integrity(held)
+        contexts = self.kv_compress_planner.contexts.described
+        shared = {block for context in contexts for block in context.blocks}
+        self.kv_compress_manager.check_integrity(held, shared)
+        self.kv_compress_sharing.check_integrity()
         packed = {t.request_id for t in self.kv_compress_planner.packed()}
         if packed != set(self.kv_compress_manager.packed):
             raise RuntimeError(
                 f"kv_compress: planner has packed {sorted(packed)}, block manager "
                 f"{sorted(self.kv_compress_manager.packed)}"
             )
-
-    def _accumulate(self, computed: Mapping[str, int]) -> list[Accumulation]:
-        """What was observed in chunks of prefills since the last step."""
-        return [
-            Accumulation(
-                *self._candidates(tracked, tracked.accumulated, tracked.known),
-                policy=tracked.budget.policy,
-                observed=observed,
-            )
-            for tracked, observed in self.kv_compress_planner.accumulate(computed)
-        ]
-
-    def _heard(self, computed: Mapping[str, int]) -> list[Heard]:
-        """What was decoded with an observation slot since the last step, in whole segments."""
-        planner, manager = self.kv_compress_planner, self.kv_compress_manager
-        return [
-            Heard(
-                tracked.request_id,
-                tracked.listen_slot,
-                begin,
-                end,
-                manager.row(tracked.request_id, -(-end // manager.block_size)),
-            )
-            for tracked, begin, end in planner.heard(computed)
-            if tracked.listen_slot is not None
-        ]
-
-    def _compress_due(self, computed: Mapping[str, int]) -> list[Compression]:
-        """Pack what is due as far as the pool allows; the rest waits for a later step."""
-        planner, manager = self.kv_compress_planner, self.kv_compress_manager
-        compressions: list[Compression] = []
-        freed: list[KVCacheBlock] = []
-        waits = False
-        planner.watch(computed)
-        if planner.config.on_pressure:
-            planner.press(computed, manager.block_pool.get_num_free_blocks())
-        for tracked in planner.due(computed):
-            num_tokens, first = tracked.due_at, not tracked.kept
-            packing = tracked.target()
-            if manager.block_pool.get_num_free_blocks() < packing.kept:
-                waits = True
-                continue  # a smaller one may fit, and makes room
-            candidates = self._candidates(tracked, num_tokens, packing.covered)
-            new, old = manager.pack(tracked.request_id, packing)
-            item = Compression(
-                *candidates,
-                new,
-                policy=tracked.budget.policy,
-                observed=planner.observed(tracked, num_tokens),
-                floor_pages=tracked.sizes.floor(packing.covered),
-                protect=tracked.budget.protect,
-                trigger=tracked.trigger,
-                unscored=tracked.unscored.before(packing.covered * manager.block_size),
-            )
-            compressions.append(item)
-            freed += old
-            planner.compressed(tracked.request_id, computed[tracked.request_id])
-            before = item.old_packing.held(len(item.old_blocks))
-            after = packing.held(len(item.old_blocks))
-            if first:  # a long generation is compressed over and over
-                self._digest.add(num_tokens, before, after)
-            logger.debug(
-                "kv_compress: %s: %d tokens, %d -> %d blocks",
-                printable(tracked.request_id),
-                num_tokens,
-                before,
-                after,
-            )
-        if waits:
-            self._recorder.reserve_wait()
-        planner.listen(computed)
-        # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
-        manager.block_pool.free_blocks(reversed(freed))
-        return compressions
-
-    def _score_due(self, computed: Mapping[str, int]) -> list[Scoring]:
-        """Have the worker score the requests whose mass budget needs a loss curve."""
-        planner = self.kv_compress_planner
-        scorings = []
-        for tracked in planner.to_score(computed):
-            packing = tracked.target()
-            scorings.append(
-                Scoring(
-                    *self._candidates(tracked, tracked.due_at, packing.covered),
-                    packing.kept,
-                    policy=tracked.budget.policy,
-                    observed=planner.observed(tracked, tracked.due_at),
-                    floor_pages=tracked.sizes.floor(packing.covered),
-                    protect=tracked.budget.protect,
-                    unscored=tracked.unscored.before(packing.covered * planner.block_size),
-                )
-            )
-        return scorings
-
-    def _candidates(
-        self, tracked: Tracked, num_tokens: int, covered: int
-    ) -> tuple[str, int, int, int, int, int, int, list[int]]:
-        """Whose keys, of the first ``covered`` blocks: the first fields of all records."""
-        assert tracked.observe_slot is not None
-        manager = self.kv_compress_manager
-        row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
-        slots = tracked.state_slot, tracked.observe_slot
-        return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
 
     def _mamba_block_aligned_split(
         self,
@@ -331,28 +237,57 @@ class _KVCompressMixin(Scheduler):
         # compression is due.
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
+        tracked = planner.requests.get(request.request_id)
+        if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
+            return num_new_tokens  # it decodes, and nothing is due that its prompt began
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        context = self._admission.hit(request)
         count = planner.chunk(
             request.request_id,
             first_token,
             num_new_tokens,
             request.num_tokens if waits else 0,
             budget_of(request) if waits else None,
+            context,
         )
         if self._echo is None:
             return count
-        tracked, sizes = planner.requests.get(request.request_id), planner.sizes(budget_of(request))
+        if tracked is None:
+            tracked = planner.starting(
+                request.request_id, request.num_tokens, budget_of(request), context
+            )
         return self._echo.chunk(
-            sizes.budget,
+            tracked.budget,
             first_token,
             count,
-            tracked.prefill_end if tracked else request.num_tokens,
-            tracked.due_at if tracked else sizes.first_due(request.num_tokens),
+            tracked.prefill_end,
+            tracked.due_at,
             len(self.running) - (not waits),
             # vLLM may have cut this chunk for the sake of encoder inputs, and only its going on
             # makes room for those.
             may_wait=not request.has_encoder_inputs,
         )
+
+    def _count(self, plan: StepPlan) -> None:
+        """Record what this step compresses."""
+        if self._steps.waits:
+            self._recorder.reserve_wait()
+        for item in plan.compressions:
+            self._recorder.compressed(item)
+            tracked = self.kv_compress_planner.requests[item.request_id]
+            self._shortage.compressed(item, tracked.usual_due)
+            self._usage.compressed(item, tracked.sizes.context)
+            before = item.old_packing.held(len(item.old_blocks))
+            after = item.packing.held(len(item.old_blocks))
+            if not item.old_kept:  # a long generation is compressed over and over
+                self._digest.add(item.num_tokens, before, after)
+            logger.debug(
+                "kv_compress: %s: %d tokens, %d -> %d blocks",
+                printable(item.request_id),
+                item.num_tokens,
+                before,
+                after,
+            )
 
     def _release(self, request_id: str) -> None:
         """Called when a request gives its blocks up."""
@@ -360,6 +295,7 @@ class _KVCompressMixin(Scheduler):
         self._recorder.released(request_id)
         self._shortage.released(request_id)
         request = self.requests.get(request_id)
+        self.kv_compress_sharing.released(request, request_id)
         if request is not None and request.is_finished():
             self._admission.finished(request)
         if request is None or request.is_finished():
@@ -379,55 +315,6 @@ class _KVCompressMixin(Scheduler):
         )
         self._recorder.stepped(len(output.preempted_req_ids or ()), avoided)
 
-    def _plan(
-        self,
-        output: SchedulerOutput,
-        accumulations: list[Accumulation],
-        heard: list[Heard],
-        scorings: list[Scoring],
-        compressions: list[Compression],
-    ) -> StepPlan:
-        planner, manager = self.kv_compress_planner, self.kv_compress_manager
-        plan = StepPlan(
-            released=planner.take_released(),
-            accumulations=accumulations,
-            heard=[item for item in heard if item.request_id in planner.requests],
-            scorings=[c for c in scorings if c.request_id in planner.requests],
-            # A request that was compressed and then preempted in the same step owns nothing.
-            compressions=[c for c in compressions if c.request_id in manager.packed],
-        )
-        for item in plan.compressions:
-            self._recorder.compressed(item)
-            self._shortage.compressed(item, planner.requests[item.request_id].usual_due)
-            self._usage.compressed(item)
-        for request_id, num_tokens in output.num_scheduled_tokens.items():
-            first_token = self.requests[request_id].num_computed_tokens - num_tokens
-            observation = planner.observe(request_id, first_token, num_tokens)
-            if observation is not None:
-                plan.observations.append(observation)
-            if self._echo is not None:
-                self._score(plan, request_id, first_token, first_token + num_tokens)
-            if num_tokens > 1 and request_id in manager.packed:
-                plan.packed_prefills.append(request_id)
-        if self._check_integrity:
-            plan.expected = [
-                PackedRow(t.request_id, t.state_slot, t.covered, manager.row(t.request_id, t.kept))
-                for t in planner.packed()
-            ]
-        return plan
-
-    def _score(self, plan: StepPlan, request_id: str, first: int, end: int) -> None:
-        """Have a step's tokens ``[first, end)`` scored, or note that they are not."""
-        assert self._echo is not None
-        planner = self.kv_compress_planner
-        policy = planner.sizes(budget_of(self.requests[request_id])).budget.policy
-        span = self._echo.span(request_id, policy, first, end)
-        if span is not None:
-            plan.echoes.append(span)
-        tracked = planner.requests.get(request_id)
-        if tracked is not None:
-            tracked.unscored.computed(first, end, span is not None)
-
 
 class KVCompressScheduler(_KVCompressMixin, Scheduler):
     """Synchronous scheduling with compression."""
@@ -439,6 +326,7 @@ class KVCompressAsyncScheduler(_KVCompressMixin, AsyncScheduler):
 
 def make_scheduler(**kwargs: Any) -> Scheduler:
     """What ``scheduler_cls`` names; picks the class once vLLM has decided on async scheduling."""
+    utilities.install()
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (KVCompressAsyncScheduler if asynchronous else KVCompressScheduler)(**kwargs)
 

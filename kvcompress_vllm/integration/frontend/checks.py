@@ -24,6 +24,8 @@ from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
 from kvcompress_vllm.integration.frontend import requests
+from kvcompress_vllm.integration.frontend.body import check_body
+from kvcompress_vllm.integration.frontend.wish import XARGS
 from kvcompress_vllm.integration.start.flags import resolved_config
 
 _PATCHED = "_kv_compress_patched"
@@ -90,7 +92,7 @@ def check(vllm_config: Any, prompt: Any, params: Any) -> None:
     if config is None:
         return
     with bad_request():
-        requests.check_request(config, params, resumable=False)
+        budget = requests.check_request(config, params, resumable=False)
         ids = embeds = None
         if isinstance(prompt, dict):
             ids, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
@@ -98,7 +100,7 @@ def check(vllm_config: Any, prompt: Any, params: Any) -> None:
             rendered = SimpleNamespace(
                 sampling_params=params, prompt_token_ids=ids, prompt_embeds=embeds
             )
-            requests.check_length(config, vllm_config, rendered)
+            requests.check_length(config, vllm_config, rendered, budget)
             requests.check_context(config, rendered)
 
 
@@ -106,7 +108,7 @@ def check_bodies(app: FastAPI) -> None:
     """Have every route that takes JSON check the body first."""
     from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-    app.dependency_overrides[validate_json_request] = _check_body
+    app.dependency_overrides[validate_json_request] = checked_body
 
 
 def check_at_call(responses: Any) -> None:
@@ -142,7 +144,7 @@ def check_batches(chat: Any) -> None:
         if raw_request is None:
             with bad_request():
                 unknown = request.model_extra or {}
-                requests.check_body({**unknown, requests.XARGS: request.vllm_xargs})
+                check_body({**unknown, XARGS: request.vllm_xargs})
         return await stock(request, raw_request)
 
     chat.create_chat_completion = create_chat_completion
@@ -159,9 +161,9 @@ def pass_xargs(messages: Any) -> None:
     @functools.wraps(stock)
     async def create_chat_completion(request: Any, raw_request: Any = None) -> Any:
         body = await raw_request.json() if raw_request is not None else {}
-        given = body.get(requests.XARGS)
+        given = body.get(XARGS)
         if given is not None:
-            field = type(request).model_fields[requests.XARGS]
+            field = type(request).model_fields[XARGS]
             try:
                 request.vllm_xargs = TypeAdapter(field.annotation).validate_python(given)
             except ValidationError:  # names every item of what may be large
@@ -179,7 +181,8 @@ def pass_xargs(messages: Any) -> None:
     messages.create_chat_completion = create_chat_completion
 
 
-async def _check_body(raw_request: Request) -> None:
+async def checked_body(raw_request: Request) -> None:
+    """A route's dependency: vLLM's own check of a JSON body, and ours."""
     from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
     await validate_json_request(raw_request)
@@ -187,4 +190,4 @@ async def _check_body(raw_request: Request) -> None:
     body = await raw_request.json() if await raw_request.body() else None
     if isinstance(body, dict):
         with bad_request():
-            requests.check_body(body)
+            check_body(body)

@@ -1,210 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a single request may ask for, in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args``.
+"""Whether the engine can do what a request asks for, and how its budget reaches the engine.
 
-    kv_compress                true or false: false keeps everything
-    kv_compress_ratio          like the option ratio
-    kv_compress_budget_tokens  like the option budget_tokens
-    kv_compress_mass           like the option mass
-    kv_compress_policy         like the option policy, where allow_policies is set
-    kv_compress_context_tokens compress once so many tokens of the prompt are computed; what follows
-                               (a question) reads the compressed context
-    kv_compress_protect        token positions that are never evicted: "0:120" or "0:120,300:340",
-                               ends excluded, counted from the start of the prompt
-
-Within the operator's limits ``min_ratio`` and ``max_ratio``. Checked in the front end, where a bad
-value is the client's error (HTTP 400); an exception in the engine core would end it for everybody.
-What a client sends may be of any size: it is measured before it is parsed or shown.
+What it asks for is in ``wish.py``. Checked in the front end, where a bad value is the client's
+error (HTTP 400); an exception in the engine core would end it for everybody.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Collection, Mapping
 from typing import Any
 
-from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
+from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
-from kvcompress_vllm.config.rules import integer, printable, shown
 from kvcompress_vllm.integration.engine.kv_cache import most_needed
-from kvcompress_vllm.records.budget import KEEP_ALL, RequestBudget, Wish
+from kvcompress_vllm.integration.frontend.wish import CONTEXT, KEYS, PREFIX, request_wish
+from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes
 
-PREFIX = "kv_compress"
-SWITCH, RATIO = PREFIX, f"{PREFIX}_ratio"
-BUDGET, POLICY = f"{PREFIX}_budget_tokens", f"{PREFIX}_policy"
-MASS = f"{PREFIX}_mass"
-CONTEXT, PROTECT = f"{PREFIX}_context_tokens", f"{PREFIX}_protect"
-XARGS = "vllm_xargs"
-KEYS = (SWITCH, RATIO, BUDGET, MASS, POLICY, CONTEXT, PROTECT)
-MOST_RANGES = 64
-"""Protected ranges of a request; each takes a little work at every compression."""
-MOST_TEXT = 4096
-"""Characters and list items of all values of a request together."""
-MOST_KEY = 64
-"""Characters of a key that is shown or compared; ours are shorter."""
-MOST_KEYS = 256
-"""Keys among which misspelt ones are looked for letter by letter, which takes long."""
-_BARE = tuple(key.removeprefix(f"{PREFIX}_") for key in KEYS[1:])
-_OURS = re.compile(r"[\W_]*kv[\W_]*compress")
 
-
-def request_wish(params: Any) -> Wish | None:
-    """What a request asked for; None: nothing, all is as configured.
-
-    Args:
-        params: its ``SamplingParams``, or None.
-
-    Raises:
-        ValueError: an unknown key, a bad value, or keys that exclude each other.
-    """
-    given = getattr(params, "extra_args", None)
-    return parse(given) if given else None
-
-
-def parse(given: Mapping[str, Any]) -> Wish | None:
-    """:func:`request_wish` of the ``extra_args`` themselves."""
-    asked = _asked(given)
-    if not asked:
-        return None
-    switch = asked.pop(SWITCH, True)
-    # vLLM's protocol turns JSON's true and false into 1 and 0.
-    if switch not in (0, 1):
-        raise ValueError(f"{SWITCH}={_brief(switch)} is not accepted; it must be true or false")
-    if asked and not switch:
-        listed = ", ".join(f"{key}={_brief(value)}" for key, value in asked.items())
-        raise ValueError(f"{listed} needs {SWITCH}=true")
-    budgets = [f"{key}={_brief(asked[key])}" for key in (RATIO, BUDGET, MASS) if key in asked]
-    if len(budgets) > 1:
-        raise ValueError(f"{' and '.join(budgets)} exclude each other")
-    protect = _ranges(asked.pop(PROTECT, ""))
-    context = asked.pop(CONTEXT, None)
-    if context is not None and not _POSITIVE[1](context):
-        raise ValueError(f"{CONTEXT}={_brief(context)} is not accepted; it must be {_POSITIVE[0]}")
-    for key, value in asked.items():
-        option = OPTIONS[key.removeprefix(f"{PREFIX}_")]
-        if not option.metadata["accepts"](value):
-            raise ValueError(
-                f"{key}={_brief(value)} is not accepted; it must be {option.metadata['accepted']}"
-            )
-    if not switch:
-        return KEEP_ALL
-    ratio = asked.get(RATIO)
-    ratio = None if ratio is None else float(ratio)
-    wish = Wish(ratio, asked.get(BUDGET), asked.get(POLICY), context, protect, asked.get(MASS))
-    return None if wish == Wish() else wish
-
-
-_POSITIVE = integer(1)
-
-
-def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys among all; refused where one is misspelt, or where they are too large to read."""
-    asked = {key: value for key, value in given.items() if key in KEYS}
-    wrong = next((key for key in _BARE if key in given), None) or misspelt(given)
-    if wrong is not None:
-        raise ValueError(f"unknown {shown_key(wrong)}={_brief(given[wrong])}; {_meant(wrong)}")
-    size = 0
-    for key, value in asked.items():
-        size += _size(value)
-        if size > MOST_TEXT:
-            raise ValueError(
-                f"{key}={_brief(value)} is not accepted; it must be shorter: the kv_compress "
-                f"values of a request may have {MOST_TEXT} characters together"
-            )
-    return asked
-
-
-def misspelt(keys: Collection[Any]) -> str | None:
-    """The first key that is none of ours but was meant to be: ``kvcompress_ratio``,
-    ``KV-Compress-Ratio``, ``kv_comress``."""
-    compare = len(keys) <= MOST_KEYS
-    for key in keys:
-        if not isinstance(key, str) or key in KEYS:
-            continue
-        text = key[:MOST_KEY].lower()
-        if _OURS.match(text):
-            return key
-        near = compare and (text.startswith("kv") or "compres" in text)
-        if near and difflib.get_close_matches(text, KEYS, n=1, cutoff=0.85):
-            return key
-    return None
-
-
-def _meant(key: str) -> str:
-    """Which key a misspelt one is nearest to, and which there are."""
-    words = re.sub(r"\W+", "_", key[:MOST_KEY].lower())
-    if words in _BARE:
-        words = f"{PREFIX}_{words}"
-    near = difflib.get_close_matches(words, KEYS, n=1, cutoff=0.6)
-    return "".join(f"did you mean {key}? " for key in near) + f"The keys are {', '.join(KEYS)}"
-
-
-def shown_key(key: Any) -> str:
-    """A key as error messages show it."""
-    return printable(key if isinstance(key, str) else type(key).__name__, MOST_KEY)
-
-
-def _size(value: Any) -> int:
-    """What reading a value costs, in characters and items."""
-    if isinstance(value, str):
-        return len(value)
-    if not isinstance(value, list | tuple):
-        return 1
-    if len(value) > MOST_TEXT:
-        return len(value)
-    return len(value) + sum(len(item) for item in value if isinstance(item, str))
-
-
-def _brief(value: Any) -> str:
-    """``shown``, except of what it would sort or walk through first."""
-    if isinstance(value, Collection) and not isinstance(value, str):
-        nested = (isinstance(item, Collection) and not isinstance(item, str) for item in value)
-        if len(value) > 8 or any(nested):
-            return f"a {type(value).__name__} of {len(value)}"
-    return shown(value)
-
-
-def _ranges(given: Any) -> tuple[tuple[int, int], ...]:
-    """Protected positions: ascending, and where they touch or overlap one."""
-    texts = given if isinstance(given, list | tuple) else [given]
-    ranges: list[tuple[int, int]] = []
-    for text in texts:
-        for part in filter(None, text.split(",") if isinstance(text, str) else [None]):
-            found = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", part)
-            if found is None or int(found[1]) >= int(found[2]):
-                raise _bad_ranges(given)
-            ranges.append((int(found[1]), int(found[2])))
-        if not isinstance(text, str):
-            raise _bad_ranges(given)
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((start, end))
-    if len(merged) > MOST_RANGES:
-        raise _bad_ranges(given)
-    return tuple(merged)
-
-
-_RANGES = (
-    f"at most {MOST_RANGES} ranges start:end of token positions, start < end, such as "
-    '"0:120,300:340"'
-)
-
-
-def _bad_ranges(given: Any) -> ValueError:
-    return ValueError(f"{PROTECT}={_brief(given)} is not accepted; it must be {_RANGES}")
-
-
-def check_length(config: KVCompressConfig, vllm_config: Any, request: Any) -> None:
+def check_length(
+    config: KVCompressConfig, vllm_config: Any, request: Any, budget: RequestBudget
+) -> None:
     """Refuse a request that could not finish even alone in an empty pool: all others would wait
     behind it. Where ``prefill_peak_tokens`` is set, the KV cache need not hold the longest request.
 
     Args:
         request: vLLM's ``EngineCoreRequest``.
+        budget: what :func:`check_request` returned.
 
     Raises:
         ValueError: with the blocks that it could take and those that there are for one.
@@ -212,7 +34,6 @@ def check_length(config: KVCompressConfig, vllm_config: Any, request: Any) -> No
     params = request.sampling_params
     if params is None:
         return
-    budget = resolve(config, request_wish(params))
     longest, prompt = vllm_config.model_config.max_model_len, _prompt_tokens(request)
     length = min(longest, prompt + (params.max_tokens or longest))
     cache = vllm_config.cache_config
@@ -265,47 +86,6 @@ def _prompt_tokens(request: Any) -> int:
     return 0 if given is None else len(given)
 
 
-def check_body(body: Mapping[str, Any]) -> None:
-    """Refuse in the JSON of an HTTP request what vLLM would drop or change before we see it.
-
-    Fields that it does not know are ignored, and in ``vllm_xargs`` it turns true into 1.
-
-    Raises:
-        ValueError: naming the key and where it belongs, or what its value must be.
-    """
-    tokens_in = "token_ids" in body  # /inference/v1/generate
-    right = "sampling_params.extra_args" if tokens_in else XARGS
-    _misplaced(body, "the body", right)
-    # What the Python client has arguments for, sent as it stands.
-    for name in ("extra_body", "extra_args", "sampling_params"):
-        inner = body.get(name)
-        if isinstance(inner, Mapping):
-            _misplaced(inner, name, right)
-            if isinstance(inner.get(XARGS), Mapping):
-                _misplaced(inner[XARGS], f"{name}.{XARGS}", right)
-    given = body.get(XARGS)
-    if not isinstance(given, Mapping):
-        return
-    if tokens_in:
-        _misplaced(given, XARGS, right)
-    parse(given)
-    budgets = [key for key in KEYS if key in given and key != SWITCH]
-    if body.get("use_beam_search") and budgets:
-        raise ValueError(
-            f"{budgets[0]} is not accepted with use_beam_search; it must be left out: beams are "
-            "never compressed"
-        )
-
-
-def _misplaced(given: Mapping[Any, Any], where: str, right: str) -> None:
-    key = next((key for key in KEYS if key in given), None) or misspelt(given)
-    if key is not None:
-        known = "" if key in KEYS else f"; {_meant(key)}"
-        raise ValueError(
-            f"{shown_key(key)} in {where} is not accepted; it must be in {right}{known}"
-        )
-
-
 def check_request(config: KVCompressConfig, params: Any, resumable: bool) -> RequestBudget:
     """Refuse what a request must not ask of an engine that compresses.
 
@@ -325,16 +105,18 @@ RESOLVED = f"{PREFIX}_resolved"
 """Under which the budget travels to the engine; not for clients."""
 
 
-def send_budget(config: KVCompressConfig, params: Any) -> None:
+def send_budget(budget: RequestBudget, params: Any) -> None:
     """Put a checked request's budget into its own ``SamplingParams``, instead of what it asked for.
 
     A request that asked for nothing needs none: the engine knows the configured budget.
+
+    Args:
+        budget: what :func:`check_request` returned.
     """
-    wish = request_wish(params)
-    if wish is None:
-        return
-    others = {key: value for key, value in params.extra_args.items() if key not in KEYS}
-    params.extra_args = {**others, RESOLVED: resolve(config, wish).to_plain()}
+    given = getattr(params, "extra_args", None) or {}
+    others = {key: value for key, value in given.items() if key not in KEYS}
+    if len(others) < len(given):
+        params.extra_args = {**others, RESOLVED: budget.to_plain()}
 
 
 def received_budget(config: KVCompressConfig, params: Any) -> RequestBudget | None:

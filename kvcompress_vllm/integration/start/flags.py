@@ -13,9 +13,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvcompress_vllm.config import presets
-from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig, default_text
+from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
 from kvcompress_vllm.config.rules import closeness, shown
-from kvcompress_vllm.config.spelling import check, over, parse_spec, parse_value, split_spec
+from kvcompress_vllm.config.spelling import (
+    check,
+    default_text,
+    over,
+    parse_spec,
+    parse_value,
+    split_spec,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -43,7 +43,7 @@ class StepContext:
 
     state: PackedState
     pages: Tensor
-    """``[P, B, 2 * D]`` page pool of all layers."""
+    """``[P, B, 2 * D]`` of all layers."""
     layer_index: dict[str, int]
     """l of every attention layer, by vLLM's layer name."""
     request_rows: Callable[[CommonAttentionMetadata], dict[str, int]]
@@ -284,7 +284,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         )
 
     def _standard(self, kv_cache: Tensor) -> tuple[Tensor, Tables]:
-        """vLLM's own per-layer cache as a page pool of one layer, with empty state tables."""
+        """vLLM's own per-layer cache as pages of one layer, with empty state tables."""
         if self._unpacked is None:
             table = torch.empty(0, 1, self.num_kv_heads, dtype=torch.int32, device=kv_cache.device)
             self._unpacked = table, table.new_empty(0)

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, KVCacheTensor
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.echo import score_heard
@@ -23,14 +22,16 @@ from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat.releases import vllm_places_layers
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
-from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
+from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
-from kvcompress_vllm.integration.worker import backend, reports
+from kvcompress_vllm.integration.worker import backend
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
 from kvcompress_vllm.integration.worker.rotary import rotations
+from kvcompress_vllm.integration.worker.steps import Steps
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import StepPlan
 
 logger = init_logger("vllm.kv_compress")
@@ -38,13 +39,11 @@ backend.register()  # this module is imported by workers, and only where compres
 
 
 class KVCompressWorkerMixin(Worker):
-    """Step start: release, compress, observe; then vLLM's own step."""
+    """Compresses its layers and heads, at the start of the runner's steps."""
 
     kv_compress_context: StepContext | None = None
     kv_compressor: Compressor | None = None
     kv_compress_runner: RunnerAdapter | None = None
-    kv_compress_pending: Sequence[PendingReports] = ()
-    """Of the step that is under way."""
 
     @property
     def kv_compress_config(self) -> KVCompressConfig:
@@ -55,6 +54,8 @@ class KVCompressWorkerMixin(Worker):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         window = self.kv_compress_config.window
+        page_format = PageFormat.of(self.kv_compress_config.page_dtype)
+        layers: Any = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
         for name, spec in super().get_kv_cache_spec().items():
             if (
@@ -68,7 +69,10 @@ class KVCompressWorkerMixin(Worker):
                     f"kv_compress: layer {name} needs {spec}; only plain causal full attention "
                     "with an unquantised KV cache can be compressed"
                 )
-            specs[name] = KVCompressSpec.of(spec, window)
+            impl = layers[name].impl
+            specs[name] = KVCompressSpec.of(
+                spec, window, impl.num_heads // impl.num_kv_heads, impl.scale, page_format
+            )
         return specs
 
     def determine_available_memory(self) -> int:
@@ -88,29 +92,6 @@ class KVCompressWorkerMixin(Worker):
         super().initialize_from_config(kv_cache_config)
         self._bind(kv_cache_config)
 
-    @torch.inference_mode()
-    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        plan = getattr(scheduler_output, "kv_compress", None)
-        if plan and self.kv_compress_context is not None:
-            self._start_step(plan)
-        try:
-            return self._with_reports(super().execute_model(scheduler_output))
-        finally:
-            if self.kv_compress_context is not None:
-                self.kv_compress_context.observations = []
-                self.kv_compress_context.packed_prefills = []
-                self.kv_compress_context.echoes = []
-
-    @torch.inference_mode()
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        return self._with_reports(super().sample_tokens(grammar_output))
-
-    def _with_reports(self, output: Any) -> Any:
-        if output is None:
-            return None  # the step is not over yet
-        pending, self.kv_compress_pending = self.kv_compress_pending, ()
-        return reports.attach(output, pending)
-
     def kv_compress_record(self, on: bool = True) -> dict[str, list[list[int]]]:
         """Record which keys compressions keep, for tests; returns and clears the record.
 
@@ -124,42 +105,43 @@ class KVCompressWorkerMixin(Worker):
             request_id: [keys.tolist() for keys in heads] for request_id, heads in record.items()
         }
 
-    def _start_step(self, plan: StepPlan) -> None:
+    def _start_step(self, plan: StepPlan) -> list[PendingReports]:
+        """Before the forward: release, compress, observe."""
         assert self.kv_compress_context is not None and self.kv_compressor is not None
         assert self.kv_compress_runner is not None
         context = self.kv_compress_context
         score_heard(
             self.kv_compressor.rank, context.rotations, context.num_sinks, plan.heard
         )  # while rows are what they were
-        self.kv_compress_pending = start_step(plan, self.kv_compressor)
+        pending = start_step(plan, [self.kv_compressor])
         self.kv_compress_runner.write_row_prefixes(
             {item.request_id: item.row_prefix for item in plan.compressions}
         )
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
         context.echoes = plan.echoes
+        return pending
+
+    def _end_step(self) -> None:
+        assert self.kv_compress_context is not None
+        self.kv_compress_context.observations = []
+        self.kv_compress_context.packed_prefills = []
+        self.kv_compress_context.echoes = []
 
     def _bind(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the state and attach it to every attention layer and metadata builder."""
         assert self.device is not None
         runner = adapt(self.model_runner)
         layers = self.vllm_config.compilation_config.static_forward_context
-        (group,) = kv_cache_config.kv_cache_groups
-        names = group.layer_names
+        (found,) = kv_cache_config.kv_cache_groups
+        names = found.layer_names
+        group = cache_group(found.kv_cache_spec, len(names))
         impls = {name: layers[name].impl for name in names}
-        if len({(impl.scale, impl.num_heads) for impl in impls.values()}) != 1:
-            raise ValueError(
-                "kv_compress: all layers must share the attention scale and head count"
-            )
-        impl = impls[names[0]]
-        if not isinstance(impl, KVCompressImpl):
-            raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
-        state = PackedState(
-            num_blocks=kv_cache_config.num_blocks,
-            device=self.device,
-            **self._state_shape(impl, kv_cache_config.num_blocks),
-        )
-        pages = page_pool(layers[names[0]].kv_cache, len(names))
+        for impl in impls.values():
+            if not isinstance(impl, KVCompressImpl):
+                raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
+        state = self._state(group, kv_cache_config.num_blocks, self.device)
+        pages = all_pages(layers[names[0]].kv_cache, group)
         context = StepContext(
             state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
         )
@@ -179,61 +161,51 @@ class KVCompressWorkerMixin(Worker):
         self.kv_compress_context = context
         self.kv_compress_runner = runner
         agree = _agree if self.parallel_config.tensor_parallel_size > 1 else None
-        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, impl.scale, agree)
+        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, agree)
+        Steps(self.model_runner, self._start_step, self._end_step)
         message = ops.missing_kernels(self.device.type)
         if message:
             logger.warning("kv_compress: %s", message)
         cache_bytes = pages.numel() * pages.element_size()
         held, scratch = state.num_bytes(), self._scratch_bytes(state, kv_cache_config.num_blocks)
+        scales = 0 if state.page_scales is None else state.page_scales.nbytes
         logger.info(
-            "kv_compress: %.1f MiB beside the KV cache of %.1f MiB, and up to %.1f MiB while the "
+            "kv_compress: %.1f MiB beside the KV cache of %.1f MiB%s, and up to %.1f MiB while the "
             "longest prompt is compressed (%.2f%%)",
             held / 2**20,
             cache_bytes / 2**20,
+            f", {scales / 2**20:.1f} of them scales of packed pages" if scales else "",
             scratch / 2**20,
             100 * (held + scratch) / cache_bytes,
         )
 
-    def _state_shape(self, impl: KVCompressImpl, num_blocks: int) -> dict[str, Any]:
-        num_layers = self.model_config.get_num_layers(self.parallel_config)
-        return {
-            "num_layers": num_layers,
-            "num_kv_heads": impl.num_kv_heads,
-            "num_query_heads": impl.num_heads,
-            "head_size": impl.head_size,
-            "state_slots": self.vllm_config.scheduler_config.max_num_seqs,
-            "observe_slots": observe_slots(self.vllm_config, num_blocks),
-            "window": self.kv_compress_config.ring,
-            "dtype": self.model_config.dtype,
-            "block_size": self.cache_config.block_size,
-            "running": self.kv_compress_config.query_stride > 0,
-            "echo": self.kv_compress_config.stores_echo,
-        }
+    def _state(self, group: CacheGroup, num_blocks: int, device: torch.device) -> PackedState:
+        dtype: Any = self.model_config.dtype
+        return PackedState(
+            group,
+            num_blocks=num_blocks,
+            state_slots=state_slots(self.vllm_config, num_blocks),
+            observe_slots=observe_slots(self.vllm_config, group, num_blocks),
+            window=self.kv_compress_config.ring,
+            dtype=dtype,
+            device=device,
+            accumulated=self.kv_compress_config.query_stride > 0,
+            echo=self.kv_compress_config.stores_echo,
+        )
 
     def _extra_bytes(self, available: int) -> int:
         """What we allocate beside a KV cache of up to ``available`` bytes."""
-        modules = self.vllm_config.compilation_config.static_forward_context
-        impl = next(
-            layer.impl
-            for layer in modules.values()
-            if isinstance(getattr(layer, "impl", None), KVCompressImpl)
-        )
-        block_bytes = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
-        num_blocks = available // block_bytes
-        state = PackedState(
-            num_blocks=num_blocks,
-            device=torch.device("meta"),
-            **self._state_shape(impl, num_blocks),
-        )
+        specs = list(self.get_kv_cache_spec().values())
+        group = cache_group(specs[0].merge(specs), len(specs))
+        num_blocks = available // group.block_bytes
+        state = self._state(group, num_blocks, torch.device("meta"))
         return state.num_bytes() + self._scratch_bytes(state, num_blocks)
 
     def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
         """What the largest possible compression takes while it runs."""
-        most = min(self.model_config.max_model_len, num_blocks * self.cache_config.block_size)
-        _, layers, heads = state.num_pages.shape
-        running, head_size = state.running is not None, state.ring.shape[-1]
+        most = min(self.model_config.max_model_len, num_blocks * state.group.block_size)
         return max(
-            scratch_bytes(policy, most, layers, heads, head_size, running)
+            scratch_bytes(policy, most, state.group, state.accumulated is not None)
             for policy in usable_policies(self.kv_compress_config)
         )
 
@@ -279,19 +251,22 @@ def packed_config(config: KVCacheConfig) -> KVCacheConfig:
     return replace(config, kv_cache_tensors=tensors)
 
 
-def page_pool(first_layer: torch.Tensor, num_layers: int) -> torch.Tensor:
+def all_pages(first_layer: torch.Tensor, group: CacheGroup) -> torch.Tensor:
     """``[P, B, 2 * D]`` over the buffer that ``first_layer`` ``[N, H, B, 2 * D]`` is a view of.
 
     Raises:
         RuntimeError: vLLM did not lay the layers out side by side.
     """
-    blocks, heads, block_size, width = first_layer.shape
-    page = block_size * width
-    expected = (num_layers * heads * page, page, width, 1)
-    if first_layer.stride() != expected or first_layer.storage_offset() != 0:
+    blocks, (keys, width) = first_layer.shape[0], group.page_shape
+    page = keys * width
+    shape, strides = (
+        (blocks, group.heads, keys, width),
+        (group.pages_per_block * page, page, width, 1),
+    )
+    found = tuple(first_layer.shape), first_layer.stride(), first_layer.storage_offset()
+    if found != (shape, strides, 0):
         raise RuntimeError(
-            f"kv_compress: KV cache strides are {first_layer.stride()} at offset "
-            f"{first_layer.storage_offset()}, expected {expected} at 0"
+            f"kv_compress: a layer of the KV cache has shape, strides and offset {found}, expected "
+            f"{(shape, strides, 0)}"
         )
-    shape = (blocks * num_layers * heads, block_size, width)
-    return first_layer.as_strided(shape, (page, width, 1), 0)
+    return first_layer.as_strided((group.num_pages(blocks), keys, width), (page, width, 1), 0)

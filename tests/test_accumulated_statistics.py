@@ -20,6 +20,7 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.policies.h2o import H2O
+from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Compression, Observation
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from tests.policies.installed import install
@@ -79,15 +80,15 @@ class Request:
         self.planner = CompressionPlanner(config, B, 4, 4, 4096)
         self.planner.admit("r", num_tokens)
         self.state = PackedState(
-            num_blocks=200, num_layers=L, num_kv_heads=H, num_query_heads=H * G, head_size=D,
+            CacheGroup(L, H, G, D, B, 4, D**-0.5), num_blocks=200,
             state_slots=4, observe_slots=4, window=config.window, dtype=torch.float32,
-            device=torch.device("cpu"), running=True,
+            device=torch.device("cpu"), accumulated=True,
         )  # fmt: skip
         # What earlier requests left behind must not count.
-        assert self.state.running is not None
-        self.state.running.fill_(float("nan"))
+        assert self.state.accumulated is not None
+        self.state.accumulated.fill_(float("nan"))
         self.pages = torch.full((200 * SLOTS, B, 2 * D), float("nan"))
-        self.compressor = Compressor(config, self.state, self.pages, D**-0.5)
+        self.compressor = Compressor(config, self.state, self.pages)
         self.free = (torch.randperm(199) + 1).tolist()
         self.row: list[int] = []
         self.num_tokens = 0
@@ -238,7 +239,7 @@ class Both(H2O):
 
 def test_what_keys_are_is_not_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy of both: channels of the attention add up over chunks, those of the keys do not."""
-    install(monkeypatch, both="tests.test_running_statistics:Both")
+    install(monkeypatch, both="tests.test_accumulated_statistics:Both")
     torch.manual_seed(5)
     request = Request(config_of("both", query_stride=8), 277)
     compressions = 0
@@ -271,14 +272,14 @@ def test_what_others_left_in_the_blocks_does_not_count() -> None:
     while request.num_tokens < 300:
         request.forward(request.planner.chunk("r", request.num_tokens, 100))
         request.step_start()
-    assert request.state.running is not None
+    assert request.state.accumulated is not None
     slot = request.planner.requests["r"].state_slot
     pages = layout.page_id(
         torch.tensor(request.row), int(request.state.covered[slot]),
         request.state.num_pages[slot].flatten()[0], request.state.first_page[slot].flatten()[0],
         0, SLOTS, torch.arange(int(request.state.num_pages[slot].flatten()[0])),
     )  # fmt: skip
-    assert not request.state.running[pages].isnan().any()
+    assert not request.state.accumulated[pages].isnan().any()
 
 
 def test_only_policies_that_judge_by_all_queries_pay() -> None:

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a step: what the planner wants, with the blocks that vLLM's pool has for it.
+
+``compression/step.py`` is what a worker does with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+from kvcompress_vllm.integration.engine.admission import budget_of
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.engine.sharing import Sharing
+from kvcompress_vllm.records.group import CacheGroup
+from kvcompress_vllm.records.plan import (
+    Accumulation,
+    Compression,
+    Heard,
+    PackedRow,
+    Scoring,
+    StepPlan,
+)
+from kvcompress_vllm.scheduling.echo import EchoPlanner
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.request import Tracked
+
+
+class StepBuilder:
+    """Builds the :class:`StepPlan` of every step, in two parts: :meth:`begin` before vLLM schedules
+    it, so that what compressions give back can be handed out in the same step, and
+    :meth:`complete` once it is known who computes what.
+
+    Args:
+        planner: says who is observed and compressed.
+        manager: allocates the packed blocks.
+        sharing: offers what is packed for others as well.
+        echo: says which tokens get echo scores; None: no policy reads any.
+        group: whose blocks ``manager`` allocates.
+
+    Attributes:
+        waits: whether the pool had no room for a compression that was due, in the step that was
+            begun last.
+    """
+
+    def __init__(
+        self,
+        planner: CompressionPlanner,
+        manager: KVCompressManager,
+        sharing: Sharing,
+        echo: EchoPlanner | None,
+        group: CacheGroup,
+    ) -> None:
+        self._planner, self._manager, self._echo = planner, manager, echo
+        self._sharing = sharing
+        self._group = group.index
+        self.waits = False
+
+    def begin(self, computed: Mapping[str, int]) -> StepPlan:
+        """What is done before the step's forward. Packs what is due.
+
+        Args:
+            computed: computed tokens of every running request.
+        """
+        plan = StepPlan(
+            accumulations=self._accumulate(computed),
+            heard=self._heard(computed),
+            compressions=self._compress_due(computed),
+            scorings=self._score_due(computed),
+        )
+        plan.released = self._planner.contexts.take_released()
+        return plan
+
+    def complete(
+        self,
+        plan: StepPlan,
+        scheduled: Mapping[str, int],
+        requests: Mapping[str, Request],
+        check_integrity: bool,
+    ) -> None:
+        """Leave out of ``plan`` whoever was preempted since, and add what the forward does.
+
+        Args:
+            scheduled: tokens that each request computes in this step.
+            requests: all of the scheduler; the step's tokens count as computed.
+            check_integrity: whether the workers shall compare what they know.
+        """
+        planner, manager = self._planner, self._manager
+        for item in plan.compressions:
+            if item.request_id not in manager.packed:
+                planner.contexts.never_packed(item.state_slot)
+        plan.released += planner.take_released()
+        plan.dropped = planner.take_dropped()
+        # Who is gone has no state slot by the time that a worker accumulates: if it was packed, its
+        # row could not be read.
+        plan.accumulations = [a for a in plan.accumulations if a.request_id in planner.requests]
+        plan.heard = [item for item in plan.heard if item.request_id in planner.requests]
+        plan.scorings = [c for c in plan.scorings if c.request_id in planner.requests]
+        # A request that was compressed and then preempted in the same step owns nothing.
+        plan.compressions = [c for c in plan.compressions if c.request_id in manager.packed]
+        for request_id, num_tokens in scheduled.items():
+            request = requests[request_id]
+            first_token = request.num_computed_tokens - num_tokens
+            observation = planner.observe(request_id, first_token, num_tokens)
+            if observation is not None:
+                plan.observations.append(observation)
+            if self._echo is not None:
+                self._score(plan, request, first_token, first_token + num_tokens)
+            if num_tokens > 1 and request_id in manager.packed:
+                plan.packed_prefills.append(request_id)
+        if check_integrity:
+            plan.expected = [
+                PackedRow(
+                    t.request_id,
+                    t.state_slot,
+                    t.covered,
+                    manager.row(t.request_id, t.kept),
+                    self._group,
+                )
+                for t in planner.packed()
+                if t.context is None
+            ]
+            plan.expected += [
+                PackedRow(c.owner, c.slot, c.packing.covered, list(c.blocks), self._group)
+                for c in planner.contexts.described
+            ]
+
+    def _accumulate(self, computed: Mapping[str, int]) -> list[Accumulation]:
+        """What was observed in chunks of prefills since the last step."""
+        return [
+            Accumulation(
+                *self._candidates(tracked, tracked.state_slot, tracked.accumulated, tracked.known),
+                group=self._group,
+                policy=tracked.budget.policy,
+                observed=observed,
+            )
+            for tracked, observed in self._planner.accumulate(computed)
+        ]
+
+    def _heard(self, computed: Mapping[str, int]) -> list[Heard]:
+        """What was decoded with an observation slot since the last step, in whole segments."""
+        planner, manager = self._planner, self._manager
+        return [
+            Heard(
+                tracked.request_id,
+                tracked.listen_slot,
+                begin,
+                end,
+                manager.row(tracked.request_id, -(-end // manager.block_size)),
+            )
+            for tracked, begin, end in planner.observers.heard(computed)
+            if tracked.listen_slot is not None
+        ]
+
+    def _compress_due(self, computed: Mapping[str, int]) -> list[Compression]:
+        """Pack what is due as far as the pool allows; the rest waits for a later step."""
+        planner, manager = self._planner, self._manager
+        compressions: list[Compression] = []
+        freed: list[KVCacheBlock] = []
+        self.waits = False
+        planner.watch(computed)
+        if planner.config.on_pressure:
+            planner.press(computed, manager.block_pool.get_num_free_blocks())
+        for tracked in planner.due(computed):
+            num_tokens, packing = tracked.due_at, tracked.target()
+            if manager.block_pool.get_num_free_blocks() < packing.kept:
+                self.waits = True
+                continue  # a smaller one may fit, and makes room
+            context = planner.new_context(tracked)
+            slot = context.slot if context is not None else tracked.state_slot
+            candidates = self._candidates(tracked, slot, num_tokens, packing.covered)
+            new, old = manager.pack(tracked.request_id, packing)
+            if context is not None:
+                self._sharing.register(context, new)
+            compressions.append(
+                Compression(
+                    *candidates,
+                    new,
+                    old_state_slot=tracked.packed_slot,
+                    group=self._group,
+                    policy=tracked.budget.policy,
+                    observed=planner.observed(tracked, num_tokens),
+                    floor_pages=tracked.floor(packing.covered),
+                    protect=tracked.protect(packing.covered),
+                    trigger=tracked.trigger,
+                    unscored=tracked.unscored.before(packing.covered * manager.block_size),
+                )
+            )
+            freed += old
+            planner.compressed(tracked.request_id, computed[tracked.request_id], context)
+        planner.observers.listen(computed)
+        # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
+        manager.block_pool.free_blocks(reversed(freed))
+        return compressions
+
+    def _score_due(self, computed: Mapping[str, int]) -> list[Scoring]:
+        """Have the worker score the requests whose mass budget needs a loss curve."""
+        planner = self._planner
+        scorings = []
+        for tracked in planner.to_score(computed):
+            packing = tracked.target()
+            scorings.append(
+                Scoring(
+                    *self._candidates(tracked, tracked.state_slot, tracked.due_at, packing.covered),
+                    packing.kept,
+                    old_state_slot=tracked.packed_slot,
+                    group=self._group,
+                    policy=tracked.budget.policy,
+                    observed=planner.observed(tracked, tracked.due_at),
+                    floor_pages=tracked.floor(packing.covered),
+                    protect=tracked.protect(packing.covered),
+                    unscored=tracked.unscored.before(packing.covered * planner.block_size),
+                )
+            )
+        return scorings
+
+    def _candidates(
+        self, tracked: Tracked, state_slot: int, num_tokens: int, covered: int
+    ) -> tuple[str, int, int, int, int, int, int, list[int]]:
+        """Whose keys, of the first ``covered`` blocks, and which slot will describe them: the first
+        fields of all records."""
+        assert tracked.observe_slot is not None
+        manager = self._manager
+        row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
+        slots = state_slot, tracked.observe_slot
+        return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
+
+    def _score(self, plan: StepPlan, request: Request, first: int, end: int) -> None:
+        """Have a step's tokens ``[first, end)`` scored, or note that they are not."""
+        assert self._echo is not None
+        span = None
+        if end - first > 1:  # one token alone is no segment
+            policy = self._planner.sizes(budget_of(request)).budget.policy
+            span = self._echo.span(request.request_id, policy, first, end)
+        if span is not None:
+            plan.echoes.append(span)
+        tracked = self._planner.requests.get(request.request_id)
+        if tracked is not None:
+            tracked.unscored.computed(first, end, span is not None)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who holds an observation slot: requests that are to be compressed; and, while nobody needs it for
+that, decoding ones whose policy reads echo scores, so that what they decode gets some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.segments import DECODED
+from kvcompress_vllm.scheduling.sizes import NEVER
+from kvcompress_vllm.scheduling.slots import Slots
+
+
+class ObservationSlots:
+    """Hands observation slots to requests, and takes them back.
+
+    Args:
+        config: the resolved options.
+        count: slots that there are.
+        requests: all that are tracked, by id; changed by the owner.
+    """
+
+    def __init__(
+        self, config: KVCompressConfig, count: int, requests: Mapping[str, Tracked]
+    ) -> None:
+        self.count = count
+        self._slots = Slots(count)
+        self._requests = requests
+        self._listens = config.listens
+        self.reads_echo = cache(config.reads_echo)
+        """Whether a policy, by name, judges by echo scores."""
+
+    @property
+    def available(self) -> int:
+        """Slots that are to be had for a compression."""
+        free = len(self._slots)
+        return free + len(self._listeners()) if self._listens else free
+
+    @property
+    def used(self) -> int:
+        """Slots that are not to be had."""
+        return self.count - self.available
+
+    def observe(self, tracked: Tracked) -> None:
+        """Give a request one, or let it keep the one that it listens with; ask ``available`` first
+        whether there is one."""
+        if tracked.listen_slot is None and not self._slots:
+            self.stop(self._listeners()[-1])
+        tracked.observe_slot = (
+            self._slots.take() if tracked.listen_slot is None else tracked.listen_slot
+        )
+
+    def stop(self, tracked: Tracked) -> None:
+        """Take back what a request holds, if anything."""
+        slot = tracked.listen_slot if tracked.observe_slot is None else tracked.observe_slot
+        if slot is not None:
+            self._slots.give(slot)
+        tracked.observe_slot = tracked.listen_slot = None
+
+    def listen(self, num_computed: Mapping[str, int]) -> None:
+        """Give slots that nobody needs to decoding requests whose policy reads echo scores."""
+        for tracked in self._requests.values() if self._listens else ():
+            if not self._slots:
+                return
+            computed = num_computed.get(tracked.request_id, 0)
+            if (
+                tracked.observe_slot is tracked.listen_slot is None
+                and computed >= tracked.prefill_end
+                and tracked.due_at != NEVER
+                and tracked.reads_echo
+            ):
+                tracked.listen_slot, tracked.listened = self._slots.take(), computed
+
+    def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int]]:
+        """Whole segments that were decoded since the last call, each ``[begin, end)`` of a request,
+        and what there is of one where a compression is due."""
+        for tracked in self._requests.values() if self._listens else ():
+            if tracked.listen_slot is None:
+                continue
+            end, due = num_computed.get(tracked.request_id, 0), False
+            if tracked.observe_slot is not None and end >= tracked.due_at:
+                end, due = tracked.due_at, True
+            while tracked.listened < end:
+                begin = tracked.listened
+                stop = begin - begin % DECODED + DECODED
+                if stop > end and not due:
+                    break
+                tracked.listened = min(stop, end)
+                if tracked.listened - begin > 1:
+                    tracked.unscored.scored(begin, tracked.listened)
+                    yield tracked, begin, tracked.listened
+
+    def _listeners(self) -> list[Tracked]:
+        """Requests that would give their slot to one that is to be compressed."""
+        return [
+            tracked
+            for tracked in self._requests.values()
+            if tracked.listen_slot is not None and tracked.observe_slot is None
+        ]
