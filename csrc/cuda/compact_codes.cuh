@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
 
 // One block per (request, head): the range of its kept keys that are not codes, then its scales.
 template <typename T, int kFormat, int kThreads>
-__global__ void __launch_bounds__(kThreads) fit_scales_kernel(CodesParams q) {
+__global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) {
   constexpr int kPerWord = 8, kAhead = 4;
   constexpr int kPlaces = kThreads * kPerWord, kMostChannels = 512;
   // Ranges by side and channel; then errors.

@@ -58,7 +58,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if constexpr (kFormat == kInt4) this->query_[d][n][half] = query_[d][n][half];
+          if constexpr (kFormat == kInt4) this->query_[d][n][half] = unscaled_[d][n][half];
         }
       }
     }
@@ -84,7 +84,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           uint32_t& query = this->query_[k][n][half];
-          query_[k][n][half] = query;
+          unscaled_[k][n][half] = query;
           const float2 q = pair_floats(query, T{});
           along[n] += q.x * zero.x + q.y * zero.y;
           query = pack<T>(q.x * scale.x, q.y * scale.y);
@@ -207,7 +207,8 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
     }
   }
 
-  uint32_t query_[kFormat == kInt4 ? kHeadSize / 16 : 1][kTiles][2];  // as it was
+  // The query as it was; another name than the base's, which `this->` would find second.
+  uint32_t unscaled_[kFormat == kInt4 ? kHeadSize / 16 : 1][kTiles][2];
   uint32_t of_values_[kFormat == kInt4 ? kHeadSize / 16 : 1][2];      // zero and scale of V
   float offset_[kTiles][2];  // q . zero, of columns 2 * (lane % 4) and the next, base 2
   float factor_;             // of the products, base 2

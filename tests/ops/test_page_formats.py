@@ -426,3 +426,37 @@ def test_numbers_at_the_ends(page_format):
     else:
         half = torch.maximum(values.abs() / 16, scales[0].float().repeat_interleave(64) * 2.0**-10)
         assert (error <= half * 1.0001).all()
+
+
+@pytest.mark.gpu
+@FORMATS
+def test_captured_decode_step(page_format):
+    """A graph serves whatever the tables say when it is replayed."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    rows = [
+        Request(tail=2 + 5 * i, packed=uneven(SLOTS * (1 + 3 * i), SLOTS), covered=4 * i + 2)
+        for i in range(5)
+    ]
+    batch = make_batch(rows, LAYERS, HEADS, 16, 128, torch.bfloat16, 3, page_format).to("cuda")
+    query = torch.randn(len(rows), HEADS * 4, 128, device="cuda").bfloat16()
+    out, again = torch.zeros_like(query), torch.zeros_like(query)
+
+    def step(target):
+        ops.paged_attention(
+            query, batch.pages, *batch.rows(), batch.query_start, 1, 128**-0.5, target
+        )
+
+    step(out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(out)
+    for change in (
+        lambda: query.normal_(),
+        lambda: batch.page_scales.mul_(2),
+        lambda: batch.seq_lens.sub_(1),
+    ):
+        change()
+        graph.replay()
+        step(again)
+        assert_same_bits(out, again)

@@ -37,7 +37,7 @@ def tables(rows, layers, heads, block_size):
         sum(packed or ()) + (new - old) * layers * heads for packed, old, new in rows
     )
     scores = torch.full((end, block_size), float("-inf"))
-    return scores, start, state_slot, num_pages, first_page, covered, new_covered
+    return scores, start, state_slot, num_pages, first_page, covered, None, 0, new_covered
 
 
 def pages_per_head(rows, slots):
@@ -237,7 +237,8 @@ def problems(draw):
 )
 @given(args=problems())
 def test_properties(device, args):
-    scores, _, state_slot, num_pages, _, covered, new_covered, freed, recent, sinks, floor, _ = args
+    scores, _, state_slot, num_pages, _, covered, *rest = args
+    _, _, new_covered, freed, recent, sinks, floor, _ = rest
     kept_pages, kept_first, kept_keys = check(device, args)
     block_size, groups = scores.shape[1], freed.shape[1]
     flat = kept_pages.flatten()
