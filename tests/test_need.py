@@ -135,6 +135,17 @@ def test_a_context_without_anything_to_gain_is_read_on() -> None:
     assert a.due_at > 1000 and p.observe_slots_used() == 0 and a.trigger == "decode"
 
 
+def test_admission_alone_expects_of_a_mass_what_others_came_to() -> None:
+    p = before_a_question()
+    (a,) = p.to_score({"a": 800})
+    assert p.forecast().packed(1600).kept == p.sizes().packed(1600).kept == 25
+    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    # Everything was kept: a quarter is expected no longer, but a share of 0.325, a ratio of 3.
+    assert p.forecast().packed(1600).kept == 34 and p.sizes().packed(1600).kept == 25
+    of_ratio = CompressionPlanner(KVCompressConfig(ratio=8), B, 4, 4, 4096)
+    assert of_ratio.forecast() is of_ratio.sizes()
+
+
 def test_what_was_computed_while_a_compression_waited_is_not_taken_for_observed() -> None:
     config = KVCompressConfig(ratio=4, window=8, prefill_peak_tokens=320)
     p = CompressionPlanner(config, B, 4, 4, 4096)

@@ -236,6 +236,12 @@ def test_what_passed_the_front_end_by_is_answered_with_an_error() -> None:
     assert sim.pool.get_num_free_blocks() == 23
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_scheduler_is_as_asynchronous_as_vllm_decided(asynchronous: bool) -> None:
+    sim = Simulation(24, OPTIONS, asynchronous=asynchronous)
+    assert isinstance(sim.scheduler, AsyncScheduler) == asynchronous
+
+
 def test_decoded_blocks_are_not_published_after_compression() -> None:
     sim = Simulation(60, OPTIONS)
     sim.add("first", prompt(1, 100), 100)
