@@ -141,3 +141,40 @@ def test_half_of_a_peak_holds_what_every_head_keeps() -> None:
     CompressionPlanner(KVCompressConfig(prefill_peak_tokens=256, recent=124), B, 2, 2, 2048)
     with pytest.raises(ValueError, match="half of it must hold the 144 tokens that every head"):
         CompressionPlanner(KVCompressConfig(prefill_peak_tokens=256, recent=125), B, 2, 2, 2048)
+
+
+def test_a_context_is_compressed_even_if_that_gives_back_a_single_block() -> None:
+    asked = sizes(Wish(context_tokens=160, ratio=1.1))
+    assert asked.packed_at(160, 400) == Packing(10, 10)
+    assert asked.first_due(400) == 400
+    asked = sizes(Wish(context_tokens=160, ratio=1.2))
+    assert asked.packed_at(160, 400) == Packing(10, 9)
+    assert asked.first_due(400) == 160
+
+
+def test_what_never_outgrows_its_budget_takes_no_slot() -> None:
+    """The longest request may have 128 blocks, and the interval is 8."""
+    for tokens, tracked in ((1920, 1), (1936, 0)):
+        config = KVCompressConfig.from_dict({"ratio": None, "budget_tokens": tokens})
+        p = CompressionPlanner(config, B, 1, 4, 2048)
+        p.admit("a", 100)
+        assert len(p.requests) == tracked and p.can_admit(100) == (not tracked)
+
+
+def test_admission_alone_expects_of_a_mass_what_others_came_to() -> None:
+    p = before_a_question()
+    (a,) = p.to_score({"a": 800})
+    assert p.forecast().packed(1600).kept == p.sizes().packed(1600).kept == 25
+    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    # Everything was kept: a quarter is expected no longer, but a share of 0.325, a ratio of 3.
+    assert p.forecast().packed(1600).kept == 34 and p.sizes().packed(1600).kept == 25
+    of_ratio = CompressionPlanner(KVCompressConfig(ratio=8), B, 4, 4, 4096)
+    assert of_ratio.forecast() is of_ratio.sizes()
+
+
+def test_a_prompt_that_is_over_is_decoded_until_its_curve_is_back() -> None:
+    config = KVCompressConfig.from_dict({"mass": 0.9, "window": 8})
+    p = CompressionPlanner(config, B, 4, 4, 4096)
+    p.admit("a", 1000)
+    (a,) = p.to_score({"a": 1000})
+    assert a.awaits_curve and p.chunk("a", 1000, 1) == 1
