@@ -126,6 +126,25 @@ KVC_HOST_DEVICE Int4Scale fit_int4(float low, float high, int index) {
   const uint16_t zero = zero_int4(below, above);
   return {reaching_int4(below, above, scale_float(zero)), zero};
 }
+// How far a number lies outside what codes reach, in 16ths of a step; `inverse` is 16 / scale.
+KVC_HOST_DEVICE int32_t steps_outside(float x, float least, float greatest, float inverse) {
+  const float above = x - greatest, below = least - x;
+  const float outside = above > below ? above : below;
+#ifdef __CUDA_ARCH__
+  const float steps = __fmul_rn(outside, inverse);  // not fused with the sum that rounds it
+#else
+  const float steps = outside * inverse;
+#endif
+  if (!(steps > 0.0f)) return 0;
+  // To the nearest integer, which stays in the low bits.
+  return static_cast<int32_t>(float_bits((steps < 0x1p21f ? steps : 0x1p21f) + 0x1.8p23f) -
+                              0x4B400000u);
+}
+// Sum of squared errors of `count` numbers, of which those outside have `squares`.
+KVC_HOST_DEVICE double error_int4(int64_t count, int64_t squares, float scale) {
+  return (static_cast<double>(count * 256) / 12.0 + static_cast<double>(squares)) *
+         (static_cast<double>(scale) * scale);
+}
 KVC_HOST_DEVICE uint16_t widen_int4(uint16_t old, float zero, float low, float high) {
   float scale = scale_float(old);
   if (!(scale > 0.0f)) return reaching_int4(low, high, zero);
