@@ -78,6 +78,19 @@ KVC_HOST_DEVICE float bits_float(uint32_t bits) {
 #endif
 }
 
+// a * b, never fused with a sum that follows.
+KVC_HOST_DEVICE float rounded_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+// The nearest integer, ties to even, of a number below 2^22: a sum leaves it in the low bits.
+KVC_HOST_DEVICE uint32_t nearest_integer(float x) {
+  return float_bits(x + 0x1.8p23f) - 0x4B400000u;
+}
+
 // bfloat16, in which scales are stored.
 KVC_HOST_DEVICE float scale_float(uint16_t scale) {
   return bits_float(static_cast<uint32_t>(scale) << 16);
@@ -126,6 +139,19 @@ KVC_HOST_DEVICE Int4Scale fit_int4(float low, float high, int index) {
   const uint16_t zero = zero_int4(below, above);
   return {reaching_int4(below, above, scale_float(zero)), zero};
 }
+// How far a number lies outside what codes reach, in 16ths of a step; `inverse` is 16 / scale.
+KVC_HOST_DEVICE int32_t steps_outside(float x, float least, float greatest, float inverse) {
+  const float above = x - greatest, below = least - x;
+  const float outside = above > below ? above : below;
+  const float steps = rounded_product(outside, inverse);
+  if (!(steps > 0.0f)) return 0;
+  return static_cast<int32_t>(nearest_integer(steps < 0x1p21f ? steps : 0x1p21f));
+}
+// Sum of squared errors of `count` numbers, of which those outside have `squares`.
+KVC_HOST_DEVICE double error_int4(int64_t count, int64_t squares, float scale) {
+  return (static_cast<double>(count * 256) / 12.0 + static_cast<double>(squares)) *
+         (static_cast<double>(scale) * scale);
+}
 KVC_HOST_DEVICE uint16_t widen_int4(uint16_t old, float zero, float low, float high) {
   float scale = scale_float(old);
   if (!(scale > 0.0f)) return reaching_int4(low, high, zero);
@@ -135,9 +161,8 @@ KVC_HOST_DEVICE uint16_t widen_int4(uint16_t old, float zero, float low, float h
 
 // Code of a number, in [0, 16).
 KVC_HOST_DEVICE uint32_t encode_int4(float x, float zero, float inverse) {
-  const float step = rintf((x - zero) * inverse);
-  return static_cast<uint32_t>(
-      static_cast<int>(step >= -8.0f ? step <= 7.0f ? step : 7.0f : -8.0f) + 8);
+  const float step = rounded_product(x - zero, inverse);
+  return nearest_integer(step > -8.0f ? step < 7.0f ? step : 7.0f : -8.0f) + 8;
 }
 KVC_HOST_DEVICE float decode_int4(uint32_t code, float zero, float scale) {
   return (static_cast<float>(code) - 8.0f) * scale + zero;
@@ -149,7 +174,7 @@ KVC_HOST_DEVICE uint32_t encode_fp8(float x, float inverse) {
   const uint32_t sign = float_bits(step) >> 24 & 0x80;
   float size = bits_float(float_bits(step) & 0x7FFFFFFFu);
   if (!(size <= kLargestFp8)) size = kLargestFp8;
-  if (size < 0x1p-6f) return sign | static_cast<uint32_t>(rintf(size * 0x1p9f));
+  if (size < 0x1p-6f) return sign | nearest_integer(size * 0x1p9f);
   const uint32_t bits = float_bits(size);
   return sign | (((bits + 0x7FFFFu + (bits >> 20 & 1)) >> 20) - (120u << 3));
 }

@@ -141,23 +141,31 @@ class Reader {
                     int64_t count, const std::vector<float>& low, const std::vector<float>& high,
                     uint16_t* scales) {
     const int64_t channels = 2 * head_size_;
-    std::vector<double> least(channels), errors(channels);
+    std::vector<double> least(channels);
+    std::vector<int64_t> squares(channels);
+    std::vector<float> bounds(3 * channels);  // least and greatest of the codes, 16 / scale
     for (int cut = 0; cut < kNumCuts; ++cut) {
-      std::fill(errors.begin(), errors.end(), 0.0);
-      for (const int32_t* key = keys; key < keys + count; ++key) {
+      std::fill(squares.begin(), squares.end(), 0);
+      for (int64_t i = 0; i < channels; ++i) {
+        const Int4Scale of = fit_int4(low[i], high[i], cut);
+        const float scale = scale_float(of.scale);
+        bounds[i] = scale_float(of.zero) - 8.0f * scale;
+        bounds[channels + i] = scale_float(of.zero) + 7.0f * scale;
+        bounds[2 * channels + i] = inverse_scale(scale) * 16.0f;
+      }
+      for (const int32_t* key = keys; cut > 0 && key < keys + count; ++key) {
         const float* numbers = read(simd, head, pages, *key);
         for (int64_t i = 0; i < channels; ++i) {
-          const Int4Scale of = fit_int4(low[i], high[i], cut);
-          const float zero = scale_float(of.zero), scale = scale_float(of.scale);
-          const uint32_t code = encode_int4(numbers[i], zero, inverse_scale(scale));
-          const double error = decode_int4(code, zero, scale) - numbers[i];
-          errors[i] += error * error;
+          const int64_t steps =
+              steps_outside(numbers[i], bounds[i], bounds[channels + i], bounds[2 * channels + i]);
+          squares[i] += steps * steps;
         }
       }
       for (int64_t i = 0; i < channels; ++i) {
-        if (cut > 0 && !(errors[i] < least[i])) continue;
         const Int4Scale of = fit_int4(low[i], high[i], cut);
-        least[i] = errors[i];
+        const double error = error_int4(count, squares[i], scale_float(of.scale));
+        if (cut > 0 && !(error < least[i])) continue;
+        least[i] = error;
         scales[i] = of.scale;
         scales[channels + i] = of.zero;
       }

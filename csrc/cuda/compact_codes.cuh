@@ -3,6 +3,7 @@
 // codes. Head size and block size are known at run time only.
 #pragma once
 
+#include "codes.cuh"
 #include "compact.cuh"
 
 namespace kvc::gpu {
@@ -176,10 +177,10 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
 // One block per (request, head): the range of its kept keys that are not codes, then its scales.
 template <typename T, int kFormat, int kThreads>
 __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) {
-  constexpr int kPerWord = 8, kAhead = 4;
+  constexpr int kPerWord = 8, kAhead = 8;
   constexpr int kPlaces = kThreads * kPerWord, kMostChannels = 512;
   // Ranges by side and channel; then errors.
-  __shared__ double room[kPlaces];
+  __shared__ int64_t room[kPlaces];
   __shared__ float cuts[kFormat == kInt4 ? kNumCuts : 1][3][kMostChannels];
   float* low_of = reinterpret_cast<float*>(room);
   float* high_of = low_of + kPlaces;
@@ -262,18 +263,17 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
   if constexpr (kFormat == kInt4) {
     if (!anew) return;
     // Once more over the keys: of every channel the cut of its range with the least squared error.
-    // In double precision, so that the order of a sum decides nothing.
+    // Sums of integers, so that their order decides nothing.
     __syncthreads();
     for (int i = threadIdx.x; i < kNumCuts * channels; i += kThreads) {
       const int cut = i / channels, c = i % channels;
       const Int4Scale of = fit_int4(low_of[c], high_of[c], cut);
-      const float scale = scale_float(of.scale);
-      cuts[cut][0][c] = scale;
-      cuts[cut][1][c] = inverse_scale(scale);
+      cuts[cut][0][c] = scale_float(of.scale);
+      cuts[cut][1][c] = inverse_scale(scale_float(of.scale)) * 16.f;
       cuts[cut][2][c] = scale_float(of.zero);
     }
     __syncthreads();
-    double errors[kNumCuts][kPerWord] = {};
+    int64_t squares[kNumCuts][kPerWord] = {};  // the first cut leaves nothing out
     for (int k = side; side < sides && k < count; k += sides * kAhead) {
       uint4 words[kAhead];
 #pragma unroll
@@ -283,32 +283,39 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
             static_cast<int64_t>(head.page_id(place.page)) * head.block_size + place.within;
         words[a] = __ldg(pages + row * p.words + word);
       }
-      float x[kAhead][kPerWord];
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) unpack<T>(words[a], x[a]);
+      for (int i = 0; i < kPerWord; ++i) {
+        const int c = word * kPerWord + i;
+        float least[kNumCuts], greatest[kNumCuts], inverse[kNumCuts];
 #pragma unroll
-      for (int cut = 0; cut < kNumCuts; ++cut) {
+        for (int cut = 1; cut < kNumCuts; ++cut) {
+          least[cut] = cuts[cut][2][c] - 8.f * cuts[cut][0][c];
+          greatest[cut] = cuts[cut][2][c] + 7.f * cuts[cut][0][c];
+          inverse[cut] = cuts[cut][1][c];
+        }
 #pragma unroll
-        for (int i = 0; i < kPerWord; ++i) {
-          const int c = word * kPerWord + i;
-          const float scale = cuts[cut][0][c], inverse = cuts[cut][1][c], zero = cuts[cut][2][c];
+        for (int a = 0; a < kAhead; ++a) {
+          const uint32_t pairs[4] = {words[a].x, words[a].y, words[a].z, words[a].w};
+          const float2 both = pair_floats(pairs[i / 2], T{});
+          const bool live = k + a * sides < count;
 #pragma unroll
-          for (int a = 0; a < kAhead; ++a) {
-            const float error =
-                decode_int4(encode_int4(x[a][i], zero, inverse), zero, scale) - x[a][i];
-            if (k + a * sides < count) errors[cut][i] += static_cast<double>(error) * error;
+          for (int cut = 1; cut < kNumCuts; ++cut) {
+            const int steps = live ? steps_outside(i % 2 ? both.y : both.x, least[cut],
+                                                   greatest[cut], inverse[cut])
+                                   : 0;
+            squares[cut][i] += static_cast<int64_t>(steps) * steps;
           }
         }
       }
     }
-    double least[kMostChannels / kThreads];
+    double best[kMostChannels / kThreads];
 #pragma unroll
     for (int cut = 0; cut < kNumCuts; ++cut) {
       __syncthreads();
       if (side < sides) {
 #pragma unroll
         for (int i = 0; i < kPerWord; ++i) {
-          room[side * channels + word * kPerWord + i] = errors[cut][i];
+          room[side * channels + word * kPerWord + i] = squares[cut][i];
         }
       }
       __syncthreads();
@@ -316,10 +323,11 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
       for (int j = 0; j < kMostChannels / kThreads; ++j) {
         const int c = threadIdx.x + j * kThreads;
         if (c >= channels) continue;
-        double error = 0.0;
-        for (int s = 0; s < sides; ++s) error += room[s * channels + c];
-        if (cut > 0 && !(error < least[j])) continue;
-        least[j] = error;
+        int64_t sum = 0;
+        for (int s = 0; s < sides; ++s) sum += room[s * channels + c];
+        const double error = error_int4(count, sum, cuts[cut][0][c]);
+        if (cut > 0 && !(error < best[j])) continue;
+        best[j] = error;
         out[c] = static_cast<uint16_t>(float_bits(cuts[cut][0][c]) >> 16);
         out[channels + c] = static_cast<uint16_t>(float_bits(cuts[cut][2][c]) >> 16);
       }

@@ -39,6 +39,8 @@ FP8_MAX = 448.0
 CUTS = (0.0, 0.125, 0.25)
 """Shares of a channel's range that int4 may cut off on either side. Powers of two, so that every
 kernel finds the same scales."""
+FARTHEST = float(1 << 21)
+"""16ths of a step beyond the codes, as far as :func:`fit` counts."""
 _INT4_LOW, _INT4_HIGH = -8.0, 7.0
 
 
@@ -152,9 +154,7 @@ def quantise(values: Tensor, scales: Tensor, page_format: int) -> Tensor:
         ``[n, bytes of a key]`` uint8, as they lie in a page.
     """
     scale, zero = _per_channel(scales, values.shape[-1], page_format)
-    # A scale too small to have an inverse is one of numbers that the zero alone stands for.
-    inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, 0)
-    steps = ((values - zero) * inverse)[:, order(values.shape[-1] // 2, page_format)]
+    steps = ((values - zero) * _inverse(scale))[:, order(values.shape[-1] // 2, page_format)]
     if page_format == PageFormat.FP8:
         return steps.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     codes = (steps.round().clamp(_INT4_LOW, _INT4_HIGH) + 8).to(torch.uint8)
@@ -203,11 +203,17 @@ def fit(values: Tensor, page_format: int) -> Tensor:
         below, above = low + (high - low) * cut, high - (high - low) * cut
         # Half a step above the middle. No product here is rounded, so that none can be fused.
         zero = ((above + below) * 0.5 + (above - below) / 30).to(SCALE_DTYPE)
-        scales = torch.stack([_reaching(below, above, zero.float()), zero])
-        codes = quantise(values, scales, page_format)
-        error = dequantise(codes, scales, page_format) - values
-        found.append(scales)
-        least.append(error.double().square().sum(0))
+        scale = _reaching(below, above, zero.float())
+        found.append(torch.stack([scale, zero]))
+        # Inside, errors spread evenly over a step. Outside they are counted in 16ths of a step.
+        outside = torch.maximum(
+            values - (zero.float() + _INT4_HIGH * scale.float()),
+            (zero.float() + _INT4_LOW * scale.float()) - values,
+        )
+        steps = (outside.clamp(min=0) * (_inverse(scale.float()) * 16)).round()
+        squares = steps.clamp(max=FARTHEST).long().square().sum(0) if cut else 0
+        inside = torch.full_like(low, len(values) * 256, dtype=torch.float64) / 12
+        least.append((inside + squares) * scale.double().square())
     best = torch.stack(least).argmin(0)  # the first of equal ones
     return torch.stack(found).gather(0, best.expand(1, 2, -1))[0]
 
@@ -247,6 +253,11 @@ def _per_channel(scales: Tensor, channels: int, page_format: int) -> tuple[Tenso
         return scale, torch.zeros_like(scale)
     scale, zero = scales.float().split(1, dim=-2)
     return scale, zero
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale; 0 where it is too small for one: of numbers that the zero alone stands for."""
+    return torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, 0)
 
 
 def _largest(low: Tensor, high: Tensor) -> Tensor:
