@@ -243,7 +243,7 @@ class Compressor:
 
         Of a long generation heads keep far fewer pages than it has blocks.
         """
-        longest = self._lengths[item.state_slot].longest() if item.old_kept else None
+        longest = self._lengths[item.packed_slot].longest() if item.old_kept else None
         if longest is None:
             return item.covered
         return longest + item.covered - item.old_covered

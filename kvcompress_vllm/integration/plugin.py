@@ -149,12 +149,12 @@ def _patch_requests() -> None:
         )
 
         with bad_request():
-            check_request(config, params, kwargs.get("resumable", False))
+            budget = check_request(config, params, kwargs.get("resumable", False))
         request = stock(self, request_id, prompt, params, *args, **kwargs)
         with bad_request():
-            check_length(config, self.vllm_config, request)
+            check_length(config, self.vllm_config, request, budget)
             check_context(config, request)
-            send_budget(config, request.sampling_params)
+            send_budget(budget, request.sampling_params)
         return request
 
     InputProcessor.__init__ = __init__  # type: ignore[method-assign]

@@ -105,6 +105,18 @@ class LateNotFinite(Policy):
 
 
 @dataclass(frozen=True)
+class LateReturnsNothing(Policy):
+    def score(self, evidence: Evidence) -> Any:
+        return some(evidence) if evidence.num_keys <= TRIAL else None
+
+
+@dataclass(frozen=True)
+class LateWrongShape(Policy):
+    def score(self, evidence: Evidence) -> Any:
+        return some(evidence)[:, int(evidence.num_keys > TRIAL) :]
+
+
+@dataclass(frozen=True)
 class Huge(Policy):
     """Allowed: finite. Their sum is not, in fp32."""
 

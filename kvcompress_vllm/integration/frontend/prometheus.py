@@ -131,6 +131,14 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         of(metrics.SAVED_BLOCKS).set(report.saved_blocks)
         of(metrics.OBSERVATION_SLOTS_USED).set(report.observation_slots_used)
         of(metrics.OBSERVATION_SLOTS).set(report.observation_slots)
+        shared = report.shared
+        of(metrics.SHARED_HITS).inc(shared.hits)
+        of(metrics.SHARED_MISSES).inc(shared.misses)
+        of(metrics.SHARED_TOKENS).inc(shared.tokens)
+        of(metrics.SHARED_WAITS).inc(shared.waits)
+        of(metrics.SHARED_CONTEXTS).set(shared.contexts)
+        of(metrics.SHARED_BLOCKS).set(shared.blocks)
+        of(metrics.SHARED_SAVED_BLOCKS).set(shared.saved_blocks)
 
 
 def _create(metric: Metric) -> Counter | Gauge | Histogram:

@@ -22,7 +22,7 @@ from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
-from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import backend
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
@@ -180,7 +180,7 @@ class KVCompressWorkerMixin(Worker):
         return PackedState(
             group,
             num_blocks=num_blocks,
-            state_slots=self.vllm_config.scheduler_config.max_num_seqs,
+            state_slots=state_slots(self.vllm_config, num_blocks),
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
             window=self.kv_compress_config.ring,
             dtype=dtype,
