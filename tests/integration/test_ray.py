@@ -43,7 +43,7 @@ class NotHere:
             raise ImportError("not here")
 sys.meta_path.insert(0, NotHere())
 """
-NODE = {"num_cpus": 16, "num_gpus": 1, "object_store_memory": 100 << 20}
+NODE = {"num_cpus": 16, "num_gpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
 
 
 @contextlib.contextmanager
