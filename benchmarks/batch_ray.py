@@ -166,7 +166,10 @@ def through_ray(args: argparse.Namespace, name: str, requests: list[tuple[int, i
 
     if not ray.is_initialized():
         # Stages of Ray Data wait for each other's logical CPUs where there are few.
-        ray.init(address="auto") if running() else ray.init(num_cpus=16, num_gpus=gpus(args))
+        if running():
+            ray.init()
+        else:
+            ray.init(num_cpus=16, num_gpus=gpus(args), include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     given = options(name)
     config = vLLMEngineProcessorConfig(
