@@ -224,6 +224,33 @@ def test_contexts_of_a_mass_and_within_a_peak(options: dict) -> None:
     assert all(len(tokens) == 40 for tokens in sim.outputs.values())
 
 
+def test_auto_finds_what_comes_again() -> None:
+    """A document seen twice is packed once and then taken, wherever its readers go on."""
+    sim = Simulation(200, {**OPTIONS, "share": "auto"}, max_model_len=900)
+    for index in range(4):
+        sim.add(f"r{index}", [*document(1, 600), *document(20 + index, 30)], 4)
+        sim.run()
+    (context,) = contexts(sim)
+    # The first reader does not know yet, the second packs it, up to a multiple of 256 tokens.
+    assert (context.num_tokens, context.owner, context.hits) == (512, "r1", 2)
+    # Someone else's document, and one who opts out or names a context of its own.
+    sim.add("other", document(2, 600), 4)
+    sim.add("out", [*document(1, 600), 5], 4, kv_compress=False)
+    sim.add("own", [*document(1, 600), 5], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert context.hits == 2
+    assert sorted(c.num_tokens for c in contexts(sim)) == [320, 512]
+    assert all(len(tokens) == 4 for tokens in sim.outputs.values())
+
+
+def test_off_shares_nothing() -> None:
+    sim = Simulation(80, {**OPTIONS, "share": "off"})
+    for index in range(2):
+        sim.add(f"r{index}", [*document(1, 320), index + 3], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert sim.num_compressions == 2 and contexts(sim) == []
+
+
 class SharingMachine(RuleBasedStateMachine):
     """Requests on few documents come, wait, share, grow, are preempted, aborted, forgotten."""
 
@@ -234,7 +261,13 @@ class SharingMachine(RuleBasedStateMachine):
         decode=st.booleans(),
         asynchronous=st.booleans(),
         options=st.sampled_from(
-            [{}, {"prefill_peak_tokens": 256}, {"mass": 0.8, "ratio": None}, {"max_ratio": 16}]
+            [
+                {},
+                {"prefill_peak_tokens": 256},
+                {"mass": 0.8, "ratio": None},
+                {"max_ratio": 16},
+                {"share": "auto"},
+            ]
         ),
     )
     def build(
