@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.report import Report
 from tests.integration.simulation import Simulation
 
 OPTIONS = {"policy": "kv_compress", "ratio": 8, "recent": 8, "sinks": 2, "min_tokens_per_head": 8,
@@ -222,6 +224,25 @@ def test_contexts_of_a_mass_and_within_a_peak(options: dict) -> None:
     (context,) = contexts(sim)
     assert context.hits == 2
     assert all(len(tokens) == 40 for tokens in sim.outputs.values())
+
+
+def test_a_context_whose_policy_failed_ends_all_who_have_it(monkeypatch) -> None:
+    sim = Simulation(80, OPTIONS)
+    for index in range(2):
+        sim.add(f"r{index}", [*document(1, 320), index + 3], 30, kv_compress_context_tokens=320)
+    sim.add("other", document(2, 100), 30)
+    while len(contexts(sim)) < 1 or len(contexts(sim)[0].users) < 2:
+        sim.step()
+    (context,) = contexts(sim)
+    curve = LossCurve([1], [0.0])
+    failed = Report("r0", context.slot, 320, "prefill", [], 0.0, 0.0, curve, "score raised it")
+    with monkeypatch.context() as patch:
+        place = "kvcompress_vllm.integration.engine.scheduler.reports_of"
+        patch.setattr(place, lambda output: [failed])
+        sim.step()
+    assert sim.failed == {"r0", "r1"} and contexts(sim) == []
+    sim.run()
+    assert len(sim.outputs["other"]) == 30 and sim.pool.get_num_free_blocks() == 79
 
 
 def test_auto_finds_what_comes_again() -> None:
