@@ -256,7 +256,7 @@ def test_without_a_free_slot_a_decode_compression_comes_later_with_a_whole_windo
     p.admit("long", 1000)  # takes the slot
     due = p.requests["short"].due_at
     p.watch({"short": due + 3})
-    assert p.requests["short"].observe_slot is None
+    assert p.requests["short"].observe_slot is None and p.due({"short": due + 3}) == []
     p.compressed("long")
     p.watch({"short": due + 5})
     assert p.requests["short"].observe_slot is not None
@@ -361,9 +361,11 @@ def test_number_of_observation_slots_is_bounded() -> None:
     # A hundredth of the cache: a slot is 8 queries of 4 heads, 16 tokens' worth of K and V.
     assert num_observe_slots(config, 2048, 256, 19_200 // B, group) == 12
     assert num_observe_slots(config, 2048, 256, 100 // B, group) == 4
-    # Where what is decoded is scored, a slot holds a whole segment of 64 queries.
+    # Where what is decoded is scored, a slot holds a whole segment of 16 queries, and there is one
+    # for everybody in a twenty-fifth of the cache.
     listening = KVCompressConfig(policy="echo", window=8)
-    assert num_observe_slots(listening, 2048, 256, 153_600 // B, group) == 12
+    assert num_observe_slots(listening, 2048, 256, 19_200 // B, group) == 24
+    assert num_observe_slots(listening, 2048, 256, 10**6 // B, group) == 256
     silent = KVCompressConfig(policy="echo", window=8, decode=False)
     assert num_observe_slots(silent, 2048, 256, 19_200 // B, group) == 12
 

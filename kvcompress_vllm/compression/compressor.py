@@ -147,7 +147,8 @@ class Compressor:
         found = statistics.measure(self.rank, due, ops.channel_mask(due.policy.channels))
         scores, freed, lost = self._judge(due, found, points, failures, not score_only)
         if score_only:
-            return PendingReports(due.items, points, lost, None, watch, failures)
+            nothing = self.state.num_pages[:0]
+            return PendingReports(due.items, points, lost, nothing, watch, failures)
         carried_out = cast("Batch[Compression]", due)
         chosen = self._select(carried_out, scores, freed)
         kept_pages = self._compact(carried_out, chosen)

@@ -111,6 +111,10 @@ class History:
         """The latest state, summed over the engines."""
         return Gauges(*map(sum, zip(*self._gauges.values(), strict=True)))
 
+    def by_engine(self) -> dict[int, Gauges]:
+        """The latest state of each engine."""
+        return dict(self._gauges)
+
     def mean_kept_pages(self) -> list[list[float]]:
         """``[L, H]``, pages that each KV head keeps on average; empty where nothing is packed."""
         known = [(pages, requests) for pages, requests in self._kept_pages.values() if requests]

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
-from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.records.budget import RequestBudget, united
 from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
@@ -124,6 +124,7 @@ class CompressionPlanner:
         """
         sizes = self.sizes(budget)
         tracked = Tracked(request_id, -1, sizes, sizes.first_due(num_tokens), num_tokens)
+        tracked.reads_echo = self.observers.reads_echo(sizes.budget.policy)
         if context is not None:
             if context.ratio is not None:
                 tracked.sizes = sizes = self.sizes(sizes.budget._replace(ratio=context.ratio))
@@ -261,9 +262,16 @@ class CompressionPlanner:
         if not self.observers.available:
             return
         near = observation.outgrowing(self.requests.values(), num_computed, self.config.window)
-        for computed, tracked in near[: self.observers.available]:
+        for computed, tracked in near:
+            if not self.observers.available:
+                return
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
-            self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
+            due_at = max(tracked.due_at, computed + self.config.window)
+            later = tracked.outgrown_at(due_at)
+            if later > due_at:
+                tracked.due_at = later  # it was not heard meanwhile, so it would keep more
+                continue
+            self._prepare(tracked, due_at)
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
         """When the pool runs short, prepare early compressions, lowest loss per block first.
@@ -366,9 +374,10 @@ class CompressionPlanner:
             # It is packed there, or will not be as others would be who were never late.
             self._stop_computing(tracked)
         tracked.packing = tracked.target()
+        tracked.unheard = united((*tracked.unheard, *tracked.unknown(tracked.covered)))
         tracked.unscored.packed(tracked.covered * self.block_size)
         tracked.curve = tracked.decided = tracked.ratio = None
-        due_at = sizes.next_due(tracked.packing, now, end)
+        due_at = sizes.next_due(tracked.packing, now, end, tracked.whole(tracked.covered))
         if tracked.budget.mass is not None and now >= end:
             # Its ratio is an expectation; it may be off by more than the interval.
             due_at = max(due_at, sizes.after_interval(now))

@@ -71,13 +71,17 @@ class Sizes:
             packing = self.packed_at(min(now, end), end)
         return now == self.context
 
-    def packed(self, num_tokens: int, ratio: float | None = None) -> Packing:
+    def packed(self, num_tokens: int, ratio: float | None = None, whole: int = 0) -> Packing:
         """Of a compression at ``num_tokens`` tokens; of a mass, as expected.
 
         Args:
             ratio: compress at least so much.
+            whole: blocks' worth of tokens whose keys all stay, whatever the budget says of others.
         """
         covered = num_tokens // self.limits.block_size
+        if whole:
+            kept = self.packed(num_tokens - whole * self.limits.block_size, ratio).kept
+            return Packing(covered, min(covered, max(kept, self.floor(covered)) + whole))
         if num_tokens < self.budget.min_prompt_tokens:
             return Packing(covered, covered)
         key = covered, ratio
@@ -117,11 +121,12 @@ class Sizes:
             return min(self.context, prefill_end)
         return prefill_end
 
-    def outgrown_at(self, packing: Packing = NOTHING, shared: int = 0) -> int:
+    def outgrown_at(self, packing: Packing = NOTHING, whole: int = 0, shared: int = 0) -> int:
         """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
 
         Args:
             packing: as it is packed so far.
+            whole: as of :meth:`packed`.
             shared: of its packed blocks, those that others may use: packing it anew does not free
                 them.
         """
@@ -132,7 +137,7 @@ class Sizes:
         # block, so these strides cannot miss the place.
         full = max(packing.covered, -(-self.budget.min_prompt_tokens // size))
         while full * size <= self.limits.max_tokens:
-            excess = packing.gives_back(self.packed(full * size))
+            excess = packing.gives_back(self.packed(full * size, whole=whole))
             if excess >= interval + shared:
                 return full * size
             full += interval + shared - excess
@@ -178,12 +183,15 @@ class Sizes:
             return interrupted_at
         return num_tokens if self.packed(num_tokens).gains else self.first_outgrown
 
-    def next_due(self, packing: Packing, now: int, prefill_end: int) -> int:
+    def next_due(self, packing: Packing, now: int, prefill_end: int, whole: int = 0) -> int:
         """When a request that was compressed at ``now`` tokens is compressed again.
 
         One that is packed as its context may share those blocks with others. It is then not packed
         anew before that is worth a copy of them, whether others are there or not: what it answers
         must not depend on them. So beside the context nobody holds more than without compression.
+
+        Args:
+            whole: as of :meth:`packed`.
         """
         shared = packing.kept if now == self.context else 0
         if now < prefill_end:
@@ -192,7 +200,7 @@ class Sizes:
                 return interrupted_at
             if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval + shared:
                 return prefill_end
-        return self.outgrown_at(packing, shared)
+        return self.outgrown_at(packing, whole, shared)
 
 
 class Budgets:

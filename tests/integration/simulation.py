@@ -43,6 +43,7 @@ from kvcompress_vllm.integration.frontend.requests import (
 from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
+from kvcompress_vllm.records.budget import Ranges
 from kvcompress_vllm.records.plan import StepPlan
 from kvcompress_vllm.reporting.metrics import StepReport
 from kvcompress_vllm.scheduling.segments import DECODED, segments
@@ -247,10 +248,10 @@ class Simulation:
             ValueError: it is refused.
         """
         params = self._params(max_tokens, extra_args)
-        check_request(self.config, params, resumable=False)
+        budget = check_request(self.config, params, resumable=False)
         incoming = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
-        check_length(self.config, self.vllm_config, incoming)
-        send_budget(self.config, params)
+        check_length(self.config, self.vllm_config, incoming, budget)
+        send_budget(budget, params)
         self._enqueue(request_id, prompt, params)
 
     def pass_by(self, request_id: str, prompt: list[int], max_tokens: int, **extra_args) -> None:
@@ -330,6 +331,11 @@ class Simulation:
         tracked = self.scheduler.kv_compress_planner.requests.get(request_id)
         return tracked is not None and self.config.reads_echo(tracked.budget.policy)
 
+    def _unheard(self, request_id: str) -> Ranges:
+        """What a request must keep because nobody heard it."""
+        tracked = self.scheduler.kv_compress_planner.requests.get(request_id)
+        return () if tracked is None else tracked.unheard
+
     def check_contents(self) -> None:
         """Every head of every running request holds its own tokens: some of the compressed part,
         in order, and all of the tail."""
@@ -356,6 +362,9 @@ class Simulation:
                 assert (position.diff() > 0).all(), (rid, head, position)
                 assert position[c * B :].equal(torch.arange(f * B, n)), (rid, head, position)
                 assert content[:, 0].equal(tags[position]), (rid, head)
+                kept = set(position.tolist())
+                missing = [p for a, b in self._unheard(rid) for p in range(a, b) if p not in kept]
+                assert not missing, (rid, head, missing)
                 if self._reads_echo(rid):
                     stored = self.worker.state.echo[page].flatten()[:keys]
                     wanted = self.worker.echoes[rid][position]

@@ -79,6 +79,8 @@ class _KVCompressMixin(Scheduler):
         self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner, self._usage)
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
+        self._failures: dict[str, str] = {}
+        """Why requests that came since the last step cannot be served, by id."""
         self._check_integrity = integrity.enabled()
         self._echo: EchoPlanner | None = None
         if config.stores_echo:
@@ -116,14 +118,7 @@ class _KVCompressMixin(Scheduler):
             self.kv_compress_sharing.added(request, budget)
         super().add_request(request)
         if problem is not None:
-            self.fail(request.request_id, problem)
-
-    def fail(self, request_id: str, problem: str) -> None:
-        """Answer a request with an error at the end of this step; the others go on."""
-        logger.warning(
-            "kv_compress: %s is answered with an error: %s", printable(request_id), problem
-        )
-        self.grammar_compile_error_reqs.add(request_id)
+            self._failures[request.request_id] = problem
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
@@ -155,7 +150,7 @@ class _KVCompressMixin(Scheduler):
         *args: Any,
         **kwargs: Any,
     ) -> dict[int, EngineCoreOutputs]:
-        failures: dict[str, str] = {}
+        failures, self._failures = self._failures, {}
         for report in reports_of(model_runner_output):
             if report.failure is not None:
                 failures[report.request_id] = report.failure
@@ -177,14 +172,15 @@ class _KVCompressMixin(Scheduler):
         return outputs
 
     def _fail(self, failures: Mapping[str, str]) -> list[Request]:
-        """Finish requests whose policy failed. What a worker kept of them is as many blocks as was
-        said, so the accounting is exact; but their answers would not be those of their policy."""
+        """Finish requests that should not be here, and those whose policy failed. What a worker
+        kept of these is as many blocks as was said, so the accounting is exact; but their answers
+        would not be those of their policy."""
         failed = [self.requests[name] for name in failures if name in self.requests]
         failed = [request for request in failed if not request.is_finished()]
         for request in failed:
             budget = budget_of(request)
             logger.error(
-                "kv_compress: %s ends with an error: policy=%r: %s",
+                "kv_compress: %s (policy=%r) ends with an error: %s",
                 printable(request.request_id),
                 budget.policy if budget is not None else self.kv_compress_planner.config.policy,
                 failures[request.request_id],

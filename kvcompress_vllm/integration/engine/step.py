@@ -182,8 +182,8 @@ class StepBuilder:
                     group=self._group,
                     policy=tracked.budget.policy,
                     observed=planner.observed(tracked, num_tokens),
-                    floor_pages=tracked.sizes.floor(packing.covered),
-                    protect=tracked.budget.protect,
+                    floor_pages=tracked.floor(packing.covered),
+                    protect=tracked.protect(packing.covered),
                     trigger=tracked.trigger,
                     unscored=tracked.unscored.before(packing.covered * manager.block_size),
                 )
@@ -209,8 +209,8 @@ class StepBuilder:
                     group=self._group,
                     policy=tracked.budget.policy,
                     observed=planner.observed(tracked, tracked.due_at),
-                    floor_pages=tracked.sizes.floor(packing.covered),
-                    protect=tracked.budget.protect,
+                    floor_pages=tracked.floor(packing.covered),
+                    protect=tracked.protect(packing.covered),
                     unscored=tracked.unscored.before(packing.covered * planner.block_size),
                 )
             )

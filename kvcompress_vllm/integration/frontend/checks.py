@@ -92,7 +92,7 @@ def check(vllm_config: Any, prompt: Any, params: Any) -> None:
     if config is None:
         return
     with bad_request():
-        requests.check_request(config, params, resumable=False)
+        budget = requests.check_request(config, params, resumable=False)
         ids = embeds = None
         if isinstance(prompt, dict):
             ids, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
@@ -100,7 +100,7 @@ def check(vllm_config: Any, prompt: Any, params: Any) -> None:
             rendered = SimpleNamespace(
                 sampling_params=params, prompt_token_ids=ids, prompt_embeds=embeds
             )
-            requests.check_length(config, vllm_config, rendered)
+            requests.check_length(config, vllm_config, rendered, budget)
             requests.check_context(config, rendered)
 
 

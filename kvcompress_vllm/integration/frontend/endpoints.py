@@ -177,6 +177,7 @@ async def data(request: Request, since: float = Query(0.0, allow_inf_nan=False))
             "columns": COLUMNS,
             "samples": history.samples(since, now),
             "now": history.gauges()._asdict(),
+            "by_engine": {n: gauges._asdict() for n, gauges in history.by_engine().items()},
             "totals": {**vars(totals), "kept_ratio": totals.kept_ratio()},
             "kept_pages": history.mean_kept_pages(),
             "contexts": [held._asdict() for held in history.contexts()],
