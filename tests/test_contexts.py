@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.records.budget import Wish
+from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
 from kvcompress_vllm.scheduling.contexts import Context, Contexts
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.repeated import STRIDE, Repeated
 from kvcompress_vllm.scheduling.slots import num_context_slots
 
@@ -75,6 +81,33 @@ def test_one_computes_a_context_at_a_time() -> None:
     assert contexts.computing(b"key") == "first"
     contexts.stop(b"key", "first")
     assert contexts.computing(b"key") is None
+
+
+@pytest.mark.parametrize("kept", [20, 50])
+def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
+    """A mass that all of it is needed for."""
+    config = KVCompressConfig.from_dict({"mass": 0.9, "window": 8})
+    p = CompressionPlanner(config, 16, 4, 4, 4096, context_slots=2)
+    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)), wanted=b"key")
+    assert p.contexts.computing(b"key") == "a"
+    (a,) = p.to_score({"a": 800})
+    share = [0.5, 0.1, 0.0] if kept == 20 else [1.0, 0.5, 0.0]
+    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, kept if kept < 50 else 49, 50], share)))
+    if kept == 50:
+        assert p.contexts.computing(b"key") is None and p.new_context(a) is None
+        return
+    context = p.new_context(a)
+    assert context is not None and context.packing == (50, 20) and context.ratio == 2.5
+    p.contexts.add(context, range(1, 21))
+    p.compressed("a", 800, context)
+    assert p.contexts.computing(b"key") is None and a.packed_slot == context.slot != a.state_slot
+    # Whoever takes it goes on as the one who computed it.
+    p.admit("b", 1000, resolve(config, Wish(context_tokens=800)), context)
+    b = p.requests["b"]
+    assert (b.due_at, b.packing, b.sizes) == (a.due_at, a.packing, a.sizes)
+    p.release("a")
+    p.release("b")
+    assert context.users == set() and p.contexts.get(b"key") is context
 
 
 def test_slots_of_contexts() -> None:

@@ -354,6 +354,7 @@ class SharingMachine(RuleBasedStateMachine):
         if not hasattr(self, "sim"):
             return
         self.sim.run()
+        self.sim.step()  # tells the worker what was dropped since
         assert {name: len(self.sim.outputs[name]) for name in self.wanted} == self.wanted
         assert self.sim.pool.get_num_free_blocks() == self.sim.pool.num_gpu_blocks - 1
         planner = self.sim.scheduler.kv_compress_planner
