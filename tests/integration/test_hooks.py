@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import zipfile
 from importlib.metadata import version
@@ -97,6 +98,16 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
             {f"{_SCHEDULER}.need_mamba_block_aligned_split": None},
             r"need_mamba_block_aligned_split: not there",
         ),
+        # vLLM leaves a method to its subclasses (0.33 did so): ours cannot be made any more.
+        (
+            {"vllm.v1.outputs:AsyncModelRunnerOutput.__abstractmethods__": "get_output wait"},
+            r"AsyncModelRunnerOutput.wait is abstract; _WithReports does not define it",
+        ),
+        # ... also where a class of ours stands between.
+        (
+            {"vllm.v1.attention.backend:AttentionBackend.__abstractmethods__": "get_name kind"},
+            r"AttentionBackend.kind is abstract; KVCompressCudaBackend does not define it",
+        ),
         # An import.
         ({"vllm.v1.request:RequestStatus": None}, r"vllm.v1.request:RequestStatus: not there"),
         # What a hook needs, and its order.
@@ -187,6 +198,18 @@ def test_our_overrides_are_found() -> None:
     assert {f"{_SCHEDULER}.deferred_frees", f"{_SCHEDULER}.requests"} <= reads.keys()
 
 
+def test_what_vllm_leaves_to_subclasses_is_recorded() -> None:
+    """As Python says of the installed release; 0.33 left one more to a class of ours."""
+    for subclass in ours.reliance().subclasses:
+        module, _, name = subclass.question.partition(":")
+        cls = getattr(importlib.import_module(module), name.partition(".")[0])
+        expected = sorted(getattr(cls, "__abstractmethods__", ()))
+        assert (RECORDED.answer(INSTALLED, subclass.question) or "").split() == expected, subclass
+    output = "vllm.v1.outputs:AsyncModelRunnerOutput.__abstractmethods__"
+    assert RECORDED.answer("0.32.0", output) == "get_output"
+    assert RECORDED.answer("0.33.0", output) == "get_kv_connector_output get_output"
+
+
 WHEEL = {
     "vllm/__init__.py": 'ATTRS = {"LLM": ".entrypoints.llm:LLM"}\n',
     "vllm/entrypoints/__init__.py": "",
@@ -200,6 +223,11 @@ WHEEL = {
         "    def __init__(self, model, *, dtype='auto', **kwargs): self.model = model\n"
         "    @property\n"
         "    def name(self): return 0\n"
+        "    @property\n"
+        "    @abstractmethod\n"
+        "    def run(self): 0\n"
+        "    @abc.abstractmethod\n"
+        "    def stop(self): 0\n"
         "@dataclass\n"
         "class Fields:\n"
         "    a: int\n"
@@ -228,6 +256,10 @@ def test_questions_to_a_wheel(tmp_path: Path) -> None:
         "vllm:LLM.kind": "",
         "vllm:LLM.model": "",
         "vllm:LLM.gone": None,
+        "vllm:LLM.__abstractmethods__": "stop",
+        "vllm.base:Base.__abstractmethods__": "run stop",
+        "vllm.base:Fields.__abstractmethods__": "",
+        "vllm.gone:Base.__abstractmethods__": None,
         "vllm:base.late": "(x, /, y, *rest)",
         "vllm.base:Fields": "(a, b=0)",
         "vllm.base:Base.__init__": "(self, model, *, dtype=0, **kwargs)",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a vLLM still has what we rely on, and passes our functions no more than they take.
+"""Whether a vLLM still has what we rely on, passes our functions no more than they take, and asks
+of our classes no more than they define.
 
 Works on source (``source.py``), so on a wheel that is not installed as well, and on recorded
 answers. ``recorded.json`` holds those of the releases that we support: what an earlier release had
@@ -95,6 +96,11 @@ def check(
                 problems[f"{said}{override.signature}: {why}"] = None
         elif recorded.had_before(version, override.question):
             missing(override.question, f"{override.where}, which overrides it,")
+    for subclass in ours.subclasses:
+        for name in (answer(subclass.question) or "").split():
+            if name not in subclass.defines:
+                base = subclass.question.rpartition(".")[0]
+                problems[f"{base}.{name} is abstract; {subclass.where} does not define it"] = None
     replaced = {h.path.split(":")[1].rpartition(".")[2]: h for h in hooks if h.patched}
     for patch in ours.patches:
         hook_ = replaced.get(patch.name)

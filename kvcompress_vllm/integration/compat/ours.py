@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``integration/`` takes for granted of vLLM, found in its own source by AST.
 
-Imports; overrides of methods; attributes that subclasses read or set on ``self``; functions put in
-the place of vLLM's; and every other attribute name, which vLLM must at least know somewhere.
+Imports; overrides of methods; what subclasses define of what vLLM leaves to them; attributes that
+they read or set on ``self``; functions put in the place of vLLM's; and every other attribute name,
+which vLLM must at least know somewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from kvcompress_vllm.integration.compat.source import ANYWHERE, signature
+from kvcompress_vllm.integration.compat.source import ABSTRACT, ANYWHERE, signature
 
 INTEGRATION = Path(__file__).parents[1]
 _OWN = "kvcompress_vllm."
@@ -30,6 +31,20 @@ class Override(NamedTuple):
 
     question: str
     signature: str
+    where: str
+
+
+class Subclass(NamedTuple):
+    """A class of ours, and one of vLLM's that it is made of.
+
+    Attributes:
+        question: the abstract methods of vLLM's, ``module:Class.__abstractmethods__``.
+        defines: all that ours and its bases of ours define.
+        where: name of ours.
+    """
+
+    question: str
+    defines: frozenset[str]
     where: str
 
 
@@ -61,6 +76,7 @@ class Reliance(NamedTuple):
     reads: dict[str, str]
     sets: dict[str, str]
     overrides: tuple[Override, ...]
+    subclasses: tuple[Subclass, ...]
     patches: tuple[Patch, ...]
     names: dict[str, str]
 
@@ -69,6 +85,7 @@ class Reliance(NamedTuple):
         return {
             *self.imports, *self.reads, *self.sets, *self.names,
             *(override.question for override in self.overrides),
+            *(subclass.question for subclass in self.subclasses),
         }  # fmt: skip
 
 
@@ -106,10 +123,13 @@ def reliance() -> Reliance:
     reads: dict[str, str] = {}
     sets: dict[str, str] = {}
     overrides: list[Override] = []
+    subclasses: list[Subclass] = []
     for name in classes:
         lineage = list(_lineage(name, classes))
         own = {part for c in lineage for part in (*c.methods, *c.attributes, *c.sets)}
+        defines = frozenset(part for c in lineage for part in (*c.methods, *c.attributes))
         for base in sorted({b for c in lineage for b in c.bases if ":" in b}):
+            subclasses.append(Subclass(f"{base}.{ABSTRACT}", defines, name))
             for c in lineage:
                 reads |= {f"{base}.{part}": c.file for part in c.reads - own}
                 sets |= {f"{base}.{part}": c.file for part in c.sets | c.attributes}
@@ -118,8 +138,9 @@ def reliance() -> Reliance:
                     for method, signature_ in c.methods.items()
                 ]
     return Reliance(
-        imports, reads, sets, tuple(dict.fromkeys(overrides)), tuple(patches), _names(trees)
-    )
+        imports, reads, sets, tuple(dict.fromkeys(overrides)), tuple(subclasses), tuple(patches),
+        _names(trees),
+    )  # fmt: skip
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
