@@ -5,6 +5,9 @@ PYTHON ?= python3
 VLLM ?=
 VENV ?= .venv$(addprefix -,$(VLLM))
 PIP = $(VENV)/bin/python -m pip
+# The tests of Ray run with the one vLLM that it is installed for; with others they are skipped.
+RAY = $(if $(filter 0.26.0,$(VLLM)),$(comma)ray-vllm-0-26)
+comma = ,
 MODEL ?= models/tiny
 KV_COMPRESS ?= ratio=8
 # CUDA kernels take minutes to compile: by default only where a GPU is.
@@ -22,7 +25,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/
 	@command -v c++ >/dev/null || echo "No C++ compiler: the PyTorch references will run. On Debian and Ubuntu: apt install g++"
 	$(PIP) install --quiet --upgrade pip "setuptools>=77,<82" wheel ninja
 	$(PIP) install --quiet --upgrade "vllm$(if $(VLLM),==$(VLLM),>=0.26,<0.34)"
-	$(PIP) install --quiet --no-build-isolation --editable ".[test]"
+	$(PIP) install --quiet --no-build-isolation --editable ".[test$(RAY)]"
 	@touch $@
 
 install: $(VENV)/.installed

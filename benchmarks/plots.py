@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of the engine benchmarks, from their JSON lines.
 
-python -m benchmarks.plots throughput|serve|multiturn|generation|soak RESULTS.jsonl FIGURE.png
+python -m benchmarks.plots throughput|batch|serve|multiturn|generation|soak RESULTS.jsonl FIGURE.png
 """
 
 from __future__ import annotations
@@ -47,6 +47,28 @@ def plot_throughput(runs: Runs, path: Path) -> None:
         axis.set_title(f"{workload} tokens")
         axis.margins(y=0.12)
     axes[0][0].set_ylabel("prompt and output tokens per second")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def plot_batch(runs: Runs, path: Path) -> None:
+    """Total throughput by trace, one panel each, and by way into the engine."""
+    traces, ways = _unique(run["trace"] for run in runs), _unique(run["way"] for run in runs)
+    engines = _unique(run["engine"] for run in runs)
+    figure, axes = plt.subplots(1, len(traces), figsize=(1.5 + 4 * len(traces), 3.5), squeeze=False)
+    width = 0.8 / len(engines)
+    for axis, trace in zip(axes[0], traces, strict=True):
+        for index, name in enumerate(engines):
+            found = {r["way"]: r["total_tokens_per_s"] for r in runs
+                     if (r["trace"], r["engine"]) == (trace, name)}  # fmt: skip
+            places = [i + (index + 0.5) * width - 0.4 for i in range(len(ways))]
+            heights = [found.get(way, 0) for way in ways]
+            color = "tab:gray" if name == STOCK else None
+            axis.bar(places, heights, width, label=_label(name), color=color)
+        axis.set_xticks(range(len(ways)), ways)
+        axis.set_title(trace)
+    axes[0][0].set_ylabel("prompt and output tokens per second")
+    axes[0][-1].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -130,6 +152,7 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 
 PLOTS = {
     "throughput": plot_throughput,
+    "batch": plot_batch,
     "serve": plot_serve,
     "multiturn": plot_multiturn,
     "generation": plot_generation,

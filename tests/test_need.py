@@ -86,15 +86,15 @@ def test_what_a_peak_forces_of_a_mass_keeps_half_of_it() -> None:
     assert sizes(Wish(protect=((0, 240),)), prefill_peak_tokens=320).within_peak(20, 3) == 16
 
 
-def before_a_question(**options: object) -> CompressionPlanner:
+def before_a_question(prompt: int = 1000, **options: object) -> CompressionPlanner:
     config = KVCompressConfig.from_dict({"mass": 0.9, "window": 8, **options})
     p = CompressionPlanner(config, B, 4, 4, 4096)
-    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)))
+    p.admit("a", prompt, resolve(config, Wish(context_tokens=800)))
     return p
 
 
 def test_a_prompt_stops_until_its_curve_is_back() -> None:
-    p = before_a_question(interval=4)
+    p = before_a_question(2000, interval=4)
     assert p.chunk("a", 512, 512) == 288
     (a,) = p.to_score({"a": 800})
     assert p.due({"a": 800}) == [] and p.chunk("a", 800, 200) == 0
@@ -102,7 +102,7 @@ def test_a_prompt_stops_until_its_curve_is_back() -> None:
     assert p.chunk("a", 800, 200) == 200, "it goes on if the pool has no room for the copy"
     assert p.due({"a": 800}) == [a] and a.target() == Packing(50, 20)
     p.compressed("a", 800)
-    assert a.due_at == 1000 and a.observe_slot is not None and a.trigger == "prefill"
+    assert a.due_at == 2000 and a.observe_slot is not None and a.trigger == "prefill"
 
 
 def test_a_context_without_anything_to_gain_is_read_on() -> None:

@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.records.budget import Wish
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
@@ -254,7 +256,7 @@ def test_without_a_free_slot_a_decode_compression_comes_later_with_a_whole_windo
     p.admit("long", 1000)  # takes the slot
     due = p.requests["short"].due_at
     p.watch({"short": due + 3})
-    assert p.requests["short"].observe_slot is None
+    assert p.requests["short"].observe_slot is None and p.due({"short": due + 3}) == []
     p.compressed("long")
     p.watch({"short": due + 5})
     assert p.requests["short"].observe_slot is not None
@@ -359,9 +361,11 @@ def test_number_of_observation_slots_is_bounded() -> None:
     # A hundredth of the cache: a slot is 8 queries of 4 heads, 16 tokens' worth of K and V.
     assert num_observe_slots(config, 2048, 256, 19_200 // B, group) == 12
     assert num_observe_slots(config, 2048, 256, 100 // B, group) == 4
-    # Where what is decoded is scored, a slot holds a whole segment of 64 queries.
+    # Where what is decoded is scored, a slot holds a whole segment of 16 queries, and there is one
+    # for everybody in a twenty-fifth of the cache.
     listening = KVCompressConfig(policy="echo", window=8)
-    assert num_observe_slots(listening, 2048, 256, 153_600 // B, group) == 12
+    assert num_observe_slots(listening, 2048, 256, 19_200 // B, group) == 24
+    assert num_observe_slots(listening, 2048, 256, 10**6 // B, group) == 256
     silent = KVCompressConfig(policy="echo", window=8, decode=False)
     assert num_observe_slots(silent, 2048, 256, 19_200 // B, group) == 12
 
@@ -371,3 +375,31 @@ def test_observed_positions_end_where_the_compression_is_due() -> None:
     p.admit("a", 1000)
     seen = p.observe("a", 990, 20)
     assert seen is not None and list(seen.positions(20, 8)) == list(range(999, 991, -1))
+
+
+@given(
+    context=st.integers(10, 200),
+    question=st.integers(1, 1500),
+    ratio=st.floats(1.1, 32),
+    interval=st.integers(1, 20),
+)
+def test_beside_its_context_nobody_holds_more_than_without_compression(
+    context: int, question: int, ratio: float, interval: int
+) -> None:
+    """Its blocks may be shared by any number; what comes on top is what counts for each."""
+    config = KVCompressConfig(ratio=ratio, interval=interval)
+    budget = resolve(config, Wish(context_tokens=context * B + 5))
+    p = CompressionPlanner(config, B, 4, 4, 100_000)
+    p.admit("a", end := context * B + question, budget)
+    a, now = p.requests["a"], context * B
+    if a.due_at != now:
+        return  # nothing to gain
+    p.compressed("a", now)
+    for _ in range(6):
+        own = a.packing.held(a.due_at // B) - (a.kept if a.covered == context else 0)
+        assert own <= a.due_at // B - context
+        if a.due_at > max(end, 20_000):
+            break
+        p.watch({"a": a.due_at - config.window})
+        p.compressed("a", a.due_at)
+        assert a.kept <= a.covered - context, "its copy, too"

@@ -178,6 +178,20 @@ def table(args: argparse.Namespace) -> None:
     print_table(load(args.results), args)
 
 
+def shared() -> argparse.ArgumentParser:
+    """What ``run`` and ``engine`` have in common."""
+    result = argparse.ArgumentParser(add_help=False)
+    result.add_argument("model", type=Path)
+    result.add_argument("samples", type=Path)
+    result.add_argument("--output", type=Path, required=True)
+    result.add_argument("--modes", type=words, default=["hidden"])
+    result.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
+    result.add_argument("--lengths", type=integers, help="only these of the samples")
+    result.add_argument("--limit", type=int, help="only the first so many samples")
+    result.add_argument("--floor", type=int, default=16)
+    return result
+
+
 def parser() -> argparse.ArgumentParser:
     """Command line."""
     result = argparse.ArgumentParser(
@@ -199,20 +213,13 @@ def parser() -> argparse.ArgumentParser:
                       help="plain text and so many tokens that follow, no facts")  # fmt: skip
     make.add_argument("--as-text", action="store_true",
                       help="a line per question, as benchmarks/lm_eval takes it")  # fmt: skip
-    measure = commands.add_parser("run", help="measure")
+    both = shared()
+    measure = commands.add_parser("run", parents=[both], help="measure")
     measure.set_defaults(action=run)
-    measure.add_argument("model", type=Path)
-    measure.add_argument("samples", type=Path)
-    measure.add_argument("--output", type=Path, required=True)
-    measure.add_argument("--modes", type=words, default=["hidden"])
     measure.add_argument("--policies", type=words, default=["few"], help="names, few, or all")
-    measure.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
-    measure.add_argument("--lengths", type=integers, help="only these of the samples")
     measure.add_argument("--sources", type=words, help="only these of the samples")
-    measure.add_argument("--limit", type=int, help="only the first so many samples")
     measure.add_argument("--pages", type=integers, default=[16], help="keys freed together")
     measure.add_argument("--recent", type=integers, default=[32])
-    measure.add_argument("--floor", type=int, default=16)
     measure.add_argument("--min-budget", type=integers, default=[0])
     measure.add_argument("--device", default="cpu")
     measure.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -222,18 +229,10 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--calibration", type=Path, help="samples that the tables are made of")
     measure.add_argument("--calibration-samples", type=int, default=8)
     measure.add_argument("--minutes", type=float, help="begin no sample after so long")
-    ask = commands.add_parser("engine", help="the same through vLLM")
+    ask = commands.add_parser("engine", parents=[both], help="the same through vLLM")
     ask.set_defaults(action=through_engine)
-    ask.add_argument("model", type=Path)
-    ask.add_argument("samples", type=Path)
-    ask.add_argument("--output", type=Path, required=True)
-    ask.add_argument("--modes", type=words, default=["hidden"])
     ask.add_argument("--policies", type=words, default=["auto"], help="NAME or NAME:KEY=VALUE;...")
-    ask.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
-    ask.add_argument("--lengths", type=integers, help="only these of the samples")
-    ask.add_argument("--limit", type=int, help="only the first so many samples")
     ask.add_argument("--recent", type=int, default=32)
-    ask.add_argument("--floor", type=int, default=16)
     ask.add_argument("--min-budget", type=int, default=0)
     ask.add_argument("--llm", type=json.loads, default={}, metavar="JSON",
                      help='more arguments of the engine, like {"dtype": "float32"}')  # fmt: skip

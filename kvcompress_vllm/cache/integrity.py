@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ def check_pool(
     rows: Mapping[str, Sequence[int]],
     packed: Mapping[str, tuple[int, int]],
     held: Mapping[int, int] | None = None,
+    shared: Collection[int] = (),
 ) -> None:
     """Check the scheduler's view: every block is free, null, or owned as its count says.
 
@@ -52,6 +53,7 @@ def check_pool(
         rows: block ids of every request.
         packed: (F, C) of every packed request.
         held: further references to blocks (frees deferred until a step is done).
+        shared: packed blocks of contexts, which several requests may hold.
 
     Raises:
         RuntimeError: a block is lost, freed twice, over- or under-counted, or a packed row is not
@@ -86,6 +88,14 @@ def check_pool(
                 f"blocks at {[i for i, null in enumerate(shape) if null]} of "
                 f"{len(row)}"
             )
+        front = set(row[:kept])
+        if front & set(shared):
+            if not front <= set(shared):
+                raise RuntimeError(
+                    f"kv_compress: of the packed blocks {row[:kept]} of {request} only some are "
+                    "those of a context"
+                )
+            continue
         for index in row[:kept]:
             if blocks[index].is_hashed or blocks[index].ref_count != 1:
                 raise RuntimeError(

@@ -11,7 +11,8 @@ then takes the cheapest pages of each group):
 
 All arithmetic is on the device and waits for nothing. Under tensor parallelism every rank divides
 the pages of its own heads: nothing is exchanged, so a rank's share per layer depends on its own
-heads alone, and ``global`` on two ranks is not ``global`` on one.
+heads alone, and ``global`` on two ranks is not ``global`` on one. A pipeline stage likewise divides
+those of its own layers.
 """
 
 from __future__ import annotations

@@ -147,7 +147,8 @@ class Compressor:
         found = statistics.measure(self.rank, due, ops.channel_mask(due.policy.channels))
         scores, freed, lost = self._judge(due, found, points, failures, not score_only)
         if score_only:
-            return PendingReports(due.items, points, lost, None, watch, failures)
+            nothing = self.state.num_pages[:0]
+            return PendingReports(due.items, points, lost, nothing, watch, failures)
         carried_out = cast("Batch[Compression]", due)
         chosen = self._select(carried_out, scores, freed)
         kept_pages = self._compact(carried_out, chosen)
@@ -242,7 +243,7 @@ class Compressor:
 
         Of a long generation heads keep far fewer pages than it has blocks.
         """
-        longest = self._lengths[item.state_slot].longest() if item.old_kept else None
+        longest = self._lengths[item.packed_slot].longest() if item.old_kept else None
         if longest is None:
             return item.covered
         return longest + item.covered - item.old_covered

@@ -48,9 +48,9 @@ class Rectangle(NamedTuple):
         state, device = rank.state, rank.pages.device
         heads = rank.group.pages_per_block
         fresh = item.covered - item.old_covered
-        lengths = state.num_pages[item.state_slot] + fresh
+        lengths = state.num_pages[item.packed_slot] + fresh
         first = layout.first_candidate(
-            state.first_page[item.state_slot].view(heads, 1),
+            state.first_page[item.packed_slot].view(heads, 1),
             torch.arange(heads, device=device).unsqueeze(1),
             fresh,
         )
@@ -104,7 +104,7 @@ def evidence_of(
         state,
         item.observe_slot,
         window,
-        gather.Packed(item.state_slot, item.old_covered) if item.old_kept else None,
+        gather.Packed(item.packed_slot, item.old_covered) if item.old_kept else None,
         left_out,
     )
     by_channel = [part.reshape(heads, -1) for part in statistics]

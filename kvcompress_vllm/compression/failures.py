@@ -45,6 +45,16 @@ class Failures:
         """Whether there is a mistake is in ``wrong`` ``[]`` bool."""
         self._wrong[index] = wrong
 
+    @property
+    def known(self) -> list[str | None]:
+        """By request, what is known to be wrong without asking the device."""
+        return self._messages
+
+    def join(self, messages: Sequence[str | None]) -> None:
+        """Take in what is known on another rank of the same requests."""
+        pairs = zip(self._messages, messages, strict=True)
+        self._messages = [own if own is not None else other for own, other in pairs]
+
     def flags(self, device: torch.device) -> Tensor:
         """``[R]`` int32 on the device: 1 where something went wrong, on any rank. Waits for
         nothing."""

@@ -64,7 +64,10 @@ class Protected:
 
     def _candidates(self, item: Judged, block_size: int) -> list[Tensor]:
         """Of every range that begins among the candidates, ``[L * H]`` int64 first key index."""
-        known = self._begin[item.state_slot] if item.old_kept else []
+        packed = item.old_covered * block_size if item.old_kept else 0
+        # Those who share a context agree on these only; others of theirs begin behind it.
+        shared = sum(start < packed for start, _ in item.protect)
+        known = self._begin[item.packed_slot] if shared else []
         shift = self._indent(item, block_size)
         fresh = [
             start - shift
@@ -75,7 +78,7 @@ class Protected:
 
     def _indent(self, item: Judged, block_size: int) -> Tensor:
         """``[L * H]`` int64: tokens whose key a head has lost, up to its packed part's end."""
-        pages = self._state.num_pages[item.state_slot].flatten().long()
+        pages = self._state.num_pages[item.packed_slot].flatten().long()
         if not item.old_kept:
             return torch.zeros_like(pages)
         return (item.old_covered - pages) * block_size

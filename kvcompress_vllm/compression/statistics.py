@@ -145,8 +145,8 @@ def _pages(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]
     heads, fresh = rank.group.pages_per_block, item.covered - item.old_covered
     index = torch.arange(heads, device=device)
     if item.old_kept:
-        packed = state.num_pages[item.state_slot].flatten().long()
-        first = state.first_page[item.state_slot].flatten().long()
+        packed = state.num_pages[item.packed_slot].flatten().long()
+        first = state.first_page[item.packed_slot].flatten().long()
     else:
         packed = first = torch.zeros_like(index)
     total = item.candidate_blocks * heads

@@ -13,7 +13,7 @@ from kvcompress_vllm.records.plan import StepPlan
 
 
 def start_step(plan: StepPlan, compressors: Sequence[Compressor]) -> list[PendingReports]:
-    """Release, accumulate, score, compress, in this order.
+    """Release, accumulate, score, compress, drop, in this order.
 
     Args:
         compressors: one per cache group, by index.
@@ -34,6 +34,7 @@ def start_step(plan: StepPlan, compressors: Sequence[Compressor]) -> list[Pendin
         compressor.accumulate(_of(plan.accumulations, group))
         pending += compressor.run(_of(plan.scorings, group), score_only=True)
         pending += compressor.run(_of(plan.compressions, group))
+        compressor.state.release(plan.dropped)
         if plan.expected is not None:
             expected = [row for row in plan.expected if row.group == group]
             integrity.check_state(compressor.state, expected)

@@ -40,6 +40,7 @@ def register() -> None:
     _patch_arguments(EngineArgs)
     _patch_engine_config(EngineArgs)
     _patch_requests()
+    _patch_executors()
 
 
 def _patch_arguments(engine_args: Any) -> None:
@@ -74,25 +75,61 @@ def _patch_engine_config(engine_args: Any) -> None:
 
         config = wire(self)
         if config is not None:
-            from kvcompress_vllm.integration.frontend import checks, endpoints, prometheus, usage
+            from kvcompress_vllm.integration.frontend import checks
 
             checks.refuse_rust_frontend()
         vllm_config = stock(self, *args, **kwargs)
         if config is not None:
             check(vllm_config)
-            checks.install()
-            prometheus.install()
-            usage.install()
-            endpoints.install()
+            _install_front_end()
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config
 
 
+def _install_front_end() -> None:
+    """In the process in which an engine's client is made, before it is; idempotent."""
+    from kvcompress_vllm.integration.frontend import checks, endpoints, prometheus, usage
+
+    checks.install()
+    prometheus.install()
+    usage.install()
+    endpoints.install()
+
+
+def _patch_executors() -> None:
+    from vllm.v1.executor.abstract import Executor
+
+    stock = Executor.get_class
+
+    @functools.wraps(stock)
+    def get_class(vllm_config: Any) -> Any:
+        from kvcompress_vllm.integration.start.flags import resolved_config
+
+        found = stock(vllm_config)
+        if not found.uses_ray or resolved_config(vllm_config) is None:
+            return found
+        # Not as `distributed_executor_backend`: vLLM's workers compare that with "ray".
+        from kvcompress_vllm.integration.start import ray_nodes
+
+        return ray_nodes.looking_at_nodes(found)
+
+    Executor.get_class = staticmethod(get_class)
+
+
 def _patch_requests() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
-    stock = InputProcessor.process_inputs
+    stock, stock_init = InputProcessor.process_inputs, InputProcessor.__init__
+
+    @functools.wraps(stock_init)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        from kvcompress_vllm.integration.start.flags import resolved_config
+
+        # The first thing that a client makes; its configuration may come from another process.
+        if resolved_config(vllm_config) is not None:
+            _install_front_end()
+        stock_init(self, vllm_config, *args, **kwargs)
 
     @functools.wraps(stock)
     def process_inputs(
@@ -112,12 +149,13 @@ def _patch_requests() -> None:
         )
 
         with bad_request():
-            check_request(config, params, kwargs.get("resumable", False))
+            budget = check_request(config, params, kwargs.get("resumable", False))
         request = stock(self, request_id, prompt, params, *args, **kwargs)
         with bad_request():
-            check_length(config, self.vllm_config, request)
+            check_length(config, self.vllm_config, request, budget)
             check_context(config, request)
-            send_budget(config, request.sampling_params)
+            send_budget(budget, request.sampling_params)
         return request
 
+    InputProcessor.__init__ = __init__  # type: ignore[method-assign]
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

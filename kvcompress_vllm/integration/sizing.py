@@ -7,7 +7,7 @@ from vllm.config import SchedulerConfig, VllmConfig
 
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.records.group import CacheGroup
-from kvcompress_vllm.scheduling.slots import num_observe_slots
+from kvcompress_vllm.scheduling.slots import num_context_slots, num_observe_slots
 
 
 def observe_slots(vllm_config: VllmConfig, group: CacheGroup, num_blocks: int) -> int:
@@ -22,6 +22,19 @@ def observe_slots(vllm_config: VllmConfig, group: CacheGroup, num_blocks: int) -
         num_blocks,
         group,
     )
+
+
+def context_slots(vllm_config: VllmConfig, num_blocks: int) -> int:
+    """State slots of an engine for packed prefixes that requests share: they come after those of
+    requests. 0 where vLLM caches no prefixes."""
+    caches = vllm_config.cache_config.enable_prefix_caching
+    return num_context_slots(num_blocks) if caches else 0
+
+
+def state_slots(vllm_config: VllmConfig, num_blocks: int) -> int:
+    """All state slots of an engine whose KV cache has ``num_blocks`` blocks."""
+    requests: int = vllm_config.scheduler_config.max_num_seqs
+    return requests + context_slots(vllm_config, num_blocks)
 
 
 def step_tokens(scheduler_config: SchedulerConfig) -> int:

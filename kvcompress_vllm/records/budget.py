@@ -8,7 +8,7 @@ A budget is resolved once, in the front end, from the configuration and what the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 Ranges = tuple[tuple[int, int], ...]
@@ -123,6 +123,17 @@ class RequestBudget(NamedTuple):
         if ratio is not None:
             kept = min(kept, math.ceil(covered / ratio))
         return min(covered, max(kept, self.fewest_blocks(block_size, covered)))
+
+
+def united(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Ranges as :attr:`RequestBudget.protect` has them: ascending, apart from each other."""
+    result: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if result and start <= result[-1][1]:
+            start, last = result.pop()
+            end = max(end, last)
+        result.append((start, end))
+    return tuple(result)
 
 
 def num_recent(recent: int, num_tokens: int, covered: int, block_size: int) -> int:

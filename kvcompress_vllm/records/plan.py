@@ -56,6 +56,14 @@ class Accumulation:
     """What the observation slot holds; None: the last ``window`` queries."""
     unscored: Ranges = field(default=(), kw_only=True)
     """Positions ``[start, end)`` of candidates whose keys have no echo score."""
+    old_state_slot: int | None = field(default=None, kw_only=True)
+    """State slot that describes it as it is packed up to now: that of a context which it shares
+    with others; None: its own."""
+
+    @property
+    def packed_slot(self) -> int:
+        """State slot that describes its candidates."""
+        return self.state_slot if self.old_state_slot is None else self.old_state_slot
 
     @property
     def old_packing(self) -> Packing:
@@ -85,7 +93,8 @@ class Compression(Accumulation):
     """Compress one request at the start of the step.
 
     The kept K/V of its first ``covered`` blocks (F) go into ``new_blocks``, and the row becomes
-    ``new_blocks``, null blocks up to F, tail.
+    ``new_blocks``, null blocks up to F, tail. From then on ``state_slot`` describes it: that of a
+    context, where others may take what is packed.
     """
 
     new_blocks: list[int]
@@ -162,7 +171,8 @@ class Observation(NamedTuple):
 
 
 class PackedRow(NamedTuple):
-    """What the scheduler believes of a packed request; sent only when integrity is checked."""
+    """What the scheduler believes of a packed request, or of a context that requests share, users
+    or not; sent only when integrity is checked."""
 
     request_id: str
     state_slot: int
@@ -177,10 +187,13 @@ class StepPlan:
     """All that one step asks of a worker, in the order in which it is carried out."""
 
     released: list[int] = field(default_factory=list)
-    """State slots whose request gave its packed blocks back."""
+    """State slots whose request or context gave its packed blocks back."""
     accumulations: list[Accumulation] = field(default_factory=list)
     scorings: list[Scoring] = field(default_factory=list)
     compressions: list[Compression] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    """State slots that describe nothing from the forward of this step on; its compressions may
+    still read them: of contexts, and of requests that now use one."""
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in this step."""
@@ -196,6 +209,7 @@ class StepPlan:
             or self.accumulations
             or self.scorings
             or self.compressions
+            or self.dropped
             or self.observations
             or self.packed_prefills
             or self.heard

@@ -18,7 +18,7 @@ class Report(NamedTuple):
     """Tokens whose full blocks competed; with request and slot, this names a compression."""
     trigger: Trigger
     kept_pages: list[list[int]]
-    """``[L, H]``, pages that each KV head of the rank keeps."""
+    """``[L, H]``, pages that each KV head of the rank keeps; L of all pipeline stages."""
     lost: float
     """Share of the score mass that went; see :mod:`kvcompress_vllm.compression.loss`."""
     milliseconds: float

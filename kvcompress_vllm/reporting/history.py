@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from kvcompress_vllm.records.plan import TRIGGERS
 from kvcompress_vllm.reporting.metrics import StepReport
+from kvcompress_vllm.reporting.shared import Held
 
 SECONDS = 600
 """How far back it reaches, at one sample per second."""
@@ -86,6 +87,7 @@ class History:
         self.totals = Events()
         self._gauges = {engine: Gauges() for engine in engines}
         self._kept_pages: dict[int, tuple[list[list[int]], int]] = {}
+        self._contexts: dict[int, list[Held]] = {}
         self._second = math.floor(now)
         self._events = Events()
         self._samples: deque[Sample] = deque(maxlen=SECONDS)
@@ -95,6 +97,8 @@ class History:
         self._close(now)
         self._gauges[engine] = Gauges.of(report)
         self._kept_pages[engine] = report.kept_pages, report.measured_requests
+        if report.shared.held is not None:
+            self._contexts[engine] = report.shared.held
         if report.compressions:
             self._events.add(report)
             self.totals.add(report)
@@ -107,6 +111,10 @@ class History:
         """The latest state, summed over the engines."""
         return Gauges(*map(sum, zip(*self._gauges.values(), strict=True)))
 
+    def by_engine(self) -> dict[int, Gauges]:
+        """The latest state of each engine."""
+        return dict(self._gauges)
+
     def mean_kept_pages(self) -> list[list[float]]:
         """``[L, H]``, pages that each KV head keeps on average; empty where nothing is packed."""
         known = [(pages, requests) for pages, requests in self._kept_pages.values() if requests]
@@ -115,6 +123,10 @@ class History:
             [sum(heads) / total for heads in zip(*layers, strict=True)]
             for layers in zip(*(pages for pages, _ in known), strict=True)
         ]
+
+    def contexts(self) -> list[Held]:
+        """What requests could take, of all engines, most recently used first."""
+        return [held for engine in self._contexts.values() for held in reversed(engine)]
 
     def samples(self, since: float, now: float) -> list[Sample]:
         """Of the seconds that ended after ``since`` and are over, in the order of :data:`COLUMNS`.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kvcompress_vllm.records.plan import TRIGGERS, Compression
 from kvcompress_vllm.records.report import Report
+from kvcompress_vllm.reporting.shared import SharedReport
 
 REFUSALS = ("forecast", "slots")
 """Why a waiting request is kept out although vLLM would admit it."""
@@ -56,6 +57,13 @@ PACKED_REQUESTS = "kv_compress:packed_requests"
 SAVED_BLOCKS = "kv_compress:saved_blocks"
 OBSERVATION_SLOTS_USED = "kv_compress:observation_slots_used"
 OBSERVATION_SLOTS = "kv_compress:observation_slots"
+SHARED_HITS = "kv_compress:shared_hits_total"
+SHARED_MISSES = "kv_compress:shared_misses_total"
+SHARED_TOKENS = "kv_compress:shared_tokens_total"
+SHARED_WAITS = "kv_compress:shared_waits_total"
+SHARED_CONTEXTS = "kv_compress:shared_contexts"
+SHARED_BLOCKS = "kv_compress:shared_blocks"
+SHARED_SAVED_BLOCKS = "kv_compress:shared_saved_blocks"
 
 _RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -88,6 +96,16 @@ METRICS = (
     Metric(SAVED_BLOCKS, "gauge", "Blocks that packed requests would hold in addition if kept."),
     Metric(OBSERVATION_SLOTS_USED, "gauge", "Observation slots in use."),
     Metric(OBSERVATION_SLOTS, "gauge", "Observation slots of the engine."),
+    Metric(SHARED_HITS, "counter",
+           "Requests that took a packed context instead of computing it."),
+    Metric(SHARED_MISSES, "counter", "Requests that computed a context which others can take."),
+    Metric(SHARED_TOKENS, "counter", "Prompt tokens that were not computed for that."),
+    Metric(SHARED_WAITS, "counter",
+           "Requests that waited for another to compute their context, counted on every step."),
+    Metric(SHARED_CONTEXTS, "gauge", "Packed contexts that a request could take now."),
+    Metric(SHARED_BLOCKS, "gauge", "Packed blocks of those, in use or free."),
+    Metric(SHARED_SAVED_BLOCKS, "gauge",
+           "Blocks that requests would hold in addition, had each its own copy of its context."),
 )  # fmt: skip
 
 
@@ -148,6 +166,7 @@ class StepReport:
     occupancy: Occupancy = field(default_factory=Occupancy)
     preemptions: int = 0
     preemptions_avoided: int = 0
+    shared: SharedReport = field(default_factory=SharedReport)
 
     def mean_kept_pages(self) -> list[list[float]]:
         """``[L, H]``, pages that each KV head keeps of a packed request on average."""
@@ -226,6 +245,7 @@ class Recorder:
         slots_used: int,
         slots: int,
         occupancy: Occupancy | None = None,
+        shared: SharedReport | None = None,
     ) -> StepReport:
         """The events since the last call, with the state now.
 
@@ -234,12 +254,14 @@ class Recorder:
             slots_used: observation slots in use.
             slots: observation slots of the engine.
             occupancy: of the pool and the queues.
+            shared: what requests shared.
         """
         report, self._report = self._report, StepReport()
         report.packed_requests = len(packed)
         report.saved_blocks = sum(covered - kept for covered, kept in packed.values())
         report.observation_slots_used, report.observation_slots = slots_used, slots
         report.occupancy = occupancy or Occupancy()
+        report.shared = shared or SharedReport()
         if self._sum is None:
             pages = self._kept_pages.values()
             self._sum = sum(pages, start=np.zeros((), int)).tolist() if pages else []

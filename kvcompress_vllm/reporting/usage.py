@@ -12,6 +12,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Compression
 
 
@@ -21,6 +22,8 @@ class Counts(NamedTuple):
     compressions: int = 0
     blocks_before: int = 0
     blocks_after: int = 0
+    shared_blocks: int = 0
+    context_tokens: int = 0
 
 
 @dataclass
@@ -29,19 +32,27 @@ class CompressionUsage:
 
     Attributes:
         compressions: how many there were.
-        blocks_before: blocks it would have held at the last one, had nothing ever been dropped.
-        blocks_after: blocks it held just after the last one.
+        blocks_before: blocks it would have held at the last one, had nothing ever been dropped; one
+            that was never compressed itself but took a packed context, when it started.
+        blocks_after: blocks it held just after that.
+        shared_blocks: packed blocks of a context that it took instead of computing it.
+        context_tokens: of its prompt, what was packed as a context, by itself or another: whole
+            blocks of what it asked for.
     """
 
     compressions: int = 0
     blocks_before: int = 0
     blocks_after: int = 0
+    shared_blocks: int = 0
+    context_tokens: int = 0
 
     def add(self, new: Counts, old: Counts = Counts()) -> None:  # noqa: B008 - immutable
         """Count what a sequence reports, and no longer what it reported before."""
         self.compressions += new.compressions - old.compressions
         self.blocks_before += new.blocks_before - old.blocks_before
         self.blocks_after += new.blocks_after - old.blocks_after
+        self.shared_blocks += new.shared_blocks - old.shared_blocks
+        self.context_tokens += new.context_tokens - old.context_tokens
 
 
 class UsageLog:
@@ -51,13 +62,34 @@ class UsageLog:
         self._counts: dict[str, Counts] = {}
         self._unsent: set[str] = set()
 
-    def compressed(self, item: Compression) -> None:
-        """Note a compression that the workers will carry out."""
-        times = self._counts.get(item.request_id, Counts()).compressions
-        row = len(item.old_blocks)
+    def compressed(self, item: Compression, context: int | None = None) -> None:
+        """Note a compression that the workers will carry out.
+
+        Args:
+            context: tokens of the request's context.
+        """
+        known, row = self._counts.get(item.request_id, Counts()), len(item.old_blocks)
         after = item.packing.held(row)
-        self._counts[item.request_id] = Counts(times + 1, row, after)
+        if item.num_tokens == context:
+            known = known._replace(context_tokens=context)
+        self._counts[item.request_id] = known._replace(
+            compressions=known.compressions + 1, blocks_before=row, blocks_after=after
+        )
         self._unsent.add(item.request_id)
+
+    def took(self, request_id: str, num_tokens: int, packing: Packing, row: int) -> None:
+        """Note that a request starts with a packed context of ``num_tokens`` tokens.
+
+        Args:
+            row: blocks of its row at that time.
+        """
+        self._counts[request_id] = self._counts.get(request_id, Counts())._replace(
+            blocks_before=row,
+            blocks_after=packing.held(row),
+            shared_blocks=packing.kept,
+            context_tokens=num_tokens,
+        )
+        self._unsent.add(request_id)
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""

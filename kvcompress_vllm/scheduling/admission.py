@@ -9,7 +9,8 @@ forecast. No vLLM types.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,11 @@ def load(
     """
     block_size = planner.block_size
     prefill = max(0, num_tokens - 1 - num_computed)
-    if prefill:
+    if prefill and tracked is not None and tracked.kept and not tracked.in_prefill:
+        # Its context is packed, and what follows it stays as it is.
+        whole, packing, due_at = -(-num_tokens // block_size), tracked.packing, tracked.due_at
+        held = packing.held(whole)
+    elif prefill:
         held = whole = -(-num_tokens // block_size)
         sizes, peak = planner.forecast(tracked.budget if tracked else budget), None
         packing = sizes.packed(num_tokens)
@@ -70,6 +75,12 @@ def load(
         else:
             packing = NOTHING
         due_at = sizes.outgrown_at(packing)
+        context = sizes.context
+        if context is not None and context < num_tokens and sizes.reaches_context:
+            at_context = sizes.packed_at(context, num_tokens)
+            later = sizes.next_due(at_context, context, num_tokens)
+            if later > num_tokens:  # else it is packed again at its end
+                packing, due_at = at_context, later
         if peak is not None:
             held = min(whole, peak + peak // 2)
     else:
@@ -84,6 +95,23 @@ def load(
         most = max(start, packing.held(due_at // block_size) + late)
     steps = -(-prefill // max_batched_tokens)
     return Load(steps, held, start, most, interval, tokens_left)
+
+
+def counted_twice(requests: Iterable[tuple[Tracked | None, int, Load]]) -> int:
+    """Blocks that several requests hold together, in all but one of their loads. Only of those who
+    will probably end before they are packed anew, and then have blocks of their own.
+
+    Args:
+        requests: each with the tokens known of it, and its load.
+    """
+    users = Counter(
+        tracked.context
+        for tracked, num_tokens, load in requests
+        if tracked is not None
+        and tracked.context is not None
+        and tracked.due_at >= num_tokens + load.tokens_left
+    )
+    return sum((count - 1) * context.packing.kept for context, count in users.items())
 
 
 HORIZON = 256

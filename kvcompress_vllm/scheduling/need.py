@@ -33,6 +33,8 @@ def blocks_needed(sizes: Sizes, window: int, num_tokens: int) -> int:
     # Read within the peak, with a copy of what interrupts it or of what the prompt keeps. Or too
     # short to be compressed, or within its budget.
     prefill = max(peak + max(min(most, peak), floor), most + 1)
+    # Packed as its context, it grows by as much again.
+    shared = 0 if sizes.context is None else min(most, sizes.packed(sizes.context).kept)
     # Grown by the interval, or just long enough to be compressed, and late by a window.
-    decode = max(most + sizes.limits.interval, short) + most + -(-window // block_size)
+    decode = max(most + sizes.limits.interval + shared, short) + most + -(-window // block_size)
     return min(everything, max(prefill, decode) + SLACK_BLOCKS)

@@ -30,7 +30,8 @@ class ObservationSlots:
         self._slots = Slots(count)
         self._requests = requests
         self._listens = config.listens
-        self._reads_echo = cache(config.reads_echo)
+        self.reads_echo = cache(config.reads_echo)
+        """Whether a policy, by name, judges by echo scores."""
 
     @property
     def available(self) -> int:
@@ -69,7 +70,7 @@ class ObservationSlots:
                 tracked.observe_slot is tracked.listen_slot is None
                 and computed >= tracked.prefill_end
                 and tracked.due_at != NEVER
-                and self._reads_echo(tracked.budget.policy)
+                and tracked.reads_echo
             ):
                 tracked.listen_slot, tracked.listened = self._slots.take(), computed
 

@@ -27,10 +27,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
-from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.records.budget import RequestBudget, united
 from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
+from kvcompress_vllm.scheduling.contexts import Context, Contexts
 from kvcompress_vllm.scheduling.mass import ExpectedRatio, decide, rounded_ratio
 from kvcompress_vllm.scheduling.observers import ObservationSlots
 from kvcompress_vllm.scheduling.request import Tracked
@@ -50,9 +51,11 @@ class CompressionPlanner:
         state_slots: how many requests can be packed at once.
         observe_slots: how many requests can be observed at once.
         max_tokens: longest possible request, prompt and output.
+        context_slots: how many packed prefixes can be held for others.
 
     Attributes:
         observers: who is observed.
+        contexts: packed prefixes that requests share.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class CompressionPlanner:
         state_slots: int,
         observe_slots: int,
         max_tokens: int,
+        context_slots: int = 0,
     ) -> None:
         self.config = config
         self.limits = Limits.of(config, block_size, max_tokens)
@@ -69,8 +73,10 @@ class CompressionPlanner:
         self.version = 0
         """Changes whenever a request comes, goes or is packed for the first time."""
         self.observers = ObservationSlots(config, observe_slots, self.requests)
+        self.contexts = Contexts(range(state_slots, state_slots + context_slots))
         self._state_slots = Slots(state_slots)
         self._released: list[int] = []
+        self._vacated: list[int] = []
         self._budgets = Budgets(resolve(config), self.limits)
         self._expected = ExpectedRatio(config)
         observation.check_steps(config, block_size, block_size)
@@ -102,37 +108,83 @@ class CompressionPlanner:
         turn = -(-num_requests * self.config.window // (self.observers.count * self.block_size))
         return max(self.config.interval, turn)
 
-    def can_admit(self, num_tokens: int, budget: RequestBudget | None = None) -> bool:
-        """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
-        due_at = self.sizes(budget).first_due(num_tokens)
-        if due_at <= num_tokens:
-            return bool(self._state_slots and self.observers.available)
-        return bool(self._state_slots) or due_at == NEVER
-
-    def admit(self, request_id: str, num_tokens: int, budget: RequestBudget | None = None) -> None:
-        """Start to track a request; one that will never be compressed is not tracked.
+    def starting(
+        self,
+        request_id: str,
+        num_tokens: int,
+        budget: RequestBudget | None = None,
+        context: Context | None = None,
+    ) -> Tracked:
+        """A request as it would start its prefill now, without slots.
 
         Args:
             num_tokens: tokens that its prefill computes: the prompt, and after a preemption the
                 output so far.
+            context: what it takes instead of computing its first tokens.
+        """
+        sizes = self.sizes(budget)
+        tracked = Tracked(request_id, -1, sizes, sizes.first_due(num_tokens), num_tokens)
+        tracked.reads_echo = self.observers.reads_echo(sizes.budget.policy)
+        if context is not None:
+            if context.ratio is not None:
+                tracked.sizes = sizes = self.sizes(sizes.budget._replace(ratio=context.ratio))
+            tracked.context, tracked.packing, tracked.curve = (
+                context,
+                context.packing,
+                context.curve,
+            )
+            tracked.due_at = sizes.next_due(context.packing, context.num_tokens, num_tokens)
+        tracked.trigger = "prefill" if tracked.in_prefill else "decode"
+        return tracked
+
+    def can_admit(
+        self,
+        num_tokens: int,
+        budget: RequestBudget | None = None,
+        context: Context | None = None,
+    ) -> bool:
+        """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
+        return self._have_slots(self.starting("", num_tokens, budget, context))
+
+    def _have_slots(self, starting: Tracked) -> bool:
+        if starting.in_prefill:
+            return bool(self._state_slots and self.observers.available)
+        return bool(self._state_slots) or not (starting.kept or starting.due_at != NEVER)
+
+    def admit(
+        self,
+        request_id: str,
+        num_tokens: int,
+        budget: RequestBudget | None = None,
+        context: Context | None = None,
+        wanted: bytes | None = None,
+    ) -> None:
+        """Start to track a request; one that will never be compressed is not tracked.
+
+        Args:
+            num_tokens, context: as of ``starting``.
+            wanted: key of the context that it is to compute for others as well.
 
         Raises:
             RuntimeError: it is tracked already, or there is no slot (ask ``can_admit`` first).
         """
         self.version += 1
-        sizes = self.sizes(budget)
-        due_at = sizes.first_due(num_tokens)
-        if due_at == NEVER:
+        tracked = self.starting(request_id, num_tokens, budget, context)
+        if tracked.due_at == NEVER and not tracked.kept:
             return
-        if request_id in self.requests or not self.can_admit(num_tokens, budget):
+        if request_id in self.requests or not self._have_slots(tracked):
             raise RuntimeError(
                 f"kv_compress: cannot admit {request_id}: tracked={request_id in self.requests}, "
                 f"{len(self._state_slots)} state and {self.observers.available} observation slots"
             )
-        tracked = Tracked(request_id, self._state_slots.take(), sizes, due_at, num_tokens)
-        if due_at <= num_tokens:
+        tracked.state_slot = self._state_slots.take()
+        if tracked.in_prefill:
             self.observers.observe(tracked)
-            tracked.trigger = "prefill"
+        if context is not None:
+            self.contexts.join(context, request_id)
+        elif wanted is not None:
+            tracked.wanted = wanted
+            self.contexts.begin(wanted, request_id)
         self.requests[request_id] = tracked
 
     def release(self, request_id: str) -> None:
@@ -142,10 +194,16 @@ class CompressionPlanner:
         if tracked is None:
             return
         self.observers.stop(tracked)
+        self._stop_sharing(tracked)
         self._state_slots.give(tracked.state_slot)
         self._released.append(tracked.state_slot)
 
-    def reserve(self, num_tokens: int = 0, budget: RequestBudget | None = None) -> int:
+    def reserve(
+        self,
+        num_tokens: int = 0,
+        budget: RequestBudget | None = None,
+        context: Context | None = None,
+    ) -> int:
         """Blocks to keep free so that any one request awaiting compression can be packed.
 
         Args:
@@ -153,10 +211,9 @@ class CompressionPlanner:
         """
         waiting = [t.target().kept for t in self.requests.values() if t.observe_slot is not None]
         if num_tokens:
-            sizes = self.sizes(budget)
-            due_at = sizes.first_due(num_tokens)
-            if due_at <= num_tokens:
-                waiting.append(sizes.packed_at(due_at, num_tokens).kept)
+            starting = self.starting("", num_tokens, budget, context)
+            if starting.in_prefill:
+                waiting.append(starting.target().kept)
         return max(waiting, default=0)
 
     def chunk(
@@ -166,6 +223,7 @@ class CompressionPlanner:
         num_tokens: int,
         prefill_end: int = 0,
         budget: RequestBudget | None = None,
+        context: Context | None = None,
     ) -> int:
         """How many of ``num_tokens`` tokens from position ``first_token`` on the next step may
         compute: none beyond a compression that is due in the middle of a prefill, and no more than
@@ -173,14 +231,14 @@ class CompressionPlanner:
         way that says what is kept of what was read.
 
         Args:
-            prefill_end: tokens of a prefill that is not admitted yet; ``budget`` is its.
+            prefill_end: tokens of a prefill that is not admitted yet; ``budget`` is its, and
+                ``context`` what it takes.
         """
         tracked = self.requests.get(request_id)
-        if tracked is not None:
-            return observation.chunk(tracked, self.config.window, first_token, num_tokens)
-        starting = Tracked(request_id, -1, self.sizes(budget), 0, prefill_end, observe_slot=-1)
-        starting.due_at = starting.sizes.first_due(prefill_end)
-        return observation.chunk(starting, self.config.window, first_token, num_tokens)
+        if tracked is None:
+            tracked = self.starting(request_id, prefill_end, budget, context)
+            tracked.observe_slot = -1
+        return observation.chunk(tracked, self.config.window, first_token, num_tokens)
 
     def observe(self, request_id: str, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
@@ -204,9 +262,16 @@ class CompressionPlanner:
         if not self.observers.available:
             return
         near = observation.outgrowing(self.requests.values(), num_computed, self.config.window)
-        for computed, tracked in near[: self.observers.available]:
+        for computed, tracked in near:
+            if not self.observers.available:
+                return
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
-            self._prepare(tracked, max(tracked.due_at, computed + self.config.window))
+            due_at = max(tracked.due_at, computed + self.config.window)
+            later = tracked.outgrown_at(due_at)
+            if later > due_at:
+                tracked.due_at = later  # it was not heard meanwhile, so it would keep more
+                continue
+            self._prepare(tracked, due_at)
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
         """When the pool runs short, prepare early compressions, lowest loss per block first.
@@ -264,17 +329,32 @@ class CompressionPlanner:
         tracked.sizes = self.sizes(tracked.budget._replace(ratio=expected))
         if kept < scored.curve.blocks[-1]:
             tracked.decided = kept
-        elif tracked.due_at < tracked.prefill_end:
+            return
+        self._stop_computing(tracked)
+        if tracked.due_at < tracked.prefill_end:
             sizes, packing = tracked.sizes, tracked.packing
             self._go_on(tracked, sizes.next_due(packing, tracked.due_at, tracked.prefill_end))
         else:
             self._go_on(tracked, tracked.sizes.after_interval(tracked.due_at))
 
-    def compressed(self, request_id: str, num_computed: int = 0) -> None:
+    def new_context(self, tracked: Tracked) -> Context | None:
+        """What a due request packs for others as well, with a state slot of its own; None: its
+        packed blocks will be its own."""
+        if tracked.wanted is None or tracked.due_at != tracked.sizes.context:
+            return None
+        ratio = tracked.budget.ratio if tracked.budget.mass is not None else None
+        return self.contexts.new(
+            tracked.wanted, tracked.due_at, tracked.target(), tracked.request_id, ratio
+        )
+
+    def compressed(
+        self, request_id: str, num_computed: int = 0, context: Context | None = None
+    ) -> None:
         """Note that a due request is packed as of this step; its observation slot is free.
 
         Args:
             num_computed: computed tokens; more than it was due at where it had to wait.
+            context: which its packed blocks now are, offered to all; None: they are its own.
 
         Raises:
             RuntimeError: the request was not observed.
@@ -285,10 +365,19 @@ class CompressionPlanner:
         self.version += not tracked.kept
         now, end, sizes = tracked.due_at, tracked.prefill_end, tracked.sizes
         observation.count(tracked, now, self.observed(tracked, now))
+        if tracked.context is not None:
+            self.contexts.leave(tracked.context, request_id, compressed=True)
+        elif tracked.kept and context is not None:
+            self._vacated.append(tracked.state_slot)
+        tracked.context = context
+        if now == sizes.context or now < num_computed:
+            # It is packed there, or will not be as others would be who were never late.
+            self._stop_computing(tracked)
         tracked.packing = tracked.target()
+        tracked.unheard = united((*tracked.unheard, *tracked.unknown(tracked.covered)))
         tracked.unscored.packed(tracked.covered * self.block_size)
         tracked.curve = tracked.decided = tracked.ratio = None
-        due_at = sizes.next_due(tracked.packing, now, end)
+        due_at = sizes.next_due(tracked.packing, now, end, tracked.whole(tracked.covered))
         if tracked.budget.mass is not None and now >= end:
             # Its ratio is an expectation; it may be off by more than the interval.
             due_at = max(due_at, sizes.after_interval(now))
@@ -308,17 +397,36 @@ class CompressionPlanner:
         if (
             tracked is None
             or not tracked.kept
-            or (tracked.state_slot, tracked.covered)
+            or (tracked.packed_slot, tracked.covered)
             != (report.state_slot, report.num_tokens // self.block_size)
         ):
             return False
         tracked.curve = report.curve
+        if tracked.context is not None:
+            tracked.context.curve = report.curve
+            for user in tracked.context.users & self.requests.keys():
+                self.requests[user].curve = report.curve
         return True
+
+    def spoiled(self, report: Report | Scored) -> set[str]:
+        """Who else has the keys that a policy chose which failed: users of the context that they
+        went into. Nobody takes it from now on."""
+        for context in self.contexts.described:
+            if (context.slot, context.owner) == (report.state_slot, report.request_id):
+                users = set(context.users)
+                self.contexts.retire(context)
+                return users
+        return set()
 
     def take_released(self) -> list[int]:
         """State slots released since the last call."""
         released, self._released = self._released, []
         return released
+
+    def take_dropped(self) -> list[int]:
+        """State slots that describe nothing behind the compressions of the step that is planned."""
+        vacated, self._vacated = self._vacated, []
+        return self.contexts.take_dropped() + vacated
 
     def packed(self) -> Iterable[Tracked]:
         """Requests that are packed now."""
@@ -343,3 +451,15 @@ class CompressionPlanner:
         if not tracked.in_prefill:
             tracked.trigger = "decode"
             self.observers.stop(tracked)
+
+    def _stop_computing(self, tracked: Tracked) -> None:
+        """Let those go on who await the context that it computes."""
+        if tracked.wanted is not None:
+            self.contexts.stop(tracked.wanted, tracked.request_id)
+            tracked.wanted = None
+
+    def _stop_sharing(self, tracked: Tracked) -> None:
+        self._stop_computing(tracked)
+        if tracked.context is not None:
+            self.contexts.leave(tracked.context, tracked.request_id)
+            tracked.context = None

@@ -82,11 +82,11 @@ def _missing(
     copy = given_back = 0
     for tracked in requests:
         later = num_computed.get(tracked.request_id, 0) + window
-        copy = max(copy, tracked.sizes.packed(later).kept)
+        copy = max(copy, tracked.packed(later).kept)
         if tracked.observe_slot is not None:
             target = tracked.target()
             copy = max(copy, target.kept)
-            given_back += tracked.packing.gives_back(target)
+            given_back += tracked.gives_back(target)
     return growth + copy - given_back - num_free
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.records.budget import Ranges, RequestBudget, united
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Trigger
+from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.echo import Unscored
 from kvcompress_vllm.scheduling.sizes import NEVER, NOTHING, Sizes
 
@@ -47,13 +48,22 @@ class Tracked:
     """``due_at`` for which its loss curve was asked for; a mass budget."""
     decided: int | None = None
     """C of the compression that comes next, once that curve was seen."""
+    reads_echo: bool = False
+    """Whether its policy judges by echo scores."""
     unscored: Unscored = field(default_factory=Unscored)
     """Where echo scores are stored: its keys without one."""
+    unheard: Ranges = ()
+    """Packed ones of those: nothing is known of them, so they are kept."""
     listen_slot: int | None = None
     """Observation slot that it holds to have scored what it decodes; the same as ``observe_slot``
     once it has that."""
     listened: int = 0
     """Tokens up to which that was done."""
+
+    wanted: bytes | None = None
+    """Key of the context that it computes for others as well, until that is packed."""
+    context: Context | None = None
+    """Whose blocks its row starts with; None: its packed blocks are its own."""
 
     @property
     def budget(self) -> RequestBudget:
@@ -81,16 +91,30 @@ class Tracked:
             and self.decided is None
             and self.budget.mass is not None
             and self.ratio is None
-            and (self.due_at >= self.prefill_end or self.due_at == self.budget.context_tokens)
+            and (self.due_at >= self.prefill_end or self.due_at == self.sizes.context)
         )
 
     def target(self) -> Packing:
         """Of the compression that it awaits; with a mass budget as expected of it, until known."""
         if self.decided is not None:
             return Packing(self.due_at // self.sizes.limits.block_size, self.decided)
-        covered, kept = self.sizes.packed_at(self.due_at, self.prefill_end, self.ratio)
+        covered, kept = self.packed(self.due_at, self.ratio)
         # What a mass is expected to keep may be more than a peak has left of the request.
         return Packing(covered, min(kept, self.packing.candidates(covered)))
+
+    @property
+    def packed_slot(self) -> int:
+        """State slot that describes it as it is packed now."""
+        return self.state_slot if self.context is None else self.context.slot
+
+    @property
+    def used_by_others(self) -> int:
+        """Its packed blocks that stay in use when it lets go of them."""
+        return self.kept if self.context is not None and len(self.context.users) > 1 else 0
+
+    def gives_back(self, new: Packing) -> int:
+        """Blocks that come free when it is packed anew."""
+        return self.packing.gives_back(new) - self.used_by_others
 
     def gain(self, num_tokens: int, ratio: float | None = None) -> int:
         """Blocks that a compression at ``num_tokens`` tokens would give back.
@@ -98,4 +122,57 @@ class Tracked:
         Args:
             ratio: compress at least so much.
         """
-        return self.packing.gives_back(self.sizes.packed(num_tokens, ratio))
+        return self.gives_back(self.packed(num_tokens, ratio))
+
+    def packed(self, num_tokens: int, ratio: float | None = None) -> Packing:
+        """Of a compression at ``num_tokens`` tokens.
+
+        Args:
+            ratio: compress at least so much.
+        """
+        whole = self.whole(num_tokens // self.sizes.limits.block_size)
+        if whole:
+            return self.sizes.packed(num_tokens, ratio, whole)
+        return self.sizes.packed_at(num_tokens, self.prefill_end, ratio)
+
+    def unknown(self, covered: int) -> Ranges:
+        """What a compression that covers ``covered`` blocks must keep for want of scores, beside
+        what was kept for that before: decoded without a slot. Less than a block is not worth it.
+
+        With a mass they have no score, and count as nothing.
+        """
+        if not self.reads_echo or self.budget.mass is not None:
+            return ()
+        block_size = self.sizes.limits.block_size
+        found = self.unscored.before(covered * block_size)
+        return found if sum(end - start for start, end in found) >= block_size else ()
+
+    def protect(self, covered: int) -> Ranges:
+        """Positions that a compression of ``covered`` blocks keeps whatever their score. Ranges
+        only ever come behind those that are packed (``compression/protection.py`` counts on it)."""
+        unheard = (*self.unheard, *self.unknown(covered))
+        return united((*self.budget.protect, *unheard)) if unheard else self.budget.protect
+
+    def whole(self, covered: int) -> int:
+        """Blocks' worth of tokens that are kept for want of scores."""
+        protect = self.protect(covered)
+        if protect is self.budget.protect:
+            return 0
+        block_size = self.sizes.limits.block_size
+        num_keys = covered * block_size
+        more = self.budget._replace(protect=protect).num_protected(num_keys)
+        return -(-(more - self.budget.num_protected(num_keys)) // block_size)
+
+    def outgrown_at(self, due_at: int) -> int:
+        """When it has outgrown its budget, by what is known of it until ``due_at`` tokens; before
+        that where it does not keep more than was thought."""
+        block_size = self.sizes.limits.block_size
+        whole = self.whole(due_at // block_size)
+        if not whole:
+            return due_at
+        shared = self.kept if self.covered * block_size == self.sizes.context else 0
+        return self.sizes.outgrown_at(self.packing, whole, shared)
+
+    def floor(self, covered: int) -> int:
+        """Pages that every head keeps of ``covered`` blocks."""
+        return self.sizes.floor(covered) + self.whole(covered)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 SEGMENT = 256
 """Tokens of a segment; blocks must divide it."""
 
-DECODED = 64
-"""Tokens of a segment of what is decoded: the queries of so many wait in an observation slot."""
+DECODED = 16
+"""Tokens of a segment of what is decoded: the queries of so many wait in an observation slot. With
+64 answers are hardly better (docs/quality.md), and a slot takes four times the memory."""
 
 
 def segments(first: int, end: int) -> Iterator[tuple[int, int]]:
@@ -63,6 +64,20 @@ def whole_segments(first: int, num_tokens: int, marks: Sequence[int], room: int)
     return 0 if needed <= room else num_tokens
 
 
+def check_block_size(block_size: int) -> None:
+    """Refuse blocks of which a segment is no multiple.
+
+    Raises:
+        ValueError: with the sizes that are accepted.
+    """
+    if SEGMENT % block_size:
+        raise ValueError(
+            f"kv_compress: --block-size {block_size} is not accepted with policy=echo, which "
+            f"scores segments of {SEGMENT} tokens; it must divide {SEGMENT} (16, 32, 64, 128), or "
+            "neither policy nor allow_policies may name echo"
+        )
+
+
 class WholeBlocks:
     """Which blocks of the pool hold the scores of whole segments, and whose.
 
@@ -75,11 +90,7 @@ class WholeBlocks:
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        if SEGMENT % block_size:
-            raise ValueError(
-                f"kv_compress: policy=echo needs blocks that divide its segments of {SEGMENT} "
-                f"tokens; --block-size {block_size} does not"
-            )
+        check_block_size(block_size)
         self._segment: list[tuple[int, ...] | None] = [None] * num_blocks
         """By block, all blocks of the whole segment that it was scored in."""
         self._block_size = block_size

@@ -52,13 +52,36 @@ class Sizes:
         self.limits = limits
         self._kept: dict[tuple[int, float | None], int] = {}
 
-    def packed(self, num_tokens: int, ratio: float | None = None) -> Packing:
+    @cached_property
+    def context(self) -> int | None:
+        """``context_tokens`` in whole blocks, so that others can take what is packed there; None:
+        not asked for, or less than a block."""
+        size = self.limits.block_size
+        return (self.budget.context_tokens or 0) // size * size or None
+
+    @cached_property
+    def reaches_context(self) -> bool:
+        """Whether a prompt that goes on behind its context is compressed there. What happens up to
+        there depends on no token behind it."""
+        if self.context is None:
+            return False
+        packing, now, end = NOTHING, 0, self.context + 1
+        while now < self.context:
+            now = self.interrupted_at(packing, now, end)
+            packing = self.packed_at(min(now, end), end)
+        return now == self.context
+
+    def packed(self, num_tokens: int, ratio: float | None = None, whole: int = 0) -> Packing:
         """Of a compression at ``num_tokens`` tokens; of a mass, as expected.
 
         Args:
             ratio: compress at least so much.
+            whole: blocks' worth of tokens whose keys all stay, whatever the budget says of others.
         """
         covered = num_tokens // self.limits.block_size
+        if whole:
+            kept = self.packed(num_tokens - whole * self.limits.block_size, ratio).kept
+            return Packing(covered, min(covered, max(kept, self.floor(covered)) + whole))
         if num_tokens < self.budget.min_prompt_tokens:
             return Packing(covered, covered)
         key = covered, ratio
@@ -78,9 +101,9 @@ class Sizes:
         if self.limits.peak_blocks is None or due_at >= prefill_end:
             return packing
         covered, kept = packing
-        if self.budget.context_tokens != due_at:
+        if self.context != due_at:
             # What the whole prompt may keep need not go yet; of a mass that may be all.
-            whole = self.packed(prefill_end, ratio).kept
+            whole = self.packed(self._end(due_at, prefill_end), ratio).kept
             kept = covered if self.budget.mass is not None else max(kept, whole)
         return Packing(covered, self.within_peak(covered, kept))
 
@@ -91,11 +114,21 @@ class Sizes:
             kept = max(min(kept, self.limits.peak_blocks // 2), self.floor(covered))
         return min(covered, kept)
 
-    def outgrown_at(self, packing: Packing = NOTHING) -> int:
+    def _end(self, now: int, prefill_end: int) -> int:
+        """Up to where a prefill matters to what is done after ``now`` tokens: a context is packed
+        alike, whatever comes behind it."""
+        if self.context is not None and now < self.context:
+            return min(self.context, prefill_end)
+        return prefill_end
+
+    def outgrown_at(self, packing: Packing = NOTHING, whole: int = 0, shared: int = 0) -> int:
         """Tokens at which a request has ``interval`` blocks more than its budget; may be NEVER.
 
         Args:
             packing: as it is packed so far.
+            whole: as of :meth:`packed`.
+            shared: of its packed blocks, those that others may use: packing it anew does not free
+                them.
         """
         interval, size = self.limits.interval, self.limits.block_size
         if not self.limits.decode:
@@ -104,10 +137,10 @@ class Sizes:
         # block, so these strides cannot miss the place.
         full = max(packing.covered, -(-self.budget.min_prompt_tokens // size))
         while full * size <= self.limits.max_tokens:
-            excess = packing.gives_back(self.packed(full * size))
-            if excess >= interval:
+            excess = packing.gives_back(self.packed(full * size, whole=whole))
+            if excess >= interval + shared:
                 return full * size
-            full += interval - excess
+            full += interval + shared - excess
         return NEVER
 
     @cached_property
@@ -129,9 +162,9 @@ class Sizes:
         """
         size, peak = self.limits.block_size, self.limits.peak_blocks
         marks = []
-        if self.budget.context_tokens is not None:
-            marks.append(self.budget.context_tokens)
-        if peak is not None and self.packed(prefill_end).gains:
+        if self.context is not None:
+            marks.append(self.context)
+        if peak is not None and self.packed(self._end(now, prefill_end)).gains:
             marks.append((peak + packing.covered - packing.kept) * size)
         return min(
             (
@@ -150,15 +183,24 @@ class Sizes:
             return interrupted_at
         return num_tokens if self.packed(num_tokens).gains else self.first_outgrown
 
-    def next_due(self, packing: Packing, now: int, prefill_end: int) -> int:
-        """When a request that was compressed at ``now`` tokens is compressed again."""
+    def next_due(self, packing: Packing, now: int, prefill_end: int, whole: int = 0) -> int:
+        """When a request that was compressed at ``now`` tokens is compressed again.
+
+        One that is packed as its context may share those blocks with others. It is then not packed
+        anew before that is worth a copy of them, whether others are there or not: what it answers
+        must not depend on them. So beside the context nobody holds more than without compression.
+
+        Args:
+            whole: as of :meth:`packed`.
+        """
+        shared = packing.kept if now == self.context else 0
         if now < prefill_end:
             interrupted_at = self.interrupted_at(packing, now, prefill_end)
             if interrupted_at < prefill_end:
                 return interrupted_at
-            if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval:
+            if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval + shared:
                 return prefill_end
-        return self.outgrown_at(packing)
+        return self.outgrown_at(packing, whole, shared)
 
 
 class Budgets:

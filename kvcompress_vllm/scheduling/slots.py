@@ -36,8 +36,9 @@ def num_observe_slots(
     """Observation slots of an engine; scheduler and workers compute the same number.
 
     At most ``max_batched_tokens / min_prompt_tokens`` prompts can end in one step, and as many may
-    still wait for their packed blocks; requests beyond that wait their turn. The ring must not eat
-    what compression saves: it takes at most a hundredth of the KV cache.
+    still wait for their packed blocks; requests beyond that wait their turn. Where decoded tokens
+    are scored, everybody who runs needs one: who has none keeps all that it decodes. The ring must
+    not eat what compression saves: it takes at most a small part of the KV cache.
 
     Args:
         max_batched_tokens: tokens in a step.
@@ -48,12 +49,31 @@ def num_observe_slots(
     per_step = -(-max_batched_tokens // config.min_prompt_tokens) + 1
     # A slot holds ring * G queries per KV head; a token of the cache is a K and a V vector.
     vectors = num_blocks * group.block_size * 2
-    affordable = vectors // (RING_SHARE * config.ring * group.queries_per_head)
-    return max(FEWEST_OBSERVE_SLOTS, min(2 * per_step, max_requests, affordable))
+    share = LISTENING_SHARE if config.listens else RING_SHARE
+    affordable = vectors // (share * config.ring * group.queries_per_head)
+    useful = max_requests if config.listens else min(2 * per_step, max_requests)
+    return max(FEWEST_OBSERVE_SLOTS, min(useful, affordable))
 
+
+def num_context_slots(num_blocks: int) -> int:
+    """State slots for packed prefixes that requests share; scheduler and workers compute the same
+    number. A context has at least one block, and usually dozens.
+
+    Args:
+        num_blocks: blocks of the pool.
+    """
+    return max(FEWEST_CONTEXTS, min(MOST_CONTEXTS, num_blocks // 16))
+
+
+FEWEST_CONTEXTS, MOST_CONTEXTS = 8, 256
+"""Each takes two numbers per KV head in the state tables."""
 
 RING_SHARE = 100
 """The ring takes at most one in so many bytes of the KV cache."""
+
+LISTENING_SHARE = 25
+"""The same where decoded tokens are scored. A slot takes as much as ``DECODED * G / 2`` tokens of
+the cache, two blocks of an 8B model, and saves more once an answer is longer than that."""
 
 FEWEST_OBSERVE_SLOTS = 4
 """With fewer, prompts would wait for each other even on a tiny cache."""

@@ -40,9 +40,10 @@ from kvcompress_vllm.integration.frontend.requests import (
     check_request,
     send_budget,
 )
-from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
+from kvcompress_vllm.records.budget import Ranges
 from kvcompress_vllm.records.plan import StepPlan
 from kvcompress_vllm.reporting.metrics import StepReport
 from kvcompress_vllm.scheduling.segments import DECODED, segments
@@ -203,7 +204,7 @@ class Simulation:
         state = PackedState(
             group,
             num_blocks=num_blocks,
-            state_slots=max_num_seqs,
+            state_slots=state_slots(self.vllm_config, num_blocks),
             window=config.ring,
             dtype=torch.float32,
             echo=config.stores_echo,
@@ -247,10 +248,10 @@ class Simulation:
             ValueError: it is refused.
         """
         params = self._params(max_tokens, extra_args)
-        check_request(self.config, params, resumable=False)
+        budget = check_request(self.config, params, resumable=False)
         incoming = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
-        check_length(self.config, self.vllm_config, incoming)
-        send_budget(self.config, params)
+        check_length(self.config, self.vllm_config, incoming, budget)
+        send_budget(budget, params)
         self._enqueue(request_id, prompt, params)
 
     def pass_by(self, request_id: str, prompt: list[int], max_tokens: int, **extra_args) -> None:
@@ -318,11 +319,22 @@ class Simulation:
             self.step()
         raise AssertionError(f"{self.live} still live after {most_steps} steps")
 
+    @property
+    def state_slots_left(self) -> set[int]:
+        """State slots that the worker knows, apart from those of contexts that are held."""
+        contexts = self.scheduler.kv_compress_planner.contexts
+        return self.worker.state.slots.keys() - {context.slot for context in contexts}
+
     def _reads_echo(self, request_id: str) -> bool:
         """Whether a request is compressed by echo scores; those of others may be anything, as what
         they find in the prefix cache need not have any."""
         tracked = self.scheduler.kv_compress_planner.requests.get(request_id)
         return tracked is not None and self.config.reads_echo(tracked.budget.policy)
+
+    def _unheard(self, request_id: str) -> Ranges:
+        """What a request must keep because nobody heard it."""
+        tracked = self.scheduler.kv_compress_planner.requests.get(request_id)
+        return () if tracked is None else tracked.unheard
 
     def check_contents(self) -> None:
         """Every head of every running request holds its own tokens: some of the compressed part,
@@ -350,6 +362,9 @@ class Simulation:
                 assert (position.diff() > 0).all(), (rid, head, position)
                 assert position[c * B :].equal(torch.arange(f * B, n)), (rid, head, position)
                 assert content[:, 0].equal(tags[position]), (rid, head)
+                kept = set(position.tolist())
+                missing = [p for a, b in self._unheard(rid) for p in range(a, b) if p not in kept]
+                assert not missing, (rid, head, missing)
                 if self._reads_echo(rid):
                     stored = self.worker.state.echo[page].flatten()[:keys]
                     wanted = self.worker.echoes[rid][position]

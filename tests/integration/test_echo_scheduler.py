@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 
+from kvcompress_vllm.scheduling import slots
 from kvcompress_vllm.scheduling.segments import SEGMENT
 from tests.integration.simulation import B, Simulation
 
@@ -92,6 +93,26 @@ def test_nobody_waits_for_ever_for_room(tokens):
     assert all(len(sim.outputs[str(i)]) == 20 for i in range(8))
 
 
+def test_prompts_that_share_a_step_are_cut_where_segments_end():
+    """Not where the step is full: what is scored does not depend on the neighbours."""
+    sim = simulation(tokens=600)
+    lengths = {"a": 700, "b": 1000}
+    for name, length in lengths.items():
+        sim.add(name, prompt(ord(name), length), 30)
+    ends, stock = defaultdict(list), sim.worker.run
+
+    def run(output, tokens):
+        for item in output.kv_compress.echoes:
+            ends[item.request_id].append(item.end)
+        stock(output, tokens)
+
+    sim.worker.run = run
+    sim.run()
+    for name, length in lengths.items():
+        assert ends[name].pop() == length
+        assert ends[name] and not any(end % SEGMENT for end in ends[name])
+
+
 def test_what_is_decoded_is_scored_once_in_segments():
     sim = simulation()
     heard, unscored = defaultdict(list), []
@@ -113,7 +134,8 @@ def test_what_is_decoded_is_scored_once_in_segments():
         assert all(end == begin for (_, end), (begin, _) in pairwise(ranges))
 
 
-def test_listeners_give_their_slots_to_prompts():
+def test_listeners_give_their_slots_to_prompts(monkeypatch):
+    monkeypatch.setattr(slots, "LISTENING_SHARE", 100)
     sim = simulation(blocks=900, max_num_seqs=12)
     planner = sim.scheduler.kv_compress_planner
     assert planner.observers.count < 12
@@ -123,10 +145,44 @@ def test_listeners_give_their_slots_to_prompts():
     while sim.scheduler.has_requests():
         sim.step()
         most = max(most, len(sim.scheduler.running))
-        slots = [
+        held = [
             t.listen_slot if t.observe_slot is None else t.observe_slot
             for t in planner.requests.values()
         ]
-        taken = [slot for slot in slots if slot is not None]
+        taken = [slot for slot in held if slot is not None]
         assert len(taken) == len(set(taken))
     assert most == 12 and len(planner.observers._slots) == planner.observers.count
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_nobody_heard_is_kept(asynchronous, monkeypatch):
+    """Slots for a third of the requests; the others get one when those are done, and some protect a
+    part of their prompt. The simulation checks what every head holds."""
+    monkeypatch.setattr(slots, "LISTENING_SHARE", 10**9)
+    sim = simulation(blocks=900, max_num_seqs=12, asynchronous=asynchronous)
+    planner, held = sim.scheduler.kv_compress_planner, []
+    assert planner.observers.count == slots.FEWEST_OBSERVE_SLOTS
+    for index in range(12):
+        wish = {"kv_compress_protect": "10:60"} if index % 3 == 1 else {}
+        sim.add(str(index), prompt(index, 300 + 10 * index), 100 if index < 4 else 400, **wish)
+    while sim.scheduler.has_requests():
+        sim.step()
+        held += [sum(b - a for a, b in t.unheard) for t in planner.packed()]
+    assert max(held) > 4 * B and min(held) == 0
+    assert sim.num_compressions > 12 + 4
+
+
+def test_a_load_does_not_change_what_is_kept_of_what_is_heard():
+    """Who has a slot from the start is compressed as if it were alone."""
+    kept = []
+    for others in (0, 8):
+        sim = simulation(blocks=900, max_num_seqs=12)
+        for index in range(others + 1):
+            sim.add(str(index), prompt(index, 400), 200 if index else 150)
+        while "0" in sim.live:
+            sim.step()
+            tracked = sim.scheduler.kv_compress_planner.requests.get("0")
+            if tracked is not None:
+                last = tracked.packing, tracked.unheard
+        kept.append(last)
+    assert kept[0] == kept[1] and kept[0][1] == ()

@@ -25,10 +25,22 @@ from kvcompress_vllm.integration.frontend import endpoints
 from tests.integration.engines import engine, samples
 from tests.integration.simulation import MODEL
 from tests.integration.test_server import Server, complete, serve
+from tests.policies.installed import package
 
 MODEL_CONFIG = json.loads((MODEL / "config.json").read_text())
 LAYERS, HEADS = MODEL_CONFIG["num_hidden_layers"], MODEL_CONFIG["num_key_value_heads"]
-NEVER = {"compressions": 0, "blocks_before": 0, "blocks_after": 0}
+NEVER = dict.fromkeys(
+    ("compressions", "blocks_before", "blocks_after", "shared_blocks", "context_tokens"), 0
+)
+
+
+FAULTY = {
+    "raises": ("LateRaises", "score raised KeyError: 'no such channel'"),
+    "none": ("LateReturnsNothing", "score returned None"),
+    "shape": ("LateWrongShape", "score returned shape"),
+    "infinite": ("LateNotFinite", "not finite"),
+}
+"""Policies that fail once the engine runs: the class, and what the log says of it."""
 
 
 def times(count: int, usage: dict[str, int]) -> dict[str, int]:
@@ -38,7 +50,9 @@ def times(count: int, usage: dict[str, int]) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = ["--kv-compress", "ratio=4,allow_policies=true", "--api-key", "secret"]
-    environment = {"KVCOMPRESS_PAGE": "api-key"}
+    found = {name: f"tests.policies.faulty:{policy}" for name, (policy, _) in FAULTY.items()}
+    installed = package(tmp_path_factory.mktemp("installed"), **found)
+    environment = {"KVCOMPRESS_PAGE": "api-key", "PYTHONPATH": installed}
     with serve(tmp_path_factory.mktemp("server"), *flags, environment=environment) as running:
         running.api_key = "secret"
         yield running
@@ -185,6 +199,45 @@ def test_bad_requests_are_refused_before_a_response_begins(
     for field in ("kv_compress", "kv_compress_ratio"):
         reply = post(server, route, {**body, field: False, "stream": streamed})
         assert reply.status_code == 400 and f"{field} in the body" in reply.text
+
+
+def fails(server: Server, route: str, policy: str, streamed: bool) -> None:
+    """A request whose policy fails is answered with an error: HTTP 500, or where its stream has
+    begun, an error that ends it. For tokens vLLM says so in the ``finish_reason``."""
+    body = {**asking(route, {"kv_compress_policy": policy}), "stream": streamed}
+    reply = post(server, route, body)
+    if reply.status_code != 500:
+        begun = reply.status_code == 200 and (streamed or route == TOKENS_IN)
+        assert begun and '"error"' in reply.text, (route, policy, reply.text)
+
+
+def test_a_failing_policy_is_an_error_of_its_request_alone(server: Server) -> None:
+    """The stream of a neighbour goes on, whatever fails beside it, on any route."""
+    neighbour = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1200, "ignore_eos": True,
+                 "temperature": 0, "stream": True, **INCLUDED}  # fmt: skip
+    headers = {"Authorization": f"Bearer {server.api_key}"}
+    address = f"{server.url}/v1/completions"
+    with httpx.stream("POST", address, json=neighbour, headers=headers, timeout=300) as reply:
+        lines = reply.iter_lines()
+        received = [next(lines)]
+        for policy in FAULTY:
+            fails(server, "/v1/completions", policy, streamed=False)
+            fails(server, "/v1/completions", policy, streamed=True)
+        assert server.metric("vllm:num_requests_running") == 1, "the neighbour, in the middle"
+        received += lines
+    text = "\n".join(received)
+    assert text.rstrip().endswith("data: [DONE]") and "error" not in text
+    assert '"completion_tokens":1200' in text.replace(" ", "")
+    for route, (_, streamed) in ROUTES.items():
+        fails(server, route, "raises", streamed=False)
+        # On this route vLLM breaks the stream off: its error is no event of the protocol.
+        if streamed is not None and route != "/v1/responses":
+            fails(server, route, "raises", streamed=True)
+    log = server.log.read_text()
+    for policy, (_, says) in FAULTY.items():
+        assert re.search(rf"policy='{policy}'.*{re.escape(says)}", log), policy
+    assert complete(server, PROMPT) == ANSWER
+    assert server.used_blocks() == 0
 
 
 def test_bad_for_one_of_several_is_bad_for_all(server: Server) -> None:

@@ -73,7 +73,7 @@ def test_thousands_of_random_operations(asynchronous: bool) -> None:
     assert gone > 5 if asynchronous else gone == 0
     assert {name: len(sim.outputs[name]) for name in wanted} == wanted
     assert sim.pool.get_num_free_blocks() == 39
-    assert sim.worker.state.slots == {} and planner.requests == {}
+    assert sim.state_slots_left == set() and planner.requests == {}
     assert planner.observers.used == 0
 
 

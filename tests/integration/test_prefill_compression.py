@@ -11,7 +11,7 @@ import torch
 
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.integration.frontend.requests import check_length
+from kvcompress_vllm.integration.frontend.requests import check_length, check_request
 from tests.integration.simulation import B, H, L, Simulation
 
 
@@ -97,9 +97,10 @@ def test_the_context_is_compressed_before_the_question_is_read() -> None:
         chunks += plans[0].num_scheduled_tokens.values()
         compressed += [(c.num_tokens, c.covered, len(c.new_blocks))
                        for c in plans[0].kv_compress.compressions]  # fmt: skip
-    assert chunks[:3] == [200, 100, 50]
-    # 300 tokens are 18 full blocks; the question adds too little to compress once more.
-    assert compressed == [(300, 18, 3)]
+    # 300 tokens are 18 full blocks, which others can take; the question adds too little to compress
+    # once more.
+    assert chunks[:3] == [200, 88, 62]
+    assert compressed == [(288, 18, 3)]
     assert len(sim.outputs["r"]) == 4
 
 
@@ -150,35 +151,39 @@ def test_a_request_that_keeps_all_must_fit_where_prompts_are_bounded() -> None:
         cache_config=SimpleNamespace(block_size=16),
     )
 
+    def check(config, engine, request):
+        budget = check_request(config, request.sampling_params, resumable=False)
+        check_length(config, engine, request, budget)
+
     def request(length: int, max_tokens: int, **extra_args):
         params = SimpleNamespace(max_tokens=max_tokens, extra_args=extra_args)
         return SimpleNamespace(sampling_params=params, prompt_token_ids=[1] * length)
 
-    check_length(config, engine, request(8000, 100))
-    check_length(config, engine, request(900, 100, kv_compress=False))
+    check(config, engine, request(8000, 100))
+    check(config, engine, request(900, 100, kv_compress=False))
     with pytest.raises(ValueError, match=r"prompt of 8000 tokens .* 507 blocks .* has 267"):
-        check_length(config, engine, request(8000, 100, kv_compress=False))
+        check(config, engine, request(8000, 100, kv_compress=False))
     with pytest.raises(ValueError, match="has 267"):
-        check_length(config, engine, request(100, 8000, kv_compress_ratio=1))
-    check_length(KVCompressConfig(), engine, request(8000, 100, kv_compress=False))
+        check(config, engine, request(100, 8000, kv_compress_ratio=1))
+    check(KVCompressConfig(), engine, request(8000, 100, kv_compress=False))
 
     # Embeddings are as long as they have rows.
     embeds = request(0, 100, kv_compress=False)
     embeds.prompt_token_ids, embeds.prompt_embeds = None, torch.zeros(8000, 4)
     with pytest.raises(ValueError, match=r"prompt of 8000 tokens .* 507 blocks .* has 267"):
-        check_length(config, engine, embeds)
+        check(config, engine, embeds)
 
     # What the pool has counts, once it is known; of several engines only their sum is.
     engine.cache_config.num_gpu_blocks = 508
     engine.parallel_config = SimpleNamespace(data_parallel_size=1)
-    check_length(config, engine, embeds)
+    check(config, engine, embeds)
     engine.cache_config.num_gpu_blocks = 507
     with pytest.raises(ValueError, match="has 506"):
-        check_length(config, engine, embeds)
+        check(config, engine, embeds)
     engine.cache_config.num_gpu_blocks = 2 * 508
     engine.parallel_config.data_parallel_size = 2
     with pytest.raises(ValueError, match="has 267"):
-        check_length(config, engine, embeds)
+        check(config, engine, embeds)
 
 
 def test_what_was_observed_of_a_request_that_is_preempted_is_not_added_up() -> None:

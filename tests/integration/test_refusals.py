@@ -88,7 +88,6 @@ def test_unsupported_models_that_vllm_imports_slowly(
         ({"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
          "KV cache events"),
         ({"kv_sharing_fast_prefill": True}, "KV sharing between layers"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"runner": "pooling"}, "pooling"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -119,6 +118,16 @@ def test_resolved_settings(part: str, field: str, value: Any, feature: str) -> N
     check(config)
     object.__setattr__(getattr(config, part), field, value)
     with pytest.raises(ValueError, match=f"kv_compress: {feature}"):
+        check(config)
+
+
+def test_several_ranks_of_an_external_launcher() -> None:
+    """Every rank has a scheduler of its own there, which hears its own rank only."""
+    config = engine_config()
+    object.__setattr__(config.parallel_config, "distributed_executor_backend", "external_launcher")
+    check(config)
+    object.__setattr__(config.parallel_config, "world_size", 2)
+    with pytest.raises(ValueError, match="several ranks of an external launcher"):
         check(config)
 
 
@@ -295,6 +304,35 @@ def test_shapes_without_cuda_kernels(
         return
     with pytest.raises(ValueError, match=f"kv_compress: {message}.* not supported"):
         check_kernels(vllm_config)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({"policy": "echo"}, {"block_size": 48},
+         r"--block-size 48 is not accepted with policy=echo.* must divide 256 \(16, 32"),
+        ({"policy": "snapkv", "allow_policies": "echo"}, {"block_size": 48}, "--block-size 48"),
+        ({"policy": "snapkv"}, {"block_size": 48}, None),
+        ({"policy": "h2o", "query_stride": 1, "window": 8}, {"block_size": 16},
+         "query_stride=1 and window=8 are too small"),
+        ({"policy": "h2o", "query_stride": 4},
+         {"block_size": 32, "max_num_batched_tokens": 16, "max_num_seqs": 2,
+          "max_model_len": 512, "enable_chunked_prefill": True},
+         "--max-num-batched-tokens .* block size of 32"),
+        ({"policy": "snapkv", "prefill_peak_tokens": 256, "min_tokens_per_head": 300},
+         {"block_size": 16}, "prefill_peak_tokens=256 is too small"),
+    ],
+    ids=["echo", "allowed", "others", "stride", "steps", "peak"],
+)  # fmt: skip
+def test_sizes_are_refused_before_the_model_is_read(
+    options: dict[str, Any], arguments: dict[str, Any], message: str | None
+) -> None:
+    args = EngineArgs(str(MODEL), additional_config={"kv_compress": options}, **arguments)
+    if message is None:
+        args.create_engine_config()
+        return
+    with pytest.raises(ValueError, match=message):
+        args.create_engine_config()
 
 
 def test_head_sizes_are_those_that_the_kernels_are_built_for() -> None:

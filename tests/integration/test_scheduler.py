@@ -85,7 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.sim.run()
             assert self.sim.pool.get_num_free_blocks() == self.sim.pool.num_gpu_blocks - 1
             assert self.sim.scheduler.kv_compress_planner.requests == {}
-            assert self.sim.worker.rows == {} and self.sim.worker.state.slots == {}
+            assert self.sim.worker.rows == {} and self.sim.state_slots_left == set()
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
@@ -122,7 +122,7 @@ def test_thousands_of_random_operations() -> None:
     assert min(sim.num_compressions, sim.num_preemptions, sim.num_cached_tokens, aborted) > 5
     assert {name: len(sim.outputs[name]) for name in wanted} == wanted
     assert sim.pool.get_num_free_blocks() == 39
-    assert sim.worker.state.slots == {} and sim.scheduler.kv_compress_planner.requests == {}
+    assert sim.state_slots_left == set() and sim.scheduler.kv_compress_planner.requests == {}
 
 
 def load(ratio: float, **options: object) -> Simulation:

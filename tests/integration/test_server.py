@@ -77,7 +77,7 @@ def serve(
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     environment["VLLM_LOGGING_LEVEL"] = "DEBUG"  # one line per compression
     environment.update(given or {})
-    if "--tensor-parallel-size" not in flags:
+    if "--data-parallel-size" not in flags:
         environment["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # as `make serve`; ten seconds less
     log = tmp_path / "server.log"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL),
@@ -126,113 +126,122 @@ def blocks_while_decoding(server: Server, prompt: str, **xargs: object) -> int:
     raise AssertionError(f"{server.used_blocks()} blocks still in use after a disconnect")
 
 
-def test_needles_and_blocks(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    with serve(folder, "--kv-compress", "--kv-compress-ratio", "8") as running:
+        ours = running.ours()
+        assert len(ours) > 20 and set(ours.values()) == {0}, "every series is there from the start"
+        yield running
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(30) == 0, "Ctrl-C ends it in order"
+
+
+def test_needles_and_blocks(server: Server) -> None:
     """At the server's own ratio, and at the ratios that requests ask for."""
     pairs = samples("single", LENGTH, SAMPLES, offset=1000)
-    with serve(tmp_path, "--kv-compress", "ratio=8") as server:
-        for ratio, least in ACCURACY.items():
-            xargs = {} if ratio == 8 else {"kv_compress_ratio": ratio}
-            extra = {"extra_body": {"vllm_xargs": xargs}}
-            right = sum(complete(server, prompt, **extra) == answer for prompt, answer in pairs)
-            print(f"ratio {ratio}: {right} of {SAMPLES} needles")
-            assert right >= least * SAMPLES
+    for ratio, least in ACCURACY.items():
+        xargs = {} if ratio == 8 else {"kv_compress_ratio": ratio}
+        extra = {"extra_body": {"vllm_xargs": xargs}}
+        right = sum(complete(server, prompt, **extra) == answer for prompt, answer in pairs)
+        print(f"ratio {ratio}: {right} of {SAMPLES} needles")
+        assert right >= least * SAMPLES
 
-            # About 93 blocks of prompt and 3 of tail. What is compressible shrinks by the ratio.
-            prompt, _ = pairs[0]
-            used = blocks_while_decoding(server, prompt, **xargs)
-            tokens = httpx.post(f"{server.url}/tokenize", json={"model": "tiny", "prompt": prompt})
-            compressible = tokens.json()["count"] // 16
-            tail = 3 if used > 3 else 0
-            assert compressible / (used - tail - 1) >= 0.8 * ratio
-            assert used >= compressible / ratio
-            if ratio > 1:
-                lines = re.findall(r"tokens, (\d+) -> (\d+) blocks", server.log.read_text())
-                before, after = map(int, lines[-1])
-                assert before - 1 <= compressible <= before and after <= compressible / ratio + 2
-        assert blocks_while_decoding(server, prompt, kv_compress=False) >= compressible
-        budget = blocks_while_decoding(server, prompt, kv_compress_budget_tokens=320)
-        assert 20 <= budget <= 24
-        log = server.log.read_text()
-        assert "ratio=8.0" in log and "beside the KV cache" in log
+        # About 93 blocks of prompt and 3 of tail. What is compressible shrinks by the ratio.
+        prompt, _ = pairs[0]
+        used = blocks_while_decoding(server, prompt, **xargs)
+        tokens = httpx.post(f"{server.url}/tokenize", json={"model": "tiny", "prompt": prompt})
+        compressible = tokens.json()["count"] // 16
+        tail = 3 if used > 3 else 0
+        assert compressible / (used - tail - 1) >= 0.8 * ratio
+        assert used >= compressible / ratio
+        if ratio > 1:
+            lines = re.findall(r"tokens, (\d+) -> (\d+) blocks", server.log.read_text())
+            before, after = map(int, lines[-1])
+            assert before - 1 <= compressible <= before and after <= compressible / ratio + 2
+    assert blocks_while_decoding(server, prompt, kv_compress=False) >= compressible
+    budget = blocks_while_decoding(server, prompt, kv_compress_budget_tokens=320)
+    assert 20 <= budget <= 24
+    log = server.log.read_text()
+    assert "ratio=8.0" in log and "beside the KV cache" in log
 
 
-def test_openai_features_and_bad_requests(tmp_path: Path) -> None:
+def test_openai_features_and_bad_requests(server: Server) -> None:
     (prompt, answer), (other, other_answer) = samples("single", LENGTH, 2, offset=1100)
     question = prompt.removeprefix("<|user|>").removesuffix("<|assistant|>")
-    with serve(tmp_path, "--kv-compress", "--kv-compress-ratio", "8") as server:
-        client = server.client
-        messages = [{"role": "user", "content": question}]
-        chat = client.chat.completions.create(model="tiny", messages=messages, temperature=0)
-        assert chat.choices[0].message.content == answer
+    client = server.client
+    messages = [{"role": "user", "content": question}]
+    chat = client.chat.completions.create(model="tiny", messages=messages, temperature=0)
+    assert chat.choices[0].message.content == answer
 
-        stream = client.chat.completions.create(
-            model="tiny", messages=messages, temperature=0, stream=True
-        )
-        assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == answer
+    stream = client.chat.completions.create(
+        model="tiny", messages=messages, temperature=0, stream=True
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == answer
 
-        two = client.completions.create(
-            model="tiny", prompt=[prompt, other], n=2, temperature=1, max_tokens=16, logprobs=1,
-            extra_body={"top_k": 1},
-        )  # fmt: skip
-        texts = [choice.text.strip() for choice in two.choices]
-        assert texts == [answer] * 2 + [other_answer] * 2
-        assert all(choice.logprobs is not None for choice in two.choices)
+    two = client.completions.create(
+        model="tiny", prompt=[prompt, other], n=2, temperature=1, max_tokens=16, logprobs=1,
+        extra_body={"top_k": 1},
+    )  # fmt: skip
+    texts = [choice.text.strip() for choice in two.choices]
+    assert texts == [answer] * 2 + [other_answer] * 2
+    assert all(choice.logprobs is not None for choice in two.choices)
 
-        stopped = client.completions.create(
-            model="tiny", prompt=prompt, temperature=0, stop=[answer[2]], max_tokens=16
-        )
-        assert stopped.choices[0].text.strip() == answer[: answer.index(answer[2])]
+    stopped = client.completions.create(
+        model="tiny", prompt=prompt, temperature=0, stop=[answer[2]], max_tokens=16
+    )
+    assert stopped.choices[0].text.strip() == answer[: answer.index(answer[2])]
 
-        with pytest.raises(openai.BadRequestError, match="maximum context length"):
-            complete(server, prompt * 3)
-        with pytest.raises(openai.BadRequestError):
-            complete(server, prompt, temperature=-1)
-        xargs = {"vllm_xargs": {"kv_compress_ratio": 0.5}}
-        refused = "kv_compress_ratio=0.5 is not accepted; it must be a number >= 1"
-        with pytest.raises(openai.BadRequestError, match=refused):
-            complete(server, prompt, extra_body=xargs)
-        with pytest.raises(openai.BadRequestError, match=refused):
-            client.chat.completions.create(model="tiny", messages=messages, extra_body=xargs)
-        assert complete(server, prompt) == answer, "still alive after bad requests"
-        assert server.used_blocks() == 0
-
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(30) == 0, "Ctrl-C ends it in order"
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        complete(server, prompt * 3)
+    with pytest.raises(openai.BadRequestError):
+        complete(server, prompt, temperature=-1)
+    xargs = {"vllm_xargs": {"kv_compress_ratio": 0.5}}
+    refused = "kv_compress_ratio=0.5 is not accepted; it must be a number >= 1"
+    with pytest.raises(openai.BadRequestError, match=refused):
+        complete(server, prompt, extra_body=xargs)
+    with pytest.raises(openai.BadRequestError, match=refused):
+        client.chat.completions.create(model="tiny", messages=messages, extra_body=xargs)
+    assert complete(server, prompt) == answer, "still alive after bad requests"
+    assert server.used_blocks() == 0
 
 
-def test_metrics(tmp_path: Path) -> None:
-    """What /metrics shows of three compressions, and of none of them without the flag."""
+def test_metrics(server: Server) -> None:
+    """What /metrics shows of three compressions."""
     pairs = samples("single", LENGTH, 3, offset=1300)
-    with serve(tmp_path, "--kv-compress", "ratio=8") as server:
-        ours = server.ours()
-        assert len(ours) > 20 and set(ours.values()) == {0}, "every series is there from the start"
-        for prompt, _ in pairs:
-            complete(server, prompt)
-        ours = server.ours()
-        assert ours["compressed_requests_total"] == ours["compressions_total prefill"] == 3
-        assert ours["compressions_total decode"] == 0
-        below, above = (ours[f"kept_ratio_bucket {bound} prefill"] for bound in (0.1, 0.15))
-        assert (below, above) == (0, 3)
-        lines = re.findall(r"tokens, (\d+) -> (\d+) blocks", server.log.read_text())
-        before, after = (sum(map(int, blocks)) for blocks in zip(*lines, strict=True))
-        assert len(lines) == 3 and ours["freed_blocks_total"] == before - after
-        assert (ours["blocks_before_total"], ours["blocks_after_total"]) == (before, after)
-        assert ours["packed_requests"] == ours["saved_blocks"] == 0 < ours["observation_slots"]
+    started = server.ours()
+    for prompt, _ in pairs:
+        complete(server, prompt)
+    ours = {name: value - started[name] for name, value in server.ours().items()}
+    assert ours["compressed_requests_total"] == ours["compressions_total prefill"] == 3
+    assert ours["compressions_total decode"] == 0
+    below, above = (ours[f"kept_ratio_bucket {bound} prefill"] for bound in (0.1, 0.15))
+    assert (below, above) == (0, 3)
+    lines = re.findall(r"tokens, (\d+) -> (\d+) blocks", server.log.read_text())[-3:]
+    before, after = (sum(map(int, blocks)) for blocks in zip(*lines, strict=True))
+    assert ours["freed_blocks_total"] == before - after
+    assert (ours["blocks_before_total"], ours["blocks_after_total"]) == (before, after)
+    assert ours["packed_requests"] == ours["saved_blocks"] == 0 < started["observation_slots"]
 
-        stream = server.client.completions.create(
-            model="tiny", prompt=pairs[0][0], max_tokens=400, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        for count, _ in enumerate(stream):
-            if count == 40:
-                break
-        ours = server.ours()
-        assert ours["packed_requests"] == 1 and ours["saved_blocks"] >= 70
-        stream.close()
+    stream = server.client.completions.create(
+        model="tiny", prompt=pairs[0][0], max_tokens=400, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    for count, _ in enumerate(stream):
+        if count == 40:
+            break
+    ours = server.ours()
+    assert ours["packed_requests"] == 1 and ours["saved_blocks"] >= 70
+    stream.close()
+
+
+def test_without_compression_or_statistics(tmp_path: Path) -> None:
+    """/metrics, the page and the usage show nothing of ours."""
+    ((prompt, _),) = samples("single", LENGTH, 1, offset=1300)
     for flags in ([], ["--disable-log-stats"]):
         flags = [*flags, *(["--kv-compress"] if flags else [])]
         with serve(tmp_path, *flags) as server:
-            assert complete(server, pairs[0][0])
+            assert complete(server, prompt)
             text = httpx.get(f"{server.url}/metrics").text
             assert "kv_compress" not in text and server.ours() == {}
             assert ("vllm:num_requests_running" in text) == (not flags)
@@ -241,7 +250,7 @@ def test_metrics(tmp_path: Path) -> None:
                 assert page.status_code == 200 and "--disable-log-stats" in page.json()["no_data"]
             else:
                 assert page.status_code == 404 == httpx.get(f"{server.url}/kv-compress").status_code
-                plain = server.client.completions.create(model="tiny", prompt=pairs[0][0])
+                plain = server.client.completions.create(model="tiny", prompt=prompt)
                 assert "kv_compress" not in plain.usage.model_dump()
 
 
@@ -253,9 +262,3 @@ def test_bad_flag_ends_the_command(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 2
     assert "ratio=0 is not accepted; it must be a number >= 1" in result.stderr
-
-
-def test_tensor_parallel(tmp_path: Path) -> None:
-    pairs = samples("single", LENGTH, 3, offset=1200)
-    with serve(tmp_path, "--kv-compress", "ratio=4", "--tensor-parallel-size", "2") as server:
-        assert [complete(server, p) for p, _ in pairs] == [answer for _, answer in pairs]

@@ -105,6 +105,18 @@ class LateNotFinite(Policy):
 
 
 @dataclass(frozen=True)
+class LateReturnsNothing(Policy):
+    def score(self, evidence: Evidence) -> Any:
+        return some(evidence) if evidence.num_keys <= TRIAL else None
+
+
+@dataclass(frozen=True)
+class LateWrongShape(Policy):
+    def score(self, evidence: Evidence) -> Any:
+        return some(evidence)[:, int(evidence.num_keys > TRIAL) :]
+
+
+@dataclass(frozen=True)
 class Huge(Policy):
     """Allowed: finite. Their sum is not, in fp32."""
 
@@ -117,5 +129,16 @@ class LateRaisesOnRank1(Policy):
     def score(self, evidence: Evidence) -> Any:
         group = torch.distributed
         if evidence.num_keys > TRIAL and group.is_initialized() and group.get_rank() == 1:
+            raise KeyError("no such channel")
+        return some(evidence)
+
+
+@dataclass(frozen=True)
+class LateRaisesOnRank0(Policy):
+    """The first pipeline stage, whose output vLLM never reads."""
+
+    def score(self, evidence: Evidence) -> Any:
+        group = torch.distributed
+        if evidence.num_keys > TRIAL and group.is_initialized() and group.get_rank() == 0:
             raise KeyError("no such channel")
         return some(evidence)

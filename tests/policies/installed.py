@@ -36,9 +36,12 @@ def install(monkeypatch: pytest.MonkeyPatch, **found: str) -> list[str]:
     return asked
 
 
-def install_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
-    """The same for every process that is started from now on: a package's metadata in ``folder``,
-    found through PYTHONPATH."""
+def package(folder: Path, **found: str) -> str:
+    """A package's metadata in ``folder`` with these entry points.
+
+    Returns:
+        The PYTHONPATH with which a process finds it.
+    """
     metadata_of = folder / "faulty_policies-1.0.dist-info"
     metadata_of.mkdir()
     (metadata_of / "METADATA").write_text(
@@ -47,7 +50,12 @@ def install_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch, **found: str)
     lines = [f"[{registry.ENTRY_POINTS}]", *(f"{name} = {value}" for name, value in found.items())]
     (metadata_of / "entry_points.txt").write_text("\n".join(lines) + "\n")
     paths = [str(folder), str(Path(__file__).parents[2]), *filter(None, [os.getenv("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    return os.pathsep.join(paths)
+
+
+def install_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
+    """As :func:`install`, for every process that is started from now on."""
+    monkeypatch.setenv("PYTHONPATH", package(folder, **found))
     monkeypatch.syspath_prepend(folder)
     for name in ("_installed", "_load"):
         monkeypatch.setattr(registry, name, cache(getattr(registry, name).__wrapped__))

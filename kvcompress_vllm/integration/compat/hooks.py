@@ -47,6 +47,7 @@ _IN_USAGE = "puts it into the usage; replaced on the server's instance"
 _VALIDATE = "vLLM lets general plugins validate requests"
 _BACKEND = "vllm.v1.attention.backend:AttentionBackend"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 
 HOOKS = (
     Hook(f"{_ARGS}.add_cli_args", ("parser",), "adds the --kv-compress flags",
@@ -60,6 +61,9 @@ HOOKS = (
          ("self", "request_id", "prompt", "params", "resumable"),
          "checks what a request asks for, so that a bad value is HTTP 400", _VALIDATE,
          patched=True),
+    Hook("vllm.v1.engine.input_processor:InputProcessor.__init__", ("self", "vllm_config"),
+         "readies the front end in a process that was handed its configuration (Ray Serve)",
+         "vLLM loads plugins wherever an engine's client is made", patched=True),
     Hook("vllm.exceptions:VLLMValidationError", (), "our errors are some", "never"),
     Hook("vllm.v1.engine.async_llm:AsyncLLM.generate",
          ("self", "prompt", "sampling_params", "request_id"),
@@ -220,10 +224,28 @@ HOOKS = (
          "leaves room for our state", "worker_cls is public"),
     Hook("vllm.v1.worker.gpu_worker:Worker.initialize_from_config", ("self", "kv_cache_config"),
          "chooses the packed layout and binds our state", "worker_cls is public"),
-    Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("self", "scheduler_output"),
-         "runs the plan before the step", "worker_cls is public"),
-    Hook("vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("self", "grammar_output"),
-         "adds the reports to the step's output", "worker_cls is public"),
+    Hook(f"{_RUNNER}.execute_model", ("self", "scheduler_output", "intermediate_tensors"),
+         "runs the plan before the step, and sends reports to the next pipeline stage; replaced on "
+         "the runner's instance", "vLLM calls plugins before a step", patched=True),
+    Hook(f"{_RUNNER}.sample_tokens", ("self", "grammar_output"),
+         "adds the reports to the step's output; replaced on the runner's instance",
+         "vLLM calls plugins after a step", patched=True),
+    Hook(f"{_RUNNER_V2}.execute_model", ("self", "scheduler_output", "intermediate_tensors"),
+         "the same on runner V2", "vLLM calls plugins before a step", patched=True),
+    Hook(f"{_RUNNER_V2}.sample_tokens", ("self", "grammar_output"),
+         "the same on runner V2", "vLLM calls plugins after a step", patched=True),
+    Hook("vllm.sequence:IntermediateTensors", ("tensors",),
+         "carries reports between pipeline stages beside the activations",
+         "vLLM has a field for plugins"),
+    Hook("vllm.v1.executor.abstract:Executor.get_class", ("vllm_config",),
+         "hands out executors on Ray that look at their nodes",
+         "a node without a plugin that the configuration names is an error", patched=True),
+    Hook("vllm.v1.executor.ray_utils:initialize_ray_cluster",
+         ("parallel_config", "ray_address", "require_gpu_on_driver"),
+         "makes the placement group whose nodes are looked at", "as Executor.get_class"),
+    Hook("vllm.v1.metrics.stats:RequestStateStats", ("num_generation_tokens",),
+         "subclassed with a field for what compression did, a column of Ray Data",
+         "vLLM's statistics have a field for plugins"),
     Hook("vllm.v1.outputs:ModelRunnerOutput", ("req_ids",),
          "carries the reports as an extra attribute", "vLLM has a field for plugins"),
     Hook("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",),

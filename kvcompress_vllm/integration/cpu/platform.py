@@ -31,6 +31,9 @@ _KV_CACHE_BYTES = 1 << 30
 class KVCompressCpuPlatform(CpuPlatform):
     """Active only where no platform of vLLM's own is (see ``plugin.cpu_platform``)."""
 
+    ray_device_key = "GPU"
+    """What Ray counts, of which nodes may claim to have some: ``ray start --num-gpus 2``."""
+
     @classmethod
     def import_kernels(cls) -> None:
         kernels.register()

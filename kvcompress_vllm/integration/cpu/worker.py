@@ -19,9 +19,11 @@ class KVCompressCPUWorker(LongestRequestMixin, KVCompressWorkerMixin, CPUWorker)
     """Compression on a machine without GPU."""
 
     def determine_available_memory(self) -> int:
-        if isinstance(current_platform, KVCompressCpuPlatform):
+        alone = self.parallel_config.pipeline_parallel_size == 1
+        if isinstance(current_platform, KVCompressCpuPlatform) and alone:
             # vLLM warms up to compile; on this platform nothing is compiled, and the dummy batch of
-            # the largest size only delays the first request.
+            # the largest size only delays the first request. A pipeline stage receives into
+            # buffers that this batch makes.
             self.model_runner.warming_up_model = lambda: None
         return super().determine_available_memory()
 

@@ -9,9 +9,11 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.metrics import Recorder
 from kvcompress_vllm.scheduling import admission
+from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.echo import EchoPlanner
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.observation import first_observed
@@ -30,6 +32,7 @@ class Admission:
         scheduler: whose manager's ``allocate_slots`` and ``get_computed_blocks`` are replaced.
         planner: that of the scheduler.
         recorder: is told why a request had to wait.
+        sharing: finds packed prefixes that requests share.
         echo: says how long hits may be where a policy reads echo scores; None: no policy does.
     """
 
@@ -38,10 +41,13 @@ class Admission:
         scheduler: Scheduler,
         planner: CompressionPlanner,
         recorder: Recorder,
+        sharing: Sharing,
         echo: EchoPlanner | None = None,
     ) -> None:
         self._scheduler, self._planner, self._recorder = scheduler, planner, recorder
-        self._echo = echo
+        self._sharing, self._echo = sharing, echo
+        self._hit: tuple[str, Context] | None = None
+        """What vLLM was told last that a request need not compute."""
         self._manager = manager = scheduler.kv_cache_manager
         self._output_length = admission.OutputLength()
         self._does_not_fit: tuple[str, int] | None = None
@@ -90,12 +96,12 @@ class Admission:
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         planner, manager = self._planner, self._manager
-        budget = budget_of(request)
-        if not planner.can_admit(request.num_tokens, budget):
+        budget, context = budget_of(request), self.hit(request)
+        if not planner.can_admit(request.num_tokens, budget, context):
             self._recorder.refused("slots")
             return None
-        reserve = planner.reserve(request.num_tokens, budget)
-        if not self._fits(request, reserve):
+        reserve = planner.reserve(request.num_tokens, budget, context)
+        if not self._fits(request, reserve, context):
             self._recorder.refused("forecast")
             return None
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
@@ -103,10 +109,23 @@ class Admission:
         manager.watermark_blocks = max(self._base_watermark, reserve)
         if planner.sizes(budget).first_due(request.num_tokens) < request.num_tokens:
             kwargs["full_sequence_must_fit"] = False
+        if context is not None:
+            self._sharing.take(request.request_id, context)
         blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is not None:
-            planner.admit(request.request_id, request.num_tokens, budget)
+            wanted = self._sharing.wanted(request)
+            planner.admit(request.request_id, request.num_tokens, budget, context, wanted)
+            self._sharing.started(request, context)
+        elif context is not None:
+            self._sharing.leave(request.request_id)
         return blocks
+
+    def hit(self, request: Request) -> Context | None:
+        """The context that a request takes which is about to start its prefill; None: none."""
+        if self._hit is None or self._hit[0] != request.request_id:
+            return None
+        waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        return self._hit[1] if waits else None
 
     def get_computed_blocks(
         self, request: Request, *args: Any, **kwargs: Any
@@ -115,6 +134,12 @@ class Admission:
         what has no echo scores where its policy reads them."""
         blocks, num_tokens, boundary = self._stock_computed_blocks(request, *args, **kwargs)
         planner = self._planner
+        context, self._hit = self._sharing.find(request), None
+        if context is not None:
+            self._hit = request.request_id, context
+            self._count_hit(request, context.num_tokens - num_tokens)
+            row = self._manager.create_kv_cache_blocks((self._sharing.row(context),))
+            return row, context.num_tokens, 0
         sizes = planner.sizes(budget_of(request))
         due_at = sizes.first_due(request.num_tokens)
         usable = num_tokens
@@ -127,16 +152,21 @@ class Admission:
         lost = num_tokens - usable
         if lost <= 0:
             return blocks, num_tokens, boundary
-        stats = self._manager.prefix_cache_stats
-        if stats is not None:  # vLLM has counted them as hits
-            if request.num_preemptions > 0:
-                stats.preempted_hits -= lost
-            else:
-                stats.hits -= lost
+        self._count_hit(request, -lost)
         cut = self._manager.create_kv_cache_blocks(
             tuple(group[: usable // planner.block_size] for group in blocks.blocks)
         )
         return cut, usable, boundary
+
+    def _count_hit(self, request: Request, more: int) -> None:
+        """Correct what vLLM has counted as hits of its prefix cache, in tokens."""
+        stats = self._manager.prefix_cache_stats
+        if stats is None:
+            return
+        if request.num_preemptions > 0:
+            stats.preempted_hits += more
+        else:
+            stats.hits += more
 
     def _scored(self, hit: KVCacheBlocks, num_tokens: int) -> KVCacheBlocks:
         """Of the first tokens of a hit what was scored in whole segments, in the blocks in which it
@@ -149,7 +179,7 @@ class Admission:
         )
         return self._manager.create_kv_cache_blocks(([pool[block] for block in found],))
 
-    def _fits(self, request: Request, reserve: int) -> bool:
+    def _fits(self, request: Request, reserve: int, context: Context | None) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
         pool, planner, running = self._manager.block_pool, self._planner, self._scheduler.running
         if not running:
@@ -158,19 +188,28 @@ class Admission:
         if question == self._does_not_fit:
             return False  # nothing has changed since: the forecast would not, either
         count = len(running) + 1
-        loads = [self._load(r, planner.requests.get(r.request_id), count) for r in running]
-        loads.append(self._load(request, None, count))
-        most = admission.most_blocks(loads, planner.block_size)
+        candidate = None
+        if context is not None:
+            candidate = planner.starting(
+                request.request_id, request.num_tokens, budget_of(request), context
+            )
+        found = [(r, planner.requests.get(r.request_id)) for r in running]
+        found.append((request, candidate))
+        loads = [self._load(r, tracked, count) for r, tracked in found]
+        most = admission.most_blocks(loads, planner.block_size) - admission.counted_twice(
+            (tracked, r.num_tokens, load) for (r, tracked), load in zip(found, loads, strict=True)
+        )
         margin = len(loads) // MARGIN
         fits = most + reserve + margin < pool.num_gpu_blocks
         self._does_not_fit = None if fits else question
         return fits
 
     def _load(self, request: Request, tracked: Tracked | None, count: int) -> admission.Load:
+        context = tracked.context if tracked is not None else None
         return admission.load(
             self._planner,
             tracked,
-            request.num_computed_tokens,
+            max(request.num_computed_tokens, context.num_tokens if context else 0),
             request.num_tokens,
             self._output_length.left(request.num_output_tokens, request.max_tokens),
             self._scheduler.scheduler_config.max_num_batched_tokens,

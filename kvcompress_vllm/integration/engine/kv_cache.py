@@ -8,7 +8,7 @@ vLLM's public registry, which is also what unpickling a spec in the engine core 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -187,11 +187,14 @@ class KVCompressManager(FullAttentionManager):
             **kwargs,
         )
 
-    def check_integrity(self, held: Sequence[KVCacheBlock] = ()) -> None:
+    def check_integrity(
+        self, held: Sequence[KVCacheBlock] = (), shared: Collection[int] = ()
+    ) -> None:
         """Check the whole pool (see :func:`kvcompress_vllm.cache.integrity.check_pool`).
 
         Args:
             held: blocks that are still referenced although their request let go of them.
+            shared: packed blocks of contexts, which several requests may hold.
         """
         pool = self.block_pool
         references: dict[int, int] = {}
@@ -203,6 +206,7 @@ class KVCompressManager(FullAttentionManager):
             {rid: [b.block_id for b in blocks] for rid, blocks in self.req_to_blocks.items()},
             self.packed,
             references,
+            shared,
         )
 
 

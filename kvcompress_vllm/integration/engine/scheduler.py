@@ -21,14 +21,16 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
+from kvcompress_vllm.integration.engine import utilities
 from kvcompress_vllm.integration.engine.admission import Admission, budget_of
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, cache_group
+from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.integration.engine.step import StepBuilder
 from kvcompress_vllm.integration.frontend.requests import received_budget
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
-from kvcompress_vllm.integration.sizing import observe_slots, step_tokens
+from kvcompress_vllm.integration.sizing import context_slots, observe_slots, step_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
 from kvcompress_vllm.records.plan import StepPlan
@@ -69,12 +71,16 @@ class _KVCompressMixin(Scheduler):
             state_slots=scheduler_config.max_num_seqs,
             observe_slots=observe_slots(self.vllm_config, self.kv_compress_group, blocks),
             max_tokens=self.max_model_len,
+            context_slots=context_slots(self.vllm_config, blocks),
         )
         self._recorder = Recorder(self.log_stats)
         self._shortage = Shortage()
         self._usage = UsageLog()
+        self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner, self._usage)
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
+        self._failures: dict[str, str] = {}
+        """Why requests that came since the last step cannot be served, by id."""
         self._check_integrity = integrity.enabled()
         self._echo: EchoPlanner | None = None
         if config.stores_echo:
@@ -85,9 +91,12 @@ class _KVCompressMixin(Scheduler):
                 step_tokens(scheduler_config),
             )
             warn_of_small_steps(scheduler_config)
-        self._admission = Admission(self, self.kv_compress_planner, self._recorder, self._echo)
+        sharing = self.kv_compress_sharing
+        self._admission = Admission(
+            self, self.kv_compress_planner, self._recorder, sharing, self._echo
+        )
         self._steps = StepBuilder(
-            self.kv_compress_planner, manager, self._echo, self.kv_compress_group
+            self.kv_compress_planner, manager, sharing, self._echo, self.kv_compress_group
         )
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
@@ -102,21 +111,18 @@ class _KVCompressMixin(Scheduler):
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         request.kv_compress_budget = budget  # type: ignore[attr-defined]
+        if problem is None:
+            self.kv_compress_sharing.added(request, budget)
         super().add_request(request)
         if problem is not None:
-            self.fail(request.request_id, problem)
-
-    def fail(self, request_id: str, problem: str) -> None:
-        """Answer a request with an error at the end of this step; the others go on."""
-        logger.warning(
-            "kv_compress: %s is answered with an error: %s", printable(request_id), problem
-        )
-        self.grammar_compile_error_reqs.add(request_id)
+            self._failures[request.request_id] = problem
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
         plan = self._steps.begin(computed)
+        held = self.kv_compress_sharing.hold_back(self)
         output = super().schedule(*args, **kwargs)
+        self.kv_compress_sharing.put_back(self, held)
         self._steps.complete(
             plan, output.num_scheduled_tokens, self.requests, self._check_integrity
         )
@@ -128,6 +134,12 @@ class _KVCompressMixin(Scheduler):
             self.check_integrity()
         return output
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        done: bool = super().reset_prefix_cache(*args, **kwargs)
+        if done:
+            self.kv_compress_planner.contexts.clear()
+        return done
+
     def update_from_output(
         self,
         scheduler_output: SchedulerOutput,
@@ -135,10 +147,12 @@ class _KVCompressMixin(Scheduler):
         *args: Any,
         **kwargs: Any,
     ) -> dict[int, EngineCoreOutputs]:
-        failures: dict[str, str] = {}
+        failures, self._failures = self._failures, {}
         for report in reports_of(model_runner_output):
             if report.failure is not None:
                 failures[report.request_id] = report.failure
+                users = self.kv_compress_planner.spoiled(report)
+                failures.update(dict.fromkeys(users, report.failure))
             elif isinstance(report, Scored):
                 self.kv_compress_planner.scored(report)
             else:
@@ -155,14 +169,15 @@ class _KVCompressMixin(Scheduler):
         return outputs
 
     def _fail(self, failures: Mapping[str, str]) -> list[Request]:
-        """Finish requests whose policy failed. What a worker kept of them is as many blocks as was
-        said, so the accounting is exact; but their answers would not be those of their policy."""
+        """Finish requests that should not be here, and those whose policy failed. What a worker
+        kept of these is as many blocks as was said, so the accounting is exact; but their answers
+        would not be those of their policy."""
         failed = [self.requests[name] for name in failures if name in self.requests]
         failed = [request for request in failed if not request.is_finished()]
         for request in failed:
             budget = budget_of(request)
             logger.error(
-                "kv_compress: %s ends with an error: policy=%r: %s",
+                "kv_compress: %s (policy=%r) ends with an error: %s",
                 printable(request.request_id),
                 budget.policy if budget is not None else self.kv_compress_planner.config.policy,
                 failures[request.request_id],
@@ -175,7 +190,7 @@ class _KVCompressMixin(Scheduler):
         if stats is None:
             return None
         planner, manager = self.kv_compress_planner, self.kv_compress_manager
-        pool = manager.block_pool
+        pool, shared = manager.block_pool, self.kv_compress_sharing.report()
         report = self._recorder.take(
             manager.packed,
             planner.observers.used,
@@ -184,9 +199,10 @@ class _KVCompressMixin(Scheduler):
                 pool.num_gpu_blocks - 1,
                 pool.get_num_free_blocks(),
                 *self.get_request_counts(),
-                manager.held_by_packed(),
+                manager.held_by_packed() - shared.saved_blocks,
                 len(pool.cached_block_hash_to_block),
             ),
+            shared,
         )
         return KVCompressSchedulerStats.of(stats, report)
 
@@ -197,7 +213,10 @@ class _KVCompressMixin(Scheduler):
             RuntimeError: with the numbers of the first violation.
         """
         held = [block for _, blocks in self.deferred_frees for block in blocks]
-        self.kv_compress_manager.check_integrity(held)
+        contexts = self.kv_compress_planner.contexts.described
+        shared = {block for context in contexts for block in context.blocks}
+        self.kv_compress_manager.check_integrity(held, shared)
+        self.kv_compress_sharing.check_integrity()
         packed = {t.request_id for t in self.kv_compress_planner.packed()}
         if packed != set(self.kv_compress_manager.packed):
             raise RuntimeError(
@@ -220,22 +239,27 @@ class _KVCompressMixin(Scheduler):
         if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
             return num_new_tokens  # it decodes, and nothing is due that its prompt began
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        context = self._admission.hit(request)
         count = planner.chunk(
             request.request_id,
             first_token,
             num_new_tokens,
             request.num_tokens if waits else 0,
             budget_of(request) if waits else None,
+            context,
         )
         if self._echo is None:
             return count
-        sizes = planner.sizes(budget_of(request))
+        if tracked is None:
+            tracked = planner.starting(
+                request.request_id, request.num_tokens, budget_of(request), context
+            )
         return self._echo.chunk(
-            sizes.budget,
+            tracked.budget,
             first_token,
             count,
-            tracked.prefill_end if tracked else request.num_tokens,
-            tracked.due_at if tracked else sizes.first_due(request.num_tokens),
+            tracked.prefill_end,
+            tracked.due_at,
             len(self.running) - (not waits),
             # vLLM may have cut this chunk for the sake of encoder inputs, and only its going on
             # makes room for those.
@@ -248,10 +272,9 @@ class _KVCompressMixin(Scheduler):
             self._recorder.reserve_wait()
         for item in plan.compressions:
             self._recorder.compressed(item)
-            self._shortage.compressed(
-                item, self.kv_compress_planner.requests[item.request_id].usual_due
-            )
-            self._usage.compressed(item)
+            tracked = self.kv_compress_planner.requests[item.request_id]
+            self._shortage.compressed(item, tracked.usual_due)
+            self._usage.compressed(item, tracked.sizes.context)
             before = item.old_packing.held(len(item.old_blocks))
             after = item.packing.held(len(item.old_blocks))
             if not item.old_kept:  # a long generation is compressed over and over
@@ -270,6 +293,7 @@ class _KVCompressMixin(Scheduler):
         self._recorder.released(request_id)
         self._shortage.released(request_id)
         request = self.requests.get(request_id)
+        self.kv_compress_sharing.released(request, request_id)
         if request is not None and request.is_finished():
             self._admission.finished(request)
         if request is None or request.is_finished():
@@ -300,6 +324,7 @@ class KVCompressAsyncScheduler(_KVCompressMixin, AsyncScheduler):
 
 def make_scheduler(**kwargs: Any) -> Scheduler:
     """What ``scheduler_cls`` names; picks the class once vLLM has decided on async scheduling."""
+    utilities.install()
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (KVCompressAsyncScheduler if asynchronous else KVCompressScheduler)(**kwargs)
 

@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.engine.admission import budget_of
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import (
     Accumulation,
@@ -35,6 +36,7 @@ class StepBuilder:
     Args:
         planner: says who is observed and compressed.
         manager: allocates the packed blocks.
+        sharing: offers what is packed for others as well.
         echo: says which tokens get echo scores; None: no policy reads any.
         group: whose blocks ``manager`` allocates.
 
@@ -47,10 +49,12 @@ class StepBuilder:
         self,
         planner: CompressionPlanner,
         manager: KVCompressManager,
+        sharing: Sharing,
         echo: EchoPlanner | None,
         group: CacheGroup,
     ) -> None:
         self._planner, self._manager, self._echo = planner, manager, echo
+        self._sharing = sharing
         self._group = group.index
         self.waits = False
 
@@ -60,12 +64,14 @@ class StepBuilder:
         Args:
             computed: computed tokens of every running request.
         """
-        return StepPlan(
+        plan = StepPlan(
             accumulations=self._accumulate(computed),
             heard=self._heard(computed),
             compressions=self._compress_due(computed),
             scorings=self._score_due(computed),
         )
+        plan.released = self._planner.contexts.take_released()
+        return plan
 
     def complete(
         self,
@@ -82,7 +88,11 @@ class StepBuilder:
             check_integrity: whether the workers shall compare what they know.
         """
         planner, manager = self._planner, self._manager
-        plan.released = planner.take_released()
+        for item in plan.compressions:
+            if item.request_id not in manager.packed:
+                planner.contexts.never_packed(item.state_slot)
+        plan.released += planner.take_released()
+        plan.dropped = planner.take_dropped()
         # Who is gone has no state slot by the time that a worker accumulates: if it was packed, its
         # row could not be read.
         plan.accumulations = [a for a in plan.accumulations if a.request_id in planner.requests]
@@ -110,13 +120,18 @@ class StepBuilder:
                     self._group,
                 )
                 for t in planner.packed()
+                if t.context is None
+            ]
+            plan.expected += [
+                PackedRow(c.owner, c.slot, c.packing.covered, list(c.blocks), self._group)
+                for c in planner.contexts.described
             ]
 
     def _accumulate(self, computed: Mapping[str, int]) -> list[Accumulation]:
         """What was observed in chunks of prefills since the last step."""
         return [
             Accumulation(
-                *self._candidates(tracked, tracked.accumulated, tracked.known),
+                *self._candidates(tracked, tracked.state_slot, tracked.accumulated, tracked.known),
                 group=self._group,
                 policy=tracked.budget.policy,
                 observed=observed,
@@ -153,23 +168,28 @@ class StepBuilder:
             if manager.block_pool.get_num_free_blocks() < packing.kept:
                 self.waits = True
                 continue  # a smaller one may fit, and makes room
-            candidates = self._candidates(tracked, num_tokens, packing.covered)
+            context = planner.new_context(tracked)
+            slot = context.slot if context is not None else tracked.state_slot
+            candidates = self._candidates(tracked, slot, num_tokens, packing.covered)
             new, old = manager.pack(tracked.request_id, packing)
+            if context is not None:
+                self._sharing.register(context, new)
             compressions.append(
                 Compression(
                     *candidates,
                     new,
+                    old_state_slot=tracked.packed_slot,
                     group=self._group,
                     policy=tracked.budget.policy,
                     observed=planner.observed(tracked, num_tokens),
-                    floor_pages=tracked.sizes.floor(packing.covered),
-                    protect=tracked.budget.protect,
+                    floor_pages=tracked.floor(packing.covered),
+                    protect=tracked.protect(packing.covered),
                     trigger=tracked.trigger,
                     unscored=tracked.unscored.before(packing.covered * manager.block_size),
                 )
             )
             freed += old
-            planner.compressed(tracked.request_id, computed[tracked.request_id])
+            planner.compressed(tracked.request_id, computed[tracked.request_id], context)
         planner.observers.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
@@ -183,26 +203,28 @@ class StepBuilder:
             packing = tracked.target()
             scorings.append(
                 Scoring(
-                    *self._candidates(tracked, tracked.due_at, packing.covered),
+                    *self._candidates(tracked, tracked.state_slot, tracked.due_at, packing.covered),
                     packing.kept,
+                    old_state_slot=tracked.packed_slot,
                     group=self._group,
                     policy=tracked.budget.policy,
                     observed=planner.observed(tracked, tracked.due_at),
-                    floor_pages=tracked.sizes.floor(packing.covered),
-                    protect=tracked.budget.protect,
+                    floor_pages=tracked.floor(packing.covered),
+                    protect=tracked.protect(packing.covered),
                     unscored=tracked.unscored.before(packing.covered * planner.block_size),
                 )
             )
         return scorings
 
     def _candidates(
-        self, tracked: Tracked, num_tokens: int, covered: int
+        self, tracked: Tracked, state_slot: int, num_tokens: int, covered: int
     ) -> tuple[str, int, int, int, int, int, int, list[int]]:
-        """Whose keys, of the first ``covered`` blocks: the first fields of all records."""
+        """Whose keys, of the first ``covered`` blocks, and which slot will describe them: the first
+        fields of all records."""
         assert tracked.observe_slot is not None
         manager = self._manager
         row = manager.row(tracked.request_id, -(-num_tokens // manager.block_size))
-        slots = tracked.state_slot, tracked.observe_slot
+        slots = state_slot, tracked.observe_slot
         return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
 
     def _score(self, plan: StepPlan, request: Request, first: int, end: int) -> None:

@@ -92,7 +92,7 @@ def check(vllm_config: Any, prompt: Any, params: Any) -> None:
     if config is None:
         return
     with bad_request():
-        requests.check_request(config, params, resumable=False)
+        budget = requests.check_request(config, params, resumable=False)
         ids = embeds = None
         if isinstance(prompt, dict):
             ids, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
@@ -100,7 +100,7 @@ def check(vllm_config: Any, prompt: Any, params: Any) -> None:
             rendered = SimpleNamespace(
                 sampling_params=params, prompt_token_ids=ids, prompt_embeds=embeds
             )
-            requests.check_length(config, vllm_config, rendered)
+            requests.check_length(config, vllm_config, rendered, budget)
             requests.check_context(config, rendered)
 
 
@@ -108,7 +108,7 @@ def check_bodies(app: FastAPI) -> None:
     """Have every route that takes JSON check the body first."""
     from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-    app.dependency_overrides[validate_json_request] = _check_body
+    app.dependency_overrides[validate_json_request] = checked_body
 
 
 def check_at_call(responses: Any) -> None:
@@ -181,7 +181,8 @@ def pass_xargs(messages: Any) -> None:
     messages.create_chat_completion = create_chat_completion
 
 
-async def _check_body(raw_request: Request) -> None:
+async def checked_body(raw_request: Request) -> None:
+    """A route's dependency: vLLM's own check of a JSON body, and ours."""
     from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
     await validate_json_request(raw_request)

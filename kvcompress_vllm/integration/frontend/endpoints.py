@@ -14,15 +14,15 @@ from argparse import Namespace
 from importlib import resources
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.datastructures import State
-from vllm import envs, plugins
+from vllm import plugins
 from vllm.config import VllmConfig
 
 from kvcompress_vllm.config.rules import shown
 from kvcompress_vllm.integration.compat import releases
-from kvcompress_vllm.integration.frontend import checks
+from kvcompress_vllm.integration.frontend import access, checks
 from kvcompress_vllm.integration.frontend.prometheus import KVCompressStatLogger
 from kvcompress_vllm.integration.frontend.usage import report_in_usage
 from kvcompress_vllm.integration.start.flags import resolved_config
@@ -105,12 +105,15 @@ class KVCompressEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        from kvcompress_vllm.integration.frontend import contexts
+
         checks.check_bodies(app)
+        app.include_router(contexts.router)
         if page_access() != OFF:
             app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        if page_access() == API_KEY and not _api_keys(args):
+        if page_access() == API_KEY and not access.api_keys(args):
             raise ValueError("kv_compress: KVCOMPRESS_PAGE=api-key needs --api-key or VLLM_API_KEY")
         report_in_usage(state)
         responses = getattr(state, "openai_serving_responses", None)
@@ -129,16 +132,8 @@ router = APIRouter(tags=["kv-compress"])
 
 async def _authorized(request: Request) -> None:
     """The key that vLLM's own routes ask for, where KVCOMPRESS_PAGE=api-key."""
-    if page_access() != API_KEY:
-        return
-    keys = _api_keys(request.app.state.args)
-    if not releases.authentication()(request.app, keys).verify_token(request.headers):
-        raise HTTPException(401, "Unauthorized", headers={"WWW-Authenticate": "Bearer"})
-
-
-def _api_keys(args: Namespace) -> list[str]:
-    """As vLLM reads them."""
-    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    if page_access() == API_KEY:
+        await access.authorized(request)
 
 
 @router.head(PATH, include_in_schema=False)
@@ -182,8 +177,10 @@ async def data(request: Request, since: float = Query(0.0, allow_inf_nan=False))
             "columns": COLUMNS,
             "samples": history.samples(since, now),
             "now": history.gauges()._asdict(),
+            "by_engine": {n: gauges._asdict() for n, gauges in history.by_engine().items()},
             "totals": {**vars(totals), "kept_ratio": totals.kept_ratio()},
             "kept_pages": history.mean_kept_pages(),
+            "contexts": [held._asdict() for held in history.contexts()],
         },
         headers=_HEADERS,
     )

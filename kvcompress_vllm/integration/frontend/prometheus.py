@@ -8,6 +8,7 @@ statistics in spite of ``--disable-log-stats``, in every server, compressed or n
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from typing import Any
 
@@ -48,10 +49,21 @@ def install() -> None:
         **kwargs: Any,
     ) -> None:
         if resolved_config(vllm_config) is not None:
-            custom_stat_loggers = [*(custom_stat_loggers or ()), KVCompressStatLogger]
+            custom_stat_loggers = custom_stat_loggers or []
+            custom_stat_loggers = [*custom_stat_loggers, _logger_beside(custom_stat_loggers)]
         stock(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
 
     StatLoggerManager.__init__ = __init__  # type: ignore[method-assign]
+
+
+def _logger_beside(loggers: list[Any]) -> type[KVCompressStatLogger]:
+    """The one that reports to where these do. Nothing of Ray is loaded for it."""
+    module = sys.modules.get("vllm.v1.metrics.ray_wrappers")
+    if module is not None and module.RayPrometheusStatLogger in loggers:
+        from kvcompress_vllm.integration.frontend.ray_metrics import KVCompressRayStatLogger
+
+        return KVCompressRayStatLogger
+    return KVCompressStatLogger
 
 
 class KVCompressStatLogger(AggregateStatLoggerBase):
@@ -60,10 +72,7 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
         self.model_name = vllm_config.model_config.served_model_name
         self.history = History(engine_indexes or [0], time.time())
-        # As with vLLM's own metrics, the latest engine of a process takes the names over.
-        while _registered:
-            REGISTRY.unregister(_registered.pop())
-        self._metrics = {metric.name: _create(metric) for metric in METRICS}
+        self._metrics = self._create_metrics()
         for engine in engine_indexes or [0]:
             for metric in METRICS:
                 for value in metric.values or (None,):
@@ -93,6 +102,12 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
     def log_engine_initialized(self) -> None:
         pass
 
+    def _create_metrics(self) -> dict[str, Any]:
+        # As with vLLM's own metrics, the latest engine of a process takes the names over.
+        while _registered:
+            REGISTRY.unregister(_registered.pop())
+        return {metric.name: _create(metric) for metric in METRICS}
+
     def _record(self, report: StepReport, engine: str) -> None:
         def of(name: str, *labels: str) -> Any:
             return self._metrics[name].labels(self.model_name, engine, *labels)
@@ -116,6 +131,14 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         of(metrics.SAVED_BLOCKS).set(report.saved_blocks)
         of(metrics.OBSERVATION_SLOTS_USED).set(report.observation_slots_used)
         of(metrics.OBSERVATION_SLOTS).set(report.observation_slots)
+        shared = report.shared
+        of(metrics.SHARED_HITS).inc(shared.hits)
+        of(metrics.SHARED_MISSES).inc(shared.misses)
+        of(metrics.SHARED_TOKENS).inc(shared.tokens)
+        of(metrics.SHARED_WAITS).inc(shared.waits)
+        of(metrics.SHARED_CONTEXTS).set(shared.contexts)
+        of(metrics.SHARED_BLOCKS).set(shared.blocks)
+        of(metrics.SHARED_SAVED_BLOCKS).set(shared.saved_blocks)
 
 
 def _create(metric: Metric) -> Counter | Gauge | Histogram:

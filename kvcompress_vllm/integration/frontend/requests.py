@@ -18,12 +18,15 @@ from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes
 
 
-def check_length(config: KVCompressConfig, vllm_config: Any, request: Any) -> None:
+def check_length(
+    config: KVCompressConfig, vllm_config: Any, request: Any, budget: RequestBudget
+) -> None:
     """Refuse a request that could not finish even alone in an empty pool: all others would wait
     behind it. Where ``prefill_peak_tokens`` is set, the KV cache need not hold the longest request.
 
     Args:
         request: vLLM's ``EngineCoreRequest``.
+        budget: what :func:`check_request` returned.
 
     Raises:
         ValueError: with the blocks that it could take and those that there are for one.
@@ -31,7 +34,6 @@ def check_length(config: KVCompressConfig, vllm_config: Any, request: Any) -> No
     params = request.sampling_params
     if params is None:
         return
-    budget = resolve(config, request_wish(params))
     longest, prompt = vllm_config.model_config.max_model_len, _prompt_tokens(request)
     length = min(longest, prompt + (params.max_tokens or longest))
     cache = vllm_config.cache_config
@@ -103,16 +105,18 @@ RESOLVED = f"{PREFIX}_resolved"
 """Under which the budget travels to the engine; not for clients."""
 
 
-def send_budget(config: KVCompressConfig, params: Any) -> None:
+def send_budget(budget: RequestBudget, params: Any) -> None:
     """Put a checked request's budget into its own ``SamplingParams``, instead of what it asked for.
 
     A request that asked for nothing needs none: the engine knows the configured budget.
+
+    Args:
+        budget: what :func:`check_request` returned.
     """
-    wish = request_wish(params)
-    if wish is None:
-        return
-    others = {key: value for key, value in params.extra_args.items() if key not in KEYS}
-    params.extra_args = {**others, RESOLVED: resolve(config, wish).to_plain()}
+    given = getattr(params, "extra_args", None) or {}
+    others = {key: value for key, value in given.items() if key not in KEYS}
+    if len(others) < len(given):
+        params.extra_args = {**others, RESOLVED: budget.to_plain()}
 
 
 def received_budget(config: KVCompressConfig, params: Any) -> RequestBudget | None:

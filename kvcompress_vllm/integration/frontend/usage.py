@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compression did to a request, in its output: ``RequestOutput.kv_compress`` and ``usage``.
+"""What compression did to a request, in its output: ``RequestOutput.kv_compress``, its metrics, and
+``usage``.
 
 The scheduler sends it in ``EngineCoreOutput.kv_transfer_params``, which no KV connector needs: they
 are refused. It comes with the next token rather than with the last one, because vLLM's front end
@@ -12,11 +13,12 @@ import functools
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.output_processor import RequestState
+from vllm.v1.metrics.stats import RequestStateStats
 
 from kvcompress_vllm.reporting.usage import CompressionUsage, Counts, UsageLog
 
@@ -25,6 +27,13 @@ _PATCHED = "_kv_compress_patched"
 _USAGE_ONLY = '"choices":[]'
 """In the one chunk of a stream that carries nothing but the usage. Generated text cannot look like
 it: JSON would escape its quotes."""
+
+
+@dataclass
+class RequestStats(RequestStateStats):
+    """``RequestOutput.metrics``, of which Ray Data makes a column."""
+
+    kv_compress: CompressionUsage | None = None
 
 
 def send(log: UsageLog, outputs: Iterable[EngineCoreOutput]) -> None:
@@ -36,7 +45,7 @@ def send(log: UsageLog, outputs: Iterable[EngineCoreOutput]) -> None:
 
 
 def install() -> None:
-    """Give every ``RequestOutput`` of this process a ``kv_compress``; idempotent.
+    """Give every ``RequestOutput`` of this process a ``kv_compress``, and its metrics; idempotent.
 
     All outputs of a request share one :class:`CompressionUsage`, so that those which vLLM merges
     while nobody reads them stay right.
@@ -65,6 +74,8 @@ def install() -> None:
             new = Counts(*kv_transfer_params[FIELD])
             usage.add(new, getattr(self, "_kv_compress_counts", Counts()))
             self._kv_compress_counts, kv_transfer_params = new, None
+        if self.stats is not None and not isinstance(self.stats, RequestStats):
+            self.stats = RequestStats(**vars(self.stats), kv_compress=usage)
         output = stock(
             self, new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params,
             *args, **kwargs,

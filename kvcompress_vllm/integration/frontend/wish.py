@@ -95,8 +95,9 @@ _POSITIVE = integer(1)
 
 
 def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys among all; refused where one is misspelt, or where they are too large to read."""
-    asked = {key: value for key, value in given.items() if key in KEYS}
+    """Our keys among all; refused where one is misspelt, or where they are too large to read. None
+    is what tables have for a row that says nothing."""
+    asked = {key: value for key, value in given.items() if key in KEYS and value is not None}
     wrong = next((key for key in _BARE if key in given), None) or misspelt(given)
     if wrong is not None:
         raise ValueError(f"unknown {shown_key(wrong)}={_brief(given[wrong])}; {meant(wrong)}")

@@ -11,7 +11,13 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
+from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.scheduling.observation import check_steps
+from kvcompress_vllm.scheduling.segments import check_block_size
+from kvcompress_vllm.scheduling.sizes import Limits, Sizes, check_peak
 
 
 class Refusal(NamedTuple):
@@ -67,10 +73,14 @@ REFUSALS = (
     Refusal(
         "encoder cache transfer", "--ec-transfer-config", lambda c: c.ec_transfer_config is not None
     ),
+    # A scheduler per rank, and each would hear another rank's reports.
     Refusal(
-        "pipeline parallelism",
-        "--pipeline-parallel-size",
-        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        "several ranks of an external launcher (torchrun)",
+        "--distributed-executor-backend external_launcher",
+        lambda c: (
+            c.parallel_config.distributed_executor_backend == "external_launcher"
+            and c.parallel_config.world_size > 1
+        ),
     ),
     Refusal(
         "decode context parallelism",
@@ -110,6 +120,7 @@ def check(vllm_config: VllmConfig) -> None:
         found = refusal.applies(vllm_config)
         if found:
             raise ValueError(_text(refusal, vllm_config, found))
+    check_sizes(vllm_config)
     if current_platform.is_cuda():
         check_kernels(vllm_config)
         check_graphs(vllm_config, ops.missing_kernels("cuda"))
@@ -127,6 +138,25 @@ def _text(refusal: Refusal, config: VllmConfig, found: bool | str) -> str:
     if refusal.setting.startswith("--"):
         return f"{text}; leave out {refusal.setting.removesuffix(', the model')} or --kv-compress"
     return f"{text}; without --kv-compress it runs as ever"
+
+
+def check_sizes(vllm_config: VllmConfig) -> None:
+    """Refuse sizes of blocks and steps with which the scheduler could not work.
+
+    It checks them, too: a backend may change the block size later.
+
+    Raises:
+        ValueError: with the numbers and what is accepted.
+    """
+    config = resolved_config(vllm_config)
+    if config is None:
+        return
+    block_size = vllm_config.cache_config.block_size or 16
+    if config.stores_echo:
+        check_block_size(block_size)
+    check_steps(config, block_size, step_tokens(vllm_config.scheduler_config))
+    limits = Limits.of(config, block_size, vllm_config.model_config.max_model_len)
+    check_peak(config, Sizes(resolve(config), limits))
 
 
 def check_kernels(vllm_config: VllmConfig) -> None:

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.integration.start.carried import Carried
 from kvcompress_vllm.integration.start.flags import KEY, user_options
 from kvcompress_vllm.integration.worker import backend
 from kvcompress_vllm.policies import trial
@@ -37,7 +38,8 @@ def wire(engine_args: Any) -> KVCompressConfig | None:
     config, failed = trial.allowed(config)
     for reason in failed.values():
         logger.warning("%s; requests cannot choose it", reason)
-    engine_args.additional_config = {**engine_args.additional_config, KEY: config.to_dict()}
+    options = Carried(config.to_dict())
+    engine_args.additional_config = {**engine_args.additional_config, KEY: options}
     worker = _CPU_WORKER if current_platform.is_cpu() else _WORKER
     _set(engine_args, "scheduler_cls", _SCHEDULER, unset=None)
     _set(engine_args, "worker_cls", worker, unset="auto")

@@ -3,7 +3,8 @@
 
 Under asynchronous scheduling the output is read in another thread, after the step has been queued.
 Reports are collected there as well, so that no step waits for them. vLLM takes the output of one
-rank only (the first of the tensor parallel group); reports of the others end with them.
+rank only: the first of the last pipeline stage's. Its reports hold what earlier stages said
+(``steps.py``); those of the other tensor parallel ranks end with them.
 """
 
 from __future__ import annotations

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, KVCacheTensor
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -24,13 +22,14 @@ from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
-from kvcompress_vllm.integration.sizing import observe_slots
+from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
-from kvcompress_vllm.integration.worker import backend, reports
+from kvcompress_vllm.integration.worker import backend
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
 from kvcompress_vllm.integration.worker.rotary import rotations
+from kvcompress_vllm.integration.worker.steps import Steps
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import StepPlan
 
@@ -39,13 +38,11 @@ backend.register()  # this module is imported by workers, and only where compres
 
 
 class KVCompressWorkerMixin(Worker):
-    """Step start: release, compress, observe; then vLLM's own step."""
+    """Compresses its layers and heads, at the start of the runner's steps."""
 
     kv_compress_context: StepContext | None = None
     kv_compressor: Compressor | None = None
     kv_compress_runner: RunnerAdapter | None = None
-    kv_compress_pending: Sequence[PendingReports] = ()
-    """Of the step that is under way."""
 
     @property
     def kv_compress_config(self) -> KVCompressConfig:
@@ -93,29 +90,6 @@ class KVCompressWorkerMixin(Worker):
         super().initialize_from_config(kv_cache_config)
         self._bind(kv_cache_config)
 
-    @torch.inference_mode()
-    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        plan = getattr(scheduler_output, "kv_compress", None)
-        if plan and self.kv_compress_context is not None:
-            self._start_step(plan)
-        try:
-            return self._with_reports(super().execute_model(scheduler_output))
-        finally:
-            if self.kv_compress_context is not None:
-                self.kv_compress_context.observations = []
-                self.kv_compress_context.packed_prefills = []
-                self.kv_compress_context.echoes = []
-
-    @torch.inference_mode()
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        return self._with_reports(super().sample_tokens(grammar_output))
-
-    def _with_reports(self, output: Any) -> Any:
-        if output is None:
-            return None  # the step is not over yet
-        pending, self.kv_compress_pending = self.kv_compress_pending, ()
-        return reports.attach(output, pending)
-
     def kv_compress_record(self, on: bool = True) -> dict[str, list[list[int]]]:
         """Record which keys compressions keep, for tests; returns and clears the record.
 
@@ -129,20 +103,28 @@ class KVCompressWorkerMixin(Worker):
             request_id: [keys.tolist() for keys in heads] for request_id, heads in record.items()
         }
 
-    def _start_step(self, plan: StepPlan) -> None:
+    def _start_step(self, plan: StepPlan) -> list[PendingReports]:
+        """Before the forward: release, compress, observe."""
         assert self.kv_compress_context is not None and self.kv_compressor is not None
         assert self.kv_compress_runner is not None
         context = self.kv_compress_context
         score_heard(
             self.kv_compressor.rank, context.rotations, context.num_sinks, plan.heard
         )  # while rows are what they were
-        self.kv_compress_pending = start_step(plan, [self.kv_compressor])
+        pending = start_step(plan, [self.kv_compressor])
         self.kv_compress_runner.write_row_prefixes(
             {item.request_id: item.row_prefix for item in plan.compressions}
         )
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
         context.echoes = plan.echoes
+        return pending
+
+    def _end_step(self) -> None:
+        assert self.kv_compress_context is not None
+        self.kv_compress_context.observations = []
+        self.kv_compress_context.packed_prefills = []
+        self.kv_compress_context.echoes = []
 
     def _bind(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the state and attach it to every attention layer and metadata builder."""
@@ -178,6 +160,7 @@ class KVCompressWorkerMixin(Worker):
         self.kv_compress_runner = runner
         agree = _agree if self.parallel_config.tensor_parallel_size > 1 else None
         self.kv_compressor = Compressor(self.kv_compress_config, state, pages, agree)
+        Steps(self.model_runner, self._start_step, self._end_step)
         message = ops.missing_kernels(self.device.type)
         if message:
             logger.warning("kv_compress: %s", message)
@@ -197,7 +180,7 @@ class KVCompressWorkerMixin(Worker):
         return PackedState(
             group,
             num_blocks=num_blocks,
-            state_slots=self.vllm_config.scheduler_config.max_num_seqs,
+            state_slots=state_slots(self.vllm_config, num_blocks),
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
             window=self.kv_compress_config.ring,
             dtype=dtype,

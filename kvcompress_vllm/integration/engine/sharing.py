@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed prefixes that requests share, in vLLM's block pool; see ``scheduling/contexts.py``.
+
+Their blocks are entries of vLLM's own hash map. So vLLM counts who uses them, frees them behind
+what was used less recently, and gives them away when it runs out of others, and
+``reset_prefix_cache`` forgets them like all that it has cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Collection
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+)
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
+from kvcompress_vllm.reporting.usage import UsageLog
+from kvcompress_vllm.scheduling.contexts import Context
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.sizes import Sizes
+
+_KEY = "kv_compress_context"
+_REMEMBERED = 1024
+"""Requests of which it can be told which context they had."""
+
+
+class Sharing:
+    """Finds, registers and forgets contexts, and has requests wait for one that is computed.
+
+    Args:
+        manager: of the blocks; the pool's ``get_new_blocks`` is replaced.
+        planner: knows who uses what.
+        usage: is told what requests took.
+    """
+
+    def __init__(
+        self, manager: KVCompressManager, planner: CompressionPlanner, usage: UsageLog
+    ) -> None:
+        self._manager, self._planner, self._usage = manager, planner, usage
+        self._contexts, pool = planner.contexts, manager.block_pool
+        self._contexts.on_drop = self._forget
+        self._waiting: dict[str, Request] = {}
+        self._recorder = SharedRecorder()
+        self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
+        stock = pool.get_new_blocks
+
+        def get_new_blocks(num_blocks: int) -> list[KVCacheBlock]:
+            blocks: list[KVCacheBlock] = stock(num_blocks)
+            self._contexts.reallocated(block.block_id for block in blocks)
+            return blocks
+
+        pool.get_new_blocks = get_new_blocks  # type: ignore[method-assign]
+
+    def added(self, request: Request, budget: RequestBudget | None) -> None:
+        """Note whether a new request has a context that can be shared."""
+        key = self._key(request, self._planner.sizes(budget))
+        if key is not None:
+            setattr(request, _KEY, key)
+            self._waiting[request.request_id] = request
+
+    def wanted(self, request: Request) -> bytes | None:
+        """Key of the context that a request has; None: none that could be shared."""
+        key: bytes | None = getattr(request, _KEY, None)
+        return key
+
+    def find(self, request: Request) -> Context | None:
+        """What a request that starts its prefill now need not compute; None: nothing."""
+        key = self.wanted(request)
+        context = None if key is None else self._contexts.get(key)
+        # Of a prompt that ends with its context the last token must be computed, over all keys.
+        if context is None or context.num_tokens >= request.num_tokens:
+            return None
+        if request.skip_reading_prefix_cache:
+            return None
+        if not all(self._holds(context, index) for index in range(context.packing.kept)):
+            self._contexts.retire(context)  # vLLM has forgotten some of it
+            return None
+        return context
+
+    def row(self, context: Context) -> list[KVCacheBlock]:
+        """The first F blocks of a row: packed and null blocks."""
+        pool, (covered, kept) = self._manager.block_pool, context.packing
+        null = [pool.null_block] * (covered - kept)
+        return [pool.blocks[block] for block in context.blocks] + null
+
+    def take(self, request_id: str, context: Context) -> None:
+        """Let a row be packed, before vLLM gives the request these blocks. What it computes attends
+        to fewer keys than its hash says, so vLLM must not cache any of it."""
+        self._manager.packed[request_id] = context.packing
+
+    def leave(self, request_id: str) -> None:
+        """Undo ``take``: there was no room for the request."""
+        del self._manager.packed[request_id]
+
+    def register(self, context: Context, blocks: Collection[int]) -> None:
+        """Offer what is packed into ``blocks`` to all requests with the same context."""
+        self._contexts.add(context, blocks)
+        pool, size = self._manager.block_pool, self._manager.block_size
+        for index, block in enumerate(blocks):
+            pool._insert_block_hash(
+                self._hash(context, index), pool.blocks[block], num_tokens=(index + 1) * size
+            )
+
+    def hold_back(self, scheduler: Scheduler) -> list[Request]:
+        """Take requests out of the queues whose context another computes now, or will before them;
+        they would compute it once more. ``put_back`` them after the step is scheduled."""
+        contexts = self._contexts
+        held: list[Request] = []
+        if not self._waiting:
+            return held
+        first: set[bytes] = set()
+        for queue in (scheduler.skipped_waiting, scheduler.waiting):
+            for request in queue:
+                key = self.wanted(request)
+                if key is None or request.skip_reading_prefix_cache:
+                    continue
+                if contexts.computing(key) is not None or key in first:
+                    held.append(request)
+                elif contexts.get(key) is None:
+                    first.add(key)
+        if held:
+            scheduler.waiting.remove_requests(held)
+            scheduler.skipped_waiting.remove_requests(held)
+        self._recorder.waited(len(held))
+        return held
+
+    def put_back(self, scheduler: Scheduler, held: list[Request]) -> None:
+        """See ``hold_back``; they come before those that arrived after them."""
+        for request in reversed(held):
+            scheduler.skipped_waiting.prepend_request(request)
+
+    def started(self, request: Request, context: Context | None) -> None:
+        """Note that a request no longer waits, and what it took."""
+        self._waiting.pop(request.request_id, None)
+        key = self.wanted(request)
+        self._recorder.started(context, key)
+        if key is not None:
+            self._started.append((request.request_id, key))
+        if context is not None:
+            row = len(self._manager.req_to_blocks[request.request_id])
+            self._usage.took(request.request_id, context.num_tokens, context.packing, row)
+
+    def report(self) -> SharedReport:
+        """What happened since the last call, and what is held now."""
+        return self._recorder.take(list(self._contexts), self._contexts.described)
+
+    def released(self, request: Request | None, request_id: str) -> None:
+        """Note that a request gave its blocks up: it is gone, or waits again."""
+        if request is None or request.is_finished():
+            self._waiting.pop(request_id, None)
+        elif self.wanted(request) is not None:
+            self._waiting[request_id] = request
+
+    def described(self, request_id: str | None = None) -> list[dict[str, Any]]:
+        """Every context that a request could take, for people.
+
+        Args:
+            request_id: only the one that this request took or computed. vLLM may have appended
+                something to it.
+        """
+        found = list(self._contexts)
+        if request_id is not None:
+            keys = [key for name, key in self._started if name.startswith(request_id)]
+            found = [context for context in found if context.key in keys]
+        return [
+            {
+                "id": context.name,
+                "context_tokens": context.num_tokens,
+                "blocks": context.packing.kept,
+                "blocks_uncompressed": context.packing.covered,
+                "users": len(context.users),
+                "hits": context.hits,
+            }
+            for context in found
+        ]
+
+    def drop(self, name: str | None = None) -> int:
+        """Retire a context, or all; how many that were."""
+        found = [context for context in self._contexts if name in (None, context.name)]
+        for context in found:
+            self._contexts.retire(context)
+        return len(found)
+
+    def check_integrity(self) -> None:
+        """Check that users are who vLLM counts, and that rows start with what they share.
+
+        Raises:
+            RuntimeError: with the numbers of the first violation.
+        """
+        users: dict[str, Context] = {}
+        for context in self._contexts.described:
+            users.update(dict.fromkeys(context.users, context))
+        shared = {t.request_id: t.context for t in self._planner.packed() if t.context is not None}
+        if users != shared:
+            raise RuntimeError(
+                f"kv_compress: contexts know the users {sorted(users)}, requests that use one are "
+                f"{sorted(shared)}"
+            )
+        for request_id, context in users.items():
+            row = self._manager.row(request_id, context.packing.kept)
+            if tuple(row) != context.blocks:
+                raise RuntimeError(
+                    f"kv_compress: {request_id} starts with blocks {row}, its context has "
+                    f"{context.blocks}"
+                )
+
+    def _key(self, request: Request, sizes: Sizes) -> bytes | None:
+        """Of a request's context: its tokens (with LoRA, multimodal inputs and salt), and all that
+        its packing depends on. None: it has none, or none that could be shared."""
+        n, budget, pool = sizes.context, sizes.budget, self._manager.block_pool
+        if n is None or not pool.enable_caching or not sizes.reaches_context:
+            return None
+        if budget.query_stride:
+            return None  # its running statistics are of the request that computed it
+        if n > request.num_tokens or (n == request.num_tokens and sizes.limits.peak_blocks):
+            return None  # what ends there may keep more than half of the peak
+        place = n // pool.hash_block_size
+        if len(request.block_hashes) < place:
+            return None
+        protect = tuple((start, min(end, n)) for start, end in budget.protect if start < n)
+        alike = budget._replace(protect=protect, context_tokens=n)
+        return hashlib.sha256(request.block_hashes[place - 1] + repr(alike).encode()).digest()
+
+    def _hash(self, context: Context, index: int) -> BlockHashWithGroupId:
+        """Under which vLLM knows a block of a context. Only whoever has the key can find it."""
+        name = hashlib.sha256(context.key + index.to_bytes(4, "big")).digest()
+        return make_block_hash_with_group_id(BlockHash(name), self._manager.kv_cache_group_id)
+
+    def _holds(self, context: Context, index: int) -> bool:
+        block = self._manager.block_pool.blocks[context.blocks[index]]
+        return block.block_hash == self._hash(context, index)
+
+    def _forget(self, context: Context) -> None:
+        """Let vLLM forget what is left of a context: without one of its blocks the others are of no
+        use."""
+        left = [block for i, block in enumerate(context.blocks) if self._holds(context, i)]
+        self._manager.block_pool.evict_blocks(set(left))

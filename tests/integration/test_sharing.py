@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed prefixes that requests share, on vLLM's real scheduler with a pretend model.
+
+Contents are checked in every step that compresses: each head of each request holds keys of its own
+prompt. Integrity is checked on every step: who owns which block, and what the workers know.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.integration.simulation import Simulation
+
+OPTIONS = {"policy": "kv_compress", "ratio": 8, "recent": 8, "sinks": 2, "min_tokens_per_head": 8,
+           "window": 4, "min_prompt_tokens": 40, "interval": 2}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _checked(monkeypatch) -> None:
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
+
+
+def document(family: int, length: int) -> list[int]:
+    source = random.Random(family)
+    return [source.randrange(3, 1000) for _ in range(length)]
+
+
+def held(sim: Simulation) -> int:
+    return sim.pool.num_gpu_blocks - 1 - sim.pool.get_num_free_blocks()
+
+
+def contexts(sim: Simulation) -> list:
+    return list(sim.scheduler.kv_compress_planner.contexts)
+
+
+def run(sim: Simulation) -> int:
+    """Until all are answered; the most blocks that were held."""
+    most = 0
+    while sim.scheduler.has_requests():
+        sim.step()
+        most = max(most, held(sim))
+    return most
+
+
+def test_a_second_request_takes_what_the_first_packed() -> None:
+    sim = Simulation(80, OPTIONS)
+    sim.add("first", [*document(1, 320), 5, 6, 7], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert (sim.num_compressions, sim.num_cached_tokens) == (1, 0)
+    (context,) = contexts(sim)
+    assert (context.num_tokens, context.packing, context.users) == (320, (20, 3), set())
+    sim.add("second", [*document(1, 320), 8, 9], 4, kv_compress_context_tokens=320)
+    sim.step()
+    # Neither computed nor compressed: it holds the context's blocks, and one of its own.
+    assert (sim.num_compressions, sim.num_cached_tokens) == (1, 320)
+    assert held(sim) == 3 + 1 and context.users == {"second"}
+    sim.run()
+    assert len(sim.outputs["second"]) == 4
+    assert sim.pool.get_num_free_blocks() == 79
+
+
+@pytest.mark.parametrize(("asked", "taken"), [
+    ({"kv_compress_context_tokens": 327}, True),  # the same in whole blocks
+    ({"kv_compress_context_tokens": 304}, False),
+    ({"kv_compress_context_tokens": 320, "kv_compress_ratio": 4}, False),
+    ({"kv_compress_context_tokens": 320, "kv_compress_protect": "0:40"}, False),
+    ({"kv_compress_context_tokens": 320, "kv_compress_protect": "325:330"}, True),
+    ({}, False),
+])  # fmt: skip
+def test_only_what_is_packed_alike_is_taken(asked: dict, taken: bool) -> None:
+    sim = Simulation(120, OPTIONS)
+    tokens = [*document(1, 320), *range(3, 20)]
+    sim.add("first", tokens, 4, kv_compress_context_tokens=320)
+    sim.run()
+    sim.add("second", tokens, 40, **asked)
+    sim.step()
+    assert (contexts(sim)[0].users == {"second"}) == taken
+    sim.run()
+    assert len(sim.outputs["second"]) == 40
+
+
+def test_those_who_come_at_once_wait_for_one() -> None:
+    """24 on a document of 40 blocks: one computes it, all share what it packed."""
+    sim = Simulation(140, {**OPTIONS, "decode": False}, max_num_seqs=24, max_model_len=800,
+                     max_num_batched_tokens=400)  # fmt: skip
+    for index in range(24):
+        sim.add(f"r{index}", [*document(1, 640), *document(100 + index, 9)], 30,
+                kv_compress_context_tokens=640)  # fmt: skip
+    # Someone else does not wait behind them.
+    sim.add("other", document(2, 30), 3)
+    for _ in range(3):
+        sim.step()
+    assert "other" in {r.request_id for r in sim.scheduler.running}
+    most = run(sim)
+    assert sim.num_compressions == 1 and sim.num_preemptions == 0
+    assert all(len(sim.outputs[f"r{index}"]) == 30 for index in range(24))
+    # 5 packed blocks, and of each 39 tokens of its own.
+    assert most <= max(40 + 5, 5 + 24 * 3) + 4
+    (context,) = contexts(sim)
+    assert context.hits == 23
+    assert sum(report.shared.hits for report in sim.reports) == 23
+    assert sum(report.shared.misses for report in sim.reports) == 1
+    assert sum(report.shared.tokens for report in sim.reports) == 23 * 640
+    assert max(report.shared.saved_blocks for report in sim.reports) == 23 * 5
+    assert all(report.occupancy.packed_blocks <= 139 for report in sim.reports)
+    assert sum(report.shared.waits for report in sim.reports) > 23
+
+
+def test_a_user_that_grows_packs_into_blocks_of_its_own() -> None:
+    """The shared blocks are as before for the other, who is checked with every compression."""
+    sim = Simulation(120, OPTIONS)
+    for name, tokens in (("short", 60), ("long", 120)):
+        sim.add(name, [*document(1, 320), 5], tokens, kv_compress_context_tokens=320)
+    while not contexts(sim) or len(contexts(sim)[0].users) < 2:
+        sim.step()
+    (context,) = contexts(sim)
+    before = sim.worker.pages.view(120, -1)[list(context.blocks)].clone()
+    while len(sim.outputs["long"]) < 119:
+        sim.step()
+    assert sim.num_compressions > 1 and "long" not in context.users
+    assert sim.worker.pages.view(120, -1)[list(context.blocks)].equal(before)
+    sim.run()
+    assert [len(sim.outputs[name]) for name in ("short", "long")] == [60, 120]
+
+
+def test_who_computes_it_may_go_and_another_goes_on() -> None:
+    sim = Simulation(80, OPTIONS)
+    for index in range(3):
+        sim.add(f"r{index}", [*document(1, 320), index + 3], 4, kv_compress_context_tokens=320)
+    for _ in range(3):
+        sim.step()
+    assert [r.request_id for r in sim.scheduler.running] == ["r0"]
+    sim.abort("r0")
+    sim.run()
+    assert [len(sim.outputs[f"r{index}"]) for index in (1, 2)] == [4, 4]
+    assert sim.num_compressions == 1 and contexts(sim)[0].owner == "r1"
+
+
+def test_the_least_recently_used_goes_when_blocks_run_out() -> None:
+    sim = Simulation(40, OPTIONS)
+    for family in (1, 2, 1, 3, 4):
+        sim.add(f"r{sim.num_steps}", [*document(family, 320), 5], 2,
+                kv_compress_context_tokens=320)  # fmt: skip
+        sim.run()
+    assert sim.num_compressions == 4
+    families = len(contexts(sim))
+    assert 0 < families < 4
+    # All blocks of what is left are there, and what lost one is forgotten in the workers as well.
+    assert sim.worker.state.slots.keys() == {context.slot for context in contexts(sim)}
+    assert sim.pool.get_num_free_blocks() == 39
+
+
+def test_slots_of_contexts_are_taken_from_the_least_recently_used(monkeypatch) -> None:
+    monkeypatch.setattr("kvcompress_vllm.scheduling.slots.FEWEST_CONTEXTS", 2)
+    monkeypatch.setattr("kvcompress_vllm.scheduling.slots.MOST_CONTEXTS", 2)
+    sim = Simulation(80, OPTIONS)
+    for family in (1, 2, 1, 3):
+        sim.add(f"r{sim.num_steps}", [*document(family, 160), 5], 2,
+                kv_compress_context_tokens=160)  # fmt: skip
+        sim.run()
+    assert [context.hits for context in contexts(sim)] == [1, 0]
+    assert sim.worker.state.slots.keys() == {context.slot for context in contexts(sim)}
+    # With both in use a third packs for itself.
+    for family in (1, 3, 4):
+        sim.add(f"in use {family}", [*document(family, 160), 5], 40,
+                kv_compress_context_tokens=160)  # fmt: skip
+    sim.run()
+    assert len(contexts(sim)) == 2 and sim.num_compressions >= 4
+
+
+def test_reset_prefix_cache_forgets_contexts() -> None:
+    sim = Simulation(80, OPTIONS)
+    sim.add("first", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert sim.scheduler.reset_prefix_cache()
+    assert contexts(sim) == [] and len(sim.pool.cached_block_hash_to_block) == 0
+    sim.add("second", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert (sim.num_compressions, sim.num_cached_tokens) == (2, 0)
+
+
+def test_a_preempted_user_takes_it_again() -> None:
+    sim = Simulation(80, OPTIONS)
+    for index in range(3):
+        sim.add(f"r{index}", [*document(1, 320), index + 3], 30, kv_compress_context_tokens=320)
+    while len(sim.scheduler.running) < 3:
+        sim.step()
+    for _ in range(5):
+        sim.step()
+    compressions = sim.num_compressions
+    assert not sim.scheduler.reset_prefix_cache()  # in use
+    sim.scheduler._preempt_request(sim.scheduler.running.pop(), 0.0)
+    sim.step()
+    sim.step()
+    assert len(contexts(sim)[0].users) == 3 and sim.num_compressions == compressions
+    sim.run()
+    assert all(len(tokens) == 30 for tokens in sim.outputs.values())
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    sim = Simulation(80, OPTIONS, prefix_caching=False)
+    for index in range(2):
+        sim.add(f"r{index}", [*document(1, 320), index + 3], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert sim.num_compressions == 2 and contexts(sim) == []
+
+
+@pytest.mark.parametrize("options", [{"mass": 0.9, "ratio": None}, {"prefill_peak_tokens": 256}])
+def test_contexts_of_a_mass_and_within_a_peak(options: dict) -> None:
+    sim = Simulation(120, {**OPTIONS, **options})
+    for index in range(3):
+        sim.add(f"r{index}", [*document(1, 320), *document(50 + index, 20 + 60 * index)], 40,
+                kv_compress_context_tokens=320)  # fmt: skip
+        if index == 1:
+            sim.run()
+    sim.run()
+    (context,) = contexts(sim)
+    assert context.hits == 2
+    assert all(len(tokens) == 40 for tokens in sim.outputs.values())
+
+
+class SharingMachine(RuleBasedStateMachine):
+    """Requests on few documents come, wait, share, grow, are preempted, aborted, forgotten."""
+
+    @initialize(
+        num_blocks=st.integers(33, 70),
+        max_num_batched_tokens=st.sampled_from([16, 64, 200]),
+        max_num_seqs=st.integers(1, 8),
+        decode=st.booleans(),
+        asynchronous=st.booleans(),
+        options=st.sampled_from(
+            [{}, {"prefill_peak_tokens": 256}, {"mass": 0.8, "ratio": None}, {"max_ratio": 16}]
+        ),
+    )
+    def build(
+        self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, options
+    ):
+        self.sim = Simulation(
+            num_blocks, {**OPTIONS, "decode": decode, **options}, asynchronous=asynchronous,
+            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
+        )  # fmt: skip
+        self.added, self.wanted = 0, {}
+
+    @rule(
+        family=st.integers(0, 2),
+        context=st.sampled_from([64, 160, 163, 320]),
+        more=st.integers(0, 60),
+        max_tokens=st.integers(1, 60),
+        asked=st.sampled_from([{}, {}, {"kv_compress_ratio": 4}, {"kv_compress_protect": "0:30"}]),
+        times=st.integers(1, 3),
+    )
+    def add(self, family, context, more, max_tokens, asked, times):
+        for _ in range(times):
+            name = f"r{self.added}"
+            tokens = [*document(family, 330)[:context], *document(self.added + 10, more)]
+            self.sim.add(name, tokens, max_tokens, kv_compress_context_tokens=context, **asked)
+            self.added, self.wanted[name] = self.added + 1, max_tokens
+
+    @rule(steps=st.integers(1, 20))
+    def step(self, steps):
+        for _ in range(steps):
+            self.sim.step()
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def abort(self, choice):
+        if self.sim.live:
+            name = choice.choice(self.sim.live)
+            self.wanted.pop(name, None)
+            self.sim.abort(name)
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def preempt(self, choice):
+        if self.sim.scheduler.running:
+            request = self.sim.scheduler.running[-1]
+            if request.num_output_placeholders == 0:
+                self.sim.scheduler.running.pop()
+                self.sim.scheduler._preempt_request(request, 0.0)
+
+    @rule()
+    def reset_prefix_cache(self):
+        self.sim.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def drop(self, choice):
+        if contexts(self.sim):
+            index = self.sim.scheduler.kv_compress_planner.contexts
+            index.retire(choice.choice(contexts(self.sim)))
+
+    @invariant()
+    def pool_is_sound(self):
+        if hasattr(self, "sim"):
+            self.sim.scheduler.check_integrity()
+
+    def teardown(self):
+        if not hasattr(self, "sim"):
+            return
+        self.sim.run()
+        assert {name: len(self.sim.outputs[name]) for name in self.wanted} == self.wanted
+        assert self.sim.pool.get_num_free_blocks() == self.sim.pool.num_gpu_blocks - 1
+        planner = self.sim.scheduler.kv_compress_planner
+        assert planner.requests == {} and self.sim.worker.rows == {}
+        assert self.sim.worker.state.slots.keys() == {c.slot for c in contexts(self.sim)}
+        assert all(not context.users for context in contexts(self.sim))
+        assert planner.contexts._computing == {}
+        assert self.sim.scheduler.reset_prefix_cache()
+        self.sim.scheduler.schedule()
+        assert len(planner.contexts._slots) == planner.contexts._slots.count
+
+
+TestSharingMachine = SharingMachine.TestCase
+TestSharingMachine.settings = settings(
+    max_examples=12,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)

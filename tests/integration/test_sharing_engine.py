@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed prefixes that requests share, in an engine: who takes one answers like who computes it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from vllm import SamplingParams
+
+from tests.integration.engines import engine, scheduler
+
+BUDGET = {"ratio": 8, "policy": "echo", "allow_policies": True, "interval": 2}
+
+
+def tokens(seed: int, length: int) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(3, 1000) for _ in range(length)]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with engine(
+        BUDGET, max_num_batched_tokens=1024, max_num_seqs=24, enable_prefix_caching=True
+    ) as llm:
+        yield llm
+
+
+def answer(llm, prompts, max_tokens=40, **extra):
+    """Token ids and what the usage says, by prompt."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra),
+        use_tqdm=False,
+    )
+    return [list(o.outputs[0].token_ids) for o in outputs], [o.kv_compress for o in outputs]
+
+
+def contexts(llm):
+    return list(scheduler(llm).kv_compress_planner.contexts)
+
+
+@pytest.mark.parametrize("asked", [
+    {},  # what is kept is told by the echo scores beside the cache, and these are shared, too
+    {"kv_compress_policy": "diverse"},
+    {"kv_compress_policy": "snapkv", "kv_compress_protect": "10:60,700:720"},
+    {"kv_compress_policy": "kv_compress", "kv_compress_mass": 0.9},
+], ids=lambda asked: "-".join(map(str, asked.values())))  # fmt: skip
+def test_a_hit_answers_like_a_miss(llm, asked) -> None:
+    """Also when it is packed again, and in any batch."""
+    asked = {**asked, "kv_compress_context_tokens": 650}
+    prompts = [tokens(1, 650) + tokens(10 + i, 40 + 30 * i) for i in range(4)]
+    misses = []
+    for prompt in prompts:
+        assert llm.reset_prefix_cache()
+        [ids], [usage] = answer(llm, [prompt], 160, **asked)
+        assert (usage.shared_blocks, usage.context_tokens) == (0, 640)
+        misses.append(ids)
+    together, usage = answer(llm, prompts, 160, **asked)
+    assert together == misses
+    # The last to compute it is still held: nobody computed it again.
+    (context,) = contexts(llm)
+    assert [u.shared_blocks for u in usage] == [context.packing.kept] * 4
+    assert context.hits == 4 and all(u.compressions >= 2 for u in usage)
+
+
+def test_24_on_one_document_hold_it_once(llm) -> None:
+    """Of 90 blocks, and of each 6 blocks of its own: stock vLLM holds 234."""
+    prompts = [tokens(2, 1440) + tokens(100 + i, 50) for i in range(24)]
+    sampling = SamplingParams(
+        temperature=0, max_tokens=40, ignore_eos=True,
+        extra_args={"kv_compress_context_tokens": 1440},
+    )  # fmt: skip
+    pool = scheduler(llm).kv_cache_manager.block_pool
+    for index, prompt in enumerate(prompts):
+        llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
+    most = 0
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        most = max(most, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+    assert most <= 12 + 24 * 6
+    assert contexts(llm)[-1].hits == 23
