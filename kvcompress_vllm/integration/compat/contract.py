@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,12 @@ def check(
             if name not in subclass.defines:
                 base = subclass.question.rpartition(".")[0]
                 problems[f"{base}.{name} is abstract; {subclass.where} does not define it"] = None
-    replaced = {h.path.split(":")[1].rpartition(".")[2]: h for h in hooks if h.patched}
-    for patch in ours.patches:
-        hook_ = replaced.get(patch.name)
-        stock = answer(hook_.path) if hook_ and in_force(hook_, version) else None
-        if stock is not None:
+    replaced = [h for h in hooks if h.patched and in_force(h, version)]
+    for patch, hook in product(ours.patches, replaced):
+        *_, owner, name = re.split("[.:]", hook.path)
+        stock = answer(hook.path) if name == patch.name else None
+        # ``Class.name = function`` says whose it is, ``runner.name = function`` does not.
+        if stock is not None and (not patch.owner[:1].isupper() or patch.owner == owner):
             bound = stock if patch.signature[1:].startswith(("self", "cls")) else _unbound(stock)
             why = "; ".join(not_taken(bound, patch.signature))
             if why:

@@ -52,11 +52,13 @@ class Patch(NamedTuple):
     """A function of ours that is put in the place of one of vLLM's of the same name.
 
     Attributes:
-        name: the attribute that is assigned.
+        owner: whose attribute is assigned.
+        name: of the attribute.
         signature: of ours.
         where: our file.
     """
 
+    owner: str
     name: str
     signature: str
     where: str
@@ -223,15 +225,24 @@ def _patches(file: str, tree: ast.Module) -> Iterator[Patch]:
             node.name not in functions or _wraps(node)
         ):
             functions[node.name] = node
+    for target, value in _assignments(tree):
+        function = _function(value, functions)
+        if isinstance(target, ast.Attribute) and function is not None:
+            bound = isinstance(value, ast.Attribute)
+            text = signature(function.args)
+            text = text.replace("(self, ", "(") if bound else text
+            yield Patch(ast.unparse(target.value), target.attr, text, file)
+
+
+def _assignments(tree: ast.Module) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Target and value, also of ``a.x, a.y = x, y``."""
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Assign):
-            continue
-        for target in node.targets:
-            function = _function(node.value, functions)
-            if isinstance(target, ast.Attribute) and function is not None:
-                bound = isinstance(node.value, ast.Attribute)
-                text = signature(function.args)
-                yield Patch(target.attr, text.replace("(self, ", "(") if bound else text, file)
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            value = node.value  # type: ignore[attr-defined]
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                yield from zip(target.elts, value.elts, strict=False)
+            else:
+                yield target, value
 
 
 def _wraps(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
