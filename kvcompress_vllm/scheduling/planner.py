@@ -183,7 +183,7 @@ class CompressionPlanner:
             self.observers.observe(tracked)
         if context is not None:
             self.contexts.join(context, request_id)
-        elif wanted is not None:
+        elif wanted is not None and tracked.due_at <= (tracked.sizes.context or 0):
             tracked.wanted = wanted
             self.contexts.begin(wanted, request_id)
         self.requests[request_id] = tracked
@@ -449,6 +449,8 @@ class CompressionPlanner:
     def _go_on(self, tracked: Tracked, due_at: int) -> None:
         """Compress it at ``due_at`` tokens next; observed until then if its prefill is not over."""
         tracked.due_at = due_at
+        if due_at > (tracked.sizes.context or 0):
+            self._stop_computing(tracked)  # nobody waits for what will not be packed
         if not tracked.in_prefill:
             tracked.trigger = "decode"
             self.observers.stop(tracked)

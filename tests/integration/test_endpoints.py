@@ -74,7 +74,7 @@ def test_usage(server: Server) -> None:
         found = [tuple(map(int, blocks)) for blocks in lines]
         return [
             {
-                "compressions": 1, "blocks_before": before, "blocks_after": after,
+                **NEVER, "compressions": 1, "blocks_before": before, "blocks_after": after,
                 "bytes_before": before * BLOCK_BYTES, "bytes_after": after * BLOCK_BYTES,
             }
             for before, after in found
@@ -371,7 +371,8 @@ def test_who_may_see_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
         endpoints.KVCompressEndpoints().attach_router(app)
         return {route.path for route in app.routes if "kv-compress" in route.path}
 
-    assert paths(None) == paths("open") == paths("api-key") != set() == paths("off")
+    contexts = {"/kv-compress/contexts", "/kv-compress/contexts/{name}"}  # have their own rule
+    assert paths(None) == paths("open") == paths("api-key") > contexts == paths("off")
     with pytest.raises(ValueError, match=r"KVCOMPRESS_PAGE='no' is not accepted; .* off"):
         paths("no")
     monkeypatch.setenv("KVCOMPRESS_PAGE", "api-key")

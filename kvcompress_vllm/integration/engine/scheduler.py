@@ -110,6 +110,9 @@ class _KVCompressMixin(Scheduler):
         try:
             budget = received_budget(self.kv_compress_planner.config, request.sampling_params)
             problem = self._admission.too_large(request, budget)
+            found = self.kv_compress_sharing.found(request, budget)
+            if self._admission.too_large(request, found) is None:
+                budget = found
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         request.kv_compress_budget = budget  # type: ignore[attr-defined]

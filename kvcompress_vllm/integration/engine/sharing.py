@@ -9,6 +9,7 @@ what was used less recently, and gives them away when it runs out of others, and
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Collection
 from typing import Any
@@ -22,12 +23,14 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from kvcompress_vllm.integration.compat.releases import waiting_queues
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
 from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.repeated import STRIDE, Repeated
 from kvcompress_vllm.scheduling.sizes import Sizes
 
 _KEY = "kv_compress_context"
@@ -52,6 +55,8 @@ class Sharing:
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
+        self._on = planner.config.share != "off" and pool.enable_caching
+        self._repeated = Repeated() if planner.config.share == "auto" and self._on else None
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
 
@@ -61,6 +66,28 @@ class Sharing:
             return blocks
 
         pool.get_new_blocks = get_new_blocks  # type: ignore[method-assign]
+
+    def found(self, request: Request, budget: RequestBudget | None) -> RequestBudget | None:
+        """The budget of a new request, with a context where its prompt begins like one before it
+        (``share=auto``), and it names none itself."""
+        repeated, pool = self._repeated, self._manager.block_pool
+        own = self._planner.sizes(budget).budget
+        if repeated is None or own.context_tokens is not None or own.query_stride:
+            return budget
+        size, hashes = pool.hash_block_size, request.block_hashes
+        stride = math.lcm(STRIDE, self._manager.block_size)
+        last = min(request.num_tokens - 1, len(hashes) * size)
+        lengths = range(stride, last + 1, stride)
+
+        def held(length: int) -> bool:
+            key = self._name(request, own, length)
+            return self._contexts.get(key) is not None or self._contexts.computing(key) is not None
+
+        n = repeated.context([(n, hashes[n // size - 1]) for n in lengths], held)
+        if n is None:
+            return budget
+        with_context = own._replace(context_tokens=n)
+        return with_context if self._planner.sizes(with_context).reaches_context else budget
 
     def added(self, request: Request, budget: RequestBudget | None) -> None:
         """Note whether a new request has a context that can be shared."""
@@ -120,7 +147,8 @@ class Sharing:
         if not self._waiting:
             return held
         first: set[bytes] = set()
-        for queue in (scheduler.skipped_waiting, scheduler.waiting):
+        queues = waiting_queues(scheduler)
+        for queue in queues:
             for request in queue:
                 key = self.wanted(request)
                 if key is None or request.skip_reading_prefix_cache:
@@ -130,15 +158,16 @@ class Sharing:
                 elif contexts.get(key) is None:
                     first.add(key)
         if held:
-            scheduler.waiting.remove_requests(held)
-            scheduler.skipped_waiting.remove_requests(held)
+            for queue in queues:
+                queue.remove_requests(held)
         self._recorder.waited(len(held))
         return held
 
     def put_back(self, scheduler: Scheduler, held: list[Request]) -> None:
         """See ``hold_back``; they come before those that arrived after them."""
+        first, *_ = waiting_queues(scheduler)
         for request in reversed(held):
-            scheduler.skipped_waiting.prepend_request(request)
+            first.prepend_request(request)
 
     def started(self, request: Request, context: Context | None) -> None:
         """Note that a request no longer waits, and what it took."""
@@ -219,17 +248,20 @@ class Sharing:
         """Of a request's context: its tokens (with LoRA, multimodal inputs and salt), and all that
         its packing depends on. None: it has none, or none that could be shared."""
         n, budget, pool = sizes.context, sizes.budget, self._manager.block_pool
-        if n is None or not pool.enable_caching or not sizes.reaches_context:
+        if n is None or not self._on or not sizes.reaches_context:
             return None
         if budget.query_stride:
             return None  # its running statistics are of the request that computed it
         if n > request.num_tokens or (n == request.num_tokens and sizes.limits.peak_blocks):
             return None  # what ends there may keep more than half of the peak
-        place = n // pool.hash_block_size
-        if len(request.block_hashes) < place:
+        if len(request.block_hashes) < n // pool.hash_block_size:
             return None
+        return self._name(request, budget, n)
+
+    def _name(self, request: Request, budget: RequestBudget, n: int) -> bytes:
         protect = tuple((start, min(end, n)) for start, end in budget.protect if start < n)
         alike = budget._replace(protect=protect, context_tokens=n)
+        place = n // self._manager.block_pool.hash_block_size
         return hashlib.sha256(request.block_hashes[place - 1] + repr(alike).encode()).digest()
 
     def _hash(self, context: Context, index: int) -> BlockHashWithGroupId:
