@@ -5,6 +5,7 @@ PYTHON ?= python3
 VLLM ?=
 VENV ?= .venv$(addprefix -,$(VLLM))
 PIP = $(VENV)/bin/python -m pip
+SUPPORTED = $(shell sed -n 's/^vllm = \["vllm\(.*\)"\]$$/\1/p' pyproject.toml)
 # The tests of Ray run with the one vLLM that it is installed for; with others they are skipped.
 RAY = $(if $(filter 0.26.0,$(VLLM)),$(comma)ray-vllm-0-26)
 comma = ,
@@ -24,7 +25,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/
 		{ echo "Cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@command -v c++ >/dev/null || echo "No C++ compiler: the PyTorch references will run. On Debian and Ubuntu: apt install g++"
 	$(PIP) install --quiet --upgrade pip "setuptools>=77,<82" wheel ninja
-	$(PIP) install --quiet --upgrade "vllm$(if $(VLLM),==$(VLLM),>=0.26,<0.34)"
+	$(PIP) install --quiet --upgrade "vllm$(if $(VLLM),==$(VLLM),$(SUPPORTED))"
 	$(PIP) install --quiet --no-build-isolation --editable ".[test$(RAY)]"
 	@touch $@
 

@@ -186,10 +186,8 @@ def summary(
 
 async def reset(server: Server) -> None:
     """Empty the prefix cache."""
-    async with (
-        aiohttp.ClientSession() as session,
-        session.post(f"{server.url}/reset_prefix_cache") as reply,
-    ):
+    url = f"{server.url}/reset_prefix_cache"
+    async with aiohttp.ClientSession() as session, session.post(url) as reply:
         if reply.status != 200:
             raise RuntimeError(f"HTTP {reply.status}: {await reply.text()}")
 

@@ -90,6 +90,12 @@ class KVCompressConfig:
         *number(0, 1, above=True),
         optional=True,
     )
+    page_dtype: str = option(
+        AUTO,
+        "what packed pages hold: keys as in the cache (auto), two in the bytes of one (fp8), or "
+        "four (int4)",
+        *choice(AUTO, "fp8", "int4"),
+    )
     allow_policies: bool | tuple[str, ...] = option(
         False,
         "requests may choose another policy: any, or one of these; true leaves out policies of "

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.budget import RequestBudget, united
+from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
@@ -327,7 +328,7 @@ class CompressionPlanner:
         self.version += 1
         expected = rounded_ratio(covered / kept)
         tracked.sizes = self.sizes(tracked.budget._replace(ratio=expected))
-        if kept < scored.curve.blocks[-1]:
+        if tracked.packing.gives_back(Packing(covered, kept)) > 0:
             tracked.decided = kept
             return
         self._stop_computing(tracked)
@@ -398,7 +399,7 @@ class CompressionPlanner:
             tracked is None
             or not tracked.kept
             or (tracked.packed_slot, tracked.covered)
-            != (report.state_slot, report.num_tokens // self.block_size)
+            != (report.state_slot, tracked.sizes.covered(report.num_tokens))
         ):
             return False
         tracked.curve = report.curve

@@ -14,6 +14,7 @@ from pathlib import Path
 from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat import contract
+from kvcompress_vllm.integration.compat.tested import TESTED
 from kvcompress_vllm.integration.start import doctor
 from kvcompress_vllm.ops import SCHEMAS
 
@@ -99,18 +100,21 @@ def with_vllm(version: str | None) -> subprocess.CompletedProcess[str]:
 def test_a_missing_vllm() -> None:
     result = with_vllm(None)
     assert result.returncode == 1
-    assert 'PROBLEM: vLLM is missing: pip install "vllm>=0.26,<0.34"' in result.stdout
+    expected = f'PROBLEM: vLLM is missing: pip install "vllm{doctor.SUPPORTED_VLLM}"'
+    assert expected in result.stdout
 
 
 def test_versions_of_vllm() -> None:
-    result = with_vllm("0.34.0")
+    result = with_vllm("0.99.0")
     assert result.returncode == 1
-    assert "PROBLEM: vLLM 0.34.0 is not supported; it must be >=0.26,<0.34" in result.stdout
-    assert "warning: vLLM 0.34.0 was not tested" in result.stdout
+    expected = f"PROBLEM: vLLM 0.99.0 is not supported; it must be {doctor.SUPPORTED_VLLM}"
+    assert expected in result.stdout
+    assert "warning: vLLM 0.99.0 was not tested" in result.stdout
     assert "tested with this vLLM: nothing" in result.stdout
     result = with_vllm("0.26.0+cu129")
     assert result.returncode == 0 and "tested with this vLLM: contract passed" in result.stdout
-    assert with_vllm("0.33.1").returncode == 0
+    newest = list(TESTED)[-1].rpartition(".")[0]
+    assert with_vllm(f"{newest}.9").returncode == 0
 
 
 def test_a_plugin_that_is_left_out() -> None:

@@ -30,12 +30,16 @@ class Later(AsyncModelRunnerOutput):
     def get_output(self) -> ModelRunnerOutput:
         return self.output
 
+    def get_kv_connector_output(self) -> str:
+        """Abstract in vLLM's class from 0.33 on."""
+        return "saved"
+
 
 def test_an_asynchronous_output_is_not_waited_for() -> None:
     pending, output = Pending(), ModelRunnerOutput(["r"], {"r": 0}, [[1]])
     wrapped = attach(Later(output), [pending, pending])
     assert pending.collected == 0 and isinstance(wrapped, AsyncModelRunnerOutput)
-    assert wrapped.extra == 5
+    assert wrapped.extra == 5 and wrapped.get_kv_connector_output() == "saved"
     result = wrapped.get_output()
     assert reports_of(result) == ["report"] * 2 and result.sampled_token_ids == [[1]]
 

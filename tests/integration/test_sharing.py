@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.report import Report
 from tests.integration.simulation import Simulation
@@ -304,12 +305,15 @@ class SharingMachine(RuleBasedStateMachine):
                 {"share": "auto"},
             ]
         ),
+        page_dtype=st.sampled_from([each.label for each in PageFormat]),
     )
     def build(
-        self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, options
-    ):
+        self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, options,
+        page_dtype,
+    ):  # fmt: skip
+        options = {**OPTIONS, "decode": decode, "page_dtype": page_dtype, **options}
         self.sim = Simulation(
-            num_blocks, {**OPTIONS, "decode": decode, **options}, asynchronous=asynchronous,
+            num_blocks, options, asynchronous=asynchronous,
             max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
         )  # fmt: skip
         self.added, self.wanted = 0, {}

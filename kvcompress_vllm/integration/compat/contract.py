@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a vLLM still has what we rely on, and passes our functions no more than they take.
+"""Whether a vLLM still has what we rely on, passes our functions no more than they take, and asks
+of our classes no more than they define.
 
 Works on source (``source.py``), so on a wheel that is not installed as well, and on recorded
 answers. ``recorded.json`` holds those of the releases that we support: what an earlier release had
@@ -15,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +97,17 @@ def check(
                 problems[f"{said}{override.signature}: {why}"] = None
         elif recorded.had_before(version, override.question):
             missing(override.question, f"{override.where}, which overrides it,")
-    replaced = {h.path.split(":")[1].rpartition(".")[2]: h for h in hooks if h.patched}
-    for patch in ours.patches:
-        hook_ = replaced.get(patch.name)
-        stock = answer(hook_.path) if hook_ and in_force(hook_, version) else None
-        if stock is not None:
+    for subclass in ours.subclasses:
+        for name in (answer(subclass.question) or "").split():
+            if name not in subclass.defines:
+                base = subclass.question.rpartition(".")[0]
+                problems[f"{base}.{name} is abstract; {subclass.where} does not define it"] = None
+    replaced = [h for h in hooks if h.patched and in_force(h, version)]
+    for patch, hook in product(ours.patches, replaced):
+        *_, owner, name = re.split("[.:]", hook.path)
+        stock = answer(hook.path) if name == patch.name else None
+        # ``Class.name = function`` says whose it is, ``runner.name = function`` does not.
+        if stock is not None and (not patch.owner[:1].isupper() or patch.owner == owner):
             bound = stock if patch.signature[1:].startswith(("self", "cls")) else _unbound(stock)
             why = "; ".join(not_taken(bound, patch.signature))
             if why:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``integration/`` takes for granted of vLLM, found in its own source by AST.
 
-Imports; overrides of methods; attributes that subclasses read or set on ``self``; functions put in
-the place of vLLM's; and every other attribute name, which vLLM must at least know somewhere.
+Imports; overrides of methods; what subclasses define of what vLLM leaves to them; attributes that
+they read or set on ``self``; functions put in the place of vLLM's; and every other attribute name,
+which vLLM must at least know somewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from kvcompress_vllm.integration.compat.source import ANYWHERE, signature
+from kvcompress_vllm.integration.compat.source import ABSTRACT, ANYWHERE, signature
 
 INTEGRATION = Path(__file__).parents[1]
 _OWN = "kvcompress_vllm."
@@ -33,15 +34,31 @@ class Override(NamedTuple):
     where: str
 
 
+class Subclass(NamedTuple):
+    """A class of ours, and one of vLLM's that it is made of.
+
+    Attributes:
+        question: the abstract methods of vLLM's, ``module:Class.__abstractmethods__``.
+        defines: all that ours and its bases of ours define.
+        where: name of ours.
+    """
+
+    question: str
+    defines: frozenset[str]
+    where: str
+
+
 class Patch(NamedTuple):
     """A function of ours that is put in the place of one of vLLM's of the same name.
 
     Attributes:
-        name: the attribute that is assigned.
+        owner: whose attribute is assigned.
+        name: of the attribute.
         signature: of ours.
         where: our file.
     """
 
+    owner: str
     name: str
     signature: str
     where: str
@@ -61,6 +78,7 @@ class Reliance(NamedTuple):
     reads: dict[str, str]
     sets: dict[str, str]
     overrides: tuple[Override, ...]
+    subclasses: tuple[Subclass, ...]
     patches: tuple[Patch, ...]
     names: dict[str, str]
 
@@ -69,6 +87,7 @@ class Reliance(NamedTuple):
         return {
             *self.imports, *self.reads, *self.sets, *self.names,
             *(override.question for override in self.overrides),
+            *(subclass.question for subclass in self.subclasses),
         }  # fmt: skip
 
 
@@ -106,10 +125,13 @@ def reliance() -> Reliance:
     reads: dict[str, str] = {}
     sets: dict[str, str] = {}
     overrides: list[Override] = []
+    subclasses: list[Subclass] = []
     for name in classes:
         lineage = list(_lineage(name, classes))
         own = {part for c in lineage for part in (*c.methods, *c.attributes, *c.sets)}
+        defines = frozenset(part for c in lineage for part in (*c.methods, *c.attributes))
         for base in sorted({b for c in lineage for b in c.bases if ":" in b}):
+            subclasses.append(Subclass(f"{base}.{ABSTRACT}", defines, name))
             for c in lineage:
                 reads |= {f"{base}.{part}": c.file for part in c.reads - own}
                 sets |= {f"{base}.{part}": c.file for part in c.sets | c.attributes}
@@ -118,8 +140,9 @@ def reliance() -> Reliance:
                     for method, signature_ in c.methods.items()
                 ]
     return Reliance(
-        imports, reads, sets, tuple(dict.fromkeys(overrides)), tuple(patches), _names(trees)
-    )
+        imports, reads, sets, tuple(dict.fromkeys(overrides)), tuple(subclasses), tuple(patches),
+        _names(trees),
+    )  # fmt: skip
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
@@ -202,15 +225,24 @@ def _patches(file: str, tree: ast.Module) -> Iterator[Patch]:
             node.name not in functions or _wraps(node)
         ):
             functions[node.name] = node
+    for target, value in _assignments(tree):
+        function = _function(value, functions)
+        if isinstance(target, ast.Attribute) and function is not None:
+            bound = isinstance(value, ast.Attribute)
+            text = signature(function.args)
+            text = text.replace("(self, ", "(") if bound else text
+            yield Patch(ast.unparse(target.value), target.attr, text, file)
+
+
+def _assignments(tree: ast.Module) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Target and value, also of ``a.x, a.y = x, y``."""
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Assign):
-            continue
-        for target in node.targets:
-            function = _function(node.value, functions)
-            if isinstance(target, ast.Attribute) and function is not None:
-                bound = isinstance(node.value, ast.Attribute)
-                text = signature(function.args)
-                yield Patch(target.attr, text.replace("(self, ", "(") if bound else text, file)
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            value = node.value  # type: ignore[attr-defined]
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                yield from zip(target.elts, value.elts, strict=False)
+            else:
+                yield target, value
 
 
 def _wraps(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

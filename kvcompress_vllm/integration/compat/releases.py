@@ -8,10 +8,12 @@ What each release changed, and how it was tested: ``docs/releases.md``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 
@@ -37,6 +39,18 @@ def batch_order_is_told() -> bool:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     return "req_idx" in {field.name for field in fields(CommonAttentionMetadata)}
+
+
+def waiting_queues(scheduler: Any) -> list[Any]:
+    """vLLM's queues of requests that wait, next first; 0.31 and later have but one."""
+    skipped = getattr(scheduler, "skipped_waiting", None)
+    return [scheduler.waiting] if skipped is None else [skipped, scheduler.waiting]
+
+
+def those_taken(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a function of vLLM knows by name; what went needs no saying any more."""
+    known = signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in known}
 
 
 def authentication() -> Any:

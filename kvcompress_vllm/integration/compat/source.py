@@ -3,8 +3,9 @@
 
 A question is a path ``module:name.name``. The answer is the signature as Python writes it, with 0
 for every default (``(self, request, *, boundaries=0)``; of a class that of its ``__init__``, or its
-fields), empty for what has none, None for what is not there. ``*:name`` asks whether any class of
-vLLM's engine has an attribute of that name.
+fields), empty for what has none, None for what is not there. ``module:Class.__abstractmethods__``
+is answered with the names that a subclass must define, ``get_name get_output``. ``*:name`` asks
+whether any class of vLLM's engine has an attribute of that name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 ANYWHERE = "*:"
+ABSTRACT = "__abstractmethods__"
 _ENGINE = ("config", "engine", "entrypoints", "platforms", "plugins", "utils", "v1")
 """Subpackages that ``*:name`` searches, beside the modules directly in vLLM."""
 _DEFINES = re.compile(r"(?:\bdef |\bself\.)(\w+)|^ {4}(\w+)\s*[:=]", re.M)
@@ -32,6 +34,8 @@ class Class(NamedTuple):
     """Signatures; empty for attributes, those set on ``self`` included."""
     fields: dict[str, str]
     """Annotated names in order, with their default."""
+    abstract: set[str]
+    """Members that subclasses must define."""
 
 
 class Module(NamedTuple):
@@ -94,6 +98,12 @@ class Source:
             for _, found in reversed(list(self._mro(module, name))):
                 fields |= found.fields
             return f"({', '.join(fields.values())})"
+        if rest == [ABSTRACT]:
+            abstract: dict[str, bool] = {}
+            for _, found in self._mro(module, name):
+                for member in found.members:
+                    abstract.setdefault(member, member in found.abstract)
+            return " ".join(sorted(member for member, left in abstract.items() if left))
         for _, found in self._mro(module, name):
             if rest[0] in found.members:
                 return found.members[rest[0]] if len(rest) == 1 else ""
@@ -250,11 +260,13 @@ def _on_demand(node: ast.stmt, package: str) -> dict[str, str]:
 def parse_class(node: ast.ClassDef) -> Class:
     """What a class statement says."""
     bases = [ast.unparse(b.value if isinstance(b, ast.Subscript) else b) for b in node.bases]
-    found = Class(bases, {}, {})
+    found = Class(bases, {}, {}, set())
     for statement in statements(node.body):
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
             decorators = {ast.unparse(d).rpartition(".")[2] for d in statement.decorator_list}
             attribute = decorators & {"property", "cached_property", "setter"}
+            if "abstractmethod" in decorators:
+                found.abstract.add(statement.name)
             found.members[statement.name] = "" if attribute else signature(statement.args)
             for inner in ast.walk(statement):
                 if (

@@ -50,3 +50,10 @@ def load() -> dict[str, Tested]:
 
 
 TESTED = load()
+
+
+def supported() -> str:
+    """From the first to the last of :data:`TESTED`, later patches of it included: ``>=0.26,<0.34``;
+    the same as in ``pyproject.toml``."""
+    (first, *_, last) = (tuple(map(int, release.split("."))) for release in TESTED)
+    return f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"

@@ -73,9 +73,11 @@ class _KVCompressMixin(Scheduler):
             max_tokens=self.max_model_len,
             context_slots=context_slots(self.vllm_config, blocks),
         )
-        self._recorder = Recorder(self.log_stats)
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        block_bytes = self.kv_compress_group.block_bytes * ranks
+        self._recorder = Recorder(self.log_stats, block_bytes)
         self._shortage = Shortage()
-        self._usage = UsageLog()
+        self._usage = UsageLog(block_bytes)
         self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner, self._usage)
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release

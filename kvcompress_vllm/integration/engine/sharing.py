@@ -23,6 +23,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from kvcompress_vllm.integration.compat.releases import waiting_queues
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
@@ -159,7 +160,8 @@ class Sharing:
         if not self._waiting:
             return held
         first: set[bytes] = set()
-        for queue in (scheduler.skipped_waiting, scheduler.waiting):
+        queues = waiting_queues(scheduler)
+        for queue in queues:
             for request in queue:
                 key = self.wanted(request)
                 if key is None or request.skip_reading_prefix_cache:
@@ -169,15 +171,16 @@ class Sharing:
                 elif contexts.get(key) is None:
                     first.add(key)
         if held:
-            scheduler.waiting.remove_requests(held)
-            scheduler.skipped_waiting.remove_requests(held)
+            for queue in queues:
+                queue.remove_requests(held)
         self._recorder.waited(len(held))
         return held
 
     def put_back(self, scheduler: Scheduler, held: list[Request]) -> None:
         """See ``hold_back``; they come before those that arrived after them."""
+        first, *_ = waiting_queues(scheduler)
         for request in reversed(held):
-            scheduler.skipped_waiting.prepend_request(request)
+            first.prepend_request(request)
 
     def started(self, request: Request, context: Context | None) -> None:
         """Note that a request no longer waits, and what it took."""

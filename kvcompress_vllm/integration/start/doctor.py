@@ -17,10 +17,9 @@ from kvcompress_vllm import __version__, ops, policies
 from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat import contract, source
-from kvcompress_vllm.integration.compat.tested import TESTED
+from kvcompress_vllm.integration.compat.tested import TESTED, supported
 
-SUPPORTED_VLLM = ">=0.26,<0.34"
-"""The same as in pyproject.toml."""
+SUPPORTED_VLLM = supported()
 
 PLUGINS = (
     ("vllm.general_plugins", "kv_compress", True, "vLLM will not know --kv-compress"),

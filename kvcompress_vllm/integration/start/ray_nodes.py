@@ -12,6 +12,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 from vllm.v1.executor.ray_utils import initialize_ray_cluster
 
+from kvcompress_vllm.integration.compat.releases import those_taken
 from kvcompress_vllm.ray import check_nodes
 
 
@@ -38,10 +39,12 @@ def check(executor: Executor, **arguments: Any) -> None:
     """Refuse the nodes of an executor's placement group that lack this package.
 
     Args:
-        arguments: of vLLM's call that makes the group; its own then finds it.
+        arguments: of vLLM's call that makes the group; its own then finds it. 0.33 no longer knows
+            ``require_gpu_on_driver``, because it never requires one.
     """
     from ray.util import placement_group_table
 
+    arguments = those_taken(initialize_ray_cluster, arguments)
     initialize_ray_cluster(executor.parallel_config, **arguments)
     table = placement_group_table(executor.parallel_config.placement_group)
     check_nodes(table["bundles_to_node_id"].values())

@@ -25,13 +25,18 @@ class _WithReports(AsyncModelRunnerOutput):
     """vLLM's asynchronous output, and the reports of its step."""
 
     def __init__(self, output: AsyncModelRunnerOutput, pending: Sequence[PendingReports]) -> None:
-        self._output, self._pending = output, pending
+        self._output: Any = output
+        self._pending = pending
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._output, name)
 
     def get_output(self) -> ModelRunnerOutput:
         return _attached(self._output.get_output(), self._pending)
+
+    def get_kv_connector_output(self) -> Any:
+        """What vLLM saves of a step whose output failed; abstract from 0.33 on, unknown before."""
+        return self._output.get_kv_connector_output()
 
 
 def attach(
