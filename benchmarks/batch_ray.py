@@ -4,8 +4,8 @@
     python -m benchmarks.batch_ray --engines stock,8 --trace chat --num-prompts 512
 
 Both answer the same requests, whose lengths come from ``benchmarks/traces``, with the same engine
-arguments; each in a process of its own. The clock starts with the answer to a first request of one
-token, so that no start is counted. One JSON line per run, and a table.
+arguments; each in a process of its own. Starts are not counted: the clock runs from when the engine
+gets the first request to the last answer. One JSON line per run, and a table.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def plain(args: argparse.Namespace, name: str, requests: list[tuple[int, int]]) 
 
 
 def through_ray(args: argparse.Namespace, name: str, requests: list[tuple[int, int]]) -> float:
-    """Seconds from the first answer, which is to a request of its own, to the last."""
+    """Seconds from when the engine got the first request to when the last answer is here. A request
+    before, of one token, is not counted, as it is not in the other way."""
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -166,7 +167,10 @@ def through_ray(args: argparse.Namespace, name: str, requests: list[tuple[int, i
 
     if not ray.is_initialized():
         # Stages of Ray Data wait for each other's logical CPUs where there are few.
-        ray.init(address="auto") if running() else ray.init(num_cpus=16, num_gpus=gpus(args))
+        if running():
+            ray.init()
+        else:
+            ray.init(num_cpus=16, num_gpus=gpus(args), include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     given = options(name)
     config = vLLMEngineProcessorConfig(
@@ -189,7 +193,12 @@ def through_ray(args: argparse.Namespace, name: str, requests: list[tuple[int, i
         return {"tokenized_prompt": ids, "sampling_params": params}
 
     def finish(row: dict[str, Any]) -> dict[str, Any]:
-        return {"number": row["number"], "answered": row["num_generated_tokens"]}
+        arrived = row["metrics"]["arrival_time"]
+        return {
+            "number": row["number"],
+            "answered": row["num_generated_tokens"],
+            "arrived": arrived,
+        }
 
     rows = [
         {"number": i, "given": a, "answered": b} for i, (a, b) in enumerate([(8, 1), *requests], -1)
@@ -200,16 +209,14 @@ def through_ray(args: argparse.Namespace, name: str, requests: list[tuple[int, i
         *(rows[i : i + args.batch_size] for i in range(1, len(rows), args.batch_size)),
     ]
     processor = build_processor(config, preprocess=prepare, postprocess=finish)
-    start, lengths = 0.0, {}
+    arrived, lengths = {}, {}
     data = ray.data.from_arrow([table(block) for block in blocks])
     with tqdm(total=len(requests)) as bar:
         for row in processor(data).iter_rows():
-            if row["number"] < 0:
-                start = time.perf_counter()
-                continue
-            lengths[row["number"]] = row["answered"]
-            bar.update()
-    seconds = time.perf_counter() - start
+            if row["number"] >= 0:
+                arrived[row["number"]], lengths[row["number"]] = row["arrived"], row["answered"]
+                bar.update()
+    seconds = time.time() - min(arrived.values())
     check([lengths[i] for i in range(len(requests))], requests)
     ray.shutdown()
     return seconds

@@ -40,7 +40,8 @@ class Prompt:
         self.pages = torch.empty(shape, device=device, dtype=torch.bfloat16).normal_()
         self.row = (torch.randperm(count) + 1).int().to(device)
         tables = torch.zeros(2, layers, HEADS, dtype=torch.int32, device=device)
-        self.state = (self.ints(-1), tables, tables, tables[:, 0, 0].contiguous())
+        tables = (tables, tables, tables[:, 0, 0].contiguous(), None, 0)
+        self.state = (self.ints(-1), *tables)
 
     def ints(self, value: int) -> Tensor:
         return torch.tensor([value], dtype=torch.int32, device=self.device)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Channels of attention_statistics, of key_statistics and, last, what echo_scores stored: one
-// numbering, bits of the ops' masks. What each is: kvcompress_vllm/ops/reference.py.
+// numbering, bits of the ops' masks. What each is: kvcompress_vllm/ops/reference.
 #pragma once
 
 #include <cstdint>

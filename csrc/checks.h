@@ -10,6 +10,8 @@
 #include <string>
 #include <type_traits>
 
+#include <optional>
+
 #include "channels.h"
 #include "dispatch.h"
 #include "paged_layout.h"
@@ -82,9 +84,11 @@ const T* check_per_request(const Tensor& t, const char* name, int64_t num_reques
   ::kvc::check_per_request<T>(t, #t, num_requests, like)
 
 // The state part of PagedRows: state_slot [R], num_pages and first_page [U, L, H], covered [U].
+// page_scales [U, L, H, A, S] is there unless page_format is auto.
 inline PagedRows check_state(const Tensor& state_slot, const Tensor& num_pages,
-                             const Tensor& first_page, const Tensor& covered, int64_t num_requests,
-                             int64_t block_size, const Tensor& like) {
+                             const Tensor& first_page, const Tensor& covered,
+                             const std::optional<Tensor>& page_scales, int64_t page_format,
+                             int64_t num_requests, int64_t block_size, const Tensor& like) {
   KVC_CHECK_TENSOR(num_pages, ScalarType::Int, 3, like);
   KVC_CHECK_TENSOR(first_page, ScalarType::Int, 3, like);
   KVC_CHECK_TENSOR(covered, ScalarType::Int, 1, like);
@@ -103,22 +107,52 @@ inline PagedRows check_state(const Tensor& state_slot, const Tensor& num_pages,
   rows.slots = static_cast<int32_t>(num_pages.size(1) * num_pages.size(2));
   rows.block_size = static_cast<int32_t>(block_size);
   KVC_CHECK(rows.slots > 0, "num_pages must have at least one layer and one head");
+  KVC_CHECK(0 <= page_format && page_format < kNumPageFormats,
+            "page_format must be 0, 1 or 2 (auto, fp8 or int4), not ", page_format);
+  rows.page_blocks = blocks_per_page(static_cast<int>(page_format));
+  if (page_format == kAuto) return rows;
+  KVC_CHECK(page_scales.has_value(), "page_format ", page_format, " needs page_scales");
+  const Tensor& scales = *page_scales;
+  check_tensor(scales, "page_scales", ScalarType::BFloat16, 5, like);
+  KVC_CHECK(scales.is_contiguous(), "page_scales must be contiguous");
+  for (int64_t d = 0; d < 3; ++d) {
+    KVC_CHECK(scales.size(d) == num_pages.size(d), "page_scales must have size ", num_pages.size(d),
+              " in dimension ", d, ", not ", scales.size(d));
+  }
+  KVC_CHECK(scales.size(3) == scales_rows(static_cast<int>(page_format)),
+            "page_scales must have size ", scales_rows(static_cast<int>(page_format)),
+            " in dimension 3 with page_format ", page_format, ", not ", scales.size(3));
+  rows.page_scales = static_cast<const uint16_t*>(scales.const_data_ptr());
+  rows.scales_size = static_cast<int32_t>(scales.size(3) * scales.size(4));
   return rows;
 }
 
 // The same with block_table [R, M], whose rows must be dense, and pages [P, B, 2 * D], which must
-// be whole blocks.
+// be whole blocks. `codes`: packed pages hold what page_format says; else what is stored by key.
 inline PagedRows check_rows(const Tensor& pages, const Tensor& block_table,
                             const Tensor& state_slot, const Tensor& num_pages,
-                            const Tensor& first_page, const Tensor& covered) {
+                            const Tensor& first_page, const Tensor& covered,
+                            const std::optional<Tensor>& page_scales, int64_t page_format,
+                            bool codes = true) {
   KVC_CHECK_CACHE_DTYPE(pages);
   KVC_CHECK_TENSOR(pages, pages.scalar_type(), 3, pages);
   KVC_CHECK_DENSE(pages);
   KVC_CHECK(pages.size(1) > 0, "pages must hold at least one token each");
   KVC_CHECK_TENSOR(block_table, ScalarType::Int, 2, pages);
   KVC_CHECK_LAST_DENSE(block_table);
-  PagedRows rows = check_state(state_slot, num_pages, first_page, covered, block_table.size(0),
-                               pages.size(1), pages);
+  PagedRows rows = check_state(state_slot, num_pages, first_page, covered, page_scales, page_format,
+                               block_table.size(0), pages.size(1), pages);
+  if (codes && page_format != kAuto) {
+    const int format = static_cast<int>(page_format);
+    const int64_t head_size = pages.size(2) / 2, multiple = head_size_multiple(format);
+    KVC_CHECK(pages.scalar_type() != ScalarType::Float,
+              "pages must be float16 or bfloat16 with page_format ", page_format);
+    KVC_CHECK(pages.size(2) % (2 * multiple) == 0, "pages have a head size of ", head_size,
+              "; page_format ", page_format, " needs a multiple of ", multiple);
+    KVC_CHECK(page_scales->size(4) == scales_columns(format, static_cast<int>(head_size)),
+              "page_scales must have size ", scales_columns(format, static_cast<int>(head_size)),
+              " in dimension 4, not ", page_scales->size(4));
+  }
   KVC_CHECK(pages.size(0) % rows.slots == 0, "pages must be whole blocks of ", rows.slots,
             " pages, not ", pages.size(0));
   rows.block_table = block_table.const_data_ptr<int32_t>();

@@ -49,9 +49,11 @@ inline PagedRows check_paged_attention(const Tensor& query, const Tensor& pages,
                                        const Tensor& block_table, const Tensor& seq_lens,
                                        const Tensor& state_slot, const Tensor& num_pages,
                                        const Tensor& first_page, const Tensor& covered,
-                                       const Tensor& query_start, int64_t layer,
-                                       const Tensor& out) {
-  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+                                       const std::optional<Tensor>& page_scales,
+                                       int64_t page_format, const Tensor& query_start,
+                                       int64_t layer, const Tensor& out) {
+  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered,
+                              page_scales, page_format);
   const int64_t num_requests = block_table.size(0);
   rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, num_requests, pages);
   KVC_CHECK_TENSOR(query, pages.scalar_type(), 3, pages);
@@ -77,9 +79,11 @@ inline PagedRows check_paged_attention(const Tensor& query, const Tensor& pages,
 inline PagedRows check_candidates(const Tensor& pages, const Tensor& block_table,
                                   const Tensor& seq_lens, const Tensor& state_slot,
                                   const Tensor& num_pages, const Tensor& first_page,
-                                  const Tensor& covered, const Tensor& new_covered,
+                                  const Tensor& covered, const std::optional<Tensor>& page_scales,
+                                  int64_t page_format, const Tensor& new_covered,
                                   const Tensor& page_start, int64_t num_candidate_pages) {
-  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered,
+                              page_scales, page_format);
   const int64_t requests = block_table.size(0);
   rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, requests, pages);
   KVC_CHECK_PER_REQUEST(int32_t, new_covered, requests, pages);
@@ -89,17 +93,15 @@ inline PagedRows check_candidates(const Tensor& pages, const Tensor& block_table
 }
 
 // The candidates, ring [L, O, W, H * G, D], observe_slot and num_queries [R]. Returns the rows.
-inline PagedRows check_attention_statistics(const Tensor& ring, const Tensor& pages,
-                                            const Tensor& block_table, const Tensor& seq_lens,
-                                            const Tensor& state_slot, const Tensor& num_pages,
-                                            const Tensor& first_page, const Tensor& covered,
-                                            const Tensor& observe_slot, const Tensor& num_queries,
-                                            const Tensor& new_covered, const Tensor& page_start,
-                                            int64_t num_candidate_pages, int64_t channels,
-                                            int64_t query_stride) {
+inline PagedRows check_attention_statistics(
+    const Tensor& ring, const Tensor& pages, const Tensor& block_table, const Tensor& seq_lens,
+    const Tensor& state_slot, const Tensor& num_pages, const Tensor& first_page,
+    const Tensor& covered, const std::optional<Tensor>& page_scales, int64_t page_format,
+    const Tensor& observe_slot, const Tensor& num_queries, const Tensor& new_covered,
+    const Tensor& page_start, int64_t num_candidate_pages, int64_t channels, int64_t query_stride) {
   const PagedRows rows =
       check_candidates(pages, block_table, seq_lens, state_slot, num_pages, first_page, covered,
-                       new_covered, page_start, num_candidate_pages);
+                       page_scales, page_format, new_covered, page_start, num_candidate_pages);
   const int64_t requests = block_table.size(0), heads = num_pages.size(2);
   KVC_CHECK_PER_REQUEST(int32_t, observe_slot, requests, pages);
   KVC_CHECK_PER_REQUEST(int32_t, num_queries, requests, pages);
@@ -119,27 +121,30 @@ inline PagedRows check_attention_statistics(const Tensor& ring, const Tensor& pa
 inline PagedRows check_key_statistics(const Tensor& pages, const Tensor& block_table,
                                       const Tensor& seq_lens, const Tensor& state_slot,
                                       const Tensor& num_pages, const Tensor& first_page,
-                                      const Tensor& covered, const Tensor& new_covered,
-                                      const Tensor& page_start, int64_t num_candidate_pages,
-                                      int64_t channels) {
+                                      const Tensor& covered,
+                                      const std::optional<Tensor>& page_scales, int64_t page_format,
+                                      const Tensor& new_covered, const Tensor& page_start,
+                                      int64_t num_candidate_pages, int64_t channels) {
   const PagedRows rows =
       check_candidates(pages, block_table, seq_lens, state_slot, num_pages, first_page, covered,
-                       new_covered, page_start, num_candidate_pages);
+                       page_scales, page_format, new_covered, page_start, num_candidate_pages);
   KVC_CHECK(pages.size(2) > 0 && pages.size(2) % 2 == 0, "pages have ", pages.size(2),
             " numbers per key, not K and V of one size");
   check_channels(channels, kKeyChannels);
   return rows;
 }
 
-// The rows, query [>= T, H * G, D], segments [S, 4], rotation [n, 2], scores [P, B]. Returns the
+// The rows, query [>= T, H * G, D], segments [S, 4], rotation [n, 2], scores [P, T]. Returns the
 // rows.
 inline PagedRows check_echo_scores(const Tensor& query, const Tensor& pages,
                                    const Tensor& block_table, const Tensor& seq_lens,
                                    const Tensor& state_slot, const Tensor& num_pages,
                                    const Tensor& first_page, const Tensor& covered,
+                                   const std::optional<Tensor>& page_scales, int64_t page_format,
                                    const Tensor& segments, const Tensor& rotation, int64_t layer,
                                    int64_t max_segment, int64_t num_sinks, const Tensor& scores) {
-  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
+  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered,
+                              page_scales, page_format);
   rows.seq_lens = KVC_CHECK_PER_REQUEST(int32_t, seq_lens, block_table.size(0), pages);
   KVC_CHECK_TENSOR(query, pages.scalar_type(), 3, pages);
   KVC_CHECK_LAST_DENSE(query);
@@ -158,7 +163,7 @@ inline PagedRows check_echo_scores(const Tensor& query, const Tensor& pages,
   KVC_CHECK_TENSOR(scores, ScalarType::Float, 2, pages);
   KVC_CHECK_DENSE(scores);
   KVC_CHECK_SIZE(scores, 0, pages.size(0));
-  KVC_CHECK_SIZE(scores, 1, pages.size(1));
+  KVC_CHECK_SIZE(scores, 1, rows.page_blocks * pages.size(1));
   KVC_CHECK(0 <= layer && layer < num_pages.size(1), "layer must be in [0, ", num_pages.size(1),
             "), not ", layer);
   KVC_CHECK(max_segment >= 1, "max_segment must be positive, not ", max_segment);
@@ -171,6 +176,7 @@ inline PagedRows check_echo_scores(const Tensor& query, const Tensor& pages,
 inline PagedRows check_select_pages(const Tensor& scores, const Tensor& page_start,
                                     const Tensor& state_slot, const Tensor& num_pages,
                                     const Tensor& first_page, const Tensor& covered,
+                                    const std::optional<Tensor>& page_scales, int64_t page_format,
                                     const Tensor& new_covered, const Tensor& num_freed,
                                     const Tensor& num_recent, int64_t num_sinks,
                                     int64_t floor_pages, int64_t num_kept_pages) {
@@ -180,8 +186,8 @@ inline PagedRows check_select_pages(const Tensor& scores, const Tensor& page_sta
   KVC_CHECK_TENSOR(num_freed, ScalarType::Int, 2, scores);
   KVC_CHECK_DENSE(num_freed);
   const int64_t requests = num_freed.size(0), groups = num_freed.size(1);
-  const PagedRows rows =
-      check_state(state_slot, num_pages, first_page, covered, requests, scores.size(1), scores);
+  const PagedRows rows = check_state(state_slot, num_pages, first_page, covered, page_scales,
+                                     page_format, requests, scores.size(1), scores);
   KVC_CHECK(groups > 0 && rows.slots % groups == 0, "num_freed has ", groups, " groups for ",
             rows.slots, " heads");
   KVC_CHECK_PER_REQUEST(int64_t, page_start, requests, scores);
@@ -192,30 +198,74 @@ inline PagedRows check_select_pages(const Tensor& scores, const Tensor& page_sta
   return rows;
 }
 
-// The rows, kept_pages and kept_first [R, L, H], kept_keys [kept pages, B], new_blocks [R, >= C].
-// Returns the rows, without seq_lens.
-inline PagedRows check_compact_pages(const Tensor& pages, const Tensor& block_table,
-                                     const Tensor& state_slot, const Tensor& num_pages,
-                                     const Tensor& first_page, const Tensor& covered,
-                                     const Tensor& kept_pages, const Tensor& kept_first,
-                                     const Tensor& kept_keys, const Tensor& new_blocks) {
-  const PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered);
-  const int64_t requests = block_table.size(0);
+// The rows, kept_pages and kept_first [R, L, H], kept_keys [kept pages, T]. `codes`: pages are
+// [P, B, 2 * D], else [P, T, n]. Returns the rows, without seq_lens.
+inline PagedRows check_kept(const Tensor& pages, const Tensor& block_table,
+                            const Tensor& state_slot, const Tensor& num_pages,
+                            const Tensor& first_page, const Tensor& covered,
+                            const std::optional<Tensor>& page_scales, int64_t page_format,
+                            const Tensor& kept_pages, const Tensor& kept_first,
+                            const Tensor& kept_keys, bool codes) {
+  PagedRows rows = check_rows(pages, block_table, state_slot, num_pages, first_page, covered,
+                              page_scales, page_format, codes);
+  const int64_t requests = block_table.size(0), m = rows.page_blocks;
   KVC_CHECK_TENSOR(kept_pages, ScalarType::Int, 3, pages);
   KVC_CHECK_TENSOR(kept_first, ScalarType::Int, 3, pages);
   KVC_CHECK_TENSOR(kept_keys, ScalarType::Int, 2, pages);
-  KVC_CHECK_TENSOR(new_blocks, ScalarType::Int, 2, pages);
   KVC_CHECK_DENSE(kept_pages);
   KVC_CHECK_DENSE(kept_first);
   KVC_CHECK_DENSE(kept_keys);
-  KVC_CHECK_LAST_DENSE(new_blocks);
   for (int64_t d = 0; d < 3; ++d) {
     const int64_t expected = d == 0 ? requests : num_pages.size(d);
     KVC_CHECK_SIZE(kept_pages, d, expected);
     KVC_CHECK_SIZE(kept_first, d, expected);
   }
-  KVC_CHECK_SIZE(kept_keys, 1, pages.size(1));
-  KVC_CHECK_SIZE(new_blocks, 0, requests);
+  if (codes) {
+    KVC_CHECK_SIZE(kept_keys, 1, pages.size(1) * m);
+  } else {
+    KVC_CHECK_SIZE(kept_keys, 1, pages.size(1));
+    KVC_CHECK(pages.size(1) % m == 0, "pages hold ", pages.size(1), " keys, not a multiple of ", m);
+    rows.block_size = static_cast<int32_t>(pages.size(1) / m);
+  }
+  return rows;
+}
+
+inline PagedRows check_fit_scales(const Tensor& pages, const Tensor& block_table,
+                                  const Tensor& state_slot, const Tensor& num_pages,
+                                  const Tensor& first_page, const Tensor& covered,
+                                  const std::optional<Tensor>& page_scales, int64_t page_format,
+                                  const Tensor& kept_pages, const Tensor& kept_first,
+                                  const Tensor& kept_keys) {
+  const PagedRows rows =
+      check_kept(pages, block_table, state_slot, num_pages, first_page, covered, page_scales,
+                 page_format, kept_pages, kept_first, kept_keys, true);
+  KVC_CHECK(page_format != kAuto, "page_format auto has no scales");
+  return rows;
+}
+
+// The same, new_blocks [R, >= C], and new_scales [R, L, H, A, S] if pages are to hold codes.
+inline PagedRows check_compact_pages(const Tensor& pages, const Tensor& block_table,
+                                     const Tensor& state_slot, const Tensor& num_pages,
+                                     const Tensor& first_page, const Tensor& covered,
+                                     const std::optional<Tensor>& page_scales, int64_t page_format,
+                                     const Tensor& kept_pages, const Tensor& kept_first,
+                                     const Tensor& kept_keys, const Tensor& new_blocks,
+                                     const std::optional<Tensor>& new_scales) {
+  const PagedRows rows =
+      check_kept(pages, block_table, state_slot, num_pages, first_page, covered, page_scales,
+                 page_format, kept_pages, kept_first, kept_keys, new_scales.has_value());
+  KVC_CHECK_TENSOR(new_blocks, ScalarType::Int, 2, pages);
+  KVC_CHECK_LAST_DENSE(new_blocks);
+  KVC_CHECK_SIZE(new_blocks, 0, block_table.size(0));
+  if (!new_scales) return rows;
+  KVC_CHECK(page_format != kAuto, "new_scales are of no use with page_format auto");
+  check_tensor(*new_scales, "new_scales", ScalarType::BFloat16, 5, pages);
+  KVC_CHECK(new_scales->is_contiguous(), "new_scales must be contiguous");
+  for (int64_t d = 0; d < 5; ++d) {
+    const int64_t expected = d == 0 ? block_table.size(0) : page_scales->size(d);
+    KVC_CHECK(new_scales->size(d) == expected, "new_scales must have size ", expected,
+              " in dimension ", d, ", not ", new_scales->size(d));
+  }
   return rows;
 }
 

@@ -61,6 +61,13 @@ def test_a_prompt_is_full_while_it_prefills_and_packed_afterwards() -> None:
     assert one == Load(3, 375, 8, 8 + 4, 4, 500)
 
 
+def test_a_prompt_that_is_read_within_a_peak_holds_that_and_a_copy() -> None:
+    config = KVCompressConfig(ratio=4, prefill_peak_tokens=320)
+    planner = CompressionPlanner(config, B, 8, 8, max_tokens=10_000)
+    assert load(planner, None, 0, 6000, 500, 2048).prompt == 20 + 10
+    assert load(planner, None, 0, 400, 500, 2048).prompt == 25, "it has no more"
+
+
 def test_what_is_decoded_grows_from_where_it_is() -> None:
     PLANNER.admit("a", 1600)
     PLANNER.compressed("a")

@@ -3,12 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records import budget
 from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 
 B = 16
+PAGE_DTYPES = [each.label for each in PageFormat]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,21 @@ B = 16
         ({"budget_tokens": 128, "min_budget_tokens": 250}, 1600, 8),  # said outright
         ({"ratio": 4}, 127, 7),  # shorter than min_prompt_tokens
         ({"ratio": 4, "min_prompt_tokens": 1}, 33, 2),  # the shields hold both blocks
+        # Packed pages of 32 keys, and of 64: the same memory, and never more than all keys take.
+        ({"ratio": 4, "page_dtype": "fp8"}, 1615, 25),
+        ({"ratio": 8, "page_dtype": "int4"}, 1615, 13),  # 832 of 1,600 keys
+        ({"ratio": 2, "page_dtype": "int4"}, 1615, 25),
+        ({"ratio": 1, "page_dtype": "int4"}, 1615, 100),
+        ({"ratio": 64, "page_dtype": "int4"}, 1600, 2),
+        ({"ratio": 8, "page_dtype": "int4"}, 1600 + 63, 13),  # whole packed pages only
+        ({"ratio": 8, "page_dtype": "int4"}, 1600 + 64, 13),
+        ({"budget_tokens": 128, "page_dtype": "int4"}, 1600, 8),  # 512 keys
+        ({"budget_tokens": 1500, "page_dtype": "int4"}, 1600, 25),
+        ({"budget_tokens": 5000, "page_dtype": "int4"}, 1600, 100),
+        ({"ratio": 64, "recent": 300, "page_dtype": "int4"}, 1600, 5),
+        ({"ratio": 64, "min_budget_tokens": 250, "page_dtype": "int4"}, 1600, 4),  # of keys
+        ({"ratio": 4, "min_prompt_tokens": 1, "page_dtype": "int4"}, 64, 1),
+        ({"ratio": 4, "min_prompt_tokens": 1, "page_dtype": "int4"}, 63, 0),
     ],
 )
 def test_packed_blocks(options: dict, num_tokens: int, kept: int) -> None:
@@ -44,19 +61,32 @@ def test_packed_blocks(options: dict, num_tokens: int, kept: int) -> None:
     sinks=st.integers(0, 100),
     floor=st.integers(0, 100),
     block_size=st.sampled_from([8, 16, 32]),
+    page_dtype=st.sampled_from(PAGE_DTYPES),
 )
 def test_what_is_kept_always_holds_the_shields(
-    ratio: float, num_tokens: int, recent: int, sinks: int, floor: int, block_size: int
+    ratio: float,
+    num_tokens: int,
+    recent: int,
+    sinks: int,
+    floor: int,
+    block_size: int,
+    page_dtype: str,
 ) -> None:
-    config = KVCompressConfig(ratio=ratio, recent=recent, sinks=sinks, min_tokens_per_head=floor)
-    covered = num_tokens // block_size
-    kept = resolve(config).packed_blocks(num_tokens, block_size)
+    config = KVCompressConfig(
+        ratio=ratio, recent=recent, sinks=sinks, min_tokens_per_head=floor, page_dtype=page_dtype
+    )
+    own, page = resolve(config), block_size * PageFormat.of(page_dtype).blocks_per_page
+    covered = own.covered(num_tokens, block_size)
+    assert 0 <= num_tokens - covered * block_size < page and covered % own.blocks_per_page == 0
+    kept = own.packed_blocks(num_tokens, block_size)
     assert 0 <= kept <= covered
     if kept == covered:
         return
     shielded = budget.num_recent(recent, num_tokens, covered, block_size)
-    assert kept >= resolve(config).floor_pages(block_size)
-    assert resolve(config).floor_pages(block_size) * block_size >= max(sinks + shielded, floor)
+    if kept < covered // own.blocks_per_page:  # else every key is kept
+        assert kept >= own.floor_pages(block_size)
+    assert kept <= covered // own.blocks_per_page
+    assert own.floor_pages(block_size) * page >= max(sinks + shielded, floor)
     # The tail and the shielded candidates together are the recent window.
     assert shielded == max(0, recent - (num_tokens - covered * block_size))
 

@@ -40,6 +40,12 @@ def sizes(wish: Wish | None = None, **options: object) -> Sizes:
         ({"ratio": None, "budget_tokens": 128, "min_prompt_tokens": 640}, None, 51),
         ({"ratio": None, "budget_tokens": 128, "recent": 150}, None, 31),  # 10 are kept
         ({"ratio": 1.02}, None, 128),
+        # Outgrown by up to a packed page more; what 32 blocks hold in int4 is all there is.
+        ({"page_dtype": "fp8"}, None, 76),
+        ({"page_dtype": "int4"}, None, 78),
+        ({"page_dtype": "int4", "ratio": 16, "interval": 1}, None, 26),  # 16 + 8, and 2
+        ({"page_dtype": "int4"}, Wish(protect=((0, 700),)), 78),  # 12 pages of 64 keys
+        ({"page_dtype": "int4"}, Wish(protect=((0, 900),)), 128),  # 15 leave no room for one
     ],
 )
 def test_blocks_with_which_a_request_finishes_alone(
@@ -65,7 +71,7 @@ def test_sizes_and_budgets_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert [one.packed(n * B) for n in range(10, 30)] == [
         Packing(n, -(-n // 4)) for n in range(10, 30)
     ]
-    assert len(one._kept) <= 3
+    assert len(one._allowed) <= 3
     planner = CompressionPlanner(KVCompressConfig(ratio=4), B, 2, 2, 2048)
     for ratio in range(2, 20):
         budget = resolve(planner.config, Wish(ratio=float(ratio)))
@@ -135,3 +141,40 @@ def test_half_of_a_peak_holds_what_every_head_keeps() -> None:
     CompressionPlanner(KVCompressConfig(prefill_peak_tokens=256, recent=124), B, 2, 2, 2048)
     with pytest.raises(ValueError, match="half of it must hold the 144 tokens that every head"):
         CompressionPlanner(KVCompressConfig(prefill_peak_tokens=256, recent=125), B, 2, 2, 2048)
+
+
+def test_a_context_is_compressed_even_if_that_gives_back_a_single_block() -> None:
+    asked = sizes(Wish(context_tokens=160, ratio=1.1))
+    assert asked.packed_at(160, 400) == Packing(10, 10)
+    assert asked.first_due(400) == 400
+    asked = sizes(Wish(context_tokens=160, ratio=1.2))
+    assert asked.packed_at(160, 400) == Packing(10, 9)
+    assert asked.first_due(400) == 160
+
+
+def test_what_never_outgrows_its_budget_takes_no_slot() -> None:
+    """The longest request may have 128 blocks, and the interval is 8."""
+    for tokens, tracked in ((1920, 1), (1936, 0)):
+        config = KVCompressConfig.from_dict({"ratio": None, "budget_tokens": tokens})
+        p = CompressionPlanner(config, B, 1, 4, 2048)
+        p.admit("a", 100)
+        assert len(p.requests) == tracked and p.can_admit(100) == (not tracked)
+
+
+def test_admission_alone_expects_of_a_mass_what_others_came_to() -> None:
+    p = before_a_question()
+    (a,) = p.to_score({"a": 800})
+    assert p.forecast().packed(1600).kept == p.sizes().packed(1600).kept == 25
+    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    # Everything was kept: a quarter is expected no longer, but a share of 0.325, a ratio of 3.
+    assert p.forecast().packed(1600).kept == 34 and p.sizes().packed(1600).kept == 25
+    of_ratio = CompressionPlanner(KVCompressConfig(ratio=8), B, 4, 4, 4096)
+    assert of_ratio.forecast() is of_ratio.sizes()
+
+
+def test_a_prompt_that_is_over_is_decoded_until_its_curve_is_back() -> None:
+    config = KVCompressConfig.from_dict({"mass": 0.9, "window": 8})
+    p = CompressionPlanner(config, B, 4, 4, 4096)
+    p.admit("a", 1000)
+    (a,) = p.to_score({"a": 1000})
+    assert a.awaits_curve and p.chunk("a", 1000, 1) == 1

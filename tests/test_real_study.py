@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.lm_eval.scoring import process_results
 from benchmarks.masking_study import Llama, Setting, kept_keys
-from benchmarks.real import calibration, decoded, policies, report, samples, scores, study
+from benchmarks.real import calibration, decoded, formats, policies, report, samples, scores, study
 from benchmarks.real.__main__ import parser
 from benchmarks.real.masks import Shields, count, keep
 from benchmarks.real.model import Model
@@ -141,8 +141,57 @@ def test_tables_put_heads_on_the_scale_of_a_repetition():
     assert (table(foreseen.amax(-1, keepdim=True) * 4) > exact.amax(-1, keepdim=True)).all()
 
 
+def test_formats_come_back_within_half_a_step():
+    """What is not there has no say in the ranges."""
+    generator = torch.Generator().manual_seed(4)
+    vectors = torch.randn(2, 3, 100, 64, generator=generator) * 10 ** torch.linspace(-2, 1, 64)
+    kept = torch.rand(2, 3, 100, generator=generator) > 0.4
+    kept[0, 0] = False
+    kept[0, 1] = False
+    kept[0, 1, 7] = True
+    vectors[~kept] = vectors[~kept] * 1000
+    for name, form in formats.FORMATS.items():
+        for quantise in (form.keys, form.values):
+            assert quantise(vectors, kept).isfinite().all(), name
+    low, high = formats.ranges(vectors, kept)
+    step = ((high - low) / 15).expand_as(vectors)[kept]
+    error = (formats.by_channel(vectors, kept)[kept] - vectors[kept]).abs()
+    assert (error <= step / 2 + 1e-5 * vectors[kept].abs() + 1e-6).all()
+    again = formats.by_channel(formats.by_channel(vectors, kept), kept)
+    torch.testing.assert_close(again[kept], formats.by_channel(vectors, kept)[kept])
+    coarse = formats.fp8(vectors, kept)[kept]
+    largest = vectors[kept].abs().amax()
+    assert ((coarse - vectors[kept]).abs() <= 2**-4 * vectors[kept].abs() + largest / 2**16).all()
+    turn = formats.hadamard(8, torch.device("cpu"))
+    torch.testing.assert_close(turn @ turn, torch.eye(8))
+
+
+@pytest.mark.parametrize("mode", study.MODES)
+def test_equal_bytes_of_fewer_bits_are_more_keys(model, sample, mode):
+    plan = study.Plan(
+        [study.PRODUCT[mode]], [4.0], [Shields(recent=16)], [5], 64,
+        page_dtypes=["auto", "fp8", "int4", "int4_exact"],
+    )  # fmt: skip
+    lines = list(
+        study.generated(model, [sample], plan)
+        if mode == study.DECODED
+        else study.once(model, sample, mode, plan)
+    )
+    found = {line["page_dtype"]: line for line in lines if line["policy"] != "full"}
+    assert list(found) == plan.page_dtypes
+    full = next(line for line in lines if line["policy"] == "full")
+    if mode != study.DECODED:
+        # All keys stay: what is lost is what 4 bits lose.
+        assert found["int4_exact"]["tasks"] == full["tasks"]
+        assert found["int4"]["tasks"] != full["tasks"]
+    else:
+        held = [found[name]["held"] for name in ("auto", "fp8", "int4")]
+        assert held[0] < held[1] < held[2] == 1
+
+
 def test_a_generation_is_compressed_as_the_engine_would():
     assert list(decoded.schedule(700, 2, Shields())) == [256, 512]
+    assert list(decoded.schedule(700, 2, Shields(page=64), 4)) == [192, 384, 576]
     assert list(decoded.schedule(500, 4, Shields())) == [176, 352]
     assert list(decoded.schedule(500, 1, Shields())) == []
 
@@ -220,7 +269,7 @@ def test_tables_say_what_share_of_the_full_caches_answers_is_left(tmp_path, caps
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
     cell = report.cells(lines, ["mode"])[("hidden",)]
-    share, low, high = cell["echo", 16, 32, 16, 0][4.0].share(cell["full",][1.0])
+    share, low, high = cell["echo", 16, 32, 16, 0, "auto"][4.0].share(cell["full",][1.0])
     assert share == 0.75 and low < 0.75 < high
     args = parser().parse_args(["table", str(path)])
     args.action(args)

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.budget import Wish
@@ -15,6 +16,7 @@ from kvcompress_vllm.scheduling.sizes import NEVER
 from kvcompress_vllm.scheduling.slots import num_observe_slots
 
 B = 16
+PAGE_DTYPES = [each.label for each in PageFormat]
 
 
 def planner(observe_slots: int = 2, **options: object) -> CompressionPlanner:
@@ -286,27 +288,41 @@ def test_generations_outgrow_their_budgets_further_where_slots_do_not_go_round()
     prompt=st.integers(0, 3000),
     min_prompt_tokens=st.integers(1, 400),
     min_budget_tokens=st.sampled_from([0, 100, 1000]),
+    page_dtype=st.sampled_from(PAGE_DTYPES),
+    in_tokens=st.booleans(),
 )
 def test_outgrown_at_is_the_first_such_place(
-    ratio: float, interval: int, prompt: int, min_prompt_tokens: int, min_budget_tokens: int
+    ratio: float,
+    interval: int,
+    prompt: int,
+    min_prompt_tokens: int,
+    min_budget_tokens: int,
+    page_dtype: str,
+    in_tokens: bool,
 ) -> None:
     p = planner(
-        ratio=ratio,
         interval=interval,
         min_prompt_tokens=min_prompt_tokens,
         min_budget_tokens=min_budget_tokens,
+        page_dtype=page_dtype,
+        ratio=None if in_tokens else ratio,
+        budget_tokens=int(2000 / ratio) if in_tokens else None,
     )
-    covered, kept = p.sizes().packed(prompt)
+    sizes, m = p.sizes(), PageFormat.of(page_dtype).blocks_per_page
+    covered, kept = sizes.packed(prompt)
     covered, kept = (covered, kept) if kept < covered else (0, 0)
 
     def excess(full: int) -> int:
-        return kept + full - covered - p.sizes().packed(full * B)[1]
+        """Of whole packed pages, over what the budget allows: not over what all keys take."""
+        return kept + full - covered - sizes.budget.allowed_blocks(full * B, B)
 
-    at = p.sizes().outgrown_at(Packing(covered, kept))
-    assert at == NEVER or (at % B == 0 and excess(at // B) >= interval)
-    first = next(
-        (f for f in range(covered, p.limits.max_tokens // B) if excess(f) >= interval), None
-    )
+    at = sizes.outgrown_at(Packing(covered, kept))
+    if at != NEVER:
+        assert at % (B * m) == 0 and excess(at // B) >= interval
+        after = sizes.packed(at)
+        assert Packing(covered, kept).gives_back(after) >= interval
+    last = p.limits.max_tokens // B
+    first = next((f for f in range(covered, last, m) if excess(f) >= interval), None)
     assert at == (NEVER if first is None else first * B)
 
 

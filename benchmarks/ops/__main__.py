@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ops.compression import bench_compression
+from benchmarks.ops.compression import bench_compression, bench_quantisation
 from benchmarks.ops.copies import bench_copies
-from benchmarks.ops.decode import bench_decode, bench_prefill
+from benchmarks.ops.decode import bench_codes, bench_decode, bench_prefill
 from benchmarks.ops.echo import bench_echo
 from benchmarks.ops.plot import plot_decode
 from benchmarks.ops.timing import Report, copy_bandwidth
@@ -26,8 +26,10 @@ from kvcompress_vllm import ops
 
 BENCHES: dict[str, Callable[[Report, torch.device], None]] = {
     "decode": bench_decode,
+    "codes": bench_codes,
     "prefill": bench_prefill,
     "compression": bench_compression,
+    "quantisation": bench_quantisation,
     "copies": bench_copies,
     "echo": bench_echo,
 }

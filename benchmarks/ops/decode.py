@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.ops.batch import GROUP, HEAD_SIZE, HEADS, SCALE, Decode
 from benchmarks.ops.timing import Report, seconds
 from kvcompress_vllm import ops
+from kvcompress_vllm.cache.page_format import PageFormat
 
 # Requests, mean keys per head, spread of their logarithm.
 DECODES = (
@@ -21,6 +22,14 @@ DECODES = (
     (256, 3000, 1),
     (1, 6000, 1),
     (8, 1500, 1),
+    (16, 30000, 1),
+)
+
+CODED = (
+    *((64, mean, sigma) for mean in (750, 3000, 6000, 24000) for sigma in (0, 1)),
+    (256, 750, 1),
+    (256, 3000, 1),
+    (1, 24000, 1),
     (16, 30000, 1),
 )
 
@@ -42,6 +51,18 @@ def bench_decode(report: Report, device: torch.device) -> None:
             flash_us=None if flash is None else round(flash_time(batch, flash) * 1e6, 2),
         )
         del batch
+
+
+def bench_codes(report: Report, device: torch.device) -> None:
+    """Decode with packed pages of codes: as many keys, and four times as many in int4's bytes."""
+    for page_format in (PageFormat.FP8, PageFormat.INT4):
+        for requests, mean, sigma in CODED:
+            torch.cuda.empty_cache()
+            batch = Decode(requests, mean, sigma, device, page_format=page_format)
+            batch.check()
+            case = f"{requests} x {mean} keys, sigma {sigma}"
+            report.add(f"decode {page_format.label}", case, seconds(batch.steps()), batch.bytes)
+            del batch
 
 
 def bench_prefill(report: Report, device: torch.device) -> None:

@@ -36,7 +36,8 @@ class Chunk:
         self.table = (torch.randperm(blocks, device=device) + 1).int()[None]
         self.seq_lens = torch.tensor([tokens], dtype=torch.int32, device=device)
         unused = torch.zeros(1, LAYERS, HEADS, dtype=torch.int32, device=device)
-        self.state = (-torch.ones_like(self.seq_lens), unused, unused, unused[:, 0, 0].contiguous())
+        tables = (unused, unused, unused[:, 0, 0].contiguous(), None, 0)
+        self.state = (-torch.ones_like(self.seq_lens), *tables)
         width = HEADS * HEAD_SIZE
         fused = torch.randn(new, (GROUP + 2) * width, device=device).bfloat16()
         self.query = fused[:, : GROUP * width].unflatten(1, (-1, HEAD_SIZE))

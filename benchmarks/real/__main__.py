@@ -76,11 +76,14 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.real import decoded, policies, study
+    from benchmarks.real.formats import FORMATS
     from benchmarks.real.masks import Shields
     from benchmarks.real.model import Model
 
     if unknown := set(args.modes) - set(study.MODES):
         raise SystemExit(f"modes {sorted(unknown)} are not accepted; known: {study.MODES}")
+    if unknown := set(args.page_dtypes) - FORMATS.keys():
+        raise SystemExit(f"page dtypes {sorted(unknown)} are not accepted; known: {list(FORMATS)}")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     begun = time.monotonic()
@@ -106,11 +109,14 @@ def run(args: argparse.Namespace) -> None:
             few = decoded.FEW if mode == study.DECODED else policies.FEW
             names = list(known) if args.policies == ["all"] else args.policies
             names = few if names == ["few"] else names
+            names = [study.PRODUCT[mode]] if names == ["product"] else names
             if not tables:
                 names = [name for name in names if not name.startswith("table")]
             if wrong := set(names) - known.keys():
                 raise SystemExit(f"policies {sorted(wrong)} are not accepted; known: {list(known)}")
-            plan = study.Plan(names, args.ratios, shields, repeat, args.rows, tables)
+            plan = study.Plan(
+                names, args.ratios, shields, repeat, args.rows, tables, args.page_dtypes
+            )
             wanted = [
                 sample
                 for sample in islice(read(args.samples), args.limit)
@@ -216,7 +222,10 @@ def parser() -> argparse.ArgumentParser:
     both = shared()
     measure = commands.add_parser("run", parents=[both], help="measure")
     measure.set_defaults(action=run)
-    measure.add_argument("--policies", type=words, default=["few"], help="names, few, or all")
+    measure.add_argument("--policies", type=words, default=["few"],
+                         help="names, few, all, or product: its default")  # fmt: skip
+    measure.add_argument("--page-dtypes", type=words, default=["auto"],
+                         help="how packed pages are stored: auto, fp8, int4, ...")  # fmt: skip
     measure.add_argument("--sources", type=words, help="only these of the samples")
     measure.add_argument("--pages", type=integers, default=[16], help="keys freed together")
     measure.add_argument("--recent", type=integers, default=[32])

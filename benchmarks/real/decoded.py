@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.real import scores
 from benchmarks.real.calibration import Table
+from benchmarks.real.formats import AUTO, FORMATS, Format
 from benchmarks.real.masks import Shields, count, keep, open_keys
 from benchmarks.real.model import Model
 
@@ -218,13 +219,17 @@ FEW = [
 ]
 
 
-def schedule(length: int, ratio: float, shields: Shields) -> Iterator[int]:
-    """Tokens at which a generation of ``length`` tokens is compressed."""
+def schedule(length: int, ratio: float, shields: Shields, packing: int = 1) -> Iterator[int]:
+    """Tokens at which a generation of ``length`` tokens is compressed.
+
+    Args:
+        packing: packed keys in the bytes of one that is not.
+    """
     held, page = 0, shields.page
     for tokens in range(page, length + 1, page):
-        held += 1
+        held += packing
         kept = count(tokens, ratio, shields).kept
-        if held - kept >= INTERVAL * 16 / page:
+        if held - kept >= INTERVAL * 16 * packing / page:
             held = kept
             yield tokens
 
@@ -237,8 +242,12 @@ def generate(
     ratio: float,
     shields: Shields,
     tables: Mapping[str, Table],
+    form: Format = FORMATS[AUTO],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read ``tokens`` ``[B, P]`` as if they were generated.
+
+    Args:
+        form: of the packed pages. What was packed before stays as it was then.
 
     Returns:
         Keys and values ``[N * B, all layers, H, P, D]``, and which of them are there
@@ -246,7 +255,7 @@ def generate(
     """
     contexts, length = tokens.shape
     rows = contexts * len(policies)
-    ends = [*schedule(length, ratio, shields), length]
+    ends = [*schedule(length, ratio, shields, form.packing), length]
     start = model.prefill(tokens[:, : ends[0]])
 
     def room(like: Tensor, *shape: int) -> Tensor:
@@ -291,6 +300,13 @@ def generate(
             present[mine, ..., :end] = keep(
                 policy.score(view), ratio, shields, policy.allocator, view.present
             )
+            packed = count(end, ratio, shields).candidates
+            there = present[mine, ..., :packed]
+            before = count(begin, ratio, shields).candidates if begin else 0
+            for whole, quantise in ((keys, form.keys), (values, form.values)):
+                some = whole[mine][:, model.layers, :, :packed].float()
+                new = quantise(some, there)[..., before:, :].to(whole.dtype)
+                whole[mine][:, model.layers, :, before:packed] = new
         begin = end
         if end == length:
             break

@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.intervals import interval
+from benchmarks.real.formats import AUTO
 
 FULL = "full"
 
@@ -77,7 +78,7 @@ class Cell:
 
 
 Group = tuple[Any, ...]
-SHIELDS = ("page", "recent", "floor", "min_budget")
+SHIELDS = ("page", "recent", "floor", "min_budget", "page_dtype")
 
 
 def cells(
@@ -91,7 +92,7 @@ def cells(
         group = tuple(line[name] for name in by)
         row = (line["policy"],)
         if line["policy"] != FULL:
-            row += tuple(line[name] for name in SHIELDS)
+            row += tuple(line.get(name, AUTO) for name in SHIELDS)
         cell = found.setdefault(group, {}).setdefault(row, {}).setdefault(line["ratio"], Cell())
         cell.add(line, tasks)
     return found

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from benchmarks.real import decoded
 from benchmarks.real.calibration import Table, tables
-from benchmarks.real.masks import Shields, keep
+from benchmarks.real.formats import AUTO, FORMATS
+from benchmarks.real.masks import Shields, count, keep
 from benchmarks.real.model import Context, Model
 from benchmarks.real.policies import POLICIES, TABLES, Evidence
 from benchmarks.real.samples import Sample
@@ -21,6 +23,12 @@ MODES = HIDDEN, VISIBLE, DECODED = ("hidden", "visible", "decoded")
 """The question comes after the compression, stands before it, or follows a context that was
 generated. Samples of text have no question; they are hidden or decoded."""
 FULL = "full"
+PRODUCT = {
+    HIDDEN: "vnorm_window_w15_half",
+    VISIBLE: "vnorm_window_w15_half",
+    DECODED: "echo64_vnorm_window_w15_half",
+}
+"""The policy ``echo`` of the product, whose segments are shorter where they are decoded."""
 
 
 class Setting(NamedTuple):
@@ -28,7 +36,15 @@ class Setting(NamedTuple):
 
     policy: str
     ratio: float
+    """In bytes: with more keys in a page, fewer of them are dropped."""
     shields: Shields
+    page_dtype: str = AUTO
+
+    @property
+    def paged(self) -> tuple[float, Shields]:
+        """The ratio in keys, and shields of the keys that a page has."""
+        packing = FORMATS[self.page_dtype].packing
+        return self.ratio / packing, replace(self.shields, page=self.shields.page * packing)
 
 
 @dataclass(frozen=True)
@@ -44,14 +60,16 @@ class Plan:
     """Rows of tokens that follow at once; bounds the memory."""
     tables: Mapping[str, Table] = field(default_factory=dict)
     """Of a calibration."""
+    page_dtypes: Sequence[str] = (AUTO,)
 
     def settings(self) -> list[Setting]:
         """The full cache first."""
         return [
             Setting(FULL, 1.0, self.shields[0]),
             *(
-                Setting(policy, ratio, shields)
+                Setting(policy, ratio, shields, page_dtype)
                 for shields in self.shields
+                for page_dtype in self.page_dtypes
                 for ratio in self.ratios
                 for policy in self.policies
             ),
@@ -67,7 +85,7 @@ def masks(evidence: Evidence, settings: Sequence[Setting]) -> Tensor:
     for i, setting in enumerate(settings):
         if setting.policy != FULL:
             allocator = POLICIES[setting.policy].allocator
-            groups.setdefault((setting.ratio, setting.shields, allocator), []).append(i)
+            groups.setdefault((*setting.paged, allocator), []).append(i)
     for (ratio, shields, allocator), members in groups.items():
         evidence.shields = shields
         stack = [POLICIES[settings[i].policy].score(evidence, ratio) for i in members]
@@ -148,20 +166,48 @@ def judged(logits: Tensor, answers: Tensor, real: Tensor) -> Judged:
 
 
 def masked(
-    model: Model, context: Context, kept: Tensor, given: Asked, position: int, rows: int
+    model: Model, context: Context, kept: Tensor, given: Asked, position: int, plan: Plan
 ) -> Judged:
-    """Judge K masks ``[K, L, H, P]`` of one context by its continuations, ``rows`` tokens that are
-    judged at once: ``[K, M]``."""
-    parts = []
-    step = max(1, rows // given.answers.numel())
-    for begin in range(0, len(kept), step):
+    """Judge the masks ``[K, L, H, P]`` of a plan's settings by the continuations of their one
+    context, ``rows`` tokens that are judged at once: ``[K, M]``."""
+    settings = plan.settings()
+    shape = len(settings), given.answers.shape[1]
+    right = torch.zeros(shape, dtype=torch.bool, device=model.device)
+    likelihood = torch.zeros(shape, device=model.device)
+    step = max(1, plan.rows // given.answers.numel())
+    exact = [i for i, setting in enumerate(settings) if setting.page_dtype == AUTO]
+    for begin in range(0, len(exact), step):
+        mine = exact[begin : begin + step]
         logits, _ = model.follow(
-            context.keys, context.values, kept[None, begin : begin + step], given.tokens,
-            position, given.places,
-        )  # fmt: skip
+            context.keys, context.values, kept[None, mine], given.tokens, position, given.places
+        )
         assert logits is not None
-        parts.append(judged(logits[0], given.answers[0], given.real[0]))
-    return Judged(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        right[mine], likelihood[mine] = judged(logits[0], given.answers[0], given.real[0])
+    for i, setting in enumerate(settings):
+        if setting.page_dtype != AUTO:
+            stored = packed(model, context, kept[i], setting)
+            logits, _ = model.follow(*stored, kept[None, [i]], given.tokens, position, given.places)
+            assert logits is not None
+            found = judged(logits[0, 0], given.answers[0], given.real[0])
+            right[i], likelihood[i] = found
+    return Judged(right, likelihood)
+
+
+def packed(model: Model, context: Context, kept: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Keys and values of a context as packed pages give them back; the tail is as it was.
+
+    Args:
+        kept: ``[L, H, P]`` bool.
+    """
+    form, (ratio, shields) = FORMATS[setting.page_dtype], setting.paged
+    end = count(context.length, ratio, shields).candidates
+    result = []
+    for whole, quantise in ((context.keys, form.keys), (context.values, form.values)):
+        stored = whole.clone()
+        some = stored[0, model.layers, :, :end]
+        stored[0, model.layers, :, :end] = quantise(some.float(), kept[..., :end]).to(some.dtype)
+        result.append(stored)
+    return result[0], result[1]
 
 
 def _line(mode: str, sample: Sample, setting: Setting, outcome: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +216,7 @@ def _line(mode: str, sample: Sample, setting: Setting, outcome: dict[str, Any]) 
         "mode": mode, "source": sample.source, "length": sample.length, "seed": sample.seed,
         "policy": setting.policy, "ratio": setting.ratio, "page": shields.page,
         "recent": shields.recent, "floor": shields.floor, "min_budget": shields.min_budget,
-        **outcome,
+        "page_dtype": setting.page_dtype, **outcome,
     }  # fmt: skip
 
 
@@ -192,7 +238,7 @@ def once(model: Model, sample: Sample, mode: str, plan: Plan) -> Iterator[dict[s
             context, kept = read(whole)
             # The first token of the answer comes from the uncompressed prompt.
             given = asked([[(question.answer[:1], question.answer[1:])]], model.device)
-            found = masked(model, context, kept, given, len(whole), plan.rows)
+            found = masked(model, context, kept, given, len(whole), plan)
             first = context.last[0].float().log_softmax(-1)
             right = found.right & (first.argmax() == question.answer[0])
             likelihood = found.likelihood + first[question.answer[0]]
@@ -200,7 +246,7 @@ def once(model: Model, sample: Sample, mode: str, plan: Plan) -> Iterator[dict[s
     else:
         context, kept = read(sample.context)
         given = asked([continuations(sample)], model.device)
-        found = masked(model, context, kept, given, sample.length, plan.rows)
+        found = masked(model, context, kept, given, sample.length, plan)
         _note(outcomes, [question.task for question in sample.questions], found, given)
     for setting, outcome in zip(settings, outcomes, strict=True):
         yield _line(mode, sample, setting, outcome)
@@ -230,14 +276,13 @@ def generated(model: Model, samples: Sequence[Sample], plan: Plan) -> Iterator[d
     everything = [Setting(FULL, 1.0, plan.shields[0])]
     yield from _answers(model, samples, given, everything, whole.keys, whole.values, None)
     del whole
-    for shields in plan.shields:
-        for ratio in plan.ratios:
-            settings = [Setting(policy, ratio, shields) for policy in plan.policies]
-            keys, values, present = decoded.generate(
-                model, tokens, plan.policies, ratio, shields, plan.tables
-            )
-            yield from _answers(model, samples, given, settings, keys, values, present)
-            del keys, values, present
+    for shields, page_dtype, ratio in product(plan.shields, plan.page_dtypes, plan.ratios):
+        settings = [Setting(policy, ratio, shields, page_dtype) for policy in plan.policies]
+        keys, values, present = decoded.generate(
+            model, tokens, plan.policies, *settings[0].paged, plan.tables, FORMATS[page_dtype]
+        )
+        yield from _answers(model, samples, given, settings, keys, values, present)
+        del keys, values, present
 
 
 def _answers(

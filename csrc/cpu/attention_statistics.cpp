@@ -56,7 +56,7 @@ class Runner {
     out += (call_.page_start[request] + head.first_candidate(new_covered)) * head.block_size;
     for (int32_t begin = 0; begin < candidates; begin += kTileKeys) {
       const int32_t count = std::min<int32_t>(kTileKeys, candidates - begin);
-      tile_.load(simd, head, pages, begin, count, false);
+      tile_.load(simd, head, pages, begin, count, Part::kKeys);
       for (int64_t i = 0; i < call_.group * panels_; ++i) logits(simd, i, count);
       for (int64_t q = 0; q < panels_ * kPanel; ++q) visible_[q] = seen_[q] - begin;
       StatisticsTile tile{logits_,
@@ -120,7 +120,7 @@ class Runner {
     std::fill_n(static_cast<float*>(inverse_), lanes, 0.0f);
     for (int32_t begin = 0; begin < num_keys; begin += kTileKeys) {
       const int32_t count = std::min<int32_t>(kTileKeys, num_keys - begin);
-      tile_.load(simd, head, pages, begin, count, false);
+      tile_.load(simd, head, pages, begin, count, Part::kKeys);
       for (int64_t q = 0; q < panels_ * kPanel; ++q) visible_[q] = seen_[q] - begin;
       for (int64_t i = 0; i < call_.group * panels_; ++i) {
         logits(simd, i, count);
@@ -174,13 +174,15 @@ std::vector<int64_t> live_rows(const Call& call, int64_t num_requests, int64_t t
 Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tensor& block_table,
                             const Tensor& seq_lens, const Tensor& state_slot,
                             const Tensor& num_pages, const Tensor& first_page,
-                            const Tensor& covered, const Tensor& observe_slot,
+                            const Tensor& covered, const std::optional<Tensor>& page_scales,
+                            int64_t page_format, const Tensor& observe_slot,
                             const Tensor& num_queries, const Tensor& new_covered,
                             const Tensor& page_start, int64_t num_candidate_pages, int64_t channels,
                             int64_t query_stride, double scale) {
   const PagedRows rows = check_attention_statistics(
-      ring, pages, block_table, seq_lens, state_slot, num_pages, first_page, covered, observe_slot,
-      num_queries, new_covered, page_start, num_candidate_pages, channels, query_stride);
+      ring, pages, block_table, seq_lens, state_slot, num_pages, first_page, covered, page_scales,
+      page_format, observe_slot, num_queries, new_covered, page_start, num_candidate_pages,
+      channels, query_stride);
   const int64_t num_requests = block_table.size(0), heads = num_pages.size(2);
   const int64_t head_size = ring.size(4), block_size = pages.size(1);
   check_head_size(head_size);

@@ -61,10 +61,11 @@ class Runner {
     const HeadPages head = head_pages(call_.rows, s.row, call_.layer * call_.heads + h);
     const int32_t n = s.end - s.begin;
     // Where the segment begins among the keys that the head holds.
-    const int32_t first = s.begin + (head.packed - head.covered) * head.block_size;
+    const int32_t first = head.num_keys(s.begin);
     const int32_t num_sinks = std::min(call_.num_sinks, first + n);
     for (int32_t begin = 0; begin < n; begin += kTileKeys) {
-      tiles_[begin / kTileKeys]->load(simd, head, pages, first + begin, tile_keys(n, begin), false);
+      tiles_[begin / kTileKeys]->load(simd, head, pages, first + begin, tile_keys(n, begin),
+                                      Part::kKeys);
     }
     std::fill_n(static_cast<float*>(top_), n * kPanel, -kInfinity);
     const int32_t num_rows = n * static_cast<int32_t>(call_.group);
@@ -86,8 +87,8 @@ class Runner {
       for (int i = 1; i < kPanel; ++i) {
         if (!(lanes[i] <= top) && top == top) top = lanes[i];  // a NaN stays
       }
-      const int32_t held = first + k, page = held / head.block_size;
-      scores[int64_t{head.page_id(page)} * head.block_size + held % head.block_size] =
+      const auto [page, within] = head.place(first + k);
+      scores[int64_t{head.page_id(page)} * head.page_blocks * head.block_size + within] =
           std::exp2(top);
     }
   }
@@ -133,7 +134,7 @@ class Runner {
     };
     for (int32_t begin = 0; begin < num_sinks; begin += kTileKeys) {
       const int32_t count = tile_keys(num_sinks, begin);
-      sinks_.load(simd, head, pages, begin, count, false);
+      sinks_.load(simd, head, pages, begin, count, Part::kKeys);
       multiply(simd, sinks_, repeated_, count, scratch_);
       add(scratch_, count, nullptr);
     }
@@ -192,12 +193,13 @@ int64_t check_values(const Call& call, int64_t num_segments, int64_t num_tokens,
 
 void echo_scores(const Tensor& query, const Tensor& pages, const Tensor& block_table,
                  const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
-                 const Tensor& first_page, const Tensor& covered, const Tensor& segments,
-                 const Tensor& rotation, int64_t layer, int64_t max_segment, int64_t num_sinks,
-                 bool interleaved, double scale, Tensor scores) {
-  const PagedRows rows =
-      check_echo_scores(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
-                        covered, segments, rotation, layer, max_segment, num_sinks, scores);
+                 const Tensor& first_page, const Tensor& covered,
+                 const std::optional<Tensor>& page_scales, int64_t page_format,
+                 const Tensor& segments, const Tensor& rotation, int64_t layer, int64_t max_segment,
+                 int64_t num_sinks, bool interleaved, double scale, Tensor scores) {
+  const PagedRows rows = check_echo_scores(
+      query, pages, block_table, seq_lens, state_slot, num_pages, first_page, covered, page_scales,
+      page_format, segments, rotation, layer, max_segment, num_sinks, scores);
   check_head_size(query.size(2));
   const int64_t num_segments = segments.size(0), heads = num_pages.size(2);
   Call call{rows,

@@ -45,10 +45,11 @@ class Runner {
     float* likeness = wants(kLikeness) ? out : nullptr;
     if (likeness) out += call_.channel_size;
     const int32_t num_keys = head.num_keys(call_.rows.seq_lens[request]);
-    if (norms || likeness) look(simd, head, candidates, num_keys, pages, norms, likeness);
+    if (norms || likeness) {
+      look(simd, head, candidates, num_keys, pages, Part::kKeys, norms, likeness);
+    }
     if (wants(kValueNorm)) {
-      // So far behind the keys, values lie where they would.
-      look(simd, head, candidates, num_keys, pages + call_.head_size, out, nullptr);
+      look(simd, head, candidates, num_keys, pages, Part::kValues, out, nullptr);
     }
   }
 
@@ -57,10 +58,10 @@ class Runner {
 
   // Norms and likeness of the candidates, of `num_keys` keys; nullptr: not wanted.
   void look(const Simd& simd, const HeadPages& head, int32_t candidates, int32_t num_keys,
-            const T* pages, float* norms, float* likeness) {
-    if (likeness) find_direction(simd, head, num_keys, pages);
+            const T* pages, Part part, float* norms, float* likeness) {
+    if (likeness) find_direction(simd, head, num_keys, pages, part);
     for (int32_t begin = 0; begin < candidates; begin += kTileKeys) {
-      const int32_t count = load(simd, head, pages, begin, candidates);
+      const int32_t count = load(simd, head, pages, part, begin, candidates);
       if (norms) {
         for (int32_t k = 0; k < count; ++k) norms[begin + k] = std::sqrt(squares_[k]);
       }
@@ -72,21 +73,22 @@ class Runner {
   }
 
   // The tile from key `begin` on, its squares and their inverse roots; returns how many keys.
-  int32_t load(const Simd& simd, const HeadPages& head, const T* pages, int32_t begin,
+  int32_t load(const Simd& simd, const HeadPages& head, const T* pages, Part part, int32_t begin,
                int32_t end) {
     const int32_t count = std::min<int32_t>(kTileKeys, end - begin);
-    tile_.load(simd, head, pages, begin, count, false);
+    tile_.load(simd, head, pages, begin, count, part);
     simd.squares(tile_.keys(), tile_.stride(), count, tile_.padded(), squares_);
     for (int32_t k = 0; k < count; ++k) weights_[k] = inverse_norm(squares_[k]);
     return count;
   }
 
   // Sums every tile by itself first, which keeps the rounding of long heads small.
-  void find_direction(const Simd& simd, const HeadPages& head, int32_t num_keys, const T* pages) {
+  void find_direction(const Simd& simd, const HeadPages& head, int32_t num_keys, const T* pages,
+                      Part part) {
     const int64_t padded = tile_.padded();
     std::fill_n(static_cast<float*>(direction_), padded, 0.0f);
     for (int32_t begin = 0; begin < num_keys; begin += kTileKeys) {
-      const int32_t count = load(simd, head, pages, begin, num_keys);
+      const int32_t count = load(simd, head, pages, part, begin, num_keys);
       for (int64_t d = 0; d < padded; d += kPanel) {
         float sum[kPanel];
         simd.gemm({weights_, 0, 1, tile_.keys() + d, tile_.stride(), sum, kPanel, 1, count, false});
@@ -105,11 +107,12 @@ class Runner {
 
 Tensor key_statistics(const Tensor& pages, const Tensor& block_table, const Tensor& seq_lens,
                       const Tensor& state_slot, const Tensor& num_pages, const Tensor& first_page,
-                      const Tensor& covered, const Tensor& new_covered, const Tensor& page_start,
+                      const Tensor& covered, const std::optional<Tensor>& page_scales,
+                      int64_t page_format, const Tensor& new_covered, const Tensor& page_start,
                       int64_t num_candidate_pages, int64_t channels) {
-  const PagedRows rows =
-      check_key_statistics(pages, block_table, seq_lens, state_slot, num_pages, first_page, covered,
-                           new_covered, page_start, num_candidate_pages, channels);
+  const PagedRows rows = check_key_statistics(
+      pages, block_table, seq_lens, state_slot, num_pages, first_page, covered, page_scales,
+      page_format, new_covered, page_start, num_candidate_pages, channels);
   const int64_t num_requests = block_table.size(0), block_size = pages.size(1);
   const int64_t head_size = pages.size(2) / 2;
   check_head_size(head_size);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../paged_layout.h"
+#include "codes.h"
 #include "convert.h"
 #include "parallel.h"
 
@@ -11,6 +12,8 @@ namespace kvc {
 // One tile of K and V stays in the L2 cache beside the queries.
 constexpr int64_t kTileKeys = 64;
 
+enum class Part { kKeys, kValues, kBoth };
+
 class KeyTile {
  public:
   explicit KeyTile(int64_t head_size)
@@ -18,22 +21,37 @@ class KeyTile {
         padded_(ceil_div(head_size, kPanel) * kPanel),
         // The extra panel keeps a column of rows from falling into few sets of the cache.
         stride_(2 * padded_ + kPanel),
-        data_(kTileKeys * stride_) {}
+        data_(kTileKeys * stride_),
+        codes_(head_size) {}
 
-  // Keys [begin, begin + count) of the head. The zeros that pad a row are never overwritten.
+  // Keys [begin, begin + count) of the head; with Part::kValues their values in the keys' place.
+  // The zeros that pad a row are never overwritten.
   template <typename T>
   void load(const Simd& simd, const HeadPages& head, const T* pages, int32_t begin, int32_t count,
-            bool with_values) {
-    const int64_t row = 2 * head_size_;
-    const int32_t page_size = head.block_size;
+            Part part) {
+    const int64_t row = 2 * head_size_, page_bytes = row * head.block_size * int64_t{sizeof(T)};
+    const int32_t packed = head.page_blocks > 1 ? head.packed_keys() : 0;
+    const char* bytes = reinterpret_cast<const char*>(pages);
     float* out = data_;
     for (int32_t key = begin; key < begin + count;) {
-      const int32_t offset = key % page_size;
-      const int32_t run = std::min(page_size - offset, begin + count - key);
-      const T* in = pages + (int64_t{head.page_id(key / page_size)} * page_size + offset) * row;
-      for (int32_t i = 0; i < run; ++i, in += row, out += stride_) {
-        to_float(simd, in, out, head_size_);
-        if (with_values) to_float(simd, in + head_size_, out + padded_, head_size_);
+      const auto [page, offset] = head.place(key);
+      const bool coded = key < packed;
+      const int32_t page_keys =
+          head.block_size * (coded || head.page_blocks == 1 ? head.page_blocks : 1);
+      const int32_t run = std::min(page_keys - offset, begin + count - key);
+      const char* in = bytes + head.page_id(page) * page_bytes + page_bytes / page_keys * offset;
+      for (int32_t i = 0; i < run; ++i, in += page_bytes / page_keys, out += stride_) {
+        if (coded) {
+          codes_.read(head, in, part != Part::kValues ? out : nullptr,
+                      part == Part::kBoth     ? out + padded_
+                      : part == Part::kValues ? out
+                                              : nullptr);
+          continue;
+        }
+        const T* numbers = reinterpret_cast<const T*>(in);
+        if (part != Part::kValues) to_float(simd, numbers, out, head_size_);
+        if (part == Part::kValues) to_float(simd, numbers + head_size_, out, head_size_);
+        if (part == Part::kBoth) to_float(simd, numbers + head_size_, out + padded_, head_size_);
       }
       key += run;
     }
@@ -47,6 +65,7 @@ class KeyTile {
  private:
   int64_t head_size_, padded_, stride_;
   Scratch<float> data_;
+  Codes codes_;
 };
 
 }  // namespace kvc

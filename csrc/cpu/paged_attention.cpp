@@ -64,7 +64,7 @@ class Runner {
     const int32_t end = seen_[num_rows - 1];
     for (int32_t begin = 0; begin < end; begin += kTileKeys) {
       const int32_t count = std::min<int32_t>(kTileKeys, end - begin);
-      tile_.load(simd, head, pages, begin, count, true);
+      tile_.load(simd, head, pages, begin, count, Part::kBoth);
       attention_.add(simd, tile_, {num_rows, seen_.data()}, begin, count);
     }
     store(num_rows, out);
@@ -157,11 +157,12 @@ Work make_work(const Call& call, int64_t num_requests, int64_t num_tokens, int64
 
 void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
-                     const Tensor& first_page, const Tensor& covered, const Tensor& query_start,
-                     int64_t layer, double scale, Tensor out) {
+                     const Tensor& first_page, const Tensor& covered,
+                     const std::optional<Tensor>& page_scales, int64_t page_format,
+                     const Tensor& query_start, int64_t layer, double scale, Tensor out) {
   const PagedRows rows =
       check_paged_attention(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
-                            covered, query_start, layer, out);
+                            covered, page_scales, page_format, query_start, layer, out);
   const int64_t num_requests = block_table.size(0), heads = num_pages.size(2);
   const int64_t head_size = query.size(2);
   check_head_size(head_size);

@@ -21,10 +21,11 @@ struct Call {
   const int32_t* num_freed;    // [R, A]
   const int32_t* num_recent;   // [R]
   int64_t num_requests, groups, num_sinks, floor_pages;
-  int32_t block_size;
+  int32_t block_size, page_keys;  // B, T
 };
 
-// Candidate pages of one (request, layer, head), as a run of pages of `scores`.
+// Candidates of one (request, layer, head): where they begin in pages of `scores`, and how many
+// packed pages they are.
 struct Candidates {
   int64_t first_page, num_pages, evictable;
 };
@@ -44,7 +45,10 @@ uint64_t ranked(uint32_t cost, int64_t tie) {
 
 Candidates candidates_of(const Call& call, int64_t request, int64_t head_slot) {
   const HeadPages head = head_pages(call.rows, request, static_cast<int32_t>(head_slot));
-  const int64_t count = head.candidate_pages(call.new_covered[request]);
+  const int64_t units = head.candidate_pages(call.new_covered[request]), m = head.page_blocks;
+  KVC_CHECK(units % m == 0, "new_covered and covered of request ", request, " leave a head ", units,
+            " blocks of candidates, not whole pages of ", m);
+  const int64_t count = units / m;
   return {call.page_start[request] + head.first_candidate(call.new_covered[request]), count,
           std::max<int64_t>(0, count - call.floor_pages)};
 }
@@ -53,7 +57,7 @@ Candidates candidates_of(const Call& call, int64_t request, int64_t head_slot) {
 // The floor covers the shields, so nobody asks for what comes after.
 void order_head(const Call& call, int64_t request, const Candidates& head,
                 std::vector<uint64_t>* buffer, int32_t* order, uint32_t* price) {
-  const int64_t count = head.num_pages * call.block_size;
+  const int64_t count = head.num_pages * call.page_keys;
   const float* scores = call.scores + head.first_page * call.block_size;
   order += head.first_page * call.block_size;
   price += head.first_page;
@@ -64,7 +68,7 @@ void order_head(const Call& call, int64_t request, const Candidates& head,
   std::sort(buffer->begin(), buffer->end());
   for (const uint64_t entry : *buffer) *order++ = static_cast<int32_t>(entry);
   for (int64_t e = 0; e < head.evictable; ++e) {
-    price[e] = static_cast<uint32_t>((*buffer)[(e + 1) * call.block_size - 1] >> 32);
+    price[e] = static_cast<uint32_t>((*buffer)[(e + 1) * call.page_keys - 1] >> 32);
   }
 }
 
@@ -98,10 +102,10 @@ void free_group(const Call& call, int64_t request, int64_t group, const Candidat
 // Writes the keys of one head that survive, ascending.
 void keep_head(const Call& call, const Candidates& head, int64_t lost, const int32_t* order,
                std::vector<char>* freed, int32_t* kept_keys) {
-  const int64_t count = head.num_pages * call.block_size;
+  const int64_t count = head.num_pages * call.page_keys;
   order += head.first_page * call.block_size;
   freed->assign(static_cast<size_t>(count), 0);
-  for (int64_t i = 0; i < lost * call.block_size; ++i) (*freed)[order[i]] = 1;
+  for (int64_t i = 0; i < lost * call.page_keys; ++i) (*freed)[order[i]] = 1;
   for (int64_t key = 0; key < count; ++key) {
     if (!(*freed)[key]) *kept_keys++ = static_cast<int32_t>(key);
   }
@@ -114,15 +118,16 @@ std::vector<Candidates> all_candidates(const Call& call, int64_t num_states, int
     KVC_CHECK(call.rows.state_slot[r] < num_states, "state_slot of request ", r, " is ",
               call.rows.state_slot[r], ", beyond ", num_states, " states");
     KVC_CHECK(call.num_recent[r] >= 0 &&
-                  call.floor_pages * call.block_size >= call.num_sinks + call.num_recent[r],
+                  call.floor_pages * call.page_keys >= call.num_sinks + call.num_recent[r],
               "floor_pages must cover num_sinks and num_recent, ", call.num_sinks, " and ",
               call.num_recent[r], " keys, not ", call.floor_pages, " pages");
     for (int64_t h = 0; h < call.rows.slots; ++h) {
       const Candidates head = candidates_of(call, r, h);
-      KVC_CHECK(
-          head.num_pages >= 0 && head.first_page >= 0 && head.first_page + head.num_pages <= pages,
-          "page_start and new_covered of request ", r, " name pages ", head.first_page, " to ",
-          head.first_page + head.num_pages, " of the ", pages, " in scores");
+      KVC_CHECK(head.num_pages >= 0 && head.first_page >= 0 &&
+                    head.first_page + head.num_pages * call.rows.page_blocks <= pages,
+                "page_start and new_covered of request ", r, " name pages ", head.first_page,
+                " to ", head.first_page + head.num_pages * call.rows.page_blocks, " of the ", pages,
+                " in scores");
       heads.push_back(head);
     }
   }
@@ -159,7 +164,7 @@ void select(const Call& call, const std::vector<Candidates>& heads, int64_t num_
     std::vector<char> freed;
     for (int64_t i; (i = next()) >= 0;) {
       keep_head(call, heads[i], lost[i], order.data(), &freed,
-                kept_keys + int64_t{kept_first[i]} * call.block_size);
+                kept_keys + int64_t{kept_first[i]} * call.page_keys);
     }
   });
 }
@@ -167,12 +172,14 @@ void select(const Call& call, const std::vector<Candidates>& heads, int64_t num_
 std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tensor& page_start,
                                                 const Tensor& state_slot, const Tensor& num_pages,
                                                 const Tensor& first_page, const Tensor& covered,
-                                                const Tensor& new_covered, const Tensor& num_freed,
-                                                const Tensor& num_recent, int64_t num_sinks,
-                                                int64_t floor_pages, int64_t num_kept_pages) {
-  const PagedRows rows = check_select_pages(scores, page_start, state_slot, num_pages, first_page,
-                                            covered, new_covered, num_freed, num_recent, num_sinks,
-                                            floor_pages, num_kept_pages);
+                                                const std::optional<Tensor>& page_scales,
+                                                int64_t page_format, const Tensor& new_covered,
+                                                const Tensor& num_freed, const Tensor& num_recent,
+                                                int64_t num_sinks, int64_t floor_pages,
+                                                int64_t num_kept_pages) {
+  const PagedRows rows = check_select_pages(
+      scores, page_start, state_slot, num_pages, first_page, covered, page_scales, page_format,
+      new_covered, num_freed, num_recent, num_sinks, floor_pages, num_kept_pages);
   const int64_t requests = num_freed.size(0), groups = num_freed.size(1);
   const Call call{rows,
                   scores.const_data_ptr<float>(),
@@ -184,14 +191,15 @@ std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tens
                   groups,
                   num_sinks,
                   floor_pages,
-                  static_cast<int32_t>(scores.size(1))};
+                  static_cast<int32_t>(scores.size(1)),
+                  static_cast<int32_t>(scores.size(1)) * rows.page_blocks};
   const std::vector<Candidates> heads = all_candidates(call, num_pages.size(0), scores.size(0));
   const auto empty = [&scores](std::initializer_list<int64_t> size) {
     return torch::stable::new_empty(scores, size, ScalarType::Int);
   };
   Tensor kept_pages = empty({requests, num_pages.size(1), num_pages.size(2)});
   Tensor kept_first = empty({requests, num_pages.size(1), num_pages.size(2)});
-  Tensor kept_keys = empty({num_kept_pages, scores.size(1)});
+  Tensor kept_keys = empty({num_kept_pages, call.page_keys});
   select(call, heads, num_kept_pages, scores.size(0), kept_pages.mutable_data_ptr<int32_t>(),
          kept_first.mutable_data_ptr<int32_t>(), kept_keys.mutable_data_ptr<int32_t>());
   return {kept_pages, kept_first, kept_keys};

@@ -13,11 +13,12 @@ namespace kvc::gpu {
 // no prefill kernel; its rows with several tokens, if any, are served token by token.
 void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
-                     const Tensor& first_page, const Tensor& covered, const Tensor& query_start,
-                     int64_t layer, double scale, const Tensor& out) {
+                     const Tensor& first_page, const Tensor& covered,
+                     const std::optional<Tensor>& page_scales, int64_t page_format,
+                     const Tensor& query_start, int64_t layer, double scale, const Tensor& out) {
   const PagedRows rows =
       check_paged_attention(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
-                            covered, query_start, layer, out);
+                            covered, page_scales, page_format, query_start, layer, out);
   const int64_t requests = block_table.size(0), heads = num_pages.size(2);
   const int64_t tokens = std::min(query.size(0), out.size(0)), head_size = query.size(2);
   const int64_t group = query.size(1) / heads, block_size = rows.block_size;
@@ -25,6 +26,10 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   KVC_CHECK(block_size >= 8 && (block_size & (block_size - 1)) == 0,
             "pages must hold a power of two of tokens from 8 on, not ", block_size);
   KVC_CHECK(is_aligned(pages.const_data_ptr(), 16), "pages must be aligned to 16 bytes");
+  // So that 16 rows of a page, a unit of work, are either codes or not.
+  KVC_CHECK(page_format == kAuto || block_size >= 16, "page_format ", page_format,
+            " needs pages of 16 tokens or more on CUDA, not ", block_size);
+  KVC_CHECK(is_aligned(rows.page_scales, 16), "page_scales must be aligned to 16 bytes");
   if (requests == 0 || tokens == 0) return;
 
   const Launch launch(pages);
@@ -48,8 +53,18 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   p.aligned_pages = heads % 4 == 0 && is_aligned(rows.num_pages, 16);
   const bool decode_all = tokens <= requests || pages.scalar_type() == ScalarType::Float;
   p.most_tokens = decode_all ? INT_MAX : 1;
-  dispatch_dtype(pages.scalar_type(),
-                 [&](auto type) { launch_decode<decltype(type)>(launch, pages, p, head_size); });
+  dispatch_dtype(pages.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    if (page_format == kAuto) {
+      launch_decode<T, kAuto>(launch, pages, p, head_size);
+    } else if constexpr (!std::is_same_v<T, float>) {  // refused before
+      if (page_format == kFp8) {
+        launch_decode<T, kFp8>(launch, pages, p, head_size);
+      } else {
+        launch_decode<T, kInt4>(launch, pages, p, head_size);
+      }
+    }
+  });
   if (decode_all) return;
 
   PrefillParams q{};
@@ -69,10 +84,17 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   q.least_tokens = p.most_tokens + 1;
   q.scale_log2 = p.scale_log2;
   q.aligned = p.aligned;
+  const auto prefill = [&](auto type) {
+    if (page_format == kAuto) {
+      launch_prefill<decltype(type), false>(launch, q, head_size, tokens);
+    } else {
+      launch_prefill<decltype(type), true>(launch, q, head_size, tokens);
+    }
+  };
   if (pages.scalar_type() == ScalarType::Half) {
-    launch_prefill<__half>(launch, q, head_size, tokens);
+    prefill(__half{});
   } else {
-    launch_prefill<__nv_bfloat16>(launch, q, head_size, tokens);
+    prefill(__nv_bfloat16{});
   }
 }
 

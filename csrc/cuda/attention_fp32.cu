@@ -3,6 +3,6 @@
 
 namespace kvc::gpu {
 
-template void launch_decode<float>(const Launch&, const Tensor&, DecodeParams, int64_t);
+template void launch_decode<float, kAuto>(const Launch&, const Tensor&, DecodeParams, int64_t);
 
 }  // namespace kvc::gpu

@@ -15,20 +15,21 @@ struct DecodeGrid {
 
 // Asked once per group size: the answer is the same for every call, and the grid of a captured
 // graph must be.
-template <typename T, int kHeadSize, int kTiles>
+template <typename T, int kHeadSize, int kTiles, int kFormat>
 DecodeGrid decode_grid(const Launch& launch, int group, int query_bytes) {
-  using Shape = DecodeShape<T, kHeadSize>;
+  constexpr int kScaleBytes = decode_scale_bytes(kFormat, kHeadSize);
+  using Shape = DecodeShape<T, kHeadSize, kScaleBytes>;
   constexpr int kMostDevices = 64, kMostGroup = 16;
   static std::atomic<int> known[kMostDevices][kMostGroup + 1];
   KVC_CHECK(launch.device() < kMostDevices, "more than ", kMostDevices, " devices");
-  const int per_warp = Shape::kStages * (Shape::kStage + query_bytes);
+  const int per_warp = Shape::kStages * (Shape::kStage + query_bytes + kScaleBytes);
   // 1 KB for what is not dynamic.
   const int room = launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
   const int warps = std::min(room / per_warp, Shape::kMostWarps);
   KVC_CHECK(warps > 0, "this head size does not fit the shared memory of this device");
   std::atomic<int>& blocks = known[launch.device()][group];
   if (blocks == 0) {
-    const auto kernel = decode_kernel<T, kHeadSize, kTiles>;
+    const auto kernel = decode_kernel<T, kHeadSize, kTiles, kFormat>;
     launch.reserve_shared(kernel, room);
     int per_processor = 0;
     STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel,
@@ -47,12 +48,12 @@ inline float* place_partials(float* scratch, int64_t count, int group, int head_
   return scratch + count * 2 * group * (head_size + 2);
 }
 
-template <typename T, int kHeadSize, int kTiles>
+template <typename T, int kHeadSize, int kTiles, int kFormat>
 void launch_decode_shape(const Launch& launch, const Tensor& like, DecodeParams p) {
   constexpr int kCombineThreads = 256;
   p.query_bytes = sizeof(T) == 2 ? p.group * kHeadSize * 2 : 0;
   const auto [blocks, warps, shared] =
-      decode_grid<T, kHeadSize, kTiles>(launch, p.group, p.query_bytes);
+      decode_grid<T, kHeadSize, kTiles, kFormat>(launch, p.group, p.query_bytes);
   const int64_t workers = static_cast<int64_t>(blocks) * warps;
   KVC_CHECK(p.num_requests * sizeof(int) <= static_cast<size_t>(shared),
             "too many requests in a batch: ", p.num_requests);
@@ -62,29 +63,32 @@ void launch_decode_shape(const Launch& launch, const Tensor& like, DecodeParams 
   float* place = reinterpret_cast<float*>(p.cut + blocks);  // 16-byte aligned, as cut is
   place = place_partials(place, workers, p.group, kHeadSize, &p.of_workers);
   place_partials(place, blocks, p.group, kHeadSize, &p.of_blocks);
-  launch.chained(decode_kernel<T, kHeadSize, kTiles>, blocks, warps * kWarp, shared, p);
+  launch.chained(decode_kernel<T, kHeadSize, kTiles, kFormat>, blocks, warps * kWarp, shared, p);
   launch.chained(combine_kernel<T, kHeadSize, kCombineThreads>, blocks, kCombineThreads, 0, p);
 }
 
-template <typename T>
+template <typename T, int kFormat>
 void launch_decode(const Launch& launch, const Tensor& like, DecodeParams p, int64_t head_size) {
   dispatch_head_size(head_size, [&](auto size) {
     constexpr int kHeadSize = decltype(size)::value;
-    if (p.group <= 8) {
-      launch_decode_shape<T, kHeadSize, 1>(launch, like, p);
-    } else {
-      launch_decode_shape<T, kHeadSize, 2>(launch, like, p);
+    // Refused before: the others have no codes.
+    if constexpr (kHeadSize % head_size_multiple(kFormat) == 0) {
+      if (p.group <= 8) {
+        launch_decode_shape<T, kHeadSize, 1, kFormat>(launch, like, p);
+      } else {
+        launch_decode_shape<T, kHeadSize, 2, kFormat>(launch, like, p);
+      }
     }
   });
 }
 
-template <typename T>
+template <typename T, bool kCodes>
 void launch_prefill(const Launch& launch, const PrefillParams& p, int64_t head_size,
                     int64_t tokens) {
   dispatch_head_size(head_size, [&](auto size) {
     constexpr int kHeadSize = decltype(size)::value;
     using Shape = PrefillShape<T, kHeadSize>;
-    const auto kernel = prefill_kernel<T, kHeadSize>;
+    const auto kernel = prefill_kernel<T, kHeadSize, kCodes>;
     launch.reserve_shared(kernel, Shape::kShared);
     const dim3 grid(static_cast<unsigned>(tokens / (Shape::kRows / p.group) + p.num_requests),
                     p.num_heads);

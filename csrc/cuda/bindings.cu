@@ -11,5 +11,6 @@ STABLE_TORCH_LIBRARY_IMPL(kvcompress_vllm, CUDA, m) {
   m.impl("key_statistics", TORCH_BOX(&kvc::gpu::key_statistics));
   m.impl("echo_scores", TORCH_BOX(&kvc::gpu::echo_scores));
   m.impl("select_pages", TORCH_BOX(&kvc::gpu::select_pages));
+  m.impl("fit_scales", TORCH_BOX(&kvc::gpu::fit_scales));
   m.impl("compact_pages", TORCH_BOX(&kvc::gpu::compact_pages));
 }

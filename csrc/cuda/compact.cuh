@@ -9,10 +9,10 @@ namespace kvc::gpu {
 
 struct CompactParams {
   PagedRows rows;             // before this compression
-  void* pages;                // [P, B, words]
+  void* pages;                // [P, B, words], or [P, T, words] of what else is stored by key
   const int32_t* kept_pages;  // [R, L * H]
   const int32_t* kept_first;  // [R, L * H] exclusive prefix sum over R, L, H
-  const int32_t* kept_keys;   // [K, B]
+  const int32_t* kept_keys;   // [K, T]
   const int32_t* new_blocks;  // [R, >= C]
   int64_t new_blocks_stride;
   int64_t num_kept;      // K, new pages in all
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) compact_pages_kernel(CompactParams p
   const int lane = threadIdx.x % kWarp;
   const int64_t page = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (page >= p.num_kept) return;
-  const int slots = p.rows.slots, block_size = p.rows.block_size;
+  const int slots = p.rows.slots, page_keys = p.rows.block_size * p.rows.page_blocks;
   const int index = find_head(p.kept_first, p.num_requests * slots, page);
   const int first = p.kept_first[index];
   // Rows of kept_keys that no head owns exist only if num_kept_pages was wrong: nothing to copy.
@@ -55,15 +55,15 @@ __global__ void __launch_bounds__(kThreads) compact_pages_kernel(CompactParams p
   const int32_t target = packed_page_id(p.new_blocks + request * p.new_blocks_stride,
                                         static_cast<int32_t>(page - base), slots);
   Word* pages = static_cast<Word*>(p.pages);
-  Word* out = pages + static_cast<int64_t>(target) * block_size * p.words;
-  const int32_t* keys = p.kept_keys + page * block_size;
-  for (int row = 0; row < block_size; row += kWarp) {
-    const int rows = min(kWarp, block_size - row);
+  Word* out = pages + static_cast<int64_t>(target) * page_keys * p.words;
+  const int32_t* keys = p.kept_keys + page * page_keys;
+  for (int row = 0; row < page_keys; row += kWarp) {
+    const int rows = min(kWarp, page_keys - row);
     // Lane i finds where key i of the page lies now; the copy then runs over whole rows.
     int64_t from = 0;
     if (lane < rows) {
-      const int key = keys[row + lane];
-      from = static_cast<int64_t>(head.page_id(key / block_size)) * block_size + key % block_size;
+      const HeadPages::Place place = head.place(keys[row + lane]);
+      from = static_cast<int64_t>(head.page_id(place.page)) * page_keys + place.within;
     }
     Word* target_rows = out + static_cast<int64_t>(row) * p.words;
     const int count = rows * p.words;

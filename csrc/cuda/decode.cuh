@@ -4,28 +4,29 @@
 // shared memory; warps never wait for each other before all of them are done.
 #pragma once
 
-#include "decode_math.cuh"
+#include "decode_codes.cuh"
 #include "decode_partial.cuh"
 #include "decode_work.cuh"
 
 namespace kvc::gpu {
 
-template <typename T, int kHeadSize>
+template <typename T, int kHeadSize, int kScaleBytes = 0>
 struct DecodeShape {
   static constexpr int kPair = 2 * kHeadSize * sizeof(T);
   static constexpr int kStage = kUnit * (kPair + 16);  // and the query, see DecodeParams
   static constexpr int kStages = 3;
   // As many warps as a block may have: what fits into the 227 KB of sm_90. The launcher takes fewer
   // where there is less.
-  static constexpr int kFit = (227 << 10) / (kStages * kStage);
+  static constexpr int kFit = (227 << 10) / (kStages * (kStage + kScaleBytes));
   static constexpr int kMostWarps = kFit < 16 ? kFit : 16;
 };
 
-template <typename T, int kHeadSize, int kTiles>
-__global__ void __launch_bounds__(DecodeShape<T, kHeadSize>::kMostWarps* kWarp)
+template <typename T, int kHeadSize, int kTiles, int kFormat>
+__global__ void __launch_bounds__(
+    DecodeShape<T, kHeadSize, decode_scale_bytes(kFormat, kHeadSize)>::kMostWarps* kWarp)
     decode_kernel(DecodeParams p) {
-  using Shape = DecodeShape<T, kHeadSize>;
-  using Math = typename DecodeMath<T, kHeadSize, kTiles>::Type;
+  using Shape = DecodeShape<T, kHeadSize, decode_scale_bytes(kFormat, kHeadSize)>;
+  using Math = typename DecodeMath<T, kHeadSize, kTiles, kFormat>::Type;
   constexpr int kStages = Shape::kStages;
   extern __shared__ __align__(16) char shared[];
   __shared__ StretchEnds ends[Shape::kMostWarps];
@@ -51,17 +52,19 @@ __global__ void __launch_bounds__(DecodeShape<T, kHeadSize>::kMostWarps* kWarp)
   if (threadIdx.x == 0) p.cut[blockIdx.x] = make_int4(-1, 0, 0, 0);
   if (units > 0) {
     cursor.seek(p, request, skip, units);
-    const int stage_bytes = Shape::kStage + p.query_bytes;
+    const int stage_bytes = Shape::kStage + p.query_bytes + decode_scale_bytes(kFormat, kHeadSize);
     const uint32_t ring = shared_address(shared) + warp * kStages * stage_bytes;
     Math math;
     int loading = 0, reading = 0;
+    bool in_codes = false;
     // The first steps only load. One loop for both keeps the loading code, which is long, in one
     // copy.
 #pragma unroll 1
     for (int unit = 1 - kStages; unit < units; ++unit) {
       __syncwarp();  // all lanes have left the unit before, whose place is taken
       if (!cursor.done()) {
-        cursor.load<kHeadSize, Math::kStride, T>(p, ring + loading * stage_bytes, Shape::kStage);
+        cursor.load<kHeadSize, Math::kStride, T, kFormat>(p, ring + loading * stage_bytes,
+                                                          Shape::kStage);
       }
       copy_async_commit();
       loading = loading + 1 == kStages ? 0 : loading + 1;
@@ -80,7 +83,22 @@ __global__ void __launch_bounds__(DecodeShape<T, kHeadSize>::kMostWarps* kWarp)
         math.start(stage + Shape::kStage, query_rows<T>(p, task.query_row, task.head),
                    p.query_stride_h, p.group);
       }
-      math.step(stage, task.visible, p.scale_log2);
+      if constexpr (kFormat == kAuto) {
+        math.step(stage, task.visible, p.scale_log2);
+      } else {
+        const bool codes = task.flags & kCodes;
+        if (codes && (task.flags & kFirst)) {
+          math.enter_codes(stage + Shape::kStage + p.query_bytes, p.scale_log2);
+        }
+        if (in_codes && !codes && !(task.flags & kFirst)) math.leave_codes();
+        in_codes = codes;
+        if (codes) {
+          math.step_codes(stage);
+        } else {
+          math.step(stage, task.visible, p.scale_log2);
+        }
+        if (codes && (task.flags & kLast)) math.leave_codes();
+      }
       if (!(task.flags & kLast)) continue;
       if (task.flags & kWhole) {
         T* out = out_row<T>(p, task.query_row, task.head, 0);

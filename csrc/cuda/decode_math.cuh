@@ -136,7 +136,7 @@ class TensorDecode {
     }
   }
 
- private:
+ protected:
   uint32_t query_[kHeadSize / 16][kTiles][2];
   float out_[kHeadSize / 16][kTiles][4];
   float max_[kTiles][2], sum_[kTiles][2];  // of columns 2 * (lane % 4) and the next
@@ -231,15 +231,6 @@ class PlainDecode {
   int64_t stride_;
   int group_;
   float out_[kMost][kParts], max_[kMost], sum_[kMost];
-};
-
-template <typename T, int kHeadSize, int kTiles>
-struct DecodeMath {
-  using Type = TensorDecode<T, kHeadSize, kTiles>;
-};
-template <int kHeadSize, int kTiles>
-struct DecodeMath<float, kHeadSize, kTiles> {
-  using Type = PlainDecode<kHeadSize, kTiles>;
 };
 
 }  // namespace kvc::gpu

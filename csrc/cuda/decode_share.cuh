@@ -9,7 +9,7 @@
 
 namespace kvc::gpu {
 
-constexpr int kUnit = 16;  // keys
+constexpr int kUnit = 16;  // keys, or in packed pages what has their bytes
 
 // Unnormalized results of stretches of a head, two rows of G per worker or block: of the head that
 // it found begun, and of the one that it began and left unfinished.
@@ -51,6 +51,7 @@ __device__ __forceinline__ int request_units(const DecodeParams& p, int r, int s
   const int seq_len = p.rows.seq_lens[r];
   HeadPages head{};
   head.block_size = p.rows.block_size;
+  head.page_blocks = 1;  // in rows of a page, see decode_work.cuh
   const auto units = [&](int packed) {
     head.packed = packed;
     return ceil_div(max(head.num_keys(seq_len), 0), kUnit);

@@ -13,7 +13,7 @@ struct StepTask {
   int visible;  // keys of the unit that the token sees
   int flags;
 };
-enum TaskFlags { kFirst = 1, kLast = 2, kWhole = 4, kBeginsHead = 8 };
+enum TaskFlags { kFirst = 1, kLast = 2, kWhole = 4, kBeginsHead = 8, kCodes = 16 };
 
 template <typename T>
 __device__ __forceinline__ const T* query_rows(const DecodeParams& p, int query_row, int head) {
@@ -37,6 +37,24 @@ __device__ __forceinline__ void copy_query(const DecodeParams& p, int query_row,
       asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared + i * 4),
                    "r"(load_pair(rows + g * p.query_stride_h + d, false))
                    : "memory");
+    }
+  }
+}
+
+// Bytes of a stage for the scales of a head.
+constexpr int decode_scale_bytes(int format, int head_size) {
+  return format == kAuto ? 0 : format == kFp8 ? 16 : 8 * head_size;
+}
+
+// The scales of one KV head to shared memory.
+template <int kHeadSize, int kFormat>
+__device__ __forceinline__ void copy_scales(const uint16_t* scales, uint32_t shared) {
+  const int lane = threadIdx.x % kWarp;
+  if constexpr (kFormat == kFp8) {
+    if (lane == 0) copy_async_word(shared, scales);
+  } else {
+    for (int i = lane; i < kHeadSize / 2; i += kWarp) {
+      copy_async(shared + i * 16, scales + i * 8, true);
     }
   }
 }
@@ -96,7 +114,7 @@ class WorkCursor {
 
   // Copies the unit at hand to `stage`, the query behind it if it is a stretch's first, and moves
   // on.
-  template <int kHeadSize, int kStride, typename T>
+  template <int kHeadSize, int kStride, typename T, int kFormat>
   __device__ __forceinline__ void load(const DecodeParams& p, uint32_t stage, int stage_bytes) {
     constexpr int kPair = 2 * kHeadSize * sizeof(T);
     const int lane = threadIdx.x % kWarp, first = unit_ * kUnit;
@@ -105,14 +123,18 @@ class WorkCursor {
     if (unit_ == begin_ && p.query_bytes > 0) {
       copy_query<kHeadSize, T>(p, here_.query_row + token_, h_, stage + stage_bytes);
     }
+    const bool codes = kFormat != kAuto && first < pages_.packed * pages_.block_size;
+    if (codes && unit_ == begin_) {
+      copy_scales<kHeadSize, kFormat>(pages_.scales, stage + stage_bytes + p.query_bytes);
+    }
     const bool last = unit_ + 1 == end_;
     if (lane == 0) {
       // In the padding of the first key: it travels with the stage and needs no room of its own.
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(stage + kPair),
-                   "r"(here_.query_row + token_), "r"(h_),
-                   "r"(num_keys_ - (tokens_ - 1 - token_) - first),
-                   "r"((unit_ == begin_ ? kFirst : 0) | (last ? kLast : 0) | stretch_)
-                   : "memory");
+      asm volatile(
+          "st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(stage + kPair),
+          "r"(here_.query_row + token_), "r"(h_), "r"(num_keys_ - (tokens_ - 1 - token_) - first),
+          "r"((unit_ == begin_ ? kFirst : 0) | (last ? kLast : 0) | (codes ? kCodes : 0) | stretch_)
+          : "memory");
     }
     --left_;
     ++unit_;
@@ -131,7 +153,7 @@ class WorkCursor {
   };
   // Heads [base, base + 32) of a request, one per lane.
   struct Heads {
-    int r, base, seq_len, query_row, query_end;
+    int r, base, seq_len, query_row, query_end, slot;
     int covered, packed, first;
 
     __device__ __forceinline__ int tokens(const DecodeParams& p) const {
@@ -161,6 +183,11 @@ class WorkCursor {
       head.head_slot = p.layer * p.num_heads + h;
       head.slots = p.rows.slots;
       head.block_size = p.rows.block_size;
+      // In rows of a page, of which the 16 of a unit hold 16 or, in codes, 16 * m keys.
+      head.page_blocks = 1;
+      head.scales =
+          p.rows.page_scales +
+          (static_cast<int64_t>(slot) * p.rows.slots + head.head_slot) * p.rows.scales_size;
       return head;
     }
   };
@@ -171,7 +198,7 @@ class WorkCursor {
   }
   static __device__ __forceinline__ Heads look_up_heads(const DecodeParams& p,
                                                         const Request& request, int r, int base) {
-    Heads heads{r, base, request.seq_len, request.start, request.end, 0, 0, 0};
+    Heads heads{r, base, request.seq_len, request.start, request.end, request.slot, 0, 0, 0};
     // The slot of a padded row may be anything.
     if (request.slot >= 0 && request.end > request.start && request.seq_len > 0) {
       const int h = min(base + static_cast<int>(threadIdx.x % kWarp), p.num_heads - 1);

@@ -7,12 +7,14 @@ namespace kvc::gpu {
 
 void echo_scores(const Tensor& query, const Tensor& pages, const Tensor& block_table,
                  const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
-                 const Tensor& first_page, const Tensor& covered, const Tensor& segments,
-                 const Tensor& rotation, int64_t layer, int64_t max_segment, int64_t num_sinks,
-                 bool interleaved, double scale, const Tensor& scores) {
+                 const Tensor& first_page, const Tensor& covered,
+                 const std::optional<Tensor>& page_scales, int64_t page_format,
+                 const Tensor& segments, const Tensor& rotation, int64_t layer, int64_t max_segment,
+                 int64_t num_sinks, bool interleaved, double scale, const Tensor& scores) {
   EchoParams p{};
   p.rows = check_echo_scores(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
-                             covered, segments, rotation, layer, max_segment, num_sinks, scores);
+                             covered, page_scales, page_format, segments, rotation, layer,
+                             max_segment, num_sinks, scores);
   const int64_t num_segments = segments.size(0), heads = num_pages.size(2);
   const int64_t group = query.size(1) / heads;
   check_all_heads(pages, p.rows, block_table.size(0));

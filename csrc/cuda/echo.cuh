@@ -9,8 +9,8 @@
 
 #include <type_traits>
 
-#include "../paged_layout.h"
 #include "gpu.cuh"
+#include "mixed_tile.cuh"
 
 namespace kvc::gpu {
 
@@ -49,7 +49,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 struct EchoUnit {
   HeadPages head;
   int32_t n;      // keys of the segment
-  int32_t first;  // where they begin among the keys that the head holds
+  int32_t first;  // where they begin among the rows of the head's pages, 2 * D numbers of 16 bits
   int32_t sinks;
   int32_t token;  // of the first query
 
@@ -62,12 +62,37 @@ struct EchoUnit {
     token = s[3];
   }
 
-  // Element of the page pool, in keys, at which the head's key `held` lies.
+  // Element of the page pool, in rows, at which the head's row `held` lies.
   __device__ __forceinline__ int64_t place(int held) const {
     return static_cast<int64_t>(head.page_id(held / head.block_size)) * head.block_size +
            held % head.block_size;
   }
+
+  // The same of scores, T of a page.
+  __device__ __forceinline__ int64_t score_place(int held) const {
+    return static_cast<int64_t>(head.page_id(held / head.block_size)) * head.page_blocks *
+               head.block_size +
+           held % head.block_size;
+  }
 };
+
+// Eight numbers of a sink that is stored as codes, in the first page of the head.
+template <typename T>
+__device__ __forceinline__ void load_coded_sink(const EchoParams& p, const EchoUnit& unit, int page,
+                                                int sink, bool live, int head_size, int group,
+                                                char* to) {
+  float x[8] = {};
+  if (live) {
+    const int row = 4 * head_size;
+    read_key_channels(unit.head,
+                      static_cast<const char*>(p.pages) +
+                          static_cast<int64_t>(page) * unit.head.block_size * row +
+                          sink * (row / unit.head.page_blocks),
+                      head_size, group, x);
+  }
+  *reinterpret_cast<uint4*>(to) = make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]),
+                                             pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+}
 
 __device__ __forceinline__ float* echo_partial(const EchoParams& p, int segment, int h, int split) {
   return p.partial +
@@ -257,12 +282,19 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
   __syncthreads();
 
   const int padded = ceil_div(n, 16) * 16;
+  const bool codes = unit.head.page_blocks > 1 && unit.head.packed > 0;  // of the sinks alone
   const auto load_keys = [&](int part) {
     constexpr int kWords = Shape::kPart * sizeof(T) / 16;
 #pragma unroll 4
     for (int i = threadIdx.x; i < (padded + kEchoSinks) * kWords; i += Shape::kThreads) {
       const int slot = i / kWords, word = i % kWords, sink = slot - padded;
       const bool live = sink < 0 ? slot < n : sink < unit.sinks;
+      if (sink >= 0 && codes) {
+        load_coded_sink<T>(p, unit, page_ids[kMostPages], sink, live, kHeadSize,
+                           part * Shape::kPart / 8 + word,
+                           keys + (kEchoKeys + sink) * kKeyStride + word * 16);
+        continue;
+      }
       const int held = sink < 0 ? unit.first + slot : sink;
       int page = kMostPages;
       if (sink < 0) page = live ? (held >> shift) - first_page : 0;
@@ -639,7 +671,7 @@ __global__ void __launch_bounds__(kThreads) echo_combine_kernel(EchoParams p) {
     const float* from = echo_partial(p, segment, h, 0) + key;
     float top = from[0];
     for (int i = 1; i < p.splits; ++i) top = max_nan(top, from[i * p.max_segment]);
-    p.scores[unit.place(unit.first + key)] = exp2f(top);
+    p.scores[unit.score_place(unit.first + key)] = exp2f(top);
   }
 }
 

@@ -46,6 +46,11 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, 
       : "memory");
 }
 
+// 4 bytes, as above.
+__device__ __forceinline__ void copy_async_word(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared), "l"(global) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
@@ -78,6 +83,12 @@ __device__ __forceinline__ void copy_async_wait() {
 __device__ __forceinline__ uint32_t load_shared(uint32_t shared) {
   uint32_t bits;
   asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(bits) : "r"(shared) : "memory");
+  return bits;
+}
+
+__device__ __forceinline__ uint32_t load_shared_half(uint32_t shared) {
+  uint16_t bits;
+  asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(bits) : "r"(shared) : "memory");
   return bits;
 }
 
@@ -163,6 +174,35 @@ __device__ __forceinline__ uint32_t load_pair(const T* pointer, bool aligned) {
   memcpy(&pair[0], pointer, 2);
   memcpy(&pair[1], pointer + 1, 2);
   return pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+}
+
+// The 16 / sizeof(T) numbers of a word, in fp32.
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& word, float* x);
+template <>
+__device__ __forceinline__ void unpack<float>(const uint4& word, float* x) {
+  x[0] = __uint_as_float(word.x), x[1] = __uint_as_float(word.y);
+  x[2] = __uint_as_float(word.z), x[3] = __uint_as_float(word.w);
+}
+template <>
+__device__ __forceinline__ void unpack<__nv_bfloat16>(const uint4& word, float* x) {
+  const uint32_t pairs[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(pairs[i] << 16);
+    x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+  }
+}
+template <>
+__device__ __forceinline__ void unpack<__half>(const uint4& word, float* x) {
+  const uint32_t pairs[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    __half2 pair;
+    memcpy(&pair, &pairs[i], 4);
+    const float2 both = __half22float2(pair);
+    x[2 * i] = both.x, x[2 * i + 1] = both.y;
+  }
 }
 
 // 2^x to 2 ulp; 2^0 is 1 exactly and 2^-inf is 0.

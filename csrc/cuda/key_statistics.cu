@@ -13,16 +13,17 @@ KeyStatisticsParams of_values(KeyStatisticsParams p, int64_t words) {
   const int64_t before = count_channels(p.channels & ((1 << kValueNorm) - 1));
   p.out += before * p.candidates * p.rows.block_size;
   p.pages += words;
+  p.values = true;
   p.channels = 1 << kNorm;
   return p;
 }
 
-template <typename T, int kHeadSize>
+template <typename T, int kHeadSize, bool kCodes>
 void launch_key_statistics(const Launch& launch, const Tensor& like, KeyStatisticsParams p,
                            int64_t requests, int64_t most_keys) {
   using Shape = KeyStatisticsShape<T, kHeadSize>;
-  const auto first = sum_directions_kernel<T, kHeadSize>;
-  const auto second = key_statistics_kernel<T, kHeadSize>;
+  const auto first = sum_directions_kernel<T, kHeadSize, kCodes>;
+  const auto second = key_statistics_kernel<T, kHeadSize, kCodes>;
   const int64_t heads = requests * p.rows.slots;
   const int64_t splits =
       launch.num_splits(second, Shape::kThreads, 0, heads,
@@ -47,11 +48,13 @@ void launch_key_statistics(const Launch& launch, const Tensor& like, KeyStatisti
 
 Tensor key_statistics(const Tensor& pages, const Tensor& block_table, const Tensor& seq_lens,
                       const Tensor& state_slot, const Tensor& num_pages, const Tensor& first_page,
-                      const Tensor& covered, const Tensor& new_covered, const Tensor& page_start,
+                      const Tensor& covered, const std::optional<Tensor>& page_scales,
+                      int64_t page_format, const Tensor& new_covered, const Tensor& page_start,
                       int64_t num_candidate_pages, int64_t channels) {
   KeyStatisticsParams p{};
   p.rows = check_key_statistics(pages, block_table, seq_lens, state_slot, num_pages, first_page,
-                                covered, new_covered, page_start, num_candidate_pages, channels);
+                                covered, page_scales, page_format, new_covered, page_start,
+                                num_candidate_pages, channels);
   const int64_t requests = block_table.size(0), block_size = p.rows.block_size;
   check_all_heads(pages, p.rows, requests);
   const Tensor out = torch::stable::new_empty(
@@ -71,8 +74,13 @@ Tensor key_statistics(const Tensor& pages, const Tensor& block_table, const Tens
   const int64_t most_keys = block_table.size(1) * block_size;
   dispatch_dtype(pages.scalar_type(), [&](auto type) {
     dispatch_head_size(pages.size(2) / 2, [&](auto size) {
-      launch_key_statistics<decltype(type), decltype(size)::value>(launch, pages, p, requests,
-                                                                   most_keys);
+      using T = decltype(type);
+      constexpr int kHeadSize = decltype(size)::value;
+      if (page_format == kAuto) {
+        launch_key_statistics<T, kHeadSize, false>(launch, pages, p, requests, most_keys);
+      } else if constexpr (!std::is_same_v<T, float>) {  // refused before
+        launch_key_statistics<T, kHeadSize, true>(launch, pages, p, requests, most_keys);
+      }
     });
   });
   return out;

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../channels.h"
-#include "page_cursor.cuh"
+#include "mixed_tile.cuh"
 
 namespace kvc::gpu {
 
@@ -18,36 +18,8 @@ struct KeyStatisticsParams {
   float* out;                  // [selected channels, candidates, B]
   int64_t candidates;          // candidate pages
   uint32_t channels;           // bit mask of Channel
+  bool values;                 // of V: `pages` begins D further on
 };
-
-// The 16 / sizeof(T) numbers of a word, in fp32.
-template <typename T>
-__device__ __forceinline__ void unpack(const uint4& word, float* x);
-template <>
-__device__ __forceinline__ void unpack<float>(const uint4& word, float* x) {
-  x[0] = __uint_as_float(word.x), x[1] = __uint_as_float(word.y);
-  x[2] = __uint_as_float(word.z), x[3] = __uint_as_float(word.w);
-}
-template <>
-__device__ __forceinline__ void unpack<__nv_bfloat16>(const uint4& word, float* x) {
-  const uint32_t pairs[4] = {word.x, word.y, word.z, word.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = __uint_as_float(pairs[i] << 16);
-    x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
-  }
-}
-template <>
-__device__ __forceinline__ void unpack<__half>(const uint4& word, float* x) {
-  const uint32_t pairs[4] = {word.x, word.y, word.z, word.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    __half2 pair;
-    memcpy(&pair, &pairs[i], 4);
-    const float2 both = __half22float2(pair);
-    x[2 * i] = both.x, x[2 * i + 1] = both.y;
-  }
-}
 
 // 1 / |k| from |k|^2; a key without length has no direction and counts nowhere.
 __device__ __forceinline__ float inverse_norm(float square) {
@@ -69,7 +41,8 @@ struct KeyStatisticsShape {
 
 // One warp's walk over a share of the keys of a head: key i * kSide + lane / kLanes of a tile is
 // spread over kLanes lanes, words kLanes apart.
-template <typename T, int kHeadSize>
+// kCodes: packed pages hold codes.
+template <typename T, int kHeadSize, bool kCodes>
 class KeyWalk {
  public:
   using Shape = KeyStatisticsShape<T, kHeadSize>;
@@ -77,7 +50,7 @@ class KeyWalk {
 
   // Keys [0, end) of the head, of which this warp takes one of gridDim.x * kWarps shares.
   __device__ __forceinline__ KeyWalk(const KeyStatisticsParams& p, const HeadPages& head, int end)
-      : pages_(p.pages), head_(head), end_(end) {
+      : pages_(p.pages), head_(head), values_(p.values), end_(end) {
     const int tiles = ceil_div(max(end, 0), Shape::kKeys);
     const int shares = gridDim.x * Shape::kWarps;
     const int share = ceil_div(tiles, shares);
@@ -92,12 +65,16 @@ class KeyWalk {
   __device__ __forceinline__ void run(F&& f, G&& tile) {
     for (; tile_ < last_; ++tile_) {
       uint4 words[Shape::kRounds][kSteps];
-      load(words);
+      if constexpr (!kCodes) load(words);
 #pragma unroll
       for (int i = 0; i < Shape::kRounds; ++i) {
         float x[kSteps * kPerWord];
+        if constexpr (kCodes) {
+          read(tile_ * Shape::kKeys + i * Shape::kSide, x);
+        } else {
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) unpack<T>(words[i][s], x + s * kPerWord);
+          for (int s = 0; s < kSteps; ++s) unpack<T>(words[i][s], x + s * kPerWord);
+        }
         f(i, x);
       }
       tile(tile_ * Shape::kKeys);
@@ -105,6 +82,44 @@ class KeyWalk {
   }
 
  private:
+  // The numbers of this lane of key `first` + lane / kLanes, codes or not. Of values the order of
+  // channels is no matter.
+  __device__ __forceinline__ void read(int first, float* x) const {
+    const int lane = threadIdx.x % kWarp, key = first + lane / Shape::kLanes;
+    const bool coded = key < head_.packed_keys();
+    const HeadPages::Place place = head_.place(min(key, max(end_ - 1, 0)));
+    constexpr int kRow = 2 * Shape::kWords * 16;
+    const char* page = reinterpret_cast<const char*>(pages_ - values_ * Shape::kWords) +
+                       static_cast<int64_t>(head_.page_id(place.page)) * head_.block_size * kRow;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int word = s * Shape::kLanes + lane % Shape::kLanes;
+      float* numbers = x + s * kPerWord;
+      if (key >= end_ || word >= Shape::kWords) {
+        unpack<T>(make_uint4(0, 0, 0, 0), numbers);
+      } else if (!coded) {
+        unpack<T>(__ldg(reinterpret_cast<const uint4*>(page + place.within * kRow) +
+                        values_ * Shape::kWords + word),
+                  numbers);
+      } else {
+        const char* codes = page + place.within * (kRow / head_.page_blocks);
+        if (!values_) {
+          read_key_channels(head_, codes, kHeadSize, word, numbers);
+        } else if (head_.page_blocks == blocks_per_page(kFp8)) {
+          read_values<kFp8>(codes, word, numbers);
+        } else if constexpr (kHeadSize % 32 == 0) {
+          read_values<kInt4>(codes, word, numbers);
+        }
+      }
+    }
+  }
+  template <int kFormat>
+  __device__ __forceinline__ void read_values(const char* codes, int word, float* x) const {
+    const CodeGroup<T, kHeadSize, kFormat> group(head_.scales, kHeadSize / 8 + word);
+    int i = 0;
+    group.each(codes, [&](int, float value) { x[i++] = value; });
+  }
+
   __device__ __forceinline__ void load(uint4 (&words)[Shape::kRounds][kSteps]) {
     const int lane = threadIdx.x % kWarp, first = tile_ * Shape::kKeys;
     const int shift = __ffs(head_.block_size) - 1, mask = head_.block_size - 1;
@@ -126,6 +141,7 @@ class KeyWalk {
   const uint4* pages_;
   HeadPages head_;
   PageIds ids_;
+  bool values_;
   int end_, tile_, last_;
 };
 
@@ -139,7 +155,7 @@ __device__ __forceinline__ float shared_dot(const float (&x)[kCount], const floa
 }
 
 // grid (splits, L * H, R). Every sum is taken in an order that depends on the grid alone.
-template <typename T, int kHeadSize>
+template <typename T, int kHeadSize, bool kCodes>
 __global__ void __launch_bounds__(KeyStatisticsShape<T, kHeadSize>::kThreads)
     sum_directions_kernel(KeyStatisticsParams p) {
   using Shape = KeyStatisticsShape<T, kHeadSize>;
@@ -147,7 +163,7 @@ __global__ void __launch_bounds__(KeyStatisticsShape<T, kHeadSize>::kThreads)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const HeadPages head = head_pages(p.rows, blockIdx.z, blockIdx.y);
   float sums[kCount] = {};
-  KeyWalk<T, kHeadSize>(p, head, head.num_keys(p.rows.seq_lens[blockIdx.z]))
+  KeyWalk<T, kHeadSize, kCodes>(p, head, head.num_keys(p.rows.seq_lens[blockIdx.z]))
       .run(
           [&](int, const float (&x)[kCount]) {
             const float weight = inverse_norm(shared_dot<Shape::kLanes>(x, x));
@@ -178,7 +194,7 @@ __global__ void __launch_bounds__(KeyStatisticsShape<T, kHeadSize>::kThreads)
 }
 
 // grid as above.
-template <typename T, int kHeadSize>
+template <typename T, int kHeadSize, bool kCodes>
 __global__ void __launch_bounds__(KeyStatisticsShape<T, kHeadSize>::kThreads)
     key_statistics_kernel(KeyStatisticsParams p) {
   using Shape = KeyStatisticsShape<T, kHeadSize>;
@@ -219,7 +235,7 @@ __global__ void __launch_bounds__(KeyStatisticsShape<T, kHeadSize>::kThreads)
   const int64_t plane = p.candidates * head.block_size;
   // Lane i of a group keeps what came out in round i, so that a tile is written at once.
   float norm = 0.f, cosine = 0.f;
-  KeyWalk<T, kHeadSize>(p, head, counted)
+  KeyWalk<T, kHeadSize, kCodes>(p, head, counted)
       .run(
           [&](int round, const float (&x)[kCount]) {
             const float square = shared_dot<kLanes>(x, x);

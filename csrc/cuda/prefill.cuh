@@ -4,7 +4,7 @@
 // 16-bit types only: fp32 rows of any length go through the decode kernel.
 #pragma once
 
-#include "page_cursor.cuh"
+#include "mixed_tile.cuh"
 
 namespace kvc::gpu {
 
@@ -50,7 +50,8 @@ __device__ __forceinline__ int tile_request(const PrefillParams& p, int tile, in
   return low;
 }
 
-template <typename T, int kHeadSize>
+// kCodes: packed pages hold codes.
+template <typename T, int kHeadSize, bool kCodes>
 __global__ void __launch_bounds__(PrefillShape<T, kHeadSize>::kThreads)
     prefill_kernel(PrefillParams p) {
   using Shape = PrefillShape<T, kHeadSize>;
@@ -76,10 +77,16 @@ __global__ void __launch_bounds__(PrefillShape<T, kHeadSize>::kThreads)
   ids.reset(head, num_keys);
   const auto load = [&](int tile) {
     constexpr int kPair = 2 * kHeadSize * sizeof(T);
-    copy_keys<kKeys, kPair / 16, kKeyStride, kPair, kThreads>(
-        ring + tile % 2 * Shape::kStage, static_cast<const char*>(p.pages), head, &ids,
-        tile * kKeys, num_keys, threadIdx.x);
-    copy_async_commit();
+    if constexpr (kCodes) {
+      load_mixed_tile<T, kHeadSize, kKeys, kKeyStride, kThreads, true>(
+          shared + Shape::kRows * kQueryStride + tile % 2 * Shape::kStage,
+          static_cast<const char*>(p.pages), head, tile * kKeys, num_keys);
+    } else {
+      copy_keys<kKeys, kPair / 16, kKeyStride, kPair, kThreads>(
+          ring + tile % 2 * Shape::kStage, static_cast<const char*>(p.pages), head, &ids,
+          tile * kKeys, num_keys, threadIdx.x);
+      copy_async_commit();
+    }
   };
   if (tiles > 0) load(0);
 

@@ -13,22 +13,25 @@ namespace kvc::gpu {
 std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tensor& page_start,
                                                 const Tensor& state_slot, const Tensor& num_pages,
                                                 const Tensor& first_page, const Tensor& covered,
-                                                const Tensor& new_covered, const Tensor& num_freed,
-                                                const Tensor& num_recent, int64_t num_sinks,
-                                                int64_t floor_pages, int64_t num_kept_pages) {
+                                                const std::optional<Tensor>& page_scales,
+                                                int64_t page_format, const Tensor& new_covered,
+                                                const Tensor& num_freed, const Tensor& num_recent,
+                                                int64_t num_sinks, int64_t floor_pages,
+                                                int64_t num_kept_pages) {
   constexpr int kThreads = 512;
   static_assert(kThreads >= kBins);
   SelectParams p{};
   p.rows = check_select_pages(scores, page_start, state_slot, num_pages, first_page, covered,
-                              new_covered, num_freed, num_recent, num_sinks, floor_pages,
-                              num_kept_pages);
+                              page_scales, page_format, new_covered, num_freed, num_recent,
+                              num_sinks, floor_pages, num_kept_pages);
   const int64_t requests = num_freed.size(0), groups = num_freed.size(1);
   const int64_t slots = p.rows.slots, heads = requests * slots;
   const int64_t layers = num_pages.size(1);
   using torch::stable::new_empty;
   const Tensor kept_pages = new_empty(scores, {requests, layers, slots / layers}, ScalarType::Int);
   const Tensor kept_first = new_empty(scores, {requests, layers, slots / layers}, ScalarType::Int);
-  const Tensor kept_keys = new_empty(scores, {num_kept_pages, scores.size(1)}, ScalarType::Int);
+  const Tensor kept_keys =
+      new_empty(scores, {num_kept_pages, scores.size(1) * p.rows.page_blocks}, ScalarType::Int);
   if (heads == 0) return {kept_pages, kept_first, kept_keys};
   const Launch launch(scores);
   const int64_t all_groups = requests * groups;
@@ -53,6 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tens
   p.groups = static_cast<int32_t>(groups);
   p.num_sinks = static_cast<int32_t>(num_sinks);
   p.floor_pages = static_cast<int32_t>(floor_pages);
+  p.page_keys = static_cast<int32_t>(scores.size(1)) * p.rows.page_blocks;
   STD_CUDA_CHECK(cudaMemsetAsync(p.histogram, 0, bins * sizeof(int32_t), launch.stream()));
   for (int pass = 0; pass <= kDigits; ++pass) {
     threshold_kernel<kThreads><<<heads, kThreads, 0, launch.stream()>>>(p, pass);

@@ -56,20 +56,19 @@ __global__ void __launch_bounds__(kThreads) threshold_kernel(SelectParams p, int
     if (equal > 0) atomicAdd(&bins[0], equal);
   }
   __syncthreads();
-  const int block_size = p.rows.block_size;
-  const int evictable = max(0, c.count / block_size - p.floor_pages);
+  const int page_keys = p.page_keys;
+  const int evictable = max(0, c.count / page_keys - p.floor_pages);
   if (pass == kDigits) {
     if (threadIdx.x == 0) {
-      p.head_pages[head] = make_int2(min(evictable, below / block_size),
-                                     min(evictable, (below + bins[0]) / block_size));
+      p.head_pages[head] = make_int2(min(evictable, below / page_keys),
+                                     min(evictable, (below + bins[0]) / page_keys));
     }
     return;
   }
   const int bin = threadIdx.x < kBins ? bins[threadIdx.x] : 0;
   int total;
   const int before = below + block_exclusive_sum<kThreads>(bin, warps, &total);
-  const int added =
-      min(evictable, (before + bin) / block_size) - min(evictable, before / block_size);
+  const int added = min(evictable, (before + bin) / page_keys) - min(evictable, before / page_keys);
   if (threadIdx.x < kBins && added > 0) {
     const int64_t row = static_cast<int64_t>(pass) * all_groups + group;
     atomicAdd(&p.histogram[row * kBins + threadIdx.x], added);
@@ -100,8 +99,9 @@ __global__ void __launch_bounds__(kThreads) deal_kernel(SelectParams p, int32_t*
       const int dealt = p.num_freed[group] - cheaper - (before - ties[first_head]);
       const int lost = pages.x + min(max(dealt, 0), pages.y - pages.x);
       const int request = head / slots;
-      kept =
-          head_pages(p.rows, request, head % slots).candidate_pages(p.new_covered[request]) - lost;
+      kept = head_pages(p.rows, request, head % slots).candidate_pages(p.new_covered[request]) /
+                 p.rows.page_blocks -
+             lost;
       p.lost_pages[head] = lost;
       p.kept_pages[head] = kept;
     }
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) keep_kernel(SelectParams p) {
   __shared__ int2 found;
   const int slots = p.rows.slots, head = blockIdx.x;
   const Candidates c = candidates(p, head / slots, head % slots);
-  const int evicted = p.lost_pages[head] * p.rows.block_size;
+  const int evicted = p.lost_pages[head] * p.page_keys;
   uint32_t last = 0;  // the highest evicted score; grows by a digit per round
   int below = 0;      // keys below it
   for (int shift = 32; evicted > 0 && shift > 0; shift -= kDigitBits) {
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kThreads) keep_kernel(SelectParams p) {
     __syncthreads();
   }
   const int equal_evicted = evicted - below;  // of the keys at `last`, in key order
-  const int64_t first = static_cast<int64_t>(p.kept_first[head]) * p.rows.block_size;
-  const int64_t room = p.num_kept * p.rows.block_size;
+  const int64_t first = static_cast<int64_t>(p.kept_first[head]) * p.page_keys;
+  const int64_t room = p.num_kept * p.page_keys;
   int above_sum = 0, equal_sum = 0;
   for (int start = 0; start < c.count; start += kThreads * kPerThread) {
     const int begin = start + threadIdx.x * kPerThread;

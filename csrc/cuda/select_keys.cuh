@@ -22,11 +22,12 @@ struct SelectParams {
   int32_t* lost_pages;         // [R, L * H]
   int32_t* kept_pages;         // [R, L * H] out
   int32_t* kept_first;         // [R, L * H] out
-  int32_t* kept_keys;          // [num_kept, B] out
+  int32_t* kept_keys;          // [num_kept, T] out
   int64_t num_kept;
   int32_t num_requests;  // R
   int32_t groups;        // A
   int32_t num_sinks, floor_pages;
+  int32_t page_keys;  // T
 };
 
 // The candidate keys of one head.

@@ -8,14 +8,16 @@ namespace kvc::gpu {
 Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tensor& block_table,
                             const Tensor& seq_lens, const Tensor& state_slot,
                             const Tensor& num_pages, const Tensor& first_page,
-                            const Tensor& covered, const Tensor& observe_slot,
+                            const Tensor& covered, const std::optional<Tensor>& page_scales,
+                            int64_t page_format, const Tensor& observe_slot,
                             const Tensor& num_queries, const Tensor& new_covered,
                             const Tensor& page_start, int64_t num_candidate_pages, int64_t channels,
                             int64_t query_stride, double scale) {
   StatisticsParams p{};
   p.rows = check_attention_statistics(ring, pages, block_table, seq_lens, state_slot, num_pages,
-                                      first_page, covered, observe_slot, num_queries, new_covered,
-                                      page_start, num_candidate_pages, channels, query_stride);
+                                      first_page, covered, page_scales, page_format, observe_slot,
+                                      num_queries, new_covered, page_start, num_candidate_pages,
+                                      channels, query_stride);
   const int64_t requests = block_table.size(0), heads = num_pages.size(2);
   const int64_t block_size = p.rows.block_size;
   const int64_t head_size = ring.size(4), window = ring.size(2), group = ring.size(3) / heads;
@@ -55,7 +57,12 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   // A guess of the longest head, for the grid only: any length is correct.
   const int64_t most_keys = block_table.size(1) * block_size;
   dispatch_dtype(pages.scalar_type(), [&](auto type) {
-    launch_statistics<decltype(type)>(launch, pages, p, requests, most_keys, head_size);
+    using T = decltype(type);
+    if (page_format == kAuto) {
+      launch_statistics<T, false>(launch, pages, p, requests, most_keys, head_size);
+    } else if constexpr (!std::is_same_v<T, float>) {  // refused before
+      launch_statistics<T, true>(launch, pages, p, requests, most_keys, head_size);
+    }
   });
   return out;
 }

@@ -4,7 +4,7 @@
 // them and turns logits into probabilities and those into statistics.
 #pragma once
 
-#include "page_cursor.cuh"
+#include "mixed_tile.cuh"
 #include "statistics_math.cuh"
 
 namespace kvc::gpu {
@@ -67,8 +67,8 @@ __device__ __forceinline__ void load_queries(const StatisticsParams& p, char* sh
   }
 }
 
-// grid (splits, L * H, R)
-template <typename T, int kHeadSize, bool kFirstPass>
+// grid (splits, L * H, R); kCodes: packed pages hold codes.
+template <typename T, int kHeadSize, bool kFirstPass, bool kCodes>
 __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
     statistics_kernel(StatisticsParams p) {
   using Shape = StatisticsShape<T, kHeadSize>;
@@ -100,9 +100,15 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
   const auto load = [&](int tile) {
     if (tile < tile_end) {
       constexpr int kKeyBytes = kHeadSize * sizeof(T);
-      copy_keys<kKeys, kKeyBytes / 16, Math::kStride, 2 * kKeyBytes, kThreads>(
-          shared_address(ring) + (tile - tile_begin) % Shape::kStages * Shape::kStage,
-          static_cast<const char*>(p.pages), head, &ids, tile * kKeys, num_keys, threadIdx.x);
+      char* stage = ring + (tile - tile_begin) % Shape::kStages * Shape::kStage;
+      const char* pages = static_cast<const char*>(p.pages);
+      if constexpr (kCodes) {
+        load_mixed_tile<T, kHeadSize, kKeys, Math::kStride, kThreads, false>(
+            stage, pages, head, tile * kKeys, num_keys);
+      } else {
+        copy_keys<kKeys, kKeyBytes / 16, Math::kStride, 2 * kKeyBytes, kThreads>(
+            shared_address(stage), pages, head, &ids, tile * kKeys, num_keys, threadIdx.x);
+      }
     }
     copy_async_commit();
   };

@@ -7,7 +7,7 @@
 
 namespace kvc::gpu {
 
-template <typename T>
+template <typename T, bool kCodes>
 void launch_statistics(const Launch& launch, const Tensor& like, StatisticsParams p,
                        int64_t requests, int64_t most_keys, int64_t head_size);
 

@@ -3,7 +3,7 @@
 
 namespace kvc::gpu {
 
-template void launch_statistics<__half>(const Launch&, const Tensor&, StatisticsParams, int64_t,
-                                        int64_t, int64_t);
+template void launch_statistics<__half, false>(const Launch&, const Tensor&, StatisticsParams,
+                                               int64_t, int64_t, int64_t);
 
 }  // namespace kvc::gpu

@@ -5,7 +5,7 @@
 
 namespace kvc::gpu {
 
-template <typename T, int kHeadSize>
+template <typename T, int kHeadSize, bool kCodes>
 void launch_statistics_shape(const Launch& launch, const Tensor& like, StatisticsParams p,
                              int64_t requests, int64_t most_keys) {
   using Shape = StatisticsShape<T, kHeadSize>;
@@ -16,8 +16,8 @@ void launch_statistics_shape(const Launch& launch, const Tensor& like, Statistic
   const int limit = launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   p.resident = fixed + Shape::query_bytes(chunks) <= limit;
   const int shared = fixed + Shape::query_bytes(p.resident ? chunks : 1);
-  const auto first = statistics_kernel<T, kHeadSize, true>;
-  const auto second = statistics_kernel<T, kHeadSize, false>;
+  const auto first = statistics_kernel<T, kHeadSize, true, kCodes>;
+  const auto second = statistics_kernel<T, kHeadSize, false, kCodes>;
   launch.reserve_shared(first, shared);
   launch.reserve_shared(second, shared);
   const int64_t heads = requests * p.rows.slots;
@@ -32,11 +32,11 @@ void launch_statistics_shape(const Launch& launch, const Tensor& like, Statistic
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename T>
+template <typename T, bool kCodes>
 void launch_statistics(const Launch& launch, const Tensor& like, StatisticsParams p,
                        int64_t requests, int64_t most_keys, int64_t head_size) {
   dispatch_head_size(head_size, [&](auto size) {
-    launch_statistics_shape<T, decltype(size)::value>(launch, like, p, requests, most_keys);
+    launch_statistics_shape<T, decltype(size)::value, kCodes>(launch, like, p, requests, most_keys);
   });
 }
 

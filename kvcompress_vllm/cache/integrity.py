@@ -132,6 +132,19 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
                 f"kv_compress: {printable(row.request_id)} has {int(pages.sum())} packed pages "
                 f"in {len(row.packed_blocks)} blocks of {per_block}"
             )
+        m = state.group.blocks_per_page
+        if row.covered % m or total * m > row.covered * per_block:
+            raise RuntimeError(
+                f"kv_compress: {printable(row.request_id)} has {total} packed pages of {m} blocks "
+                f"each, from {row.covered} blocks of {per_block} pages"
+            )
+        if state.page_scales is not None:
+            scales = state.page_scales[row.state_slot].flatten(0, 1)[pages > 0]
+            if not bool(scales.isfinite().all()) or bool((scales[:, 0] < 0).any()):
+                raise RuntimeError(
+                    f"kv_compress: {printable(row.request_id)} has scales from "
+                    f"{float(scales.min())} to {float(scales.max())}"
+                )
         first = layout.exclusive_cumsum(state.num_pages[row.state_slot])
         if not first.equal(state.first_page[row.state_slot]):
             raise RuntimeError(

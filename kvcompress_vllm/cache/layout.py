@@ -10,7 +10,7 @@ Nothing else in the Python package computes a page id. Shape letters, used in ev
     M  blocks in a row                 T  tokens in a batch
     U  state slots (packed requests)   W  observed queries per request
     O  observation slots               C  packed blocks of a request
-                                       F  full blocks covered by compression
+    m  blocks per packed page          F  full blocks covered by compression
 
 One buffer holds all layers, ``[N, L, H, B, 2 * D]`` (K, then V, in the last dimension). Flat, the
 same bytes are the pages ``[P, B, 2 * D]``: page ``block_id * L * H + place`` has that place in its
@@ -21,7 +21,9 @@ block-table row keeps its logical length:
             packed blocks     null block (0)       tail, standard placement
 
 The ``C * L * H`` pages of the packed blocks are dealt to the heads in (layer, head) order: head
-(l, h) owns ``num_pages[l, h]`` of them from ``first_page[l, h]`` on. A request that was never
+(l, h) owns ``num_pages[l, h]`` of them from ``first_page[l, h]`` on. A packed page holds the keys
+of m blocks, ``m * B`` of them, in the bytes of B (``page_format.py``; m = 1 where they are stored
+as they are), a page of the tail always B; so F is a multiple of m. A request that was never
 compressed has ``C = F = 0``, so the same formulas describe it.
 """
 
@@ -70,22 +72,53 @@ def page_id(
     return row.long()[index] * pages_per_block + place
 
 
-def first_candidate(first_page: Index, head: Index, fresh: int) -> Index:
-    """Index of a head's first candidate page among those of its request.
+def place(
+    row: Tensor,
+    covered: int,
+    num_pages: int | Tensor,
+    first_page: int | Tensor,
+    head: int | Tensor,
+    pages_per_block: int,
+    key: Tensor,
+    block_size: int,
+    blocks_per_page: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Where keys of a head are: ``[n]`` int64 page ids, and which key of the page each is.
 
-    Candidates are a head's packed pages (p), then the full pages of its tail (t), ``fresh`` of
-    them, head after head in (layer, head) order::
+    Args:
+        key: ``[n]`` int64 indices of the head's keys; the others as for :func:`page_id`.
+        blocks_per_page: m.
+    """
+    page_keys = blocks_per_page * block_size
+    packed_keys = num_pages * page_keys
+    packed, behind = key < packed_keys, key - packed_keys
+    j = torch.where(
+        packed,
+        key.div(page_keys, rounding_mode="floor"),
+        num_pages + behind.div(block_size, rounding_mode="floor"),
+    )
+    within = torch.where(packed, key.remainder(page_keys), behind.remainder(block_size))
+    return page_id(row, covered, num_pages, first_page, head, pages_per_block, j), within
+
+
+def first_candidate(first_page: Index, head: Index, fresh: int, blocks_per_page: int = 1) -> Index:
+    """Index of a head's first candidates among those of its request, in units of B keys.
+
+    Candidates are a head's packed pages (p), m units each, then the full pages of its tail (t),
+    ``fresh`` of them, head after head in (layer, head) order; with m = 1::
 
         head          0            1        2
         candidates    p p p t t    p t t    p p t t
-        first at      0            3 + 2    4 + 4       first_page + head * fresh
+        first at      0            3 + 2    4 + 4       first_page * m + head * fresh
     """
-    return first_page + head * fresh
+    return first_page * blocks_per_page + head * fresh
 
 
-def num_keys(seq_len: int, covered: int, num_pages: int, block_size: int) -> int:
+def num_keys(
+    seq_len: int, covered: int, num_pages: int, block_size: int, blocks_per_page: int = 1
+) -> int:
     """K/V vectors that a head holds for a request of ``seq_len`` tokens."""
-    return num_pages * block_size + seq_len - covered * block_size
+    return (num_pages * blocks_per_page - covered) * block_size + seq_len
 
 
 def exclusive_cumsum(num_pages: Tensor) -> Tensor:

@@ -16,12 +16,17 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.transfer import to_device
 from kvcompress_vllm.records.group import CacheGroup
 
 ACCUMULATED = 4
 """Numbers per key in the accumulated statistics: 16 bytes, which the compaction kernel moves at
 once."""
+
+
+Tables = tuple[Tensor, Tensor, Tensor, Tensor | None, int]
+"""What the ops take after the state slots: :attr:`PackedState.tables`."""
 
 
 class PackedState:
@@ -31,13 +36,14 @@ class PackedState:
         group: whose layers, heads and blocks these are.
         num_pages, first_page: ``[U, L, H]`` int32.
         covered: ``[U]`` int32.
+        page_scales: ``[U, L, H, A, S]`` bf16, their scales; None where they have none.
         owner: ``[N]`` int32, state slot of the request whose row starts with this block, or -1.
         ring: ``[L, O, W, H * G, D]`` observed queries.
-        accumulated: ``[P, B, 4]`` fp32 or None: per key, for policies that judge by all queries,
+        accumulated: ``[P, T, 4]`` fp32 or None: per key, for policies that judge by all queries,
             the sums so far of their channels (at most three) and, last, how many queries were
             counted. Written for pages of one request only: it computed them itself, and nobody who
             shares them writes here.
-        echo: ``[P, B]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
+        echo: ``[P, T]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
             the prefix cache hands to others they are valid where the scheduler says so
             (``scheduling/segments.py``); where a request wrote none, zeroed before they are read.
     """
@@ -70,7 +76,8 @@ class PackedState:
             dtype=dtype,
             device=device,
         )
-        keys = group.num_pages(num_blocks), group.block_size
+        self.page_scales = group.page_format.new_scales(*heads, group.head_size, device)
+        keys = group.num_pages(num_blocks), group.page_keys
         self.accumulated: Tensor | None = None
         if accumulated:
             self.accumulated = torch.zeros(*keys, ACCUMULATED, dtype=torch.float32, device=device)
@@ -80,14 +87,21 @@ class PackedState:
         self._first_block: dict[int, int] = {}
 
     @property
+    def page_format(self) -> PageFormat:
+        """Of packed pages."""
+        return self.group.page_format
+
+    @property
     def window(self) -> int:
         """W, queries that an observation slot holds."""
         return self.ring.shape[2]
 
     @property
-    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``num_pages``, ``first_page``, ``covered``: what the ops take after the state slots."""
-        return self.num_pages, self.first_page, self.covered
+    def tables(self) -> Tables:
+        """``num_pages``, ``first_page``, ``covered``, ``page_scales`` and ``page_format``: what the
+        ops take after the state slots."""
+        tables = self.num_pages, self.first_page, self.covered
+        return *tables, self.page_scales, int(self.page_format)
 
     @property
     def slots(self) -> dict[int, int]:
@@ -97,7 +111,8 @@ class PackedState:
     def num_bytes(self) -> int:
         """Memory beside the KV cache, in bytes."""
         tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
-        tensors += [stored for stored in (self.accumulated, self.echo) if stored is not None]
+        further = (self.page_scales, self.accumulated, self.echo)
+        tensors += [tensor for tensor in further if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def state_slots(self, block_table: Tensor) -> Tensor:
@@ -109,7 +124,12 @@ class PackedState:
         return next((s for s, b in self._first_block.items() if b == blocks[0]), layout.NOT_PACKED)
 
     def install(
-        self, slots: list[int], blocks: list[list[int]], covered: list[int], kept_pages: Tensor
+        self,
+        slots: list[int],
+        blocks: list[list[int]],
+        covered: list[int],
+        kept_pages: Tensor,
+        new_scales: Tensor | None = None,
     ) -> None:
         """Describe requests that were just compressed.
 
@@ -118,10 +138,13 @@ class PackedState:
             blocks: packed blocks of every request.
             covered: F of every request.
             kept_pages: ``[R, L, H]`` int32.
+            new_scales: ``[R, L, H, A, S]`` of their packed pages, where those have scales.
 
         Raises:
-            RuntimeError: a request has no packed block.
+            RuntimeError: a request has no packed block, or no scales though its pages need them.
         """
+        if self.page_scales is not None and new_scales is None:
+            raise RuntimeError(f"kv_compress: pages of {self.page_format.label} without scales")
         self.release(slots)
         for slot, row in zip(slots, blocks, strict=True):
             if not row:
@@ -131,6 +154,8 @@ class PackedState:
         index = to_device(slots, torch.int64, device)
         self.num_pages[index] = kept_pages
         self.first_page[index] = layout.exclusive_cumsum(kept_pages)
+        if self.page_scales is not None and new_scales is not None:
+            self.page_scales[index] = new_scales
         self.covered[index] = to_device(covered, torch.int32, device)
         first = to_device([row[0] for row in blocks], torch.int64, device)
         self.owner[first] = index.to(torch.int32)

@@ -32,9 +32,9 @@ def freed_pages(
     allocator: str,
     shares: Shares,
     evidence: Evidence,
-    block_size: int,
+    page_keys: int,
     floor_pages: int,
-    candidate_blocks: int,
+    candidate_pages: int,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """Pages that each group of competing heads frees, for several C at once.
@@ -43,9 +43,9 @@ def freed_pages(
         kept: blocks C, P of them.
         allocator: one of :data:`~kvcompress_vllm.config.options.ALLOCATORS`.
         shares: of the policy, as far as the allocator uses them.
-        block_size: B.
+        page_keys: keys that a packed page holds.
         floor_pages: pages that every head keeps.
-        candidate_blocks: candidate pages that a head has on average.
+        candidate_pages: candidate pages that a head has on average.
         lengths: ``[L, H]`` int32 candidate pages of each head; None: as many as the average.
 
     Returns:
@@ -55,7 +55,7 @@ def freed_pages(
         RuntimeError: a C is below the floor or above what there is.
     """
     layers, heads = evidence.layers, evidence.heads
-    full, device = candidate_blocks, evidence.device
+    full, device = candidate_pages, evidence.device
     wrong = [blocks for blocks in kept if not floor_pages <= blocks <= full]
     if wrong:
         raise RuntimeError(
@@ -66,7 +66,7 @@ def freed_pages(
         freed = [[(full - blocks) * layers * heads] for blocks in kept]
         return to_device(freed, torch.int32, device)
     # Shares are of what the shields leave, as in the papers.
-    base = (evidence.num_sinks + evidence.num_recent) / block_size
+    base = (evidence.num_sinks + evidence.num_recent) / page_keys
     of_layers, within = shares
     if of_layers is None and within is None:
         groups = layers if allocator == "layer" else layers * heads

@@ -39,6 +39,14 @@ class Rank(NamedTuple):
         """Whose pages these are."""
         return self.state.group
 
+    def candidate_units(self, item: Accumulation) -> int:
+        """Candidate keys of a request per head, on average, in units of B."""
+        return item.old_kept * self.group.blocks_per_page + item.covered - item.old_covered
+
+    def candidate_pages(self, item: Judged) -> int:
+        """The same in packed pages, which all of them would take."""
+        return item.old_packing.all_kept(item.covered, self.group.blocks_per_page)
+
 
 @dataclass(frozen=True)
 class Batch(Generic[Item]):
@@ -48,17 +56,17 @@ class Batch(Generic[Item]):
     config: KVCompressConfig
     policy: Policy
     floor_pages: int
-    """Pages that every head keeps."""
+    """Packed pages that every head keeps."""
     rows: Tensor
     """``[R, M]`` int32 block ids."""
     state_slot: Tensor
     """``[R]`` int32, -1: never packed."""
     covered: Tensor
     """``[R]`` int32, F afterwards."""
-    page_start: Tensor
-    """``[R]`` int64, first candidate page of every request."""
+    unit_start: Tensor
+    """``[R]`` int64, first candidate unit of every request: B keys are one."""
     spans: list[tuple[int, int]]
-    """The same on the host: candidate pages ``[begin, end)`` of every request."""
+    """The same on the host: candidate units ``[begin, end)`` of every request."""
     recent: list[int]
     """Candidate keys at the end of every head that the recent window shields."""
 
@@ -78,7 +86,7 @@ class Batch(Generic[Item]):
         """
         device, size = rank.pages.device, rank.group.block_size
         rows = padded_rows([item.old_blocks for item in items], device)
-        starts = _starts(item.candidate_blocks * rank.group.pages_per_block for item in items)
+        starts = _starts(rank.candidate_units(item) * rank.group.pages_per_block for item in items)
         return cls(
             items,
             config,
@@ -106,27 +114,29 @@ class Batch(Generic[Item]):
             rows=self.rows[index],
             state_slot=self.state_slot[index],
             covered=self.covered[index],
-            page_start=self.page_start[index],
+            unit_start=self.unit_start[index],
             recent=[self.recent[i] for i in which],
             spans=[self.spans[i] for i in which],
         )
 
     @property
-    def num_pages(self) -> int:
-        """Candidate pages of the batch."""
+    def num_units(self) -> int:
+        """Candidate units of the batch."""
         return self.spans[-1][1]
 
 
-def batches(due: Sequence[Judged], most_blocks: int) -> Iterator[list[Judged]]:
-    """Runs of requests with at most ``most_blocks`` candidate blocks, or of a single request."""
+def batches(due: Sequence[Judged], rank: Rank) -> Iterator[list[Judged]]:
+    """Runs of requests with at most :data:`MOST_TOKENS` candidate keys per head, or of a single
+    request."""
     batch: list[Judged] = []
-    blocks = 0
+    keys = 0
     for item in due:
-        if batch and blocks + item.candidate_blocks > most_blocks:
+        more = rank.candidate_units(item) * rank.group.block_size
+        if batch and keys + more > MOST_TOKENS:
             yield batch
-            batch, blocks = [], 0
+            batch, keys = [], 0
         batch.append(item)
-        blocks += item.candidate_blocks
+        keys += more
     if batch:
         yield batch
 

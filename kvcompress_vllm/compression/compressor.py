@@ -117,7 +117,7 @@ class Compressor:
         pending = []
         for policy, floor, stride in dict.fromkeys(map(kind, due)):
             alike = [item for item in due if kind(item) == (policy, floor, stride)]
-            for items in batch.batches(alike, batch.MOST_TOKENS // self.rank.group.block_size):
+            for items in batch.batches(alike, self.rank):
                 together = Batch.of(items, *self._use(policy), self.rank, floor)
                 pending.append(self._run(together, score_only))
         return pending
@@ -141,7 +141,7 @@ class Compressor:
         """Compress the requests of a batch, or only score them."""
         watch, failures = Stopwatch(self.device), Failures(due.items, self._agree)
         points = [
-            loss.curve_points(item.candidate_blocks, due.floor_pages, item.kept)
+            loss.curve_points(self.rank.candidate_pages(item), due.floor_pages, item.kept)
             for item in due.items
         ]
         found = statistics.measure(self.rank, due, ops.channel_mask(due.policy.channels))
@@ -168,12 +168,12 @@ class Compressor:
         """Score and allocate, request by request, so that temporaries are those of one.
 
         Args:
-            found: ``[channels, pages, B]`` statistics; become sums where some are accumulated.
+            found: ``[channels, units, B]`` statistics; become sums where some are accumulated.
             points: block counts of every request's loss curve.
             store: whether the accumulated statistics become those sums, too.
 
         Returns:
-            ``[pages, B]`` scores of all candidates; ``[A]`` int32 pages to free in every group of
+            ``[units, B]`` scores of all candidates; ``[A]`` int32 pages to free in every group of
             heads, by request; ``[sum of points]`` share of the score mass lost at each.
         """
         scores = torch.empty(found.shape[1:], dtype=torch.float32, device=found.device)
@@ -204,11 +204,9 @@ class Compressor:
         """What a request's keys are worth, and which heads give back how much. A policy that fails
         is replaced by the latest keys, one threshold over all heads: a choice that can always be
         made."""
-        item, block_size, allocator = (
-            due.items[index],
-            self.rank.group.block_size,
-            due.config.allocator,
-        )
+        item, allocator, rank = due.items[index], due.config.allocator, self.rank
+        m, page_keys = rank.group.blocks_per_page, rank.group.page_keys
+        lengths = None if rectangle.lengths is None else rectangle.lengths // m
         try:
             judged = judge.scores(due.policy, known)
             scores = self._shielded(item, judged.scores)
@@ -223,30 +221,30 @@ class Compressor:
             allocator,
             shares,
             known,
-            block_size,
+            page_keys,
             due.floor_pages,
-            item.candidate_blocks,
-            rectangle.lengths,
+            rank.candidate_pages(item),
+            lengths,
         )
-        costs, masses = loss.page_masses(scores, known.shielded(), block_size, judged.worth)
-        lengths = rectangle.width if rectangle.lengths is None else rectangle.lengths.flatten()
-        lost = loss.loss_at(costs, masses, lengths, due.floor_pages, freed[1:])
+        costs, masses = loss.page_masses(scores, known.shielded(), page_keys, judged.worth)
+        each = rectangle.width // m if lengths is None else lengths.flatten()
+        lost = loss.loss_at(costs, masses, each, due.floor_pages, freed[1:])
         return Verdict(scores, freed, lost)
 
     def _shielded(self, item: Judged, scores: Tensor) -> Tensor:
         if not item.protect:
             return scores
-        return self._protected.shield(item, scores, self.rank.group.block_size)
+        return self._protected.shield(item, scores)
 
     def _width(self, item: Judged) -> int:
-        """Pages of the longest head among the candidates, or more while only the device knows.
+        """Units of the longest head among the candidates, or more while only the device knows.
 
         Of a long generation heads keep far fewer pages than it has blocks.
         """
         longest = self._lengths[item.packed_slot].longest() if item.old_kept else None
         if longest is None:
             return item.covered
-        return longest + item.covered - item.old_covered
+        return longest * self.group.blocks_per_page + item.covered - item.old_covered
 
     def _select(
         self, due: Batch[Compression], scores: Tensor, freed: list[Tensor]
@@ -258,7 +256,7 @@ class Compressor:
             part = due.part(which)
             kept_pages, kept_first, kept_keys = ops.select_pages(
                 scores,
-                part.page_start,
+                part.unit_start,
                 part.state_slot,
                 *self.state.tables,
                 part.covered,
@@ -278,30 +276,28 @@ class Compressor:
             ``[R, L, H]`` int32, pages that every head of every request keeps.
         """
         state = self.state
-        moved = [self.pages]
+        moved = []
         if due.items[0].observed is not None and state.accumulated is not None:
             moved.append(state.accumulated)
         if state.echo is not None and ops.ECHO in due.policy.channels:
             moved.append(state.echo.unsqueeze(-1))
         for _, part, kept_pages, kept_first, kept_keys in chosen:
             new_blocks = batch.padded_rows([item.new_blocks for item in part.items], self.device)
-            for pages in moved:
-                ops.compact_pages(
-                    pages,
-                    part.rows,
-                    part.state_slot,
-                    *state.tables,
-                    kept_pages,
-                    kept_first,
-                    kept_keys,
-                    new_blocks,
-                )
+            before = part.rows, part.state_slot, *state.tables
+            kept = kept_pages, kept_first, kept_keys
+            new_scales = None
+            if state.page_scales is not None:
+                new_scales = ops.fit_scales(self.pages, *before, *kept)
+            ops.compact_pages(self.pages, *before, *kept, new_blocks, new_scales)
+            for stored in moved:
+                ops.compact_pages(stored, *before, *kept, new_blocks, None)
             self._note(part, kept_pages, kept_keys)
             state.install(
                 [item.state_slot for item in part.items],
                 [item.new_blocks for item in part.items],
                 [item.covered for item in part.items],
                 kept_pages,
+                new_scales,
             )
         if len(chosen) == 1:
             return chosen[0].kept_pages

@@ -29,49 +29,50 @@ class Rectangle(NamedTuple):
     """Where the candidate pages of a request lie in what its policy sees."""
 
     width: int
-    """Pages of every head."""
-    pages: int
-    """Candidate pages of the request."""
+    """Units of B keys of every head."""
+    units: int
+    """Candidate units of the request."""
     lengths: Tensor | None = None
-    """``[L, H]`` int32, candidate pages of each head; None: all heads are as long as it is wide."""
+    """``[L, H]`` int32, candidate units of each head; None: all heads are as long as it is wide."""
     place: Tensor | None = None
-    """``[L * H * width]`` int64, the candidate page that is seen there; ``pages``: none."""
+    """``[L * H * width]`` int64, the candidate unit that is seen there; ``units``: none."""
     absent: Tensor | None = None
     """``[L * H, width]`` bool, places without one."""
 
     @classmethod
     def of(cls, rank: Rank, item: Judged, width: int) -> Rectangle:
-        """Args: width: pages of the longest head, or more."""
-        pages = item.candidate_blocks * rank.group.pages_per_block
+        """Args: width: units of the longest head, or more."""
+        heads, m = rank.group.pages_per_block, rank.group.blocks_per_page
+        units = rank.candidate_units(item) * heads
         if not item.old_kept:
-            return cls(width, pages)
+            return cls(width, units)
         state, device = rank.state, rank.pages.device
-        heads = rank.group.pages_per_block
         fresh = item.covered - item.old_covered
-        lengths = state.num_pages[item.packed_slot] + fresh
+        lengths = state.num_pages[item.packed_slot] * m + fresh
         first = layout.first_candidate(
             state.first_page[item.packed_slot].view(heads, 1),
             torch.arange(heads, device=device).unsqueeze(1),
             fresh,
+            m,
         )
         j = torch.arange(width, device=device) - width + lengths.view(heads, 1)
-        place = torch.where(j >= 0, first + j, pages).flatten().long()
-        return cls(width, pages, lengths, place, j < 0)
+        place = torch.where(j >= 0, first + j, units).flatten().long()
+        return cls(width, units, lengths, place, j < 0)
 
     def spread(self, statistics: Tensor) -> Tensor:
-        """``[channels, L * H * width, B]`` of ``[channels, pages, B]``; 0 where there is none."""
+        """``[channels, L * H * width, B]`` of ``[channels, units, B]``; 0 where there is none."""
         if self.place is None or self.absent is None:
             return statistics
-        spread = statistics[:, self.place.clamp(max=self.pages - 1)]
+        spread = statistics[:, self.place.clamp(max=self.units - 1)]
         return spread.masked_fill_(self.absent.view(1, -1, 1), 0)
 
     def gathered(self, scores: Tensor) -> Tensor:
-        """``[pages, B]`` of ``[L * H * width, B]``."""
+        """``[units, B]`` of ``[L * H * width, B]``."""
         if self.place is None:
             return scores
-        result = scores.new_empty((self.pages + 1, scores.shape[1]))
+        result = scores.new_empty((self.units + 1, scores.shape[1]))
         result[self.place] = scores
-        return result[: self.pages]
+        return result[: self.units]
 
 
 def evidence_of(
@@ -85,8 +86,8 @@ def evidence_of(
     """What is known of one request of a batch.
 
     Args:
-        statistics: ``[channels, pages, B]`` of this request; heads may differ in length.
-        counts: ``[pages, B]`` queries that saw each key, or None.
+        statistics: ``[channels, units, B]`` of this request; heads may differ in length.
+        counts: ``[units, B]`` queries that saw each key, or None.
     """
     item, config, state = batch.items[index], batch.config, rank.state
     group = rank.group
@@ -113,7 +114,7 @@ def evidence_of(
         heads=group.heads,
         group=group.queries_per_head,
         num_keys=rectangle.width * block_size,
-        num_kept=item.kept * block_size,
+        num_kept=item.kept * group.page_keys,
         seq_len=item.num_tokens - left_out,
         num_queries=item.observed.before + item.observed.num_queries if item.observed else window,
         num_sinks=config.sinks,
@@ -122,7 +123,7 @@ def evidence_of(
         device=rank.pages.device,
         statistics=dict(zip(sorted(batch.policy.channels), by_channel, strict=counts is None)),
         counts=None if counts is None else by_channel[-1],
-        density=item.candidate_blocks / item.covered,
+        density=rank.candidate_units(item) / item.covered,
         absent=None if absent is None else absent.repeat_interleave(block_size, 1),
         keys=keys,
         values=values,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache import layout, page_format
 from kvcompress_vllm.cache.state import PackedState
 
 Reader = Callable[[int], Tensor]
@@ -54,28 +54,32 @@ def readers(
     """
     group = state.group
     heads, block_size, head_size = group.heads, group.block_size, group.head_size
-    covered = packed.covered if packed else 0
+    covered, blocks_per_page = packed.covered if packed else 0, group.blocks_per_page
 
-    def read(layer: int, part: Tensor) -> Tensor:
+    def read(layer: int, part: slice) -> Tensor:
         column = torch.arange(left_out, seq_len, device=pages.device)
         head = layer * heads + torch.arange(heads, device=pages.device)[:, None]
         num_pages, first_page = (
             table[packed.state_slot, layer][:, None] if packed else torch.zeros_like(head)
             for table in (state.num_pages, state.first_page)
         )
-        key = column - covered * block_size + num_pages * block_size
-        present = key.clamp(min=0)
-        ids = layout.page_id(
-            row,
-            covered,
-            num_pages,
-            first_page,
-            head,
-            group.pages_per_block,
-            present // block_size,
-        )
-        copied = part[ids, present % block_size]
-        return copied.masked_fill_((key < 0)[..., None], 0) if packed else copied
+        key = column + (num_pages * blocks_per_page - covered) * block_size
+        ids, within = layout.place(
+            row, covered, num_pages, first_page, head, group.pages_per_block, key.clamp(min=0),
+            block_size, blocks_per_page,
+        )  # fmt: skip
+        if not packed:
+            return pages[ids, within, part]
+        # Codes have more places in a page: of packed keys this reads others, which are replaced.
+        copied = pages[ids, within % block_size, part]
+        if state.page_scales is not None:
+            scales = state.page_scales[packed.state_slot, layer]
+            codes = page_format.packed_codes(pages, state.page_format)
+            behind = key >= num_pages * blocks_per_page * block_size
+            # A tail page, as codes, may be asked for its first places only.
+            values = page_format.dequantise(codes[ids, within], scales, state.page_format)
+            copied = torch.where(behind[..., None], copied, values[..., part].to(copied.dtype))
+        return copied.masked_fill_((key < 0)[..., None], 0)
 
     def queries(layer: int) -> Tensor:
         ring = state.ring
@@ -84,7 +88,7 @@ def readers(
         return observed.permute(1, 2, 0, 3)
 
     return (
-        lambda layer: read(layer, pages[..., :head_size]),
-        lambda layer: read(layer, pages[..., head_size:]),
+        lambda layer: read(layer, slice(head_size)),
+        lambda layer: read(layer, slice(head_size, None)),
         queries,
     )

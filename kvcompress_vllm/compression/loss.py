@@ -38,19 +38,19 @@ def curve_points(candidates: int, floor: int, kept: int) -> list[int]:
 
 
 def page_masses(
-    scores: Tensor, shielded: Tensor, block_size: int, worth: Tensor | None = None
+    scores: Tensor, shielded: Tensor, page_keys: int, worth: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cost and mass of every page that a head could lose, in the order in which it would.
 
     Args:
         scores: ``[S, n]`` fp32; infinite ones count as shielded.
         shielded: ``[S, n]`` or ``[1, n]`` bool: keys that stay whatever their score, or absent.
-        block_size: B, divides n.
+        page_keys: T, keys that a packed page holds; divides n.
         worth: ``[S, n]`` fp32 >= 0, what masses are sums of; None: of the scores.
 
     Returns:
-        ``[S, n / B]`` fp32 costs as of ``ops.select_pages``, inf where a page has shielded keys;
-        ``[S, n / B]`` fp64 masses.
+        ``[S, n / T]`` fp32 costs as of ``ops.select_pages``, inf where a page has shielded keys;
+        ``[S, n / T]`` fp64 masses.
     """
     costs, sums, counts, lowest = [], [], [], []
     rows = max(1, KEYS_AT_ONCE // scores.shape[1])
@@ -59,7 +59,7 @@ def page_masses(
     for part, mask, values in zip(scores.split(rows), hidden, counted, strict=True):
         ordered, order = part.masked_fill(mask, torch.inf).sort(-1)
         in_order = ordered if worth is None else values.gather(-1, order)
-        pages = ordered.unflatten(-1, (-1, block_size))
+        pages = ordered.unflatten(-1, (-1, page_keys))
         open_ = pages < torch.inf
         values = in_order.view_as(pages).masked_fill(~open_, 0)
         costs.append(pages[..., -1])

@@ -22,12 +22,12 @@ class Protected:
     """
 
     def __init__(self, state: PackedState) -> None:
-        self._state = state
+        self._state, self._block_size = state, state.group.block_size
         self._begin: dict[int, list[Tensor]] = {}
         """By state slot: for every range that begins in the packed part, ``[L * H]`` int64, its
         first key in each head."""
 
-    def shield(self, item: Judged, scores: Tensor, block_size: int) -> Tensor:
+    def shield(self, item: Judged, scores: Tensor) -> Tensor:
         """Scores with +inf where a range is.
 
         Args:
@@ -35,13 +35,11 @@ class Protected:
         """
         column = torch.arange(scores.shape[1], device=scores.device)
         # No head may be as long as the request: columns count from where the longest begins.
-        indent = self._indent(item, block_size) - item.covered * block_size + scores.shape[1]
-        for (start, end), begin in zip(
-            item.protect, self._candidates(item, block_size), strict=False
-        ):
+        indent = self._indent(item) - item.covered * self._block_size + scores.shape[1]
+        for (start, end), begin in zip(item.protect, self._candidates(item), strict=False):
             # From the index in the head to the column; heads that kept fewer keys start later.
             first = (begin + indent)[:, None]
-            length = min(end, item.covered * block_size) - start
+            length = min(end, item.covered * self._block_size) - start
             scores = scores.masked_fill((column >= first) & (column < first + length), float("inf"))
         return scores
 
@@ -49,36 +47,37 @@ class Protected:
         """Note where the ranges are after a compression; call before it is installed.
 
         Args:
-            kept_keys: ``[C * L * H, B]`` int32 from the selection op, of this request.
+            kept_keys: ``[C * L * H, T]`` int32 from the selection op, of this request.
             kept_pages: ``[L, H]`` int32.
         """
-        pages, block_size = kept_keys.shape
+        pages = kept_keys.shape[0]
         counts = kept_pages.flatten().long()
         head = torch.arange(counts.shape[0], device=counts.device)
         head = head.repeat_interleave(counts, output_size=pages)
         moved = []
-        for begin in self._candidates(item, block_size):
+        for begin in self._candidates(item):
             before = (kept_keys < begin[head, None]).sum(-1)
             moved.append(torch.zeros_like(counts).index_add_(0, head, before))
         self._begin[item.state_slot] = moved
 
-    def _candidates(self, item: Judged, block_size: int) -> list[Tensor]:
+    def _candidates(self, item: Judged) -> list[Tensor]:
         """Of every range that begins among the candidates, ``[L * H]`` int64 first key index."""
-        packed = item.old_covered * block_size if item.old_kept else 0
+        packed = item.old_covered * self._block_size if item.old_kept else 0
         # Those who share a context agree on these only; others of theirs begin behind it.
         shared = sum(start < packed for start, _ in item.protect)
         known = self._begin[item.packed_slot] if shared else []
-        shift = self._indent(item, block_size)
+        shift = self._indent(item)
         fresh = [
             start - shift
             for start, _ in item.protect[len(known) :]
-            if start < item.covered * block_size
+            if start < item.covered * self._block_size
         ]
         return [*known, *fresh]
 
-    def _indent(self, item: Judged, block_size: int) -> Tensor:
+    def _indent(self, item: Judged) -> Tensor:
         """``[L * H]`` int64: tokens whose key a head has lost, up to its packed part's end."""
         pages = self._state.num_pages[item.packed_slot].flatten().long()
         if not item.old_kept:
             return torch.zeros_like(pages)
-        return (item.old_covered - pages) * block_size
+        m = self._state.group.blocks_per_page
+        return (item.old_covered - pages * m) * self._block_size

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import ACCUMULATED
 from kvcompress_vllm.compression import loss
 from kvcompress_vllm.compression.batch import MOST_TOKENS
@@ -38,5 +39,7 @@ def scratch_bytes(
         per_key += 3 * 4 * ACCUMULATED  # the statistics so far, their sums, and an intermediate
     keys = max(num_tokens, MOST_TOKENS) * group.pages_per_block
     # One layer of keys or values, as copied, in fp32, and an intermediate of it.
-    copies = 3 * num_tokens * group.heads * group.head_size * 4 if policy.needs_keys else 0
+    # Of codes both, as numbers, and two intermediates of these.
+    copied = 3 if group.page_format is PageFormat.AUTO else 3 + 2 * 3
+    copies = copied * num_tokens * group.heads * group.head_size * 4 if policy.needs_keys else 0
     return keys * per_key + loss.scratch_bytes(keys) + copies

@@ -17,7 +17,7 @@ from kvcompress_vllm.records.plan import Accumulation, Observed
 
 
 def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
-    """``[channels, pages, B]`` fp32 of the candidates of a batch, one request after the other.
+    """``[channels, units, B]`` fp32 of the candidates of a batch, one request after the other.
 
     Args:
         channels: mask; each op that has one of them runs, and its channels keep their order.
@@ -30,7 +30,7 @@ def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
         batch.state_slot,
         *state.tables,
     )
-    candidates = batch.covered, batch.page_start, batch.num_pages
+    candidates = batch.covered, batch.unit_start, batch.num_units
     parts: list[Tensor] = []
     of_keys, stored = channels & ops.KEY_CHANNELS, channels & ops.STORED_CHANNELS
     if of_attention := channels & ~(of_keys | stored):  # refuses what nobody knows
@@ -58,13 +58,13 @@ def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
     if stored:
         parts.append(_echo(rank, batch)[None])
     if not parts:
-        shape = (0, batch.num_pages, rank.group.block_size)
+        shape = (0, batch.num_units, rank.group.block_size)
         return torch.empty(shape, dtype=torch.float32, device=device)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
-    """``[pages, B]`` echo scores of the candidates, zero where a key never got one.
+    """``[units, B]`` echo scores of the candidates, zero where a key never got one.
 
     What was never written is cleared, not masked: it moves with the keys.
 
@@ -75,7 +75,7 @@ def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
     if scores is None:
         raise RuntimeError("kv_compress: no echo scores are stored for this policy")
     block_size = rank.group.block_size
-    by_block = scores.view(-1, rank.group.pages_per_block, block_size)
+    by_block = scores.view(-1, rank.group.pages_per_block, scores.shape[1])
     for item in batch.items:
         blank = [position for start, end in item.unscored for position in range(start, end)]
         if blank:
@@ -83,8 +83,8 @@ def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
             offsets = [position % block_size for position in blank]
             place = to_device([blocks, offsets], torch.int64, scores.device)
             by_block[place[0], :, place[1]] = 0
-    pages = [_pages(rank, item, row)[0] for item, row in zip(batch.items, batch.rows, strict=True)]
-    return scores[torch.cat(pages)]
+    units = [_units(rank, item, row)[0] for item, row in zip(batch.items, batch.rows, strict=True)]
+    return scores.view(-1, block_size)[torch.cat(units)]
 
 
 def add_up(
@@ -94,12 +94,12 @@ def add_up(
 
     Args:
         row: ``[M]`` int32 block ids.
-        statistics: ``[channels, pages, B]`` of this request, those of the attention alone; become
+        statistics: ``[channels, units, B]`` of this request, those of the attention alone; become
             the sums.
         store: False leaves the accumulated statistics as they are.
 
     Returns:
-        ``[pages, B]`` fp32, how many queries saw each key.
+        ``[units, B]`` fp32, how many queries saw each key.
 
     Raises:
         RuntimeError: there are none.
@@ -107,10 +107,11 @@ def add_up(
     accumulated, observed = rank.state.accumulated, item.observed
     if accumulated is None or observed is None:
         raise RuntimeError(f"kv_compress: {item.request_id} has no accumulated statistics")
-    pages, ages, known = _candidates(rank, item, row, observed)
+    accumulated = accumulated.view(-1, rank.group.block_size, accumulated.shape[2])
+    units, ages, known = _candidates(rank, item, row, observed)
     seen = ages.div(observed.stride, rounding_mode="floor") + 1
     counts = seen.clamp(max=observed.num_queries).float()
-    before = accumulated[pages].masked_fill_(~known[:, None, None], 0)
+    before = accumulated[units].masked_fill_(~known[:, None, None], 0)
     counts += before[..., -1]
     for channel, values in enumerate(statistics):
         values += before[..., channel]
@@ -119,7 +120,7 @@ def add_up(
     sums = torch.zeros_like(before)
     sums[..., -1] = counts
     sums[..., : len(statistics)] = statistics.permute(1, 2, 0)
-    accumulated[pages] = sums
+    accumulated[units] = sums
     return counts
 
 
@@ -129,30 +130,35 @@ def _candidates(
     """Of a request's candidates, in the order of the statistics op.
 
     Returns:
-        ``[pages]`` page ids; ``[pages, B]`` tokens after each key, a lower bound for keys that were
-        packed before; ``[pages]`` bool, whether a page has accumulated statistics.
+        ``[units]`` as of :func:`_units`; ``[units, B]`` tokens after each key, a lower bound for
+        keys that were packed before; ``[units]`` bool, whether a unit has accumulated statistics.
     """
     device, block_size = rank.pages.device, rank.group.block_size
-    pages, block = _pages(rank, item, row)
+    units, block = _units(rank, item, row)
     position = block[:, None] * block_size + torch.arange(block_size, device=device)
-    return pages, item.num_tokens - 1 - position, block < observed.known
+    return units, item.num_tokens - 1 - position, block < observed.known
 
 
-def _pages(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]:
-    """``[pages]`` page ids of a request's candidates, in the order of the statistics ops, and the
-    block of each in the row's own count: packed pages stand for some block before them."""
+def _units(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a request's candidates, in the order of the statistics ops: ``[units]`` place of each unit
+    in what is stored by key, as many of B keys as a page has room for; and the block of each in the
+    row's own count: packed units stand for some block before them."""
     state, device = rank.state, rank.pages.device
-    heads, fresh = rank.group.pages_per_block, item.covered - item.old_covered
+    heads, m = rank.group.pages_per_block, rank.group.blocks_per_page
+    fresh = item.covered - item.old_covered
     index = torch.arange(heads, device=device)
     if item.old_kept:
         packed = state.num_pages[item.packed_slot].flatten().long()
         first = state.first_page[item.packed_slot].flatten().long()
     else:
         packed = first = torch.zeros_like(index)
-    total = item.candidate_blocks * heads
-    head = index.repeat_interleave(packed + fresh, output_size=total)
-    begin = layout.first_candidate(first, index, fresh)
-    j = torch.arange(total, device=device) - begin[head]
-    pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, heads, j)
-    block = torch.where(j < packed[head], item.old_covered - 1, item.old_covered + j - packed[head])
-    return pages, block
+    total = rank.candidate_units(item) * heads
+    head = index.repeat_interleave(packed * m + fresh, output_size=total)
+    begin = layout.first_candidate(first, index, fresh, m)
+    unit = torch.arange(total, device=device) - begin[head]
+    behind = unit - packed[head] * m
+    page = torch.where(behind < 0, unit.div(m, rounding_mode="floor"), packed[head] + behind)
+    pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, heads, page)
+    within = torch.where(behind < 0, unit.remainder(m), 0)
+    block = torch.where(behind < 0, item.old_covered - 1, item.old_covered + behind)
+    return pages * m + within, block

@@ -37,6 +37,8 @@ from kvcompress_vllm.scheduling.segments import DECODED
 DEFAULT_RATIO = 2.0
 """What keeps 95% of the answers of real models whether or not the question is known yet; see
 docs/quality.md."""
+SHARES = ("context", "auto", "off")
+"""Which packed prefixes requests share; see ``scheduling/contexts.py``."""
 ALLOCATORS = ("global", "layer", "uniform")
 """Which heads compete for pages; see ``compression/allocation.py``."""
 BUDGETS = ("ratio", "budget_tokens", "mass")
@@ -88,6 +90,12 @@ class KVCompressConfig:
         *number(0, 1, above=True),
         optional=True,
     )
+    page_dtype: str = option(
+        AUTO,
+        "what packed pages hold: keys as in the cache (auto), two in the bytes of one (fp8), or "
+        "four (int4)",
+        *choice(AUTO, "fp8", "int4"),
+    )
     allow_policies: bool | tuple[str, ...] = option(
         False,
         "requests may choose another policy: any, or one of these; true leaves out policies of "
@@ -134,6 +142,12 @@ class KVCompressConfig:
         True,
         "when the KV cache runs short, compress early rather than have vLLM preempt",
         *flag(),
+    )
+    share: str = option(
+        "context",
+        "packed prefixes that requests share: those that requests name as their context, those too "
+        "that are found to come again (auto), or none",
+        *choice(*SHARES),
     )
     prefill_peak_tokens: int | None = option(
         None,

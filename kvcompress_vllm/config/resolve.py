@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from kvcompress_vllm import policies
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.combinations import check_mass
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.rules import shown
 from kvcompress_vllm.records.budget import RequestBudget, Wish
 
 EXPECTED_RATIO = 4.0
-"""Of a mass budget, until one is known."""
+"""Keys per kept key of a mass budget, until one is known."""
 HIGHEST_RATIO = 16.0
-"""Of a mass budget, where the operator sets no ``max_ratio``. Scores say what the observed queries
-looked at; the more is dropped for it, the more that guess must be right."""
+"""Keys per kept key of a mass budget, where the operator sets no ``max_ratio``. Scores say what the
+observed queries looked at; the more is dropped for it, the more that guess must be right."""
 
 
 def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = "") -> RequestBudget:
@@ -43,10 +44,11 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
             check_mass(policy, f"{prefix}mass" if asked else "mass", mass)
         policy = policies.default(mass=True)
     own, kind = config.with_policy(policy), policies.find(policy)
+    m = PageFormat.of(config.page_dtype).blocks_per_page
     least, most = config.min_ratio or 1.0, config.max_ratio
     if mass is not None:
-        most = most or max(least, HIGHEST_RATIO)
-        ratio = 1.0 if mass == 1 else min(most, max(least, EXPECTED_RATIO))
+        most = most or max(least, HIGHEST_RATIO * m)
+        ratio = 1.0 if mass == 1 else min(most, max(least, EXPECTED_RATIO * m))
     elif not asked:
         least, most = 1.0, None
     observes_all = config.query_stride > 0 and kind.observes_all
@@ -67,6 +69,7 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
         context_tokens=wish.context_tokens,
         query_stride=config.query_stride if observes_all else 0,
         history=kind.history if observes_all else None,
+        blocks_per_page=m,
     )
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         attention_statistics,
         compact_pages,
         echo_scores,
+        fit_scales,
         key_statistics,
         observe_queries,
         paged_attention,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 _ROWS = "Tensor block_table, Tensor seq_lens, "
 _STATE = "Tensor state_slot, Tensor num_pages, Tensor first_page, Tensor covered, "
+_STATE += "Tensor? page_scales, int page_format, "
 SCHEMAS = {
     "write_kv": "(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()",
     "observe_queries": "(Tensor query, Tensor ring_index, Tensor(a!) ring) -> ()",
@@ -72,9 +74,13 @@ SCHEMAS = {
         "Tensor num_recent, int num_sinks, int floor_pages, int num_kept_pages) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+    "fit_scales": (
+        f"(Tensor pages, Tensor block_table, {_STATE}Tensor kept_pages, Tensor kept_first, "
+        "Tensor kept_keys) -> Tensor"
+    ),
     "compact_pages": (
         f"(Tensor(a!) pages, Tensor block_table, {_STATE}Tensor kept_pages, Tensor kept_first, "
-        "Tensor kept_keys, Tensor new_blocks) -> ()"
+        "Tensor kept_keys, Tensor new_blocks, Tensor? new_scales) -> ()"
     ),
 }
 
@@ -160,6 +166,7 @@ __all__ = [
     "compact_pages",
     "cuda_problem",
     "echo_scores",
+    "fit_scales",
     "key_statistics",
     "missing_kernels",
     "observe_queries",

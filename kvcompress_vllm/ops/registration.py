@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.cache.page_format import SCALE_DTYPE, PageFormat
 from kvcompress_vllm.ops import reference
 
 
@@ -25,16 +26,24 @@ def _fake_statistics(pages: Tensor, num_candidate_pages: int, channels: int) -> 
 
 
 def _fake_select(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    num_pages, num_freed, num_kept_pages = rest[2], rest[6], rest[-1]
+    num_pages, page_format, num_freed, num_kept_pages = rest[2], rest[6], rest[8], rest[-1]
+    page_keys = PageFormat(page_format).keys_per_page(scores.shape[1])
     heads = scores.new_empty((num_freed.shape[0], *num_pages.shape[1:]), dtype=torch.int32)
-    keys = scores.new_empty((num_kept_pages, scores.shape[1]), dtype=torch.int32)
+    keys = scores.new_empty((num_kept_pages, page_keys), dtype=torch.int32)
     return heads, torch.empty_like(heads), keys
+
+
+def _fake_scales(pages: Tensor, *rest: Any) -> Tensor:
+    page_format, kept_pages = rest[6], rest[7]
+    scales = PageFormat(page_format).scales_shape(pages.shape[2] // 2)
+    return pages.new_empty((*kept_pages.shape, *scales), dtype=SCALE_DTYPE)
 
 
 _FAKES: dict[str, Callable[..., object]] = {
     "attention_statistics": lambda _, pages, *rest: _fake_statistics(pages, *rest[-4:-2]),
     "key_statistics": lambda pages, *rest: _fake_statistics(pages, *rest[-2:]),
     "select_pages": _fake_select,
+    "fit_scales": _fake_scales,
 }
 _LIB = torch.library.Library("kvcompress_vllm", "DEF")
 for _name, _schema in ops.SCHEMAS.items():
@@ -54,4 +63,5 @@ attention_statistics = torch.ops.kvcompress_vllm.attention_statistics
 key_statistics = torch.ops.kvcompress_vllm.key_statistics
 echo_scores = torch.ops.kvcompress_vllm.echo_scores
 select_pages = torch.ops.kvcompress_vllm.select_pages
+fit_scales = torch.ops.kvcompress_vllm.fit_scales
 compact_pages = torch.ops.kvcompress_vllm.compact_pages

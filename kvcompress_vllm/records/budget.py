@@ -29,13 +29,18 @@ KEEP_ALL = Wish(ratio=1.0)
 
 
 class RequestBudget(NamedTuple):
-    """The resolved budget of one request. One of ``ratio`` and ``budget_tokens`` is set."""
+    """The resolved budget of one request. One of ``ratio`` and ``budget_tokens`` is set.
+
+    Budgets are memory: with packed pages of fewer bits the same blocks hold more keys. What says
+    how many keys stay whatever the budget (sinks, recent, least numbers of tokens) is keys, rounded
+    up to whole packed pages.
+    """
 
     policy: str
     ratio: float | None = None
     """Compressible blocks per kept block. Beside a mass, the ratio that is expected of it."""
     budget_tokens: int | None = None
-    """Tokens kept per KV head on average."""
+    """Tokens per KV head on average, in memory of the cache's own dtype."""
     mass: float | None = None
     """Share of the score mass to keep; None: C follows from the ratio or the tokens."""
     least_ratio: float = 1.0
@@ -60,6 +65,8 @@ class RequestBudget(NamedTuple):
     """Every so-many-th query of the prompt counts; 0: those of the last window only."""
     history: int | None = None
     """With ``query_stride``: only queries of so many tokens before a compression; None: all."""
+    blocks_per_page: int = 1
+    """m, full blocks whose keys one packed block holds."""
 
     def to_plain(self) -> dict[str, Any]:
         """As :meth:`from_plain` takes it: numbers, strings and lists."""
@@ -77,18 +84,25 @@ class RequestBudget(NamedTuple):
             max(0, min(end, num_keys) - max(start, self.sinks)) for start, end in self.protect
         )
 
+    def covered(self, num_tokens: int, block_size: int) -> int:
+        """F of a compression at ``num_tokens`` tokens: full blocks, in whole packed pages."""
+        return num_tokens // (block_size * self.blocks_per_page) * self.blocks_per_page
+
     def floor_pages(self, block_size: int, covered: int = 0) -> int:
-        """Pages that every head keeps: enough for the shields and for ``min_tokens_per_head``.
+        """Packed pages that every head keeps: for the shields and ``min_tokens_per_head``.
 
         Args:
             covered: full blocks that compete.
         """
         shields = self.sinks + self.recent + self.num_protected(covered * block_size)
-        return max(1, -(-max(shields, self.min_tokens_per_head) // block_size))
+        return max(
+            1, -(-max(shields, self.min_tokens_per_head) // (block_size * self.blocks_per_page))
+        )
 
     def fewest_blocks(self, block_size: int, covered: int = 0) -> int:
         """Blocks C at least: room for the floor of every head, and ``fewest_tokens``."""
-        return max(self.floor_pages(block_size, covered), -(-self.fewest_tokens // block_size))
+        fewest = -(-self.fewest_tokens // (block_size * self.blocks_per_page))
+        return max(self.floor_pages(block_size, covered), fewest)
 
     def packed_blocks(self, num_tokens: int, block_size: int, ratio: float | None = None) -> int:
         """Blocks C to keep of the F full blocks of ``num_tokens`` tokens; of a mass, as expected.
@@ -98,9 +112,19 @@ class RequestBudget(NamedTuple):
 
         Returns:
             F itself where there is nothing to gain: a short prompt, ratio 1, or a budget that
-            covers everything.
+            covers everything. Else no more than all keys take, which may be less than the budget.
         """
-        covered = num_tokens // block_size
+        covered = self.covered(num_tokens, block_size)
+        allowed = self.allowed_blocks(num_tokens, block_size, ratio)
+        return covered if allowed == covered else min(allowed, covered // self.blocks_per_page)
+
+    def allowed_blocks(self, num_tokens: int, block_size: int, ratio: float | None = None) -> int:
+        """Blocks that the budget allows for the F full blocks of ``num_tokens`` tokens, F at most.
+
+        Args:
+            ratio: as of :meth:`packed_blocks`.
+        """
+        covered = self.covered(num_tokens, block_size)
         if num_tokens < self.min_prompt_tokens:
             return covered
         if self.budget_tokens is not None:
@@ -110,10 +134,10 @@ class RequestBudget(NamedTuple):
         return self._bounded(kept, covered, block_size, ratio)
 
     def most_blocks(self, num_tokens: int, block_size: int) -> int:
-        """Blocks C at most: what ``packed_blocks`` says, but of a mass what it may come to."""
+        """What ``allowed_blocks`` says, but of a mass what it may come to; C at most."""
         if self.mass is None:
-            return self.packed_blocks(num_tokens, block_size)
-        covered = num_tokens // block_size
+            return self.allowed_blocks(num_tokens, block_size)
+        covered = self.covered(num_tokens, block_size)
         return self._bounded(covered, covered, block_size)
 
     def _bounded(self, kept: int, covered: int, block_size: int, ratio: float | None = None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvcompress_vllm.cache.page_format import PageFormat
+
 
 @dataclass(frozen=True)
 class CacheGroup:
@@ -17,7 +19,8 @@ class CacheGroup:
 
     A model with one kind of attention is one group. One with several kinds has as many, each with
     blocks, rows and packed pages of its own; records of a step name the group that they are about
-    by its :attr:`index`. How a page stores keys is a matter of its group, too.
+    by its :attr:`index`. How packed pages hold keys is a matter of the group, too: T keys each, of
+    m blocks, in the bytes of B.
     """
 
     layers: int
@@ -34,6 +37,8 @@ class CacheGroup:
     """Bytes of one number of a key or value in a page."""
     scale: float
     """Factor on the attention logits."""
+    page_format: PageFormat = PageFormat.AUTO
+    """How packed pages hold keys."""
     index: int = 0
     """Which of the engine's groups it is."""
 
@@ -57,6 +62,16 @@ class CacheGroup:
         """Bytes of a page."""
         keys, width = self.page_shape
         return keys * width * self.itemsize
+
+    @property
+    def blocks_per_page(self) -> int:
+        """m, blocks whose keys a packed page holds."""
+        return self.page_format.blocks_per_page
+
+    @property
+    def page_keys(self) -> int:
+        """T, keys that a packed page holds."""
+        return self.page_format.keys_per_page(self.block_size)
 
     @property
     def block_bytes(self) -> int:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a request is packed, and the arithmetic of its blocks."""
+"""How far a request is packed, and the arithmetic of its blocks.
+
+A packed block may hold the keys of several full blocks, in fewer bits: of m, or
+``blocks_per_page``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ class Packing(NamedTuple):
                       |----- F -------|
         held          ■ ■ ■           □ □ ▫      row - F + C
         candidates of a compression that covers F' = 10 blocks: ■ ■ ■ □ □, C + F' - F
+    which all fit into C + (F' - F) / m packed blocks
     """
 
     covered: int = 0
@@ -30,6 +35,14 @@ class Packing(NamedTuple):
     def candidates(self, covered: int) -> int:
         """Blocks whose keys compete when the first ``covered`` full blocks are compressed."""
         return self.held(covered)
+
+    def all_kept(self, covered: int, blocks_per_page: int) -> int:
+        """C that holds every key when the first ``covered`` full blocks are compressed.
+
+        Args:
+            covered: F', as F a multiple of ``blocks_per_page``.
+        """
+        return self.kept + (covered - self.covered) // blocks_per_page
 
     def gives_back(self, new: Packing) -> int:
         """Blocks that a request gives back when it is packed anew."""

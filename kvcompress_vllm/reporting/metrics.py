@@ -49,6 +49,8 @@ SCORE_MASS_LOST = "kv_compress:score_mass_lost"
 FREED_BLOCKS = "kv_compress:freed_blocks_total"
 BLOCKS_BEFORE = "kv_compress:blocks_before_total"
 BLOCKS_AFTER = "kv_compress:blocks_after_total"
+BYTES_BEFORE = "kv_compress:bytes_before_total"
+BYTES_AFTER = "kv_compress:bytes_after_total"
 RESERVE_WAITS = "kv_compress:reserve_waits_total"
 ADMISSION_REFUSALS = "kv_compress:admission_refusals_total"
 PREEMPTIONS = "kv_compress:preemptions_total"
@@ -83,6 +85,10 @@ METRICS = (
     Metric(FREED_BLOCKS, "counter", "Blocks that compressions gave back, net of the packed ones."),
     Metric(BLOCKS_BEFORE, "counter", "Blocks that compressed requests held before, summed."),
     Metric(BLOCKS_AFTER, "counter", "Blocks that compressed requests held afterwards, summed."),
+    Metric(BYTES_BEFORE, "counter",
+           "KV cache that compressed requests held before, in bytes of all ranks, summed."),
+    Metric(BYTES_AFTER, "counter",
+           "KV cache that compressed requests held afterwards, in bytes of all ranks, summed."),
     Metric(RESERVE_WAITS, "counter",
            "Steps on which a due compression waited for free blocks to pack into."),
     Metric(ADMISSION_REFUSALS, "counter",
@@ -166,6 +172,8 @@ class StepReport:
     occupancy: Occupancy = field(default_factory=Occupancy)
     preemptions: int = 0
     preemptions_avoided: int = 0
+    block_bytes: int = 0
+    """Of a block, over all layers and ranks."""
     shared: SharedReport = field(default_factory=SharedReport)
 
     def mean_kept_pages(self) -> list[list[float]]:
@@ -178,10 +186,11 @@ class Recorder:
 
     Args:
         enabled: False records nothing: where vLLM keeps no statistics, nobody takes reports.
+        block_bytes: of a block, over all layers and ranks.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
+    def __init__(self, enabled: bool = True, block_bytes: int = 0) -> None:
+        self.enabled, self._block_bytes = enabled, block_bytes
         self._report = StepReport()
         self._known: set[str] = set()
         self._kept_pages: dict[str, NDArray[np.int64]] = {}
@@ -260,7 +269,7 @@ class Recorder:
         report.packed_requests = len(packed)
         report.saved_blocks = sum(covered - kept for covered, kept in packed.values())
         report.observation_slots_used, report.observation_slots = slots_used, slots
-        report.occupancy = occupancy or Occupancy()
+        report.occupancy, report.block_bytes = occupancy or Occupancy(), self._block_bytes
         report.shared = shared or SharedReport()
         if self._sum is None:
             pages = self._kept_pages.values()

@@ -24,6 +24,8 @@ class Counts(NamedTuple):
     blocks_after: int = 0
     shared_blocks: int = 0
     context_tokens: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
 
 
 @dataclass
@@ -37,7 +39,8 @@ class CompressionUsage:
         blocks_after: blocks it held just after that.
         shared_blocks: packed blocks of a context that it took instead of computing it.
         context_tokens: of its prompt, what was packed as a context, by itself or another: whole
-            blocks of what it asked for.
+            blocks of what it asked for, or packed pages.
+        bytes_before, bytes_after: those blocks as bytes of KV cache, of all layers and ranks.
     """
 
     compressions: int = 0
@@ -45,6 +48,8 @@ class CompressionUsage:
     blocks_after: int = 0
     shared_blocks: int = 0
     context_tokens: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
 
     def add(self, new: Counts, old: Counts = Counts()) -> None:  # noqa: B008 - immutable
         """Count what a sequence reports, and no longer what it reported before."""
@@ -53,12 +58,19 @@ class CompressionUsage:
         self.blocks_after += new.blocks_after - old.blocks_after
         self.shared_blocks += new.shared_blocks - old.shared_blocks
         self.context_tokens += new.context_tokens - old.context_tokens
+        self.bytes_before += new.bytes_before - old.bytes_before
+        self.bytes_after += new.bytes_after - old.bytes_after
 
 
 class UsageLog:
-    """The counts of all live requests of one engine, and which are still to be sent."""
+    """The counts of all live requests of one engine, and which are still to be sent.
 
-    def __init__(self) -> None:
+    Args:
+        block_bytes: of a block, over all layers and ranks.
+    """
+
+    def __init__(self, block_bytes: int = 0) -> None:
+        self._block_bytes = block_bytes
         self._counts: dict[str, Counts] = {}
         self._unsent: set[str] = set()
 
@@ -72,9 +84,8 @@ class UsageLog:
         after = item.packing.held(row)
         if item.num_tokens == context:
             known = known._replace(context_tokens=context)
-        self._counts[item.request_id] = known._replace(
-            compressions=known.compressions + 1, blocks_before=row, blocks_after=after
-        )
+        known = known._replace(compressions=known.compressions + 1)
+        self._counts[item.request_id] = self._held(known, row, after)
         self._unsent.add(item.request_id)
 
     def took(self, request_id: str, num_tokens: int, packing: Packing, row: int) -> None:
@@ -83,13 +94,19 @@ class UsageLog:
         Args:
             row: blocks of its row at that time.
         """
-        self._counts[request_id] = self._counts.get(request_id, Counts())._replace(
-            blocks_before=row,
-            blocks_after=packing.held(row),
-            shared_blocks=packing.kept,
-            context_tokens=num_tokens,
-        )
+        known = self._counts.get(request_id, Counts())
+        known = known._replace(shared_blocks=packing.kept, context_tokens=num_tokens)
+        self._counts[request_id] = self._held(known, row, packing.held(row))
         self._unsent.add(request_id)
+
+    def _held(self, counts: Counts, before: int, after: int) -> Counts:
+        size = self._block_bytes
+        return counts._replace(
+            blocks_before=before,
+            blocks_after=after,
+            bytes_before=before * size,
+            bytes_after=after * size,
+        )
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import EXPECTED_RATIO, HIGHEST_RATIO
 from kvcompress_vllm.records.budget import RequestBudget
@@ -42,7 +43,7 @@ def mass_blocks(budget: RequestBudget, curve: LossCurve, covered: int, block_siz
 
 def decide(tracked: Tracked, curve: LossCurve) -> Packing:
     """The packing of a request's next compression, once the loss curve of its keys is known."""
-    covered = tracked.due_at // tracked.sizes.limits.block_size
+    covered = tracked.sizes.covered(tracked.due_at)
     kept = mass_blocks(tracked.budget, curve, covered, tracked.sizes.limits.block_size)
     if tracked.due_at < tracked.prefill_end:
         kept = tracked.sizes.within_peak(covered, kept)
@@ -64,8 +65,9 @@ class ExpectedRatio:
     WEIGHT = 0.1
 
     def __init__(self, config: KVCompressConfig) -> None:
-        low, high = config.min_ratio or 1.0, config.max_ratio or HIGHEST_RATIO
-        self._share = 1 / min(high, max(low, EXPECTED_RATIO))
+        m = PageFormat.of(config.page_dtype).blocks_per_page
+        low, high = config.min_ratio or 1.0, config.max_ratio or HIGHEST_RATIO * m
+        self._share = 1 / min(high, max(low, EXPECTED_RATIO * m))
 
     @property
     def ratio(self) -> float:

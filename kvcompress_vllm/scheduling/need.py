@@ -23,18 +23,20 @@ def blocks_needed(sizes: Sizes, window: int, num_tokens: int) -> int:
         window: tokens for which a generation is observed before it is compressed.
     """
     block_size, peak = sizes.limits.block_size, sizes.limits.peak_blocks
-    everything, covered = -(-num_tokens // block_size), num_tokens // block_size
+    everything, covered = -(-num_tokens // block_size), sizes.covered(num_tokens)
+    m = sizes.blocks_per_page
     if peak is None or not sizes.limits.decode:
         return everything
     most, floor = sizes.budget.most_blocks(num_tokens, block_size), sizes.floor(covered)
-    if most >= covered or floor >= peak:
+    if most >= covered or floor + m > peak:
         return everything  # it is never compressed, or no interruption would give a block back
-    short = -(-sizes.budget.min_prompt_tokens // block_size)
+    short = -(-sizes.budget.min_prompt_tokens // (block_size * m)) * m
     # Read within the peak, with a copy of what interrupts it or of what the prompt keeps. Or too
-    # short to be compressed, or within its budget.
-    prefill = max(peak + max(min(most, peak), floor), most + 1)
+    # short to be compressed, or within its budget, up to the end of a packed page.
+    prefill = max(peak + max(min(most, peak), floor), most + m)
     # Packed as its context, it grows by as much again.
     shared = 0 if sizes.context is None else min(most, sizes.packed(sizes.context).kept)
     # Grown by the interval, or just long enough to be compressed, and late by a window.
-    decode = max(most + sizes.limits.interval + shared, short) + most + -(-window // block_size)
+    outgrown = most + sizes.limits.interval + shared + m - 1
+    decode = max(outgrown, short) + most + -(-window // block_size)
     return min(everything, max(prefill, decode) + SLACK_BLOCKS)

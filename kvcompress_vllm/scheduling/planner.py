@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.budget import RequestBudget, united
+from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.records.report import Report, Scored
 from kvcompress_vllm.scheduling import observation, pressure
@@ -182,7 +183,7 @@ class CompressionPlanner:
             self.observers.observe(tracked)
         if context is not None:
             self.contexts.join(context, request_id)
-        elif wanted is not None:
+        elif wanted is not None and tracked.due_at <= (tracked.sizes.context or 0):
             tracked.wanted = wanted
             self.contexts.begin(wanted, request_id)
         self.requests[request_id] = tracked
@@ -327,7 +328,7 @@ class CompressionPlanner:
         self.version += 1
         expected = rounded_ratio(covered / kept)
         tracked.sizes = self.sizes(tracked.budget._replace(ratio=expected))
-        if kept < scored.curve.blocks[-1]:
+        if tracked.packing.gives_back(Packing(covered, kept)) > 0:
             tracked.decided = kept
             return
         self._stop_computing(tracked)
@@ -398,7 +399,7 @@ class CompressionPlanner:
             tracked is None
             or not tracked.kept
             or (tracked.packed_slot, tracked.covered)
-            != (report.state_slot, report.num_tokens // self.block_size)
+            != (report.state_slot, tracked.sizes.covered(report.num_tokens))
         ):
             return False
         tracked.curve = report.curve
@@ -448,6 +449,8 @@ class CompressionPlanner:
     def _go_on(self, tracked: Tracked, due_at: int) -> None:
         """Compress it at ``due_at`` tokens next; observed until then if its prefill is not over."""
         tracked.due_at = due_at
+        if due_at > (tracked.sizes.context or 0):
+            self._stop_computing(tracked)  # nobody waits for what will not be packed
         if not tracked.in_prefill:
             tracked.trigger = "decode"
             self.observers.stop(tracked)

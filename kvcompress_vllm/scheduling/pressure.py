@@ -111,7 +111,8 @@ def _ordered(
     best = max((item.gain for item in worth), default=0)
 
     def order(item: Early) -> tuple[int, float, int]:
-        loss = _loss_per_block(item.tracked, item.due_at // block_size, item.gain)
+        covered = item.tracked.sizes.covered(item.due_at)
+        loss = _loss_per_block(item.tracked, covered, item.gain)
         return (best // item.gain).bit_length(), loss, -item.gain
 
     return sorted(worth, key=order)
@@ -130,7 +131,9 @@ def _loss_per_block(tracked: Tracked, covered: int, gain: int) -> float:
     """
     if tracked.curve is None:
         return math.inf if tracked.kept else 0.0
-    held = tracked.packing.candidates(covered)
-    kept = tracked.kept * (held - gain) / held
+    left = tracked.packing.candidates(covered) - gain
+    kept = tracked.kept * min(
+        1, left / tracked.packing.all_kept(covered, tracked.sizes.blocks_per_page)
+    )
     lost = tracked.curve.lost_at(kept) - tracked.curve.lost_at(tracked.kept)
     return round(lost / gain, LOSS_DIGITS)

@@ -97,10 +97,10 @@ class Tracked:
     def target(self) -> Packing:
         """Of the compression that it awaits; with a mass budget as expected of it, until known."""
         if self.decided is not None:
-            return Packing(self.due_at // self.sizes.limits.block_size, self.decided)
+            return Packing(self.sizes.covered(self.due_at), self.decided)
         covered, kept = self.packed(self.due_at, self.ratio)
-        # What a mass is expected to keep may be more than a peak has left of the request.
-        return Packing(covered, min(kept, self.packing.candidates(covered)))
+        # It may be more than a peak, or pressure, has left of the request.
+        return Packing(covered, min(kept, self._all_kept(covered)))
 
     @property
     def packed_slot(self) -> int:
@@ -130,7 +130,7 @@ class Tracked:
         Args:
             ratio: compress at least so much.
         """
-        whole = self.whole(num_tokens // self.sizes.limits.block_size)
+        whole = self.whole(self.sizes.covered(num_tokens))
         if whole:
             return self.sizes.packed(num_tokens, ratio, whole)
         return self.sizes.packed_at(num_tokens, self.prefill_end, ratio)
@@ -167,12 +167,16 @@ class Tracked:
         """When it has outgrown its budget, by what is known of it until ``due_at`` tokens; before
         that where it does not keep more than was thought."""
         block_size = self.sizes.limits.block_size
-        whole = self.whole(due_at // block_size)
+        whole = self.whole(self.sizes.covered(due_at))
         if not whole:
             return due_at
         shared = self.kept if self.covered * block_size == self.sizes.context else 0
         return self.sizes.outgrown_at(self.packing, whole, shared)
 
     def floor(self, covered: int) -> int:
-        """Pages that every head keeps of ``covered`` blocks."""
-        return self.sizes.floor(covered) + self.whole(covered)
+        """Packed pages that every head keeps of ``covered`` blocks."""
+        pages = -(-self.whole(covered) // self.sizes.blocks_per_page)
+        return min(self.sizes.floor(covered) + pages, self._all_kept(covered))
+
+    def _all_kept(self, covered: int) -> int:
+        return self.packing.all_kept(covered, self.sizes.blocks_per_page)

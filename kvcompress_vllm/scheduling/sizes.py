@@ -50,13 +50,22 @@ class Sizes:
     def __init__(self, budget: RequestBudget, limits: Limits) -> None:
         self.budget = budget
         self.limits = limits
-        self._kept: dict[tuple[int, float | None], int] = {}
+        self._allowed: dict[tuple[int, float | None], int] = {}
+
+    @property
+    def blocks_per_page(self) -> int:
+        """m, full blocks whose keys one packed block holds."""
+        return self.budget.blocks_per_page
+
+    def covered(self, num_tokens: int) -> int:
+        """F of a compression at ``num_tokens`` tokens."""
+        return self.budget.covered(num_tokens, self.limits.block_size)
 
     @cached_property
     def context(self) -> int | None:
-        """``context_tokens`` in whole blocks, so that others can take what is packed there; None:
-        not asked for, or less than a block."""
-        size = self.limits.block_size
+        """``context_tokens`` in whole blocks (of packed pages), so that others can take what is
+        packed there; None: not asked for, or less than that."""
+        size = self.limits.block_size * self.blocks_per_page
         return (self.budget.context_tokens or 0) // size * size or None
 
     @cached_property
@@ -78,21 +87,40 @@ class Sizes:
             ratio: compress at least so much.
             whole: blocks' worth of tokens whose keys all stay, whatever the budget says of others.
         """
-        covered = num_tokens // self.limits.block_size
+        covered, allowed = self._budgeted(num_tokens, ratio, whole)
+        if allowed == covered:
+            return Packing(covered, covered)
+        return Packing(covered, min(allowed, covered // self.blocks_per_page))
+
+    def excess(self, packing: Packing, num_tokens: int, whole: int = 0) -> int:
+        """Blocks that a request holds beyond its budget at ``num_tokens`` tokens; may be negative.
+
+        Args:
+            packing: as it is packed.
+            whole: as of :meth:`packed`.
+        """
+        return packing.gives_back(self._budgeted(num_tokens, whole=whole))
+
+    def _budgeted(self, num_tokens: int, ratio: float | None = None, whole: int = 0) -> Packing:
+        """F, and the blocks that the budget allows for it: more than all keys take, perhaps."""
+        covered = self.covered(num_tokens)
         if whole:
-            kept = self.packed(num_tokens - whole * self.limits.block_size, ratio).kept
-            return Packing(covered, min(covered, max(kept, self.floor(covered)) + whole))
+            others = self._budgeted(num_tokens - whole * self.limits.block_size, ratio).kept
+            pages = -(-whole // self.blocks_per_page)
+            return Packing(covered, min(covered, max(others, self.floor(covered)) + pages))
         if num_tokens < self.budget.min_prompt_tokens:
             return Packing(covered, covered)
         key = covered, ratio
-        if key not in self._kept:
-            if len(self._kept) >= MOST_REMEMBERED:
-                self._kept.clear()
-            self._kept[key] = self.budget.packed_blocks(num_tokens, self.limits.block_size, ratio)
-        return Packing(covered, self._kept[key])
+        if key not in self._allowed:
+            if len(self._allowed) >= MOST_REMEMBERED:
+                self._allowed.clear()
+            self._allowed[key] = self.budget.allowed_blocks(
+                num_tokens, self.limits.block_size, ratio
+            )
+        return Packing(covered, self._allowed[key])
 
     def floor(self, covered: int = 0) -> int:
-        """Pages that every head keeps of ``covered`` blocks."""
+        """Packed pages that every head keeps of ``covered`` blocks, if it has as many."""
         return self.budget.floor_pages(self.limits.block_size, covered)
 
     def packed_at(self, due_at: int, prefill_end: int, ratio: float | None = None) -> Packing:
@@ -112,7 +140,7 @@ class Sizes:
         the floor."""
         if self.limits.peak_blocks is not None:
             kept = max(min(kept, self.limits.peak_blocks // 2), self.floor(covered))
-        return min(covered, kept)
+        return min(covered // self.blocks_per_page, kept)
 
     def _end(self, now: int, prefill_end: int) -> int:
         """Up to where a prefill matters to what is done after ``now`` tokens: a context is packed
@@ -130,17 +158,17 @@ class Sizes:
             shared: of its packed blocks, those that others may use: packing it anew does not free
                 them.
         """
-        interval, size = self.limits.interval, self.limits.block_size
+        interval, size, m = self.limits.interval, self.limits.block_size, self.blocks_per_page
         if not self.limits.decode:
             return NEVER
         # From the shortest compressible request on, the excess grows by at most one block per
-        # block, so these strides cannot miss the place.
-        full = max(packing.covered, -(-self.budget.min_prompt_tokens // size))
-        while full * size <= self.limits.max_tokens:
-            excess = packing.gives_back(self.packed(full * size, whole=whole))
+        # block, so these strides cannot miss the place. It changes with whole packed pages only.
+        pages = max(packing.covered // m, -(-self.budget.min_prompt_tokens // (m * size)))
+        while pages * m * size <= self.limits.max_tokens:
+            excess = self.excess(packing, pages * m * size, whole)
             if excess >= interval + shared:
-                return full * size
-            full += interval + shared - excess
+                return pages * m * size
+            pages += -(-(interval + shared - excess) // m)
         return NEVER
 
     @cached_property
@@ -165,7 +193,9 @@ class Sizes:
         if self.context is not None:
             marks.append(self.context)
         if peak is not None and self.packed(self._end(now, prefill_end)).gains:
-            marks.append((peak + packing.covered - packing.kept) * size)
+            m = self.blocks_per_page
+            room = (peak - packing.kept) // m * m  # for whole packed pages
+            marks.append((packing.covered + room) * size)
         return min(
             (
                 mark
@@ -198,7 +228,7 @@ class Sizes:
             interrupted_at = self.interrupted_at(packing, now, prefill_end)
             if interrupted_at < prefill_end:
                 return interrupted_at
-            if packing.gives_back(self.packed(prefill_end)) >= self.limits.interval + shared:
+            if self.excess(packing, prefill_end) >= self.limits.interval + shared:
                 return prefill_end
         return self.outgrown_at(packing, whole, shared)
 
@@ -231,10 +261,18 @@ def check_peak(config: KVCompressConfig, sizes: Sizes) -> None:
     Raises:
         ValueError: with the numbers.
     """
-    peak, floor = sizes.limits.peak_blocks, sizes.floor()
-    if peak is not None and peak // 2 < floor:
+    peak, floor, size = sizes.limits.peak_blocks, sizes.floor(), sizes.limits.block_size
+    if peak is None:
+        return
+    if peak // 2 < floor:
         raise ValueError(
             f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half of "
-            f"it must hold the {floor * sizes.limits.block_size} tokens that every head keeps "
+            f"it must hold the {floor * size} tokens that every head keeps "
             "(sinks, recent, min_tokens_per_head)"
+        )
+    if peak - peak // 2 < sizes.blocks_per_page:
+        raise ValueError(
+            f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half of "
+            f"it must hold the {sizes.blocks_per_page * size} tokens of a packed page "
+            f"(page_dtype={config.page_dtype})"
         )

@@ -3,7 +3,8 @@
 
 The pretend worker keeps real pages, real state tables and the real compressor. The K of a
 token is a tag of its whole prefix, so that :meth:`Simulation.check_contents` can tell for every
-key of every request whether it is one the request should have.
+key of every request whether it is one the request should have. Tags and positions are written in
+binary, a digit in each channel, which packed pages of every format give back.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.pending import PendingReports
@@ -43,13 +44,14 @@ from kvcompress_vllm.integration.frontend.requests import (
 from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
+from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.budget import Ranges
 from kvcompress_vllm.records.plan import StepPlan
 from kvcompress_vllm.reporting.metrics import StepReport
 from kvcompress_vllm.scheduling.segments import DECODED, segments
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
-L, H, G, D, B = 2, 2, 2, 8, 16
+L, H, G, D, B = 2, 2, 2, 32, 16
 
 
 @dataclass
@@ -120,12 +122,12 @@ class PretendWorker:
     def _forward(self, request_id, tokens, first, count, observation) -> None:
         positions = torch.arange(first, first + count)
         row = torch.tensor(self.rows[request_id])
-        tags = torch.tensor(prefix_tags(tokens)[first : first + count], dtype=torch.float32)
+        tags = torch.tensor(prefix_tags(tokens)[first : first + count])
         slot = torch.arange(L * H)
         target = row[positions // B][:, None] * (L * H) + slot
-        value = torch.zeros(count, L * H, 2 * D)
-        value[..., 0], value[..., 1] = tags[:, None], positions[:, None].float()
-        self.pages[target, (positions % B)[:, None]] = value
+        value = torch.cat([digits(tags), digits(positions)], -1)[:, None].repeat(1, L * H, 1)
+        value[..., :D] *= 1 + 2 * slot[:, None]  # so that heads differ in what they attend to
+        self.pages[target, (positions % B)[:, None]] = value.to(self.pages.dtype)
         if observation is not None:
             assert observation.first_token == first
             index = torch.full((count,), -1, dtype=torch.int32)
@@ -133,7 +135,19 @@ class PretendWorker:
                 index[position - first] = observation.place(position, self.state.window)
             for layer in range(L):
                 query = torch.randn(count, H * G, D, generator=self.random)
+                query = query.to(self.state.ring.dtype)
                 ops.observe_queries(query, index, self.state.ring[layer].flatten(0, 1))
+
+
+def digits(numbers: torch.Tensor) -> torch.Tensor:
+    """``[n, D]``: binary, lowest digit first."""
+    return (numbers[:, None] >> torch.arange(D)) & 1
+
+
+def numbers(found: torch.Tensor) -> torch.Tensor:
+    """``[n]`` of what :func:`digits` gave, up to what quantisation does to it."""
+    assert found.isfinite().all()
+    return ((found > 0.5).long() << torch.arange(D)).sum(-1)
 
 
 def echo_of(tokens: list[int], begin: int, end: int) -> torch.Tensor:
@@ -167,6 +181,8 @@ class Simulation:
         log_stats: bool = True,
         asynchronous: bool = False,
     ) -> None:
+        page_format = PageFormat.of(options.get("page_dtype", "auto"))
+        dtype = torch.float32 if page_format is PageFormat.AUTO else torch.bfloat16
         args = EngineArgs(
             str(MODEL),
             additional_config={"kv_compress": options},
@@ -176,6 +192,7 @@ class Simulation:
             max_model_len=max_model_len,
             enable_prefix_caching=prefix_caching,
             enforce_eager=True,
+            dtype=str(dtype).removeprefix("torch."),
         )
         self.vllm_config = args.create_engine_config()
         # The CPU platform turns it off; the scheduler does not mind.
@@ -185,10 +202,11 @@ class Simulation:
             block_size=B,
             num_kv_heads=H,
             head_size=D,
-            dtype=torch.float32,
+            dtype=dtype,
             window=config.window,
             queries_per_head=G,
             scale=D**-0.5,
+            page_format=page_format,
         )
         register_all_kvcache_specs(self.vllm_config)
         self.vllm_config.cache_config.num_gpu_blocks = num_blocks
@@ -206,13 +224,13 @@ class Simulation:
             num_blocks=num_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
             window=config.ring,
-            dtype=torch.float32,
+            dtype=dtype,
             echo=config.stores_echo,
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
             accumulated=config.query_stride > 0,
             device=torch.device("cpu"),
         )
-        pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"))
+        pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"), dtype=dtype)
         self.worker = PretendWorker(state, pages, Compressor(config, state, pages))
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
@@ -348,25 +366,22 @@ class Simulation:
             assert self.worker.rows[rid] == ids, (rid, self.worker.rows[rid], ids)
             row = torch.tensor(ids)
             slot = self.worker.state.slot_of(ids)
-            tags = torch.tensor(prefix_tags(self._tokens[rid]), dtype=torch.float32)
+            tags = torch.tensor(prefix_tags(self._tokens[rid]))
+            state = State(*self.worker.state.tables)
             for head in range(L * H):
-                f = c = first = 0
-                if slot >= 0:
-                    f = int(self.worker.state.covered[slot])
-                    c = int(self.worker.state.num_pages[slot].flatten()[head])
-                    first = int(self.worker.state.first_page[slot].flatten()[head])
-                keys = layout.num_keys(n, f, c, B)
-                page = layout.page_id(row, f, c, first, head, L * H, torch.arange(-(-keys // B)))
-                content = self.worker.pages[page].flatten(0, 1)[:keys]
-                position = content[:, 1].long()
+                of_head = state.head(row, slot, *divmod(head, H))
+                f, c = of_head.covered, of_head.packed * of_head.blocks_per_page
+                content = of_head.keys(self.worker.pages, n)
+                keys, position = len(content), numbers(content[:, D:])
                 assert (position.diff() > 0).all(), (rid, head, position)
                 assert position[c * B :].equal(torch.arange(f * B, n)), (rid, head, position)
-                assert content[:, 0].equal(tags[position]), (rid, head)
+                assert numbers(content[:, :D]).equal(tags[position]), (rid, head)
                 kept = set(position.tolist())
                 missing = [p for a, b in self._unheard(rid) for p in range(a, b) if p not in kept]
                 assert not missing, (rid, head, missing)
                 if self._reads_echo(rid):
-                    stored = self.worker.state.echo[page].flatten()[:keys]
+                    page, within = of_head.place(torch.arange(keys), B)
+                    stored = self.worker.state.echo[page, within]
                     wanted = self.worker.echoes[rid][position]
                     # In the tail what has no score yet may hold anything.
                     ours = (torch.arange(keys) < c * B) | (wanted > 0)

@@ -38,6 +38,7 @@ OPTIONS = st.tuples(
             "max_ratio": st.sampled_from([4, 20]),
             "allow_policies": st.just(True),
             "allocator": st.sampled_from(["global", "layer", "uniform"]),
+            "page_dtype": st.sampled_from(["fp8", "int4"]),
         },
     ),
 ).map(lambda parts: {**parts[0], **parts[1]})

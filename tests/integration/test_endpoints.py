@@ -29,9 +29,14 @@ from tests.policies.installed import package
 
 MODEL_CONFIG = json.loads((MODEL / "config.json").read_text())
 LAYERS, HEADS = MODEL_CONFIG["num_hidden_layers"], MODEL_CONFIG["num_key_value_heads"]
+BLOCK_BYTES = LAYERS * HEADS * 16 * 2 * MODEL_CONFIG["head_dim"] * 4  # of float32
 NEVER = dict.fromkeys(
-    ("compressions", "blocks_before", "blocks_after", "shared_blocks", "context_tokens"), 0
-)
+    (
+        "compressions", "blocks_before", "blocks_after", "shared_blocks", "context_tokens",
+        "bytes_before", "bytes_after",
+    ),
+    0,
+)  # fmt: skip
 
 
 FAULTY = {
@@ -66,11 +71,14 @@ def test_usage(server: Server) -> None:
 
     def last_lines(count: int) -> list[dict[str, int]]:
         lines = re.findall(r"tokens, (\d+) -> (\d+) blocks\n", server.log.read_text())[-count:]
-        keys = ("blocks_before", "blocks_after")
+        found = [tuple(map(int, blocks)) for blocks in lines]
         return [
-            {"compressions": 1, **dict(zip(keys, map(int, blocks), strict=True))}
-            for blocks in lines
-        ]
+            {
+                **NEVER, "compressions": 1, "blocks_before": before, "blocks_after": after,
+                "bytes_before": before * BLOCK_BYTES, "bytes_after": after * BLOCK_BYTES,
+            }
+            for before, after in found
+        ]  # fmt: skip
 
     def one(create: Callable[..., Any], **arguments: Any) -> dict[str, int]:
         arguments = {"temperature": 0, "max_tokens": 16, **arguments}
@@ -363,7 +371,8 @@ def test_who_may_see_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
         endpoints.KVCompressEndpoints().attach_router(app)
         return {route.path for route in app.routes if "kv-compress" in route.path}
 
-    assert paths(None) == paths("open") == paths("api-key") != set() == paths("off")
+    contexts = {"/kv-compress/contexts", "/kv-compress/contexts/{name}"}  # have their own rule
+    assert paths(None) == paths("open") == paths("api-key") > contexts == paths("off")
     with pytest.raises(ValueError, match=r"KVCOMPRESS_PAGE='no' is not accepted; .* off"):
         paths("no")
     monkeypatch.setenv("KVCOMPRESS_PAGE", "api-key")

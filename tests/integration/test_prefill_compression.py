@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvcompress_vllm.cache import layout
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.frontend.requests import check_length, check_request
-from tests.integration.simulation import B, H, L, Simulation
+from kvcompress_vllm.ops.reference.rows import State
+from tests.integration.simulation import B, D, H, L, Simulation, numbers
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -30,16 +30,11 @@ def positions(sim: Simulation, request_id: str) -> list[torch.Tensor]:
     row = manager.row(request_id, len(manager.req_to_blocks[request_id]))
     slot = state.slot_of(row)
     n = sim.scheduler.requests[request_id].num_computed_tokens
-    covered = int(state.covered[slot]) if slot >= 0 else 0
-    found = []
-    for head in range(L * H):
-        count = int(state.num_pages[slot].flatten()[head]) if slot >= 0 else 0
-        first = int(state.first_page[slot].flatten()[head]) if slot >= 0 else 0
-        keys = layout.num_keys(n, covered, count, B)
-        pages = torch.arange(-(-keys // B))
-        page = layout.page_id(torch.tensor(row), covered, count, first, head, L * H, pages)
-        found.append(sim.worker.pages[page].flatten(0, 1)[:keys, 1].long())
-    return found
+    heads = [
+        State(*state.tables).head(torch.tensor(row), slot, *divmod(head, H))
+        for head in range(L * H)
+    ]
+    return [numbers(head.keys(sim.worker.pages, n)[:, D:]) for head in heads]
 
 
 OPTIONS = {"ratio": 8, "recent": 8, "sinks": 4, "window": 4, "interval": 4}

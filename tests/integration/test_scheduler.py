@@ -7,7 +7,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from kvcompress_vllm.cache.page_format import PageFormat
 from tests.integration.simulation import B, H, L, Simulation
 
 # Echo has files of its own: its hits are of whole segments, longer than most prompts here.
@@ -32,14 +34,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching=st.booleans(),
         peak=st.sampled_from([{}, {}, {"prefill_peak_tokens": 256}]),
         policy=st.sampled_from([{}, {"policy": "h2o", "query_stride": 5}]),
+        page_dtype=st.sampled_from([each.label for each in PageFormat]),
     )
     def build(
         self, num_blocks, max_num_batched_tokens, max_num_seqs, allocator, decode, prefix_caching,
-        peak, policy,
+        peak, policy, page_dtype,
     ):  # fmt: skip
         # check_integrity() runs in every schedule() (the switch is on), contents in every step().
         self.sim = Simulation(
-            num_blocks, {**OPTIONS, "allocator": allocator, "decode": decode, **peak, **policy},
+            num_blocks,
+            {
+                **OPTIONS, "allocator": allocator, "decode": decode, "page_dtype": page_dtype,
+                **peak, **policy,
+            },
             prefix_caching=prefix_caching, max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
         )  # fmt: skip
@@ -234,6 +241,22 @@ def test_what_passed_the_front_end_by_is_answered_with_an_error() -> None:
     assert lengths == {"good": 30, "bad": 0, "worse": 0, "huge": 0, "asking": 9, "last": 5}
     assert sim.failed == {"bad", "worse", "huge"}
     assert sim.pool.get_num_free_blocks() == 23
+
+
+def test_blocks_whose_release_waits_for_a_step_are_not_lost() -> None:
+    """vLLM may keep a finished request's blocks until the workers are done with them."""
+    sim = Simulation(24, OPTIONS)
+    kept = sim.pool.get_new_blocks(2)
+    with pytest.raises(RuntimeError, match="kv_compress"):
+        sim.scheduler.check_integrity()
+    sim.scheduler.deferred_frees.append((1, kept))
+    sim.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_scheduler_is_as_asynchronous_as_vllm_decided(asynchronous: bool) -> None:
+    sim = Simulation(24, OPTIONS, asynchronous=asynchronous)
+    assert isinstance(sim.scheduler, AsyncScheduler) == asynchronous
 
 
 def test_decoded_blocks_are_not_published_after_compression() -> None:

@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvcompress_vllm.cache.page_format import PageFormat
+from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.report import Report
 from tests.integration.simulation import Simulation
 
 OPTIONS = {"policy": "kv_compress", "ratio": 8, "recent": 8, "sinks": 2, "min_tokens_per_head": 8,
@@ -224,6 +227,52 @@ def test_contexts_of_a_mass_and_within_a_peak(options: dict) -> None:
     assert all(len(tokens) == 40 for tokens in sim.outputs.values())
 
 
+def test_a_context_whose_policy_failed_ends_all_who_have_it(monkeypatch) -> None:
+    sim = Simulation(80, OPTIONS)
+    for index in range(2):
+        sim.add(f"r{index}", [*document(1, 320), index + 3], 30, kv_compress_context_tokens=320)
+    sim.add("other", document(2, 100), 30)
+    while len(contexts(sim)) < 1 or len(contexts(sim)[0].users) < 2:
+        sim.step()
+    (context,) = contexts(sim)
+    curve = LossCurve([1], [0.0])
+    failed = Report("r0", context.slot, 320, "prefill", [], 0.0, 0.0, curve, "score raised it")
+    with monkeypatch.context() as patch:
+        place = "kvcompress_vllm.integration.engine.scheduler.reports_of"
+        patch.setattr(place, lambda output: [failed])
+        sim.step()
+    assert sim.failed == {"r0", "r1"} and contexts(sim) == []
+    sim.run()
+    assert len(sim.outputs["other"]) == 30 and sim.pool.get_num_free_blocks() == 79
+
+
+def test_auto_finds_what_comes_again() -> None:
+    """A document seen twice is packed once and then taken, wherever its readers go on."""
+    sim = Simulation(200, {**OPTIONS, "share": "auto"}, max_model_len=900)
+    for index in range(4):
+        sim.add(f"r{index}", [*document(1, 600), *document(20 + index, 30)], 4)
+        sim.run()
+    (context,) = contexts(sim)
+    # The first reader does not know yet, the second packs it, up to a multiple of 256 tokens.
+    assert (context.num_tokens, context.owner, context.hits) == (512, "r1", 2)
+    # Someone else's document, and one who opts out or names a context of its own.
+    sim.add("other", document(2, 600), 4)
+    sim.add("out", [*document(1, 600), 5], 4, kv_compress=False)
+    sim.add("own", [*document(1, 600), 5], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert context.hits == 2
+    assert sorted(c.num_tokens for c in contexts(sim)) == [320, 512]
+    assert all(len(tokens) == 4 for tokens in sim.outputs.values())
+
+
+def test_off_shares_nothing() -> None:
+    sim = Simulation(80, {**OPTIONS, "share": "off"})
+    for index in range(2):
+        sim.add(f"r{index}", [*document(1, 320), index + 3], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert sim.num_compressions == 2 and contexts(sim) == []
+
+
 class SharingMachine(RuleBasedStateMachine):
     """Requests on few documents come, wait, share, grow, are preempted, aborted, forgotten."""
 
@@ -234,14 +283,23 @@ class SharingMachine(RuleBasedStateMachine):
         decode=st.booleans(),
         asynchronous=st.booleans(),
         options=st.sampled_from(
-            [{}, {"prefill_peak_tokens": 256}, {"mass": 0.8, "ratio": None}, {"max_ratio": 16}]
+            [
+                {},
+                {"prefill_peak_tokens": 256},
+                {"mass": 0.8, "ratio": None},
+                {"max_ratio": 16},
+                {"share": "auto"},
+            ]
         ),
+        page_dtype=st.sampled_from([each.label for each in PageFormat]),
     )
     def build(
-        self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, options
-    ):
+        self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, options,
+        page_dtype,
+    ):  # fmt: skip
+        options = {**OPTIONS, "decode": decode, "page_dtype": page_dtype, **options}
         self.sim = Simulation(
-            num_blocks, {**OPTIONS, "decode": decode, **options}, asynchronous=asynchronous,
+            num_blocks, options, asynchronous=asynchronous,
             max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
         )  # fmt: skip
         self.added, self.wanted = 0, {}
@@ -300,6 +358,7 @@ class SharingMachine(RuleBasedStateMachine):
         if not hasattr(self, "sim"):
             return
         self.sim.run()
+        self.sim.step()  # tells the worker what was dropped since
         assert {name: len(self.sim.outputs[name]) for name in self.wanted} == self.wanted
         assert self.sim.pool.get_num_free_blocks() == self.sim.pool.num_gpu_blocks - 1
         planner = self.sim.scheduler.kv_compress_planner

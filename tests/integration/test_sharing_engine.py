@@ -61,7 +61,9 @@ def test_a_hit_answers_like_a_miss(llm, asked) -> None:
     # The last to compute it is still held: nobody computed it again.
     (context,) = contexts(llm)
     assert [u.shared_blocks for u in usage] == [context.packing.kept] * 4
-    assert context.hits == 4 and all(u.compressions >= 2 for u in usage)
+    assert context.hits == 4
+    if "kv_compress_mass" not in asked:
+        assert all(u.compressions >= 2 for u in usage)
 
 
 def test_24_on_one_document_hold_it_once(llm) -> None:

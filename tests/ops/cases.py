@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache import page_format as formats
+from kvcompress_vllm.cache.page_format import SCALE_DTYPE, PageFormat
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 POISON_ID = 1 << 30
@@ -35,6 +38,18 @@ TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     # 2^-12 (fp16) or 2^-9 (bf16) of itself, and V is normally distributed.
     ("attention on cuda", torch.float16): (2.0**-11, 2.0**-10),
     ("attention on cuda", torch.bfloat16): (2.0**-8, 2.0**-7),
+    # Codes are exact in fp32. On CUDA the scales of K are folded into the query, which is rounded
+    # to 16 bits again: logits are off by as much as if keys were rounded, up to 2^-9 of a product.
+    ("attention to codes", torch.float16): (1e-5, 2.0**-10),
+    ("attention to codes", torch.bfloat16): (1e-5, 2.0**-7),
+    ("attention to codes on cuda", torch.float16): (2.0**-9, 2.0**-8),
+    ("attention to codes on cuda", torch.bfloat16): (2.0**-6, 2.0**-6),
+    ("statistics of codes", torch.float32): (1e-7, 1e-4),
+    ("statistics of codes on cuda", torch.float32): (1e-4, 5e-2),
+    ("entropy of codes", torch.float32): (2e-5, 1e-4),
+    ("entropy of codes on cuda", torch.float32): (2e-3, 5e-2),
+    ("echo of codes", torch.float32): (1e-7, 1e-4),
+    ("echo of codes on cuda", torch.float32): (1e-4, 5e-2),
     # Logits of 500 carry fp32 errors of 3e-5 and more, which are relative errors of p.
     ("peaked attention", torch.float32): (3e-4, 1e-3),
     # Probabilities: an error of the logit is a relative error of p, and logits reach 30 here.
@@ -92,7 +107,7 @@ class Request:
 
 @dataclasses.dataclass
 class Batch:
-    """The arguments that describe rows, see ``ops/reference.py``; and what is behind them."""
+    """The arguments that describe rows, see ``ops/reference``; and what is behind them."""
 
     pages: Tensor
     block_table: Tensor
@@ -103,17 +118,21 @@ class Batch:
     covered: Tensor
     query_start: Tensor
     free_blocks: list[int]
+    page_scales: Tensor | None = None
+    page_format: PageFormat = PageFormat.AUTO
 
-    def rows(self) -> tuple[Tensor, ...]:
+    def rows(self) -> tuple[Any, ...]:
         return (self.block_table, self.seq_lens, *self.state())
 
-    def state(self) -> tuple[Tensor, ...]:
-        return (self.state_slot, self.num_pages, self.first_page, self.covered)
+    def state(self) -> tuple[Any, ...]:
+        tables = (self.state_slot, self.num_pages, self.first_page, self.covered)
+        return (*tables, self.page_scales, self.page_format)
 
     def owned(self) -> Tensor:
         """``[P, B]`` bool: places that hold a key of some request."""
         layers, heads = self.num_pages.shape[1:]
         slots, block_size = layers * heads, self.pages.shape[1]
+        m = self.page_format.blocks_per_page
         owned = torch.zeros(self.pages.shape[:2], dtype=torch.bool)
         for r, (seq_len, slot) in enumerate(
             zip(self.seq_lens.tolist(), self.state_slot.tolist(), strict=True)
@@ -124,12 +143,14 @@ class Batch:
                     packed = int(self.num_pages[slot].flatten()[index])
                     first = int(self.first_page[slot].flatten()[index])
                     covered = int(self.covered[slot])
-                n = layout.num_keys(seq_len, covered, packed, block_size)
+                n = layout.num_keys(seq_len, covered, packed, block_size, m)
                 key = torch.arange(n)
-                ids = layout.page_id(
-                    self.block_table[r], covered, packed, first, index, slots, key // block_size
+                ids, within = layout.place(
+                    self.block_table[r], covered, packed, first, index, slots, key, block_size, m
                 )
-                owned[ids, key % block_size] = True
+                behind = key >= packed * m * block_size
+                owned[ids[behind], within[behind]] = True
+                owned[ids[~behind]] = True
         return owned
 
     def poisoned(self, value: float) -> Batch:
@@ -139,9 +160,9 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         moved = {
-            f.name: getattr(self, f.name).to(device)
+            f.name: value.to(device)
             for f in dataclasses.fields(self)
-            if f.name not in ("free_blocks", "block_table")
+            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "block_table"
         }
         # .to would drop the gap between rows.
         wide = torch.full((self.block_table.shape[0], self.block_table.shape[1] + 3), POISON_ID)
@@ -158,8 +179,13 @@ def make_batch(
     head_size: int,
     dtype: torch.dtype,
     spare_blocks: int = 3,
+    page_format: PageFormat = PageFormat.AUTO,
 ) -> Batch:
-    """Rows with random K/V in what they own and NaN in all other memory, on the CPU."""
+    """Rows with random K/V in what they own and NaN in all other memory, on the CPU. F of requests
+    counts packed pages: times ``page_format.blocks_per_page`` it is in blocks."""
+    requests = [
+        dataclasses.replace(r, covered=r.covered * page_format.blocks_per_page) for r in requests
+    ]
     slots = layers * heads
     tails = [-(-request.tail // block_size) for request in requests]
     packed = [sum(request.packed or ()) for request in requests]
@@ -190,9 +216,37 @@ def make_batch(
     starts = torch.tensor([0, *(request.queries for request in requests)]).cumsum(0)
     pages = torch.randn((blocks + 1) * slots, block_size, 2 * head_size).to(dtype)
     batch = Batch(
-        pages, table, seq_lens, state_slot, num_pages, first_page, covered, starts.int(), ids
-    )
+        pages, table, seq_lens, state_slot, num_pages, first_page, covered, starts.int(), ids,
+        page_format=page_format,
+    )  # fmt: skip
+    if page_format is not PageFormat.AUTO:
+        _pack(batch, requests)
     return batch.poisoned(float("nan"))
+
+
+def _pack(batch: Batch, requests: Sequence[Request]) -> None:
+    """Random keys in the packed pages: of one head in one range, of no two channels in the same."""
+    states, layers, heads = batch.num_pages.shape
+    slots, channels = layers * heads, batch.pages.shape[2]
+    page_format = batch.page_format
+    shape = (states, layers, heads, *page_format.scales_shape(channels // 2))
+    batch.page_scales = torch.full(shape, float("nan"), dtype=SCALE_DTYPE)
+    codes = formats.packed_codes(batch.pages, page_format)
+    for r, request in enumerate(requests):
+        if request.packed is None:
+            continue
+        slot = int(batch.state_slot[r])
+        for index, count in enumerate(request.packed):
+            first = int(batch.first_page[slot].flatten()[index])
+            ids = layout.page_id(
+                batch.block_table[r], 0, count, first, index, slots, torch.arange(count)
+            )
+            keys = torch.randn(max(1, count) * codes.shape[1], channels)
+            keys = keys * (0.5 + torch.rand(channels)) + torch.randn(channels) / 2
+            scales = formats.fit(keys, page_format)
+            batch.page_scales[slot].flatten(0, 1)[index] = scales if count else float("nan")
+            packed = formats.quantise(keys, scales, page_format)
+            codes[ids] = packed.view(-1, *codes.shape[1:])[:count]
 
 
 def fused_qkv(

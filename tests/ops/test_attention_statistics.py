@@ -143,16 +143,16 @@ def test_a_stride_is_queries_one_by_one(device):
         one[0] = torch.zeros_like(ring)
         one[0][:, :, position % 100] = ring[:, :, position % 100]
         one[3] = torch.full_like(args[3], position + 1)
-        one[9] = torch.ones_like(args[9])
-        one[10] = torch.full_like(args[10], (position + 1) // 16)
+        one[11] = torch.ones_like(args[11])
+        one[12] = torch.full_like(args[12], (position + 1) // 16)
         pages, first = (position + 1) // 16, 1
-        one[12] = 2 + pages * SLOTS
+        one[14] = 2 + pages * SLOTS
         part = ops.attention_statistics(*one)[:, first:-1].unflatten(1, (SLOTS, pages))
         wanted[:, 1:-1].unflatten(1, (SLOTS, 6))[:, :, :pages] += part
     sparse[0] = torch.full_like(ring, float("nan"))
     sparse[0][:, :, positions // 20] = ring[:, :, positions]
-    sparse[9] = torch.full_like(args[9], 5)
-    sparse[14] = 20
+    sparse[11] = torch.full_like(args[11], 5)
+    sparse[16] = 20
     got = ops.attention_statistics(*sparse)
     for channel in (SUM, MEAN_SQUARES, ENTROPY):
         # The first page of every head is whole for all of them.
@@ -165,7 +165,7 @@ def test_only_the_selected_channels(device, mask):
     """Whatever else is asked for, a channel has the same bits."""
     args = arguments(hostile(16), [8, 5, 7, 0, 1, 8], 8, 4, 64, 16, torch.bfloat16, device)
     every = ops.attention_statistics(*args)
-    args[13] = mask
+    args[15] = mask
     some = ops.attention_statistics(*args)
     assert_same_bits(some, every[[c for c in range(len(CHANNELS)) if mask >> c & 1]])
 
@@ -276,15 +276,15 @@ BAD = [
     ("num_pages", 5, lambda t: t.long()),
     ("first_page", 6, lambda t: t[..., :1]),
     ("covered", 7, lambda t: t.long()),
-    ("observe_slot", 8, lambda t: t.long()),
-    ("num_queries", 9, lambda t: t.repeat(2)),
-    ("new_covered", 10, lambda t: t[None]),
-    ("page_start", 11, lambda t: t.int()),
-    ("num_candidate_pages", 12, lambda n: -1),
-    ("channels", 13, lambda n: 1 << len(CHANNELS)),
-    ("channels", 13, lambda n: -1),
-    ("query_stride", 14, lambda n: 0),
-    ("query_stride", 14, lambda n: -1),
+    ("observe_slot", 10, lambda t: t.long()),
+    ("num_queries", 11, lambda t: t.repeat(2)),
+    ("new_covered", 12, lambda t: t[None]),
+    ("page_start", 13, lambda t: t.int()),
+    ("num_candidate_pages", 14, lambda n: -1),
+    ("channels", 15, lambda n: 1 << len(CHANNELS)),
+    ("channels", 15, lambda n: -1),
+    ("query_stride", 16, lambda n: 0),
+    ("query_stride", 16, lambda n: -1),
 ]
 
 
@@ -299,12 +299,12 @@ def test_bad_argument_is_named(device, name, index, change):
 @pytest.mark.parametrize(
     ("name", "index", "change"),
     [
-        ("observe_slot", 8, lambda t: t + 99),
-        ("num_queries", 9, lambda t: t + 99),
-        ("new_covered", 10, lambda t: t + 1),
-        ("page_start", 11, lambda t: t + 2),
-        ("num_candidate_pages", 12, lambda n: n - 2),
-        ("query_stride", 14, lambda n: 11),
+        ("observe_slot", 10, lambda t: t + 99),
+        ("num_queries", 11, lambda t: t + 99),
+        ("new_covered", 12, lambda t: t + 1),
+        ("page_start", 13, lambda t: t + 2),
+        ("num_candidate_pages", 14, lambda n: n - 2),
+        ("query_stride", 16, lambda n: 11),
     ],
 )
 def test_bad_value_is_refused_on_the_cpu(name, index, change):

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Batch, Request, assert_close, assert_same_bits, make_batch, uneven
-from examples import example
 
+from examples import example
 from kvcompress_vllm import ops
 from kvcompress_vllm.ops import KEY_CHANNELS, reference
 
@@ -66,7 +66,8 @@ def test_captured_step_serves_any_batch():
     def step():
         ops.write_kv(key, value, cache, slots)
         ops.observe_queries(query, index, ring)
-        ops.paged_attention(query, pages, *device.values(), LAYER, SCALE, out)
+        *rows, start = device.values()
+        ops.paged_attention(query, pages, *rows, None, 0, start, LAYER, SCALE, out)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -104,13 +105,13 @@ def test_captured_key_statistics():
     packed = Request(100, packed=uneven(3 * SLOTS, SLOTS), covered=9)
     first = make_batch([Request(700), packed], *shape)
     second = make_batch([packed, Request(40)], *shape)
-    device = [t.cuda() for t in (first.pages, *first.rows())]
+    device = [t.cuda() for t in (first.pages, *first.rows()[:-2])]
     covered = (first.seq_lens // BLOCK_SIZE).int().cuda()
     starts = torch.tensor([0, 43 * SLOTS], device="cuda")
     total = 60 * SLOTS
 
     def step():
-        return ops.key_statistics(*device, covered, starts, total, KEY_CHANNELS)
+        return ops.key_statistics(*device, None, 0, covered, starts, total, KEY_CHANNELS)
 
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -121,13 +122,13 @@ def test_captured_key_statistics():
     with torch.cuda.graph(graph):
         out = step()
     for batch in (first, second, first):
-        for target, source in zip(device, (batch.pages, *batch.rows()), strict=True):
+        for target, source in zip(device, (batch.pages, *batch.rows()[:-2]), strict=True):
             # The second batch is smaller; what it leaves of the first must not be read.
             target[tuple(slice(n) for n in source.shape)] = source.cuda()
         covered.copy_(batch.seq_lens // BLOCK_SIZE)
         graph.replay()
         expected = reference.key_statistics(
-            *(t.cpu() for t in (*device, covered, starts)), total, KEY_CHANNELS
+            *(t.cpu() for t in device), None, 0, covered.cpu(), starts.cpu(), total, KEY_CHANNELS
         )
         assert_close("norm", out[0], expected[0])
         assert_close("likeness", out[1], expected[1])
@@ -199,5 +200,5 @@ def test_pool_with_64_bit_offsets():
         (b.pages, b.block_table, new),
         (pool, table, new + blocks - used),
     ):
-        ops.compact_pages(pages, rows, *b.state(), kept, first, keys, blocks_of)
+        ops.compact_pages(pages, rows, *b.state(), kept, first, keys, blocks_of, None)
     assert_same_bits(pool[(blocks - used) * SLOTS :], b.pages)

@@ -21,8 +21,8 @@ from kvcompress_vllm.ops import reference
 LAYERS, HEADS, LAYER = 2, 2, 1
 SLOTS = LAYERS * HEADS
 SEGMENT = 64
-QUERY, PAGES, TABLE, SEQ_LENS, STATE_SLOT, SEGMENTS, ROTATION = 0, 1, 2, 3, 4, 8, 9
-MAX_SEGMENT, NUM_SINKS, SCORES = 11, 12, 15
+QUERY, PAGES, TABLE, SEQ_LENS, STATE_SLOT, SEGMENTS, ROTATION = 0, 1, 2, 3, 4, 10, 11
+MAX_SEGMENT, NUM_SINKS, SCORES = 13, 14, 17
 
 
 def angles(pairs, delta=256.0):
@@ -346,22 +346,22 @@ BAD = [
     ("num_pages", 5, lambda t: t[0]),
     ("first_page", 6, lambda t: t[:1]),
     ("covered", 7, lambda t: t[:1]),
-    ("segments", 8, lambda t: t.long()),
-    ("segments", 8, lambda t: t[:, :3].contiguous()),
-    ("segments", 8, lambda t: t.flatten()),
-    ("segments", 8, lambda t: t.t().contiguous().t()),
-    ("rotation", 9, lambda t: t.double()),
-    ("rotation", 9, lambda t: t.repeat(2, 1)),
-    ("rotation", 9, lambda t: t[:, :1].contiguous()),
-    ("rotation", 9, lambda t: t[::2]),
-    ("layer", 10, lambda n: LAYERS),
-    ("layer", 10, lambda n: -1),
-    ("max_segment", 11, lambda n: 0),
-    ("num_sinks", 12, lambda n: -1),
-    ("scores", 15, lambda t: t.half()),
-    ("scores", 15, lambda t: t[:-1]),
-    ("scores", 15, lambda t: t[:, :8].contiguous()),
-    ("scores", 15, lambda t: t.t().contiguous().t()),
+    ("segments", 10, lambda t: t.long()),
+    ("segments", 10, lambda t: t[:, :3].contiguous()),
+    ("segments", 10, lambda t: t.flatten()),
+    ("segments", 10, lambda t: t.t().contiguous().t()),
+    ("rotation", 11, lambda t: t.double()),
+    ("rotation", 11, lambda t: t.repeat(2, 1)),
+    ("rotation", 11, lambda t: t[:, :1].contiguous()),
+    ("rotation", 11, lambda t: t[::2]),
+    ("layer", 12, lambda n: LAYERS),
+    ("layer", 12, lambda n: -1),
+    ("max_segment", 13, lambda n: 0),
+    ("num_sinks", 14, lambda n: -1),
+    ("scores", 17, lambda t: t.half()),
+    ("scores", 17, lambda t: t[:-1]),
+    ("scores", 17, lambda t: t[:, :8].contiguous()),
+    ("scores", 17, lambda t: t.t().contiguous().t()),
 ]
 
 
@@ -389,14 +389,14 @@ def changed(column, by):
         ("block_table", 2, lambda t: t.where(t != t[0, 1], POISON_ID)),
         ("block_table", 2, lambda t: t[:, :1]),
         ("state_slot", 4, lambda t: t + POISON_ID),
-        ("segments names row 2 of 2", 8, changed(0, 1)),
-        ("segments names row -1", 8, changed(0, -2)),
-        ("segments has the positions", 8, changed(1, -31)),
-        ("segments has the positions", 8, changed(1, 3)),
-        ("segments has the positions", 8, changed(2, 1)),
-        ("segments names the tokens", 8, changed(3, 1)),
-        ("segments names the tokens", 8, changed(3, -21)),
-        ("max_segment", 11, lambda n: 19),
+        ("segments names row 2 of 2", 10, changed(0, 1)),
+        ("segments names row -1", 10, changed(0, -2)),
+        ("segments has the positions", 10, changed(1, -31)),
+        ("segments has the positions", 10, changed(1, 3)),
+        ("segments has the positions", 10, changed(2, 1)),
+        ("segments names the tokens", 10, changed(3, 1)),
+        ("segments names the tokens", 10, changed(3, -21)),
+        ("max_segment", 13, lambda n: 19),
     ],
 )
 def test_bad_value_is_refused_on_the_cpu(name, index, change):

@@ -198,12 +198,12 @@ BAD = [
     ("num_pages", 4, lambda t: t.long()),
     ("first_page", 5, lambda t: t[..., :1]),
     ("covered", 6, lambda t: t.long()),
-    ("new_covered", 7, lambda t: t[None]),
-    ("page_start", 8, lambda t: t.int()),
-    ("num_candidate_pages", 9, lambda n: -1),
-    ("channels", 10, lambda n: n | 1),
-    ("channels", 10, lambda n: n << 1),
-    ("channels", 10, lambda n: -1),
+    ("new_covered", 9, lambda t: t[None]),
+    ("page_start", 10, lambda t: t.int()),
+    ("num_candidate_pages", 11, lambda n: -1),
+    ("channels", 12, lambda n: n | 1),
+    ("channels", 12, lambda n: n << 1),
+    ("channels", 12, lambda n: -1),
 ]
 
 
@@ -221,10 +221,10 @@ def test_bad_argument_is_named(device, name, index, change):
         ("block_table", 1, lambda t: t + 99),
         ("seq_lens", 2, lambda t: t + 99),
         ("state_slot", 3, lambda t: t + 99),
-        ("new_covered", 7, lambda t: t + 1),
-        ("page_start", 8, lambda t: t + 2),
-        ("page_start", 8, lambda t: t - 2),
-        ("num_candidate_pages", 9, lambda n: n - 2),
+        ("new_covered", 9, lambda t: t + 1),
+        ("page_start", 10, lambda t: t + 2),
+        ("page_start", 10, lambda t: t - 2),
+        ("num_candidate_pages", 11, lambda n: n - 2),
     ],
 )
 def test_bad_value_is_refused_on_the_cpu(name, index, change):

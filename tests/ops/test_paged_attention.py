@@ -41,7 +41,7 @@ def check(args, what="attention"):
     reference.paged_attention(*expected)
     ops.paged_attention(*args)
     assert_close(what, args[-1], expected[-1])
-    num_tokens = int(args[8][-1])
+    num_tokens = int(args[10][-1])
     assert args[-1][:num_tokens].isfinite().all()
     assert (args[-1][num_tokens:] == 7).all()
 
@@ -252,13 +252,13 @@ BAD = [
     ("num_pages", 5, lambda t: t[0]),
     ("first_page", 6, lambda t: t[:1]),
     ("covered", 7, lambda t: t[:1]),
-    ("query_start", 8, lambda t: t[:-1]),
-    ("query_start", 8, lambda t: t.long()),
-    ("layer", 9, lambda t: LAYERS),
-    ("layer", 9, lambda t: -1),
-    ("out", 11, lambda t: t.half()),
-    ("out", 11, lambda t: t[:, :2]),
-    ("out", 11, lambda t: t[..., :16]),
+    ("query_start", 10, lambda t: t[:-1]),
+    ("query_start", 10, lambda t: t.long()),
+    ("layer", 11, lambda t: LAYERS),
+    ("layer", 11, lambda t: -1),
+    ("out", 13, lambda t: t.half()),
+    ("out", 13, lambda t: t[:, :2]),
+    ("out", 13, lambda t: t[..., :16]),
 ]
 
 
@@ -279,8 +279,8 @@ def test_bad_argument_is_named(device, name, index, change):
         ("block_table", 2, lambda t: t[:, :1]),
         ("state_slot", 4, lambda t: t + POISON_ID),
         ("seq_lens", 3, lambda t: t * 100),
-        ("query_start", 8, lambda t: t * 100),
-        ("query_start", 8, lambda t: t - 1),
+        ("query_start", 10, lambda t: t * 100),
+        ("query_start", 10, lambda t: t - 1),
     ],
 )
 def test_bad_value_is_refused_on_the_cpu(name, index, change):

@@ -48,7 +48,7 @@ def compress(batch: Batch, kept_blocks: list[int], device: str) -> tuple[Batch, 
     for r, count in enumerate(kept_blocks):
         new_blocks[r, :count] = torch.tensor([batch.free_blocks.pop() for _ in range(count)])
     ops.compact_pages(b.pages, b.block_table, *b.state(), kept_pages, kept_first, kept_keys,
-                      new_blocks.to(device))  # fmt: skip
+                      new_blocks.to(device), None)  # fmt: skip
     table = torch.zeros_like(b.block_table)
     for r, count in enumerate(kept_blocks):
         table[r, :count] = new_blocks[r, :count].to(device)

@@ -37,7 +37,7 @@ def tables(rows, layers, heads, block_size):
         sum(packed or ()) + (new - old) * layers * heads for packed, old, new in rows
     )
     scores = torch.full((end, block_size), float("-inf"))
-    return scores, start, state_slot, num_pages, first_page, covered, new_covered
+    return scores, start, state_slot, num_pages, first_page, covered, None, 0, new_covered
 
 
 def pages_per_head(rows, slots):
@@ -158,7 +158,7 @@ def test_against_every_possible_split(device, form, seed):
     kept_pages, _, kept_keys = run(device, args)
     scores = args[0][1 : 1 + pages * slots].view(slots, pages * block_size)
     ascending = scores.sort(-1).values
-    freed = args[7][0].tolist()
+    freed = args[9][0].tolist()
     size = slots // groups
 
     def cost(split):
@@ -198,7 +198,7 @@ def test_ties_break_by_layer_head_and_page(device):
 def test_negative_zero_equals_zero(device):
     args = problem([(None, 0, 2)], 1, 2, 2, 1, lambda n: torch.zeros(n, 2), 0.5, floor=0)
     args[0][1:] = torch.tensor([[0.0, 0.0], [-0.0, 0.0], [-0.0, -0.0], [-0.0, -0.0], [9, 9]])
-    args[7] = torch.tensor([[2]], dtype=torch.int32)
+    args[9] = torch.tensor([[2]], dtype=torch.int32)
     args[-1] = 2
     kept_pages, _, _ = check(device, args)
     assert kept_pages.flatten().tolist() == [0, 2]
@@ -237,7 +237,8 @@ def problems(draw):
 )
 @given(args=problems())
 def test_properties(device, args):
-    scores, _, state_slot, num_pages, _, covered, new_covered, freed, recent, sinks, floor, _ = args
+    scores, _, state_slot, num_pages, _, covered, *rest = args
+    _, _, new_covered, freed, recent, sinks, floor, _ = rest
     kept_pages, kept_first, kept_keys = check(device, args)
     block_size, groups = scores.shape[1], freed.shape[1]
     flat = kept_pages.flatten()
@@ -303,7 +304,7 @@ INFEASIBLE = [
 
 def infeasible(freed, kept_error):
     args = problem([(None, 0, 5)], 2, 3, 8, 2, distributions(8)["random"], floor=1)
-    args[7] = torch.tensor([freed], dtype=torch.int32)
+    args[9] = torch.tensor([freed], dtype=torch.int32)
     args[-1] = 30 - sum(freed) + kept_error
     return args
 
@@ -331,8 +332,8 @@ def test_infeasible_request_is_clamped_on_cuda(freed, kept_error):
         pytest.skip("no native CUDA kernels are built")
     args = infeasible(freed, kept_error)
     possible = list(args)
-    possible[7] = args[7].clamp(0, 12)
-    possible[-1] = 30 - int(possible[7].sum())
+    possible[9] = args[9].clamp(0, 12)
+    possible[-1] = 30 - int(possible[9].sum())
     expected = reference.select_pages(*possible)
     moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
     # Small results land in the gaps between these; with an error of -16, what must not be written
@@ -357,13 +358,13 @@ BAD = [
     ("num_pages", 3, lambda t: t.flatten()),
     ("first_page", 4, lambda t: t[:1]),
     ("covered", 5, lambda t: t[:1]),
-    ("new_covered", 6, lambda t: t.repeat(2)),
-    ("num_freed", 7, lambda t: t[0]),
-    ("num_freed", 7, lambda t: torch.zeros(1, 4, dtype=torch.int32, device=t.device)),
-    ("num_recent", 8, lambda t: t.long()),
-    ("num_sinks", 9, lambda n: -1),
-    ("floor_pages", 10, lambda n: -1),
-    ("num_kept_pages", 11, lambda n: -1),
+    ("new_covered", 8, lambda t: t.repeat(2)),
+    ("num_freed", 9, lambda t: t[0]),
+    ("num_freed", 9, lambda t: torch.zeros(1, 4, dtype=torch.int32, device=t.device)),
+    ("num_recent", 10, lambda t: t.long()),
+    ("num_sinks", 11, lambda n: -1),
+    ("floor_pages", 12, lambda n: -1),
+    ("num_kept_pages", 13, lambda n: -1),
 ]
 
 
@@ -382,9 +383,9 @@ def test_bad_argument_is_named(device, name, index, change):
         ("page_start", 1, lambda t: t + 2),
         ("page_start", 1, lambda t: t - 2),
         ("state_slot", 2, lambda t: t + 99),
-        ("new_covered", 6, lambda t: t + 1),
-        ("floor_pages must cover num_sinks and num_recent", 8, lambda t: t + 9),
-        ("floor_pages must cover num_sinks and num_recent", 9, lambda n: 9),
+        ("new_covered", 8, lambda t: t + 1),
+        ("floor_pages must cover num_sinks and num_recent", 10, lambda t: t + 9),
+        ("floor_pages must cover num_sinks and num_recent", 11, lambda n: 9),
     ],
 )
 def test_bad_value_is_refused_on_the_cpu(name, index, change):

@@ -21,16 +21,21 @@ def log_banner(planner: CompressionPlanner, blocks: int) -> None:
     """
     length = planner.limits.max_tokens
     full = -(-length // planner.block_size)
-    packed = planner.sizes().packed(length).held(full)
+    packing, page_dtype = planner.sizes().packed(length), planner.config.page_dtype
+    packed = packing.held(full)
+    share = min(1, packing.kept * planner.sizes().blocks_per_page / max(1, packing.covered))
+    stored = f" in {page_dtype}" if page_dtype != "auto" and packing.gains else ""
     logger.info("kv_compress: %s", planner.config)
     logger.info(
         "kv_compress: %d blocks of %d tokens; a prompt of %d tokens takes %d blocks, %d once "
-        "compressed: room for %.1f such requests instead of %.1f",
+        "compressed, with %.0f%% of its keys%s: room for %.1f such requests instead of %.1f",
         blocks,
         planner.block_size,
         length,
         full,
         packed,
+        100 * share,
+        stored,
         blocks / max(1, packed),
         blocks / full,
     )

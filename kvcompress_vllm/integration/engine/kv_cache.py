@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from kvcompress_vllm.cache.integrity import Block, check_pool
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.start.flags import resolved_config
@@ -38,11 +39,13 @@ class KVCompressSpec(FullAttentionSpec):
         window: last prompt queries that must be computed, not taken from the prefix cache.
         queries_per_head: query heads per KV head.
         scale: factor on the attention logits.
+        page_format: how packed pages hold keys.
     """
 
     window: int = 1
     queries_per_head: int = 1
     scale: float = 1.0
+    page_format: PageFormat = PageFormat.AUTO
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         # What vLLM demands of the pool, so that the longest request fits alone.
@@ -55,11 +58,22 @@ class KVCompressSpec(FullAttentionSpec):
 
     @classmethod
     def of(
-        cls, spec: FullAttentionSpec, window: int, queries_per_head: int, scale: float
+        cls,
+        spec: FullAttentionSpec,
+        window: int,
+        queries_per_head: int,
+        scale: float,
+        page_format: PageFormat = PageFormat.AUTO,
     ) -> KVCompressSpec:
         """The spec of a layer that vLLM describes as plain full attention."""
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
-        return cls(**values, window=window, queries_per_head=queries_per_head, scale=scale)
+        return cls(
+            **values,
+            window=window,
+            queries_per_head=queries_per_head,
+            scale=scale,
+            page_format=page_format,
+        )
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
@@ -72,7 +86,13 @@ class KVCompressSpec(FullAttentionSpec):
         ((queries_per_head, scale),) = alike
         window = max(spec.window for spec in specs)
         merged = super().merge(specs)
-        return replace(merged, window=window, queries_per_head=queries_per_head, scale=scale)
+        return replace(
+            merged,
+            window=window,
+            queries_per_head=queries_per_head,
+            scale=scale,
+            page_format=specs[0].page_format,
+        )
 
 
 def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
@@ -95,6 +115,7 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
         block_size=spec.block_size,
         itemsize=spec.dtype.itemsize,
         scale=spec.scale,
+        page_format=spec.page_format,
     )
 
 

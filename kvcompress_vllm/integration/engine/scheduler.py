@@ -73,9 +73,11 @@ class _KVCompressMixin(Scheduler):
             max_tokens=self.max_model_len,
             context_slots=context_slots(self.vllm_config, blocks),
         )
-        self._recorder = Recorder(self.log_stats)
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        block_bytes = self.kv_compress_group.block_bytes * ranks
+        self._recorder = Recorder(self.log_stats, block_bytes)
         self._shortage = Shortage()
-        self._usage = UsageLog()
+        self._usage = UsageLog(block_bytes)
         self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner, self._usage)
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
@@ -108,6 +110,9 @@ class _KVCompressMixin(Scheduler):
         try:
             budget = received_budget(self.kv_compress_planner.config, request.sampling_params)
             problem = self._admission.too_large(request, budget)
+            found = self.kv_compress_sharing.found(request, budget)
+            if self._admission.too_large(request, found) is None:
+                budget = found
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         request.kv_compress_budget = budget  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ what was used less recently, and gives them away when it runs out of others, and
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Collection
 from typing import Any
@@ -29,6 +30,7 @@ from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
 from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.repeated import STRIDE, Repeated
 from kvcompress_vllm.scheduling.sizes import Sizes
 
 _KEY = "kv_compress_context"
@@ -53,6 +55,8 @@ class Sharing:
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
+        self._on = planner.config.share != "off" and pool.enable_caching
+        self._repeated = Repeated() if planner.config.share == "auto" and self._on else None
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
 
@@ -62,6 +66,28 @@ class Sharing:
             return blocks
 
         pool.get_new_blocks = get_new_blocks  # type: ignore[method-assign]
+
+    def found(self, request: Request, budget: RequestBudget | None) -> RequestBudget | None:
+        """The budget of a new request, with a context where its prompt begins like one before it
+        (``share=auto``), and it names none itself."""
+        repeated, pool = self._repeated, self._manager.block_pool
+        own = self._planner.sizes(budget).budget
+        if repeated is None or own.context_tokens is not None or own.query_stride:
+            return budget
+        size, hashes = pool.hash_block_size, request.block_hashes
+        stride = math.lcm(STRIDE, self._manager.block_size)
+        last = min(request.num_tokens - 1, len(hashes) * size)
+        lengths = range(stride, last + 1, stride)
+
+        def held(length: int) -> bool:
+            key = self._name(request, own, length)
+            return self._contexts.get(key) is not None or self._contexts.computing(key) is not None
+
+        n = repeated.context([(n, hashes[n // size - 1]) for n in lengths], held)
+        if n is None:
+            return budget
+        with_context = own._replace(context_tokens=n)
+        return with_context if self._planner.sizes(with_context).reaches_context else budget
 
     def added(self, request: Request, budget: RequestBudget | None) -> None:
         """Note whether a new request has a context that can be shared."""
@@ -222,17 +248,20 @@ class Sharing:
         """Of a request's context: its tokens (with LoRA, multimodal inputs and salt), and all that
         its packing depends on. None: it has none, or none that could be shared."""
         n, budget, pool = sizes.context, sizes.budget, self._manager.block_pool
-        if n is None or not pool.enable_caching or not sizes.reaches_context:
+        if n is None or not self._on or not sizes.reaches_context:
             return None
         if budget.query_stride:
             return None  # its running statistics are of the request that computed it
         if n > request.num_tokens or (n == request.num_tokens and sizes.limits.peak_blocks):
             return None  # what ends there may keep more than half of the peak
-        place = n // pool.hash_block_size
-        if len(request.block_hashes) < place:
+        if len(request.block_hashes) < n // pool.hash_block_size:
             return None
+        return self._name(request, budget, n)
+
+    def _name(self, request: Request, budget: RequestBudget, n: int) -> bytes:
         protect = tuple((start, min(end, n)) for start, end in budget.protect if start < n)
         alike = budget._replace(protect=protect, context_tokens=n)
+        place = n // self._manager.block_pool.hash_block_size
         return hashlib.sha256(request.block_hashes[place - 1] + repr(alike).encode()).digest()
 
     def _hash(self, context: Context, index: int) -> BlockHashWithGroupId:

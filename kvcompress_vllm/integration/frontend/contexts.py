@@ -149,19 +149,19 @@ def _request(
     """
     config, cache = resolved_config(client.vllm_config), client.vllm_config.cache_config
     assert config is not None
-    n = asked.get(CONTEXT, len(tokens))
-    asked = {**asked, CONTEXT: n}
-    least = max(config.min_prompt_tokens, cache.block_size)
+    n, size = asked.get(CONTEXT, len(tokens)), cache.block_size
+    whole = n // size * size if type(n) is int and size <= n <= len(tokens) else 0
+    asked = {**asked, CONTEXT: whole or n}
+    least = max(config.min_prompt_tokens, size)
     if len(tokens) < least:
         raise checks.BadRequestError(
             f"a prompt of {len(tokens)} tokens is not accepted; it must have at least {least} "
             "(min_prompt_tokens, and a block)"
         )
-    if isinstance(n, int) and n > len(tokens):
+    if type(n) is int and n > len(tokens):
         raise checks.BadRequestError(
             f"{CONTEXT}={shown(n)} is not accepted; the prompt has {len(tokens)} tokens"
         )
-    whole = n // cache.block_size * cache.block_size if isinstance(n, int) else len(tokens)
     params = SamplingParams(
         max_tokens=1,
         temperature=0.0,
@@ -169,5 +169,7 @@ def _request(
         extra_args=asked,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    # One token more than that: of a prompt that ends there the last one would be computed anew.
-    return {"prompt_token_ids": [*tokens[:whole], *tokens[whole : whole + 1], tokens[-1]]}, params
+    if whole >= least:
+        # One token more: of a prompt that ends there the last one would be computed anew.
+        tokens = [*tokens[:whole], tokens[min(whole, len(tokens) - 1)]]
+    return {"prompt_token_ids": tokens}, params

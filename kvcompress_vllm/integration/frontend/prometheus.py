@@ -119,6 +119,8 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
             of(metrics.FREED_BLOCKS).inc(item.before - item.after)
             of(metrics.BLOCKS_BEFORE).inc(item.before)
             of(metrics.BLOCKS_AFTER).inc(item.after)
+            of(metrics.BYTES_BEFORE).inc(item.before * report.block_bytes)
+            of(metrics.BYTES_AFTER).inc(item.after * report.block_bytes)
         for measured in report.measured:
             of(metrics.COMPRESSION_SECONDS, measured.trigger).observe(measured.milliseconds / 1e3)
             of(metrics.SCORE_MASS_LOST, measured.trigger).observe(measured.lost)

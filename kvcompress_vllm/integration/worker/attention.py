@@ -28,7 +28,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
-from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.cache.page_format import PageFormat
+from kvcompress_vllm.cache.state import PackedState, Tables
 from kvcompress_vllm.cache.transfer import to_device
 from kvcompress_vllm.compression.echo import Rotation
 from kvcompress_vllm.integration.compat.releases import kv_cache_layouts
@@ -282,13 +283,13 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             context.state.echo,
         )
 
-    def _standard(self, kv_cache: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def _standard(self, kv_cache: Tensor) -> tuple[Tensor, Tables]:
         """vLLM's own per-layer cache as pages of one layer, with empty state tables."""
         if self._unpacked is None:
             table = torch.empty(0, 1, self.num_kv_heads, dtype=torch.int32, device=kv_cache.device)
             self._unpacked = table, table.new_empty(0)
         heads, covered = self._unpacked
-        return kv_cache.flatten(0, 1), (heads, heads, covered)
+        return kv_cache.flatten(0, 1), (heads, heads, covered, None, PageFormat.AUTO)
 
 
 class KVCompressBackend(AttentionBackend):

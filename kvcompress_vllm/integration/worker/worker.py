@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.echo import score_heard
@@ -53,6 +54,7 @@ class KVCompressWorkerMixin(Worker):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         window = self.kv_compress_config.window
+        page_format = PageFormat.of(self.kv_compress_config.page_dtype)
         layers: Any = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
         for name, spec in super().get_kv_cache_spec().items():
@@ -69,7 +71,7 @@ class KVCompressWorkerMixin(Worker):
                 )
             impl = layers[name].impl
             specs[name] = KVCompressSpec.of(
-                spec, window, impl.num_heads // impl.num_kv_heads, impl.scale
+                spec, window, impl.num_heads // impl.num_kv_heads, impl.scale, page_format
             )
         return specs
 
@@ -166,11 +168,13 @@ class KVCompressWorkerMixin(Worker):
             logger.warning("kv_compress: %s", message)
         cache_bytes = pages.numel() * pages.element_size()
         held, scratch = state.num_bytes(), self._scratch_bytes(state, kv_cache_config.num_blocks)
+        scales = 0 if state.page_scales is None else state.page_scales.nbytes
         logger.info(
-            "kv_compress: %.1f MiB beside the KV cache of %.1f MiB, and up to %.1f MiB while the "
+            "kv_compress: %.1f MiB beside the KV cache of %.1f MiB%s, and up to %.1f MiB while the "
             "longest prompt is compressed (%.2f%%)",
             held / 2**20,
             cache_bytes / 2**20,
+            f", {scales / 2**20:.1f} of them scales of packed pages" if scales else "",
             scratch / 2**20,
             100 * (held + scratch) / cache_bytes,
         )

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How packed pages store keys and values, as what is left of them: by the rules of the engine and
+without its code.
+
+A page has as many bytes whatever its dtype, so fewer bits are more keys. Only what a compression
+packs is quantised; the keys after the last whole page stay as they are. Ranges are those of the
+keys that are kept. Shapes: ``vectors`` ``[..., P, D]``, ``kept`` ``[..., P]`` bool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Quantise = Callable[[Tensor, Tensor], Tensor]
+"""Of vectors, and which of them are there: the same after a round trip."""
+
+AUTO = "auto"
+SMALLEST = 1e-6
+
+
+class Format(NamedTuple):
+    """A page dtype: keys in the bytes of one key of 16 bits, and both round trips."""
+
+    packing: int
+    keys: Quantise
+    values: Quantise
+
+
+def plain(vectors: Tensor, kept: Tensor) -> Tensor:
+    """16 bits: as they are."""
+    return vectors
+
+
+def fp8(vectors: Tensor, kept: Tensor) -> Tensor:
+    """E4M3 with one scale per head."""
+    scale = (vectors.abs() * kept[..., None]).amax((-2, -1), keepdim=True).clamp(min=SMALLEST) / 448
+    # What is not there may be larger, and E4M3 has no infinity: it would be no number, times zero.
+    steps = (vectors / scale).clamp(-448, 448)
+    return steps.to(torch.float8_e4m3fn).to(vectors.dtype) * scale
+
+
+def ranges(vectors: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel, lowest and highest of the keys that are there: ``[..., 1, D]`` each."""
+    there = kept[..., None]
+    low = vectors.masked_fill(~there, torch.inf).amin(-2, keepdim=True)
+    high = vectors.masked_fill(~there, -torch.inf).amax(-2, keepdim=True)
+    nothing = ~there.any(-2, keepdim=True)
+    return low.masked_fill(nothing, 0), high.masked_fill(nothing, 0)
+
+
+def on_grid(vectors: Tensor, low: Tensor, high: Tensor, levels: int = 15) -> Tensor:
+    """The nearest of ``levels + 1`` values from ``low`` to ``high``."""
+    step = (high - low).clamp(min=SMALLEST) / levels
+    return ((vectors - low) / step).round().clamp(0, levels) * step + low
+
+
+def by_channel(vectors: Tensor, kept: Tensor) -> Tensor:
+    """4 bits, a scale and a zero point per channel over the request."""
+    return on_grid(vectors, *ranges(vectors, kept))
+
+
+def symmetric(vectors: Tensor, kept: Tensor) -> Tensor:
+    """4 bits, a scale per channel, 15 values from -7 to 7."""
+    low, high = ranges(vectors, kept)
+    most = torch.maximum(-low, high)
+    return on_grid(vectors, -most, most, 14)
+
+
+def clipped(*shares: float, sides: bool = False) -> Quantise:
+    """As ``by_channel``, of a range as much narrower as leaves the least squared error.
+
+    Args:
+        shares: of half of the range, around its middle, that are tried.
+        sides: try them for either side apart.
+    """
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        low, high = ranges(vectors, kept)
+        middle, half = (low + high) / 2, (high - low) / 2
+        best = least = None
+        for below, above in product(shares, shares) if sides else zip(shares, shares, strict=True):
+            found = on_grid(vectors, middle - below * half, middle + above * half)
+            error = ((found - vectors).square() * kept[..., None]).sum(-2, keepdim=True)
+            if best is None or least is None:
+                best, least = found, error
+            else:
+                best, least = torch.where(error < least, found, best), torch.minimum(error, least)
+        assert best is not None
+        return best
+
+    return quantise
+
+
+SIX = clipped(1, 0.9, 0.8, 0.7, 0.6, 0.5)
+THREE = clipped(1, 0.75, 0.5)
+"""The product's."""
+SIDES = clipped(1, 0.75, 0.5, sides=True)
+
+
+def within(sigmas: float) -> Quantise:
+    """As ``by_channel``, of no more than so many standard deviations around the mean."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        low, high = ranges(vectors, kept)
+        there = kept[..., None]
+        count = there.sum(-2, keepdim=True).clamp(min=1)
+        mean = (vectors * there).sum(-2, keepdim=True) / count
+        square = (vectors.square() * there).sum(-2, keepdim=True) / count
+        reach = sigmas * (square - mean.square()).clamp(min=0).sqrt()
+        return on_grid(vectors, torch.maximum(low, mean - reach), torch.minimum(high, mean + reach))
+
+    return quantise
+
+
+def by_token(vectors: Tensor, kept: Tensor) -> Tensor:
+    """4 bits, a scale and a zero point per key: as KIVI (arXiv 2402.02750) has values."""
+    return on_grid(vectors, vectors.amin(-1, keepdim=True), vectors.amax(-1, keepdim=True))
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """``[size, size]`` orthogonal and symmetric; size is a power of two."""
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
+def rotated(inner: Quantise) -> Quantise:
+    """Quantised after a Hadamard rotation of the channels, as QuaRot (arXiv 2404.00456)."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        turn = hadamard(vectors.shape[-1], vectors.device).to(vectors.dtype)
+        return inner(vectors @ turn, kept) @ turn
+
+    return quantise
+
+
+def by_run(keys: int, inner: Quantise) -> Quantise:
+    """Quantised run by run of so many kept keys, each with scales of its own."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        place = kept.cumsum(-1) - kept.long()
+        result = vectors.clone()
+        for first in range(0, int(place.max()) + 1, keys):
+            mine = kept & (place >= first) & (place < first + keys)
+            result = torch.where(mine[..., None], inner(vectors, mine), result)
+        return result
+
+    return quantise
+
+
+def without_sinks(inner: Quantise, sinks: int = 4) -> Quantise:
+    """The first keys as they are, and of no influence on the others."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        others = kept.clone()
+        others[..., :sinks] = False
+        result = inner(vectors, others)
+        return torch.cat([vectors[..., :sinks, :], result[..., sinks:, :]], -2)
+
+    return quantise
+
+
+FORMATS: dict[str, Format] = {
+    AUTO: Format(1, plain, plain),
+    "fp8": Format(2, fp8, fp8),
+    "int4": Format(4, THREE, THREE),
+    "int4_range": Format(4, by_channel, by_channel),
+    "int4_symmetric": Format(4, symmetric, symmetric),
+    "int4_clipped": Format(4, SIX, SIX),
+    "int4_clipped_sides": Format(4, SIDES, SIDES),
+    **{f"int4_sigma{k:g}": Format(4, within(k), within(k)) for k in (2, 2.5, 3, 3.5, 4)},
+    "int4_clipped_k": Format(4, SIX, by_channel),
+    "int4_clipped_no_sinks": Format(4, without_sinks(SIX), without_sinks(SIX)),
+    "int4_token_v": Format(4, by_channel, by_token),
+    "int4_rotated": Format(4, rotated(by_channel), rotated(by_channel)),
+    "int4_rotated_token": Format(4, rotated(by_token), rotated(by_token)),
+    "int4_rotated_v": Format(4, by_channel, rotated(by_channel)),
+    "int4_run64": Format(4, by_run(64, by_channel), by_run(64, by_channel)),
+    "int4_run256": Format(4, by_run(256, by_channel), by_run(256, by_channel)),
+    "int4_rotated_clipped": Format(4, rotated(SIX), rotated(SIX)),
+    "int4_no_sinks": Format(4, without_sinks(by_channel), without_sinks(by_channel)),
+    "int4_exact": Format(4, plain, plain),
+    "int4_keys_only": Format(4, by_channel, plain),
+    "int4_values_only": Format(4, plain, by_channel),
+}
+"""The last four and ``int4_run64`` are no formats of equal bytes: they say what part of the loss
+comes from where."""

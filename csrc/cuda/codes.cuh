@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Codes of packed keys as operands of the matrix instructions, two to a register.
+#pragma once
+
+#include <type_traits>
+
+#include "../page_format.h"
+#include "gpu.cuh"
+
+namespace kvc::gpu {
+
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__half> {
+  using Type = __half2;
+};
+template <>
+struct Pair<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t subtract_pair(uint32_t a, uint32_t b) {
+  using T2 = typename Pair<T>::Type;
+  const T2 c = __hsub2(reinterpret_cast<const T2&>(a), reinterpret_cast<const T2&>(b));
+  return reinterpret_cast<const uint32_t&>(c);
+}
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  using T2 = typename Pair<T>::Type;
+  const T2 c = __hmul2(reinterpret_cast<const T2&>(a), reinterpret_cast<const T2&>(b));
+  return reinterpret_cast<const uint32_t&>(c);
+}
+__device__ __forceinline__ float2 pair_floats(uint32_t x, __half) {
+  return __half22float2(reinterpret_cast<const __half2&>(x));
+}
+__device__ __forceinline__ float2 pair_floats(uint32_t x, __nv_bfloat16) {
+  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000u));
+}
+
+// Pair j of a word whose halves lie 16 bits apart: what the codes stand for, before scale and zero
+// and divided by kFactor. All of it is exact.
+template <typename T, int kFormat>
+struct Unpack;
+
+template <typename T>
+struct Unpack<T, kInt4> {
+  static constexpr int kPairs = 4;
+  static constexpr float kFactor = 1.f;
+  // The code in the last bits of a number with steps of 1, less that number and 8.
+  static __device__ __forceinline__ uint32_t pair(uint32_t word, int j) {
+    constexpr uint32_t kOrigin = std::is_same_v<T, __half> ? 0x64006400u : 0x43004300u;
+    return subtract_pair<T>((word >> (4 * j) & 0x000F000Fu) | kOrigin, kOrigin + 0x00080008u);
+  }
+};
+
+// A code's exponent and mantissa, moved to where T has them, with a bias that is too large.
+template <>
+struct Unpack<__half, kFp8> {
+  static constexpr int kPairs = 2;
+  static constexpr float kFactor = 256.f;
+  static __device__ __forceinline__ uint32_t pair(uint32_t word, int j) {
+    const uint32_t x = j == 0 ? word << 8 : word;
+    return (x & 0x80008000u) | (x & 0x7F007F00u) >> 1;
+  }
+};
+template <>
+struct Unpack<__nv_bfloat16, kFp8> {
+  static constexpr int kPairs = 2;
+  static constexpr float kFactor = 1.f;
+  static __device__ __forceinline__ uint32_t pair(uint32_t word, int j) {
+    const uint32_t x = j == 0 ? word << 8 : word;
+    // 2^120: products with what would be subnormal sums are not to be trusted.
+    return multiply_pair<__nv_bfloat16>((x & 0x80008000u) | (x & 0x7F007F00u) >> 4, 0x7B807B80u);
+  }
+};
+
+// `kBytes` of shared memory, aligned as far as kBytes is.
+template <int kBytes>
+struct Chunk {
+  static_assert(kBytes % 2 == 0);
+  uint32_t words[(kBytes + 3) / 4];
+
+  __device__ __forceinline__ void load(uint32_t shared) {
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; i += 4) {
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                     : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                     : "r"(shared + i * 4)
+                     : "memory");
+      }
+    } else if constexpr (kBytes % 8 == 0) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; i += 2) {
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n"
+                     : "=r"(words[i]), "=r"(words[i + 1])
+                     : "r"(shared + i * 4)
+                     : "memory");
+      }
+    } else if constexpr (kBytes % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; ++i) words[i] = load_shared(shared + i * 4);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBytes / 2; ++i) {
+        const uint32_t half = load_shared_half(shared + i * 2);
+        words[i / 2] = i % 2 ? words[i / 2] | half << 16 : half;
+      }
+    }
+  }
+};
+
+// Two bytes of two chunks each: one register of what Unpack takes apart by value.
+template <int kBytes>
+__device__ __forceinline__ uint32_t halves(const Chunk<kBytes>& low, const Chunk<kBytes>& high,
+                                           int index) {
+  return __byte_perm(low.words[index / 2], high.words[index / 2], index % 2 ? 0x7632 : 0x5410);
+}
+
+}  // namespace kvc::gpu

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decode attention to packed pages that hold codes. A unit of decode work is 16 rows of a page's
+// bytes, in which a 16-bit format has 16 keys and codes have 16 * m: row i holds keys m * i to
+// m * i + m - 1. So nothing but the arithmetic of a unit knows about codes (decode_work.cuh).
+#pragma once
+
+#include "codes.cuh"
+#include "decode_math.cuh"
+
+namespace kvc::gpu {
+
+// The products see codes only: the query carries the scales of K (or the logits' factor does, where
+// there is one scale), the result gets the scales of V when the last codes are done.
+template <typename T, int kHeadSize, int kTiles, int kFormat>
+class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
+ public:
+  using Base = TensorDecode<T, kHeadSize, kTiles>;
+  using Base::kStride;
+  static constexpr int kRow = key_bytes(kFormat, kHeadSize);  // of one key
+
+  // After start(), where the stretch begins with codes; `scales` [A, S] in shared memory.
+  __device__ __forceinline__ void enter_codes(uint32_t scales, float scale_log2) {
+    if constexpr (kFormat == kFp8) {
+      const uint32_t both = load_shared(scales);
+      factor_ = scale_log2 * scale_float(both & 0xFFFF) * Code::kFactor;
+      of_values_[0][0] = both >> 16;
+    } else {
+      enter_channels(scales, scale_log2);
+    }
+  }
+
+  // The 16 * m keys of a unit.
+  __device__ __forceinline__ void step_codes(uint32_t unit) {
+#pragma unroll 1
+    for (int i = 0; i < kUnits; i += kTogether) step_keys(unit + i * kRow);
+  }
+
+  // Goes on with 16-bit keys, or with finish().
+  __device__ __forceinline__ void leave_codes() {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      float sum[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sum[i] = lanes_sum<16, 4>(this->sum_[n][i]);
+#pragma unroll
+      for (int d = 0; d < kHeadSize / 16; ++d) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t of_value =
+              of_values_[kFormat == kInt4 ? d : 0][kFormat == kInt4 ? half : 0];
+          const float scale = scale_float(of_value & 0xFFFF) * Code::kFactor;
+          const float zero = kFormat == kInt4 ? scale_float(of_value >> 16) : 0.f;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& out = this->out_[d][n][half * 2 + i];
+            out = out * scale + zero * sum[i];
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if constexpr (kFormat == kInt4) this->query_[d][n][half] = unscaled_[d][n][half];
+        }
+      }
+    }
+  }
+
+ private:
+  using Code = Unpack<T, kFormat>;
+  static constexpr int kUnits = blocks_per_page(kFormat);  // of 16 keys, which lie kRow apart
+  static constexpr int kTogether = 2;
+  static constexpr int kKeyChunk = kRow / 8, kValueChunk = kRow / 16;  // bytes of a lane
+
+  __device__ __forceinline__ void enter_channels(uint32_t scales, float scale_log2) {
+    const int lane = threadIdx.x % kWarp;
+    factor_ = scale_log2;
+    float along[kTiles] = {};  // q . zero
+#pragma unroll
+    for (int k = 0; k < kHeadSize / 16; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t at = scales + (k * 16 + half * 8 + lane % 4 * 2) * 2;
+        const float2 scale = pair_floats(load_shared(at), __nv_bfloat16{});
+        const float2 zero = pair_floats(load_shared(at + 4 * kHeadSize), __nv_bfloat16{});
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          uint32_t& query = this->query_[k][n][half];
+          unscaled_[k][n][half] = query;
+          const float2 q = pair_floats(query, T{});
+          along[n] += q.x * zero.x + q.y * zero.y;
+          query = pack<T>(q.x * scale.x, q.y * scale.y);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      along[n] = lanes_sum<2, 1>(along[n]) * scale_log2;  // of query head n * 8 + lane / 4
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        offset_[n][i] = __shfl_sync(kAllLanes, along[n], lane % 4 * 8 + i * 4);
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kHeadSize / 16; ++d) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t at = scales + (kHeadSize + d * 16 + half * 8 + lane / 4) * 2;
+        of_values_[d][half] = load_shared_half(at) | load_shared_half(at + 4 * kHeadSize) << 16;
+      }
+    }
+  }
+
+  // 16 keys in rows kStride apart from `keys` on, and the 16 behind each.
+  __device__ __forceinline__ void step_keys(uint32_t keys) {
+    const int lane = threadIdx.x % kWarp;
+    float logits[kTogether][kTiles][4] = {};
+    const uint32_t k_lane = keys + lane / 4 * kStride + lane % 4 * kKeyChunk;
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      Chunk<kKeyChunk> low, high;
+      low.load(k_lane + u * kRow);
+      high.load(k_lane + u * kRow + 8 * kStride);
+#pragma unroll
+      for (int k = 0; k < kHeadSize / 16; ++k) {
+        const int word = k * 2 / Code::kPairs, j = k * 2 % Code::kPairs;
+        const uint32_t tile[4] = {Code::pair(low.words[word], j), Code::pair(high.words[word], j),
+                                  Code::pair(low.words[word], j + 1),
+                                  Code::pair(high.words[word], j + 1)};
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          multiply_add<T>(logits[u][n], tile, this->query_[k][n][0], this->query_[k][n][1]);
+        }
+      }
+    }
+    uint32_t weights[kTogether][kTiles][2];
+    bool moved = false;
+    float scales[kTiles][2];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      float p[kTogether][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float offset = kFormat == kInt4 ? offset_[n][i] : 0.f;
+        float x[kTogether][2], top = -kInfinity;
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            x[u][half] = logits[u][n][i + half * 2] * factor_ + offset;
+            top = fmaxf(top, x[u][half]);
+          }
+        }
+        top = fmaxf(this->max_[n][i], lanes_max<16, 4>(top));
+        const float origin = top == -kInfinity ? 0.f : top;
+        scales[n][i] = exp2_fast(this->max_[n][i] - origin);
+        moved |= top != this->max_[n][i];
+        this->max_[n][i] = top;
+        float sum = this->sum_[n][i] * scales[n][i];
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            p[u][i + half * 2] = exp2_fast(x[u][half] - origin);
+            sum += p[u][i + half * 2];
+          }
+        }
+        this->sum_[n][i] = sum;
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        weights[u][n][0] = transpose_tile(pack<T>(p[u][0], p[u][1]));
+        weights[u][n][1] = transpose_tile(pack<T>(p[u][2], p[u][3]));
+      }
+    }
+    if (__any_sync(kAllLanes, moved)) {  // seldom after the first keys
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int d = 0; d < kHeadSize / 16; ++d) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) this->out_[d][n][i] *= scales[n][i % 2];
+        }
+      }
+    }
+    const uint32_t v_lane = keys + kRow / 2 + lane % 4 * 2 * kStride + lane / 4 * kValueChunk;
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      Chunk<kValueChunk> values[4];  // of keys 2 c, 2 c + 1, 2 c + 8, 2 c + 9
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[i].load(v_lane + u * kRow + (i % 2 + i / 2 * 8) * kStride);
+      }
+#pragma unroll
+      for (int half = 0; half < kValueChunk / 2; ++half) {
+        const uint32_t left = halves(values[0], values[1], half);
+        const uint32_t right = halves(values[2], values[3], half);
+#pragma unroll
+        for (int j = 0; j < Code::kPairs; j += 2) {
+          const uint32_t tile[4] = {Code::pair(left, j), Code::pair(left, j + 1),
+                                    Code::pair(right, j), Code::pair(right, j + 1)};
+          const int d = (half * Code::kPairs + j) / 2;
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            multiply_add<T>(this->out_[d][n], tile, weights[u][n][0], weights[u][n][1]);
+          }
+        }
+      }
+    }
+  }
+
+  // The query as it was; another name than the base's, which `this->` would find second.
+  uint32_t unscaled_[kFormat == kInt4 ? kHeadSize / 16 : 1][kTiles][2];
+  uint32_t of_values_[kFormat == kInt4 ? kHeadSize / 16 : 1][2];      // zero and scale of V
+  float offset_[kTiles][2];  // q . zero, of columns 2 * (lane % 4) and the next, base 2
+  float factor_;             // of the products, base 2
+};
+
+template <typename T, int kHeadSize, int kTiles, int kFormat>
+struct DecodeMath {
+  using Type = CodedDecode<T, kHeadSize, kTiles, kFormat>;
+};
+template <typename T, int kHeadSize, int kTiles>
+struct DecodeMath<T, kHeadSize, kTiles, kAuto> {
+  using Type = TensorDecode<T, kHeadSize, kTiles>;
+};
+template <int kHeadSize, int kTiles>
+struct DecodeMath<float, kHeadSize, kTiles, kAuto> {
+  using Type = PlainDecode<kHeadSize, kTiles>;
+};
+
+}  // namespace kvc::gpu

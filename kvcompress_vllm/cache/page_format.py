@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How packed pages hold keys (the twin of ``csrc/page_format.h``). Letters as in ``layout.py``.
+
+Nothing else in the Python package knows how many bytes a key takes. A page has the bytes of B keys
+in the cache's own 16-bit dtype, ``[B, 2 * D]``. Only packed pages have another format: tails and
+vLLM's own blocks stay as they are.
+
+======  =====  =======================  ==================================  ====================
+format  T      number x is              scales of a (request, layer, head)  of a head size D
+======  =====  =======================  ==================================  ====================
+auto    B      itself                   none                                any
+fp8     2 * B  e4m3(code) * scale       [1, 2]: of K, of V                  a multiple of 16
+int4    4 * B  (code - 8) * scale +     [2, 2 * D]: scale, then zero, of    a multiple of 32
+               zero; code in [0, 16)    every channel of K, then of V
+======  =====  =======================  ==================================  ====================
+
+The bytes of a packed page are ``[T, 2 * D]`` codes, K and V of one key side by side; of two 4-bit
+codes in a byte, the first is the lower half. Within K and within V the channels stand in the order
+that the tensor cores take them in (:func:`order`), so that a lane of a warp reads what it needs at
+once.
+
+Scales are bfloat16, rounded so that the codes reach what they should: rounding a scale up costs
+less than 1 % of a step. They stay when a request is compressed again, unless a new key lies more
+than a step beyond the codes; then the scale doubles as often as needed and the zero stays, so that
+what was kept before moves by less than one of the final steps, however often that happens.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPE = torch.bfloat16
+FP8_MAX = 448.0
+"""Largest e4m3 number."""
+CUTS = (0.0, 0.125, 0.25)
+"""Shares of a channel's range that int4 may cut off on either side. Powers of two, so that every
+kernel finds the same scales."""
+FARTHEST = float(1 << 21)
+"""16ths of a step beyond the codes, as far as :func:`fit` counts."""
+_INT4_LOW, _INT4_HIGH = -8.0, 7.0
+
+
+class PageFormat(enum.IntEnum):
+    """Format of packed pages; the number is the ops' ``page_format``."""
+
+    AUTO = 0
+    FP8 = 1
+    INT4 = 2
+
+    @classmethod
+    def of(cls, name: str) -> PageFormat:
+        """From ``auto``, ``fp8`` or ``int4``.
+
+        Raises:
+            ValueError: it is none of them.
+        """
+        known = {each.label: each for each in cls}
+        if name not in known:
+            raise ValueError(f"page_dtype must be one of {', '.join(known)}, not {name!r}")
+        return known[name]
+
+    @property
+    def label(self) -> str:
+        """``auto``, ``fp8`` or ``int4``."""
+        return self.name.lower()
+
+    @property
+    def blocks_per_page(self) -> int:
+        """T / B: blocks of tokens whose keys a packed page holds. F is a multiple of it."""
+        return (1, 2, 4)[self]
+
+    def keys_per_page(self, block_size: int) -> int:
+        """T, keys that a packed page holds."""
+        return self.blocks_per_page * block_size
+
+    def key_bytes(self, head_size: int) -> int:
+        """Bytes of K and V of one packed key, where the cache has 16 bits per number."""
+        return 4 * head_size // self.blocks_per_page
+
+    def scales_shape(self, head_size: int) -> tuple[int, int]:
+        """``(A, S)``, what the state holds per (slot, layer, head)."""
+        return ((0, 0), (1, 2), (2, 2 * head_size))[self]
+
+    def scales_bytes(self, head_size: int) -> int:
+        """The same in bytes."""
+        rows, columns = self.scales_shape(head_size)
+        return rows * columns * SCALE_DTYPE.itemsize
+
+    def new_scales(
+        self, slots: int, layers: int, heads: int, head_size: int, device: torch.device
+    ) -> Tensor | None:
+        """``[U, L, H, A, S]`` zeros, the state table ``page_scales``; None: there is none."""
+        if self is PageFormat.AUTO:
+            return None
+        shape = (slots, layers, heads, *self.scales_shape(head_size))
+        return torch.zeros(shape, dtype=SCALE_DTYPE, device=device)
+
+    def problem(self, head_size: int, dtype: torch.dtype) -> str | None:
+        """Why a cache cannot have this format, as one line; None: it can.
+
+        Args:
+            head_size: D.
+            dtype: of the cache.
+        """
+        multiple = (1, 16, 32)[self]
+        if head_size % multiple:
+            needed = f"a head size that {multiple} divides"
+            return f"page_dtype={self.label} needs {needed}, not {head_size}"
+        if self is not PageFormat.AUTO and dtype not in (torch.float16, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            return f"page_dtype={self.label} needs a cache of float16 or bfloat16, not {name}"
+        return None
+
+
+def order(head_size: int, page_format: int) -> Tensor:
+    """``[2 * D]`` int64: which channel (K, then V) is at each place of a packed key.
+
+    With the matrix instruction m16n8k16, lane c of four takes channels ``8 i + 2 c`` and ``8 i + 2
+    c + 1`` of a key, for all i, as pairs whose halves lie 16 bits apart in a word; lane r of eight
+    takes channels ``8 i + r`` of a value.
+    """
+    if page_format == PageFormat.AUTO:
+        return torch.arange(2 * head_size)
+    half = (0, 2, 4)[page_format]  # pairs of codes in 4 bytes
+    channel = torch.arange(head_size).view(head_size // 8 // half, half, 4, 2)  # words, pairs, c, b
+    keys = channel.permute(2, 0, 3, 1).flatten()
+    values = torch.arange(head_size).view(head_size // 8, 8).T.flatten()
+    return torch.cat([keys, values + head_size])
+
+
+def packed_codes(pages: Tensor, page_format: PageFormat) -> Tensor:
+    """``[P, T, bytes of a key]`` uint8: all pages, as if each were packed. Shares their memory.
+
+    Args:
+        pages: ``[P, B, 2 * D]`` of 16 bits.
+    """
+    _, block_size, channels = pages.shape
+    keys, key_bytes = page_format.keys_per_page(block_size), page_format.key_bytes(channels // 2)
+    return pages.view(torch.uint8).view(-1, keys, key_bytes)
+
+
+def quantise(values: Tensor, scales: Tensor, page_format: int) -> Tensor:
+    """Codes of numbers.
+
+    Args:
+        values: ``[n, 2 * D]`` fp32, K then V.
+        scales: ``[A, S]``, of their head.
+
+    Returns:
+        ``[n, bytes of a key]`` uint8, as they lie in a page.
+    """
+    scale, zero = _per_channel(scales, values.shape[-1], page_format)
+    steps = ((values - zero) * _inverse(scale))[:, order(values.shape[-1] // 2, page_format)]
+    if page_format == PageFormat.FP8:
+        return steps.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = (steps.round().clamp(_INT4_LOW, _INT4_HIGH) + 8).to(torch.uint8)
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def dequantise(codes: Tensor, scales: Tensor, page_format: int) -> Tensor:
+    """The numbers that codes stand for.
+
+    Args:
+        codes: ``[..., n, bytes of a key]`` uint8, as they lie in a page.
+        scales: ``[..., A, S]``, of their head.
+
+    Returns:
+        ``[..., n, 2 * D]`` fp32.
+    """
+    if page_format == PageFormat.FP8:
+        steps = codes.view(torch.float8_e4m3fn).float()
+    else:
+        steps = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).float() - 8
+    values = torch.empty_like(steps)
+    values[..., order(steps.shape[-1] // 2, page_format)] = steps
+    scale, zero = _per_channel(scales, steps.shape[-1], page_format)
+    # Without a zero, so that -0.0 keeps its sign and its code.
+    return values * scale if page_format == PageFormat.FP8 else values * scale + zero
+
+
+def fit(values: Tensor, page_format: int) -> Tensor:
+    """Scales for numbers.
+
+    Of int4, each channel takes the share of its range around the middle with which the squared
+    errors sum up to least: numbers outside become the nearest code. Standard deviations would not
+    do: they cut off the few large keys that attention needs.
+
+    Args:
+        values: ``[n, 2 * D]`` fp32, K then V, n > 0.
+
+    Returns:
+        ``[A, S]``.
+    """
+    low, high = values.amin(0), values.amax(0)
+    if page_format == PageFormat.FP8:
+        return _round_up(_largest(low, high) / FP8_MAX)[None]
+    found, least = [], []
+    for cut in CUTS:
+        below, above = low + (high - low) * cut, high - (high - low) * cut
+        # Half a step above the middle. No product here is rounded, so that none can be fused.
+        zero = ((above + below) * 0.5 + (above - below) / 30).to(SCALE_DTYPE)
+        scale = _reaching(below, above, zero.float())
+        found.append(torch.stack([scale, zero]))
+        # Inside, errors spread evenly over a step. Outside they are counted in 16ths of a step.
+        outside = torch.maximum(
+            values - (zero.float() + _INT4_HIGH * scale.float()),
+            (zero.float() + _INT4_LOW * scale.float()) - values,
+        )
+        steps = (outside.clamp(min=0) * (_inverse(scale.float()) * 16)).round()
+        squares = steps.clamp(max=FARTHEST).long().square().sum(0) if cut else 0
+        inside = torch.full_like(low, len(values) * 256, dtype=torch.float64) / 12
+        least.append((inside + squares) * scale.double().square())
+    best = torch.stack(least).argmin(0)  # the first of equal ones
+    return torch.stack(found).gather(0, best.expand(1, 2, -1))[0]
+
+
+def widen(scales: Tensor, low: Tensor, high: Tensor, page_format: int) -> Tensor:
+    """Scales of numbers quantised before, for new ones as well.
+
+    Args:
+        scales: ``[A, S]`` of what there is.
+        low, high: ``[2 * D]`` fp32, K then V, least and greatest of the new numbers.
+
+    Returns:
+        ``[A, S]``: the same where no new number lies more than a step beyond what codes reach.
+    """
+    scale = scales[0].float()
+    if page_format == PageFormat.FP8:
+        largest = _largest(low, high)
+        fresh = _round_up(largest / FP8_MAX)
+        # Half a step beyond the largest code.
+        doubled = _doubled(scale, lambda scale: largest > 464 * scale)
+        return torch.where(scale > 0, doubled, fresh)[None]
+    zero = scales[1].float()
+    fresh = _reaching(low, high, zero)
+    doubled = _doubled(
+        scale,
+        lambda scale: (
+            (low - zero < (_INT4_LOW - 1) * scale) | (high - zero > (_INT4_HIGH + 1) * scale)
+        ),
+    )
+    return torch.stack([torch.where(scale > 0, doubled, fresh), scales[1]])
+
+
+def _per_channel(scales: Tensor, channels: int, page_format: int) -> tuple[Tensor, Tensor]:
+    """``[..., 1, 2 * D]`` fp32 each: scale and zero of every channel."""
+    if page_format == PageFormat.FP8:
+        scale = scales.float().repeat_interleave(channels // 2, dim=-1)
+        return scale, torch.zeros_like(scale)
+    scale, zero = scales.float().split(1, dim=-2)
+    return scale, zero
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale; 0 where it is too small for one: of numbers that the zero alone stands for."""
+    return torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, 0)
+
+
+def _largest(low: Tensor, high: Tensor) -> Tensor:
+    """``[2]``: greatest absolute value of K and of V."""
+    return torch.maximum(low.abs(), high.abs()).view(2, -1).amax(-1)
+
+
+def _reaching(low: Tensor, high: Tensor, zero: Tensor) -> Tensor:
+    """The least scale with which 4-bit codes reach a range around ``zero``."""
+    return _round_up(torch.maximum((high - zero) / _INT4_HIGH, (zero - low) / -_INT4_LOW))
+
+
+def _round_up(x: Tensor) -> Tensor:
+    """To bfloat16, no less than ``x``, which is not negative."""
+    return (x.contiguous().view(torch.int32) + 0xFFFF >> 16).to(torch.int16).view(SCALE_DTYPE)
+
+
+def _doubled(scale: Tensor, short: Callable[[Tensor], Tensor]) -> Tensor:
+    """Scales doubled until they are no longer ``short``; what is 0 stays."""
+    while bool((grows := short(scale) & (scale > 0)).any()):
+        scale = torch.where(grows, 2 * scale, scale)
+    return scale.to(SCALE_DTYPE)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over packed pages and tail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompress_vllm.ops.reference.rows import State, hidden_keys
+
+
+def paged_attention(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    state_slot: Tensor,
+    num_pages: Tensor,
+    first_page: Tensor,
+    covered: Tensor,
+    page_scales: Tensor | None,
+    page_format: int,
+    query_start: Tensor,
+    layer: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Causal attention of new tokens over their request's pages, prefill and decode alike.
+
+    The keys of a head are its packed pages in order, then the tail; the last keys are the new
+    tokens themselves, so query i of n sees all but the last ``n - 1 - i`` keys. Softmax in fp32.
+
+    Args:
+        query: ``[>= T, H * G, D]``; query heads of one KV head are adjacent.
+        pages: ``[P, B, 2 * D]``.
+        query_start: ``[R + 1]`` int32, first token of every request.
+        layer: which layer of the state tables.
+        scale: factor on the logits.
+        out: like ``query``; rows of tokens outside ``[0, T)`` are left alone.
+    """
+    state = State(num_pages, first_page, covered, page_scales, page_format)
+    heads = num_pages.shape[2]
+    head_size = query.shape[-1]
+    group = query.shape[1] // heads
+    starts = query_start.tolist()
+    for r, (seq_len, slot) in enumerate(zip(seq_lens.tolist(), state_slot.tolist(), strict=True)):
+        begin, end = starts[r], starts[r + 1]
+        if begin == end:
+            continue
+        for head in range(heads):
+            keys = state.head(block_table[r], slot, layer, head).keys(pages, seq_len)
+            n = keys.shape[0]
+            q = query[begin:end, head * group : (head + 1) * group].float()
+            logits = torch.einsum("qgd,kd->gqk", q, keys[:, :head_size].float()) * scale
+            logits.masked_fill_(hidden_keys(end - begin, n, query.device), float("-inf"))
+            result = torch.einsum("gqk,kd->qgd", logits.softmax(-1), keys[:, head_size:].float())
+            out[begin:end, head * group : (head + 1) * group] = result.to(out.dtype)
