@@ -6,11 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-
-#include <optional>
 
 #include "channels.h"
 #include "dispatch.h"

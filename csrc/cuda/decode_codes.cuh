@@ -209,7 +209,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
 
   // The query as it was; another name than the base's, which `this->` would find second.
   uint32_t unscaled_[kFormat == kInt4 ? kHeadSize / 16 : 1][kTiles][2];
-  uint32_t of_values_[kFormat == kInt4 ? kHeadSize / 16 : 1][2];      // zero and scale of V
+  uint32_t of_values_[kFormat == kInt4 ? kHeadSize / 16 : 1][2];  // zero and scale of V
   float offset_[kTiles][2];  // q . zero, of columns 2 * (lane % 4) and the next, base 2
   float factor_;             // of the products, base 2
 };

@@ -145,7 +145,7 @@ def test_who_computes_it_may_go_and_another_goes_on() -> None:
 
 
 def test_the_least_recently_used_goes_when_blocks_run_out() -> None:
-    sim = Simulation(40, OPTIONS)
+    sim = Simulation(30, OPTIONS)
     for family in (1, 2, 1, 3, 4):
         sim.add(f"r{sim.num_steps}", [*document(family, 320), 5], 2,
                 kv_compress_context_tokens=320)  # fmt: skip
@@ -155,7 +155,21 @@ def test_the_least_recently_used_goes_when_blocks_run_out() -> None:
     assert 0 < families < 4
     # All blocks of what is left are there, and what lost one is forgotten in the workers as well.
     assert sim.worker.state.slots.keys() == {context.slot for context in contexts(sim)}
-    assert sim.pool.get_num_free_blocks() == 39
+    assert sim.pool.get_num_free_blocks() == 29
+
+
+def test_what_a_context_was_packed_from_goes_first() -> None:
+    """A pool of three documents holds eight of them packed."""
+    sim = Simulation(66, OPTIONS)
+    for family in range(8):
+        sim.add(f"r{family}", [*document(family, 320), 5], 2, kv_compress_context_tokens=320)
+        sim.run()
+    assert len(contexts(sim)) == 8
+    # The latest is there uncompressed as well, for one who wants it so.
+    sim.add("whole", [*document(7, 320), 5], 2, kv_compress=False)
+    cached = sim.num_cached_tokens
+    sim.run()
+    assert sim.num_cached_tokens - cached == 304  # all but the window, in whole blocks
 
 
 def test_slots_of_contexts_are_taken_from_the_least_recently_used(monkeypatch) -> None:

@@ -126,7 +126,7 @@ class Batch:
 
     def state(self) -> tuple[Any, ...]:
         tables = (self.state_slot, self.num_pages, self.first_page, self.covered)
-        return (*tables, self.page_scales, self.page_format)
+        return (*tables, self.page_scales, int(self.page_format))
 
     def owned(self) -> Tensor:
         """``[P, B]`` bool: places that hold a key of some request."""

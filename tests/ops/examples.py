@@ -68,7 +68,7 @@ def example(
         first = tail + 3 - tail // 2
         segments = torch.tensor([[0, first, first + 30, 0], [0, first + 30, tail + 3, 30]])
         args = [query, batch.pages, *batch.rows(), segments.int(), torch.randn(24, 2), 1,
-                tail, 4, False, HEAD_SIZE**-0.5,
+                min(tail, 256), 4, False, HEAD_SIZE**-0.5,
                 torch.zeros(len(batch.pages), m * BLOCK_SIZE)]  # fmt: skip
     elif op == "select_pages":
         freed = torch.tensor([[8 * scale], [12 * scale], [0]], dtype=torch.int32)

@@ -362,8 +362,8 @@ READERS = ("paged_attention", "attention_statistics", "key_statistics", "echo_sc
 )
 def test_bad_scales_are_named(device, op, name, change):
     args = example_again(example(op, device, page_format=PageFormat.INT4))
-    index = next(i for i, a in enumerate(args) if isinstance(a, PageFormat))
-    args[index - 1 : index + 1] = change(*args[index - 1 : index + 1])
+    index = next(i for i, a in enumerate(args) if getattr(a, "ndim", 0) == 5 and a.shape[3] == 2)
+    args[index : index + 2] = change(*args[index : index + 2])
     with pytest.raises(RuntimeError, match=name):
         getattr(ops, op)(*args)
 

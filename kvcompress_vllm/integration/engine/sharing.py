@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import (
@@ -138,6 +138,19 @@ class Sharing:
             pool._insert_block_hash(
                 self._hash(context, index), pool.blocks[block], num_tokens=(index + 1) * size
             )
+
+    def replaced(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Let what contexts were packed from be given away first: it is found as long as it lasts,
+        but whoever has the same context takes that. Else the pool would be full of both."""
+        queue = self._manager.block_pool.free_block_queue
+        idle = [
+            block
+            for block in {block.block_id: block for block in reversed(blocks)}.values()
+            if block.ref_cnt == 0 and not block.is_null
+        ]
+        for block in idle:
+            queue.remove(block)
+        queue.prepend_n(idle)
 
     def hold_back(self, scheduler: Scheduler) -> list[Request]:
         """Take requests out of the queues whose context another computes now, or will before them;

@@ -159,6 +159,7 @@ class StepBuilder:
         planner, manager = self._planner, self._manager
         compressions: list[Compression] = []
         freed: list[KVCacheBlock] = []
+        replaced: list[KVCacheBlock] = []
         self.waits = False
         planner.watch(computed)
         if planner.config.on_pressure:
@@ -189,10 +190,12 @@ class StepBuilder:
                 )
             )
             freed += old
+            replaced += old if context is not None else []
             planner.compressed(tracked.request_id, computed[tracked.request_id], context)
         planner.observers.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
+        self._sharing.replaced(replaced)
         return compressions
 
     def _score_due(self, computed: Mapping[str, int]) -> list[Scoring]:
