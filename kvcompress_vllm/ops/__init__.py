@@ -34,17 +34,15 @@ from kvcompress_vllm.ops.channels import (
 )
 
 if TYPE_CHECKING:
-    from kvcompress_vllm.ops.registration import (
-        attention_statistics,
-        compact_pages,
-        echo_scores,
-        fit_scales,
-        key_statistics,
-        observe_queries,
-        paged_attention,
-        select_pages,
-        write_kv,
-    )
+    attention_statistics: Any
+    compact_pages: Any
+    echo_scores: Any
+    fit_scales: Any
+    key_statistics: Any
+    observe_queries: Any
+    paged_attention: Any
+    select_pages: Any
+    write_kv: Any
 
 _ROWS = "Tensor block_table, Tensor seq_lens, "
 _STATE = "Tensor state_slot, Tensor num_pages, Tensor first_page, Tensor covered, "
@@ -134,10 +132,12 @@ def cuda_problem(head_size: int, group: int, block_size: int) -> str | None:
 
 def __getattr__(name: str) -> Any:
     if name in SCHEMAS:
-        from kvcompress_vllm.ops import registration
+        import torch
+
+        from kvcompress_vllm.ops import registration  # noqa: F401
 
         # So that the next one who asks finds it here.
-        return globals().setdefault(name, getattr(registration, name))
+        return globals().setdefault(name, getattr(torch.ops.kvcompress_vllm, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

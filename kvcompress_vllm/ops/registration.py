@@ -55,13 +55,3 @@ for _name, _schema in ops.SCHEMAS.items():
 _load("_C")
 if torch.version.cuda:
     _load("_C_cuda")
-
-write_kv = torch.ops.kvcompress_vllm.write_kv
-observe_queries = torch.ops.kvcompress_vllm.observe_queries
-paged_attention = torch.ops.kvcompress_vllm.paged_attention
-attention_statistics = torch.ops.kvcompress_vllm.attention_statistics
-key_statistics = torch.ops.kvcompress_vllm.key_statistics
-echo_scores = torch.ops.kvcompress_vllm.echo_scores
-select_pages = torch.ops.kvcompress_vllm.select_pages
-fit_scales = torch.ops.kvcompress_vllm.fit_scales
-compact_pages = torch.ops.kvcompress_vllm.compact_pages

@@ -6,13 +6,13 @@ import torch
 
 from examples import example
 from kvcompress_vllm import ops
-from kvcompress_vllm.ops import reference, registration
+from kvcompress_vllm.ops import reference
 
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)
 def test_opcheck(device, op):
     torch.library.opcheck(
-        getattr(registration, op).default,
+        getattr(ops, op).default,
         tuple(example(op, device)),
         test_utils=(
             "test_schema",

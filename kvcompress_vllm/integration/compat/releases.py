@@ -41,6 +41,15 @@ def batch_order_is_told() -> bool:
     return "req_idx" in {field.name for field in fields(CommonAttentionMetadata)}
 
 
+@cache
+def hits_count_when_admitted() -> bool:
+    """Whether vLLM counts as hits of its prefix cache what an admitted request took of it (from
+    0.27 on); before, what it had found, whatever our ``get_computed_blocks`` left of it."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    return hasattr(KVCacheManager, "record_prefix_cache_stats")
+
+
 def waiting_queues(scheduler: Any) -> list[Any]:
     """vLLM's queues of requests that wait, next first; 0.31 and later have but one."""
     skipped = getattr(scheduler, "skipped_waiting", None)

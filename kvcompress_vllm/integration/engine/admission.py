@@ -9,6 +9,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from kvcompress_vllm.integration.compat.releases import hits_count_when_admitted
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.metrics import Recorder
@@ -159,9 +160,9 @@ class Admission:
         return cut, usable, boundary
 
     def _count_hit(self, request: Request, more: int) -> None:
-        """Correct what vLLM has counted as hits of its prefix cache, in tokens."""
+        """Correct what vLLM has counted of its prefix cache's hits by now, in tokens."""
         stats = self._manager.prefix_cache_stats
-        if stats is None:
+        if stats is None or hits_count_when_admitted():
             return
         if request.num_preemptions > 0:
             stats.preempted_hits += more
