@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,9 +67,12 @@ def example(
                 ops.KEY_CHANNELS]  # fmt: skip
     elif op == "echo_scores":
         first = tail + 3 - tail // 2
-        segments = torch.tensor([[0, first, first + 30, 0], [0, first + 30, tail + 3, 30]])
-        args = [query, batch.pages, *batch.rows(), segments.int(), torch.randn(24, 2), 1,
-                min(tail, 256), 4, False, HEAD_SIZE**-0.5,
+        begins = [first, *range(first + 30, tail + 3, 250)]
+        segments = torch.tensor(
+            [[0, a, b, a - first] for a, b in pairwise([*begins, tail + 3])], dtype=torch.int32
+        )
+        args = [query, batch.pages, *batch.rows(), segments, torch.randn(24, 2), 1,
+                250, 4, False, HEAD_SIZE**-0.5,
                 torch.zeros(len(batch.pages), m * BLOCK_SIZE)]  # fmt: skip
     elif op == "select_pages":
         freed = torch.tensor([[8 * scale], [12 * scale], [0]], dtype=torch.int32)
