@@ -29,7 +29,7 @@ from tests.policies.installed import package
 
 MODEL_CONFIG = json.loads((MODEL / "config.json").read_text())
 LAYERS, HEADS = MODEL_CONFIG["num_hidden_layers"], MODEL_CONFIG["num_key_value_heads"]
-BLOCK_BYTES = LAYERS * HEADS * 16 * 2 * MODEL_CONFIG["head_dim"] * 4  # of float32
+BLOCK_BYTES = LAYERS * HEADS * 16 * 2 * MODEL_CONFIG["head_dim"] * 2  # of bfloat16
 NEVER = dict.fromkeys(
     (
         "compressions", "blocks_before", "blocks_after", "shared_blocks", "context_tokens",
