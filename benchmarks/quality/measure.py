@@ -110,7 +110,8 @@ def start(settings: Settings, cells: Iterable[Cell]) -> Any:
     }
     llm = LLM(
         settings.model,
-        kv_compress={**options, "window": widest},
+        # Every sample is compressed itself, so that its kept keys are recorded.
+        kv_compress={**options, "share": "off", "window": widest},
         worker_extension_cls="benchmarks.quality.worker.QualityWorker",
         **arguments,
     )

@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
 from benchmarks.quality.cells import HIDDEN, PERPLEXITY, VISIBLE, Cell, Choice, config_of
 from benchmarks.quality.measure import (
+    BLOCK_SIZE,
     Settings,
     by_engine,
     by_request,
@@ -202,9 +203,10 @@ class Asked:
 
     @property
     def compressed(self) -> int:
-        """Tokens of the prompt that are read before the compression."""
-        tokens = self.prompt.tokens
-        return self.prompt.context_tokens if self.choice.question == HIDDEN else len(tokens)
+        """Tokens of the prompt that are read before the compression; of a context whole blocks."""
+        if self.choice.question == HIDDEN:
+            return self.prompt.context_tokens // BLOCK_SIZE * BLOCK_SIZE
+        return len(self.prompt.tokens)
 
 
 def ask(
