@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from benchmarks.offline import BLOCK_SIZE, STOCK, engine_parser
-from benchmarks.server import Server, serve
+from benchmarks.server import Server, completion_chunks, serve
 
 UNCACHED = "uncached"
 TOKENS = range(1000, 4000)
@@ -149,18 +149,12 @@ async def ask(
     first: float | None = None
     answer: list[int] = []
     usage: dict[str, Any] = {}
-    async with session.post(f"{server.url}/v1/completions", json=body) as reply:
-        if reply.status != 200:
-            raise RuntimeError(f"HTTP {reply.status}: {await reply.text()}")
-        async for line in reply.content:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            usage = chunk.get("usage") or usage
-            for part in chunk.get("choices", ()):
-                if part.get("token_ids"):
-                    first = first or time.perf_counter() - start
-                    answer += part["token_ids"]
+    async for chunk in completion_chunks(session, server, body):
+        usage = chunk.get("usage") or usage
+        for part in chunk.get("choices", ()):
+            if part.get("token_ids"):
+                first = first or time.perf_counter() - start
+                answer += part["token_ids"]
     if len(answer) != tokens or first is None:
         raise RuntimeError(f"turn {turn + 1} got {len(answer)} of {tokens} tokens")
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

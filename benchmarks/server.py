@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -10,11 +11,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import aiohttp
 
 from benchmarks.offline import BLOCK_SIZE, SHAPE, STOCK, pool_blocks
 
@@ -110,6 +113,22 @@ def serve(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+async def completion_chunks(
+    session: aiohttp.ClientSession, server: Server, body: Mapping[str, Any]
+) -> AsyncIterator[dict[str, Any]]:
+    """What ``/v1/completions`` streams, chunk by chunk.
+
+    Raises:
+        RuntimeError: it does not answer 200.
+    """
+    async with session.post(f"{server.url}/v1/completions", json=body) as reply:
+        if reply.status != 200:
+            raise RuntimeError(f"HTTP {reply.status}: {await reply.text()}")
+        async for line in reply.content:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
 
 
 def free_port() -> int:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from benchmarks.offline import BLOCK_SIZE, STOCK, engine_parser
-from benchmarks.server import Server, serve
+from benchmarks.server import Server, completion_chunks, serve
 
 TOKENS = range(1000, 4000)
 QUESTION_TOKENS = 40
@@ -258,17 +258,11 @@ async def ask(
         body["vllm_xargs"] = {"kv_compress_context_tokens": len(document)}
     start, first, text = time.perf_counter(), None, ""
     usage: dict[str, Any] = {}
-    async with session.post(f"{server.url}/v1/completions", json=body) as reply:
-        if reply.status != 200:
-            raise RuntimeError(f"HTTP {reply.status}: {await reply.text()}")
-        async for line in reply.content:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            usage = chunk.get("usage") or usage
-            for part in chunk.get("choices", ()):
-                first = first or time.perf_counter() - start
-                text += part["text"]
+    async for chunk in completion_chunks(session, server, body):
+        usage = chunk.get("usage") or usage
+        for part in chunk.get("choices", ()):
+            first = first or time.perf_counter() - start
+            text += part["text"]
     if first is None:
         raise RuntimeError("a request got no token")
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

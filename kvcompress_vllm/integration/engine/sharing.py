@@ -264,7 +264,7 @@ class Sharing:
         if n is None or not self._on or not sizes.reaches_context:
             return None
         if budget.query_stride:
-            return None  # its running statistics are of the request that computed it
+            return None  # its accumulated statistics are of the request that computed it
         if n > request.num_tokens or (n == request.num_tokens and sizes.limits.peak_blocks):
             return None  # what ends there may keep more than half of the peak
         if len(request.block_hashes) < n // pool.hash_block_size:
