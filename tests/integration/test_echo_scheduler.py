@@ -154,12 +154,16 @@ def test_listeners_give_their_slots_to_prompts(monkeypatch):
     assert most == 12 and len(planner.observers._slots) == planner.observers.count
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_what_nobody_heard_is_kept(asynchronous, monkeypatch):
+@pytest.mark.parametrize(
+    ("asynchronous", "page_dtype"),
+    [(False, "auto"), (True, "auto"), (True, "fp8"), (False, "int4")],
+)
+def test_what_nobody_heard_is_kept(asynchronous, page_dtype, monkeypatch):
     """Slots for a third of the requests; the others get one when those are done, and some protect a
     part of their prompt. The simulation checks what every head holds."""
     monkeypatch.setattr(slots, "LISTENING_SHARE", 10**9)
-    sim = simulation(blocks=900, max_num_seqs=12, asynchronous=asynchronous)
+    options = {"page_dtype": page_dtype}
+    sim = simulation(blocks=900, max_num_seqs=12, asynchronous=asynchronous, options=options)
     planner, held = sim.scheduler.kv_compress_planner, []
     assert planner.observers.count == slots.FEWEST_OBSERVE_SLOTS
     for index in range(12):
