@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Batch, Request, assert_close, assert_same_bits, make_batch, uneven
+from op_examples import example
 
-from examples import example
 from kvcompress_vllm import ops
 from kvcompress_vllm.ops import KEY_CHANNELS, reference
 

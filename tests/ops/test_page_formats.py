@@ -7,9 +7,9 @@ import pytest
 import torch
 from cases import POISON_ID, Request, assert_close, assert_same_bits, fused_qkv, make_batch, uneven
 from cases import page_starts as starts_of
+from op_examples import example
 from test_registration import example_again
 
-from examples import example
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache import page_format as formats
 from kvcompress_vllm.cache.page_format import PageFormat

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
+from op_examples import example
 
-from examples import example
 from kvcompress_vllm import ops
 from kvcompress_vllm.ops import reference
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from cases import assert_same_bits
-from examples import example
+from op_examples import example
 
 from kvcompress_vllm import ops
 
