@@ -16,7 +16,7 @@ export KVCOMPRESS_BUILD ?= $(if $(shell command -v nvidia-smi),auto,$(if $(shell
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: install serve test engine releases check format clean
+.PHONY: install serve test engine releases check docs format clean
 
 # vLLM brings its own torch, so it comes first; our extension is then built against that torch.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
@@ -54,10 +54,16 @@ check: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# docs/ as a site in site/; fails on a broken link. Needs no vLLM.
+docs:
+	@test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && \
+		.venv-docs/bin/python -m pip install --quiet "mkdocs-material>=9.6,<10"; }
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict --config-file .ci/mkdocs.yml
+
 format: install
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
-	rm -rf .venv .venv-* .releases build dist *.egg-info kvcompress_vllm/*.so
+	rm -rf .venv .venv-* .releases build dist site *.egg-info kvcompress_vllm/*.so

@@ -42,7 +42,7 @@ def check(name: str, config: KVCompressConfig) -> None:
         except judge.PolicyError as error:
             raise ValueError(
                 f"kv_compress: policy={name!r} failed a trial with {num_keys} made-up keys: "
-                f"{error}; correct it (docs/policies.md, 'Your own') or name another policy"
+                f"{error}; correct it (docs/extend.md) or name another policy"
             ) from error
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unsupported models and features are refused at startup, by name; the README lists them all."""
+"""Unsupported models and features are refused at startup, by name; docs/supported.md lists them all."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from kvcompress_vllm.integration.start.refusals import REFUSALS, check, check_ke
 from kvcompress_vllm.integration.worker.longest_request import check_longest_request
 from tests.integration.simulation import MODEL
 
-README = (MODEL.parents[1] / "README.md").read_text()
+SUPPORTED = (MODEL.parents[1] / "docs" / "supported.md").read_text()
 
 
 def model_like(tmp_path: Path, **changes: Any) -> str:
@@ -279,8 +279,8 @@ def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)
-def test_readme_lists_every_refusal(refusal: Any) -> None:
-    rows = [line for line in README.splitlines() if line.startswith(f"| {refusal.feature} |")]
+def test_document_lists_every_refusal(refusal: Any) -> None:
+    rows = [line for line in SUPPORTED.splitlines() if line.startswith(f"| {refusal.feature} |")]
     assert len(rows) == 1
     assert refusal.setting.split(",")[0] in rows[0]
 
