@@ -20,6 +20,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.documents.reading import ROOT, blocks
 from tests.integration.engines import samples
 from tests.integration.simulation import MODEL
 
@@ -164,6 +165,34 @@ def test_needles_and_blocks(server: Server) -> None:
     assert 20 <= budget <= 24
     log = server.log.read_text()
     assert "ratio=8.0" in log and "beside the KV cache" in log
+
+
+def test_what_the_documents_ask(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of code that ask a server, as they stand there, but for its address."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    asked = 0
+    for block in blocks():
+        if not re.search("127.0.0.1:8000|SERVER/", block.text) or "lm_eval" in block.text:
+            continue
+        text = block.text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+        text = text.replace("http://SERVER", server.url).replace("models/tiny", str(MODEL))
+        text = text.replace(".venv/bin/python", sys.executable).replace("curl ", "curl --fail ")
+        if "/contexts" in text:
+            text = text.replace("…", "a long document " * 200)
+        command = ["bash", "-ec", text] if block.language != "python" else ["python", "-c", text]
+        if command[0] == "python":
+            command[0] = sys.executable
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+        output = capfd.readouterr().out
+        if "expected" in text:
+            answer, expected = output.split(" expected ")
+            assert answer.strip() == expected.strip()
+        else:
+            assert '"kv_compress":' in output or '"blocks_uncompressed":' in output
+        asked += 1
+    assert asked == 4
 
 
 def test_openai_features_and_bad_requests(server: Server) -> None:
