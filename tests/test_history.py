@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvcompress_vllm.reporting.history import COLUMNS, SECONDS, Gauges, History
-from kvcompress_vllm.reporting.metrics import Compressed, Occupancy, StepReport
+from kvcompress_vllm.reporting.history import COLUMNS, LAST_REQUESTS, SECONDS, WAITS, Gauges, History
+from kvcompress_vllm.reporting.metrics import Compressed, Occupancy, Outcome, StepReport
+from kvcompress_vllm.reporting.shared import SharedReport
 
 PREFILL = Compressed("prefill", True, 20, 5, 21, 6)
 DECODE = Compressed("decode", False, 12, 8, 12, 8)
@@ -104,3 +105,44 @@ def test_kept_pages_are_means_over_the_requests_of_all_engines() -> None:
     for engine in (0, 1):
         history.record(engine, StepReport(), 100.3)
     assert history.mean_kept_pages() == []
+
+
+def outcome(name: str, after: int = 9) -> Outcome:
+    return Outcome(name, "prefill", 600, 37, after, 0.1, 2.5, [9, 9], 2, 36)
+
+
+def test_why_requests_wait() -> None:
+    history = History([0], 100.5)
+    waiting = StepReport(
+        refusals={"forecast": 2, "slots": 1}, reserve_waits=3, shared=SharedReport(waits=4)
+    )
+    history.record(0, waiting, 100.6)
+    history.record(0, StepReport(refusals={"forecast": 1}), 100.7)
+    first, second = rows(history, 102.1)
+    assert [first[name] for name in WAITS] == [3, 1, 3, 4]
+    assert [second[name] for name in WAITS] == [0] * 4
+    assert history.totals.waits == dict(zip(WAITS, (3, 1, 3, 4), strict=True))
+
+
+def test_requests_are_found_by_their_ids() -> None:
+    history = History([0], 100.0)
+    history.record(0, StepReport(outcomes=[outcome("cmpl-ab-0-12345678")]), 100.1)
+    history.record(0, StepReport(outcomes=[outcome("cmpl-ab-1-12345679")]), 100.2)
+    history.record(0, StepReport(outcomes=[outcome("cmpl-ab-0-12345678", after=7)]), 100.3)
+    history.record(0, StepReport(outcomes=[outcome("chatcmpl-cd-12345678")]), 100.3)
+    found = history.outcomes("cmpl-ab")
+    assert list(found) == ["cmpl-ab-1-12345679", "cmpl-ab-0-12345678"]
+    assert [item.after for item in found["cmpl-ab-0-12345678"]] == [9, 7]
+    assert list(history.outcomes("cmpl-ab-1-12345679")) == ["cmpl-ab-1-12345679"]
+    assert list(history.outcomes("chatcmpl-cd")) == ["chatcmpl-cd-12345678"]
+    for other in ("", "c", "cmpl", "cmpl-", "cmpl-a", "cmpl-ab-0-1234567", "cmpl-ab-0-12345678-"):
+        assert history.outcomes(other) == {}, other
+
+
+def test_only_the_latest_requests_are_known() -> None:
+    history = History([0], 100.0)
+    for number in range(LAST_REQUESTS + 5):
+        for _ in range(20 if number == 500 else 1):
+            history.record(0, StepReport(outcomes=[outcome(f"request-{number:04}x")]), 100.1)
+    assert history.outcomes("request-0004x") == {} != history.outcomes("request-0005x")
+    assert len(history.outcomes("request-0500x")["request-0500x"]) == 16

@@ -4,17 +4,26 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvcompress_vllm.records.plan import TRIGGERS
-from kvcompress_vllm.reporting.metrics import StepReport
+from kvcompress_vllm.reporting.metrics import REFUSALS, Outcome, StepReport
 from kvcompress_vllm.reporting.shared import Held
 
 SECONDS = 600
 """How far back it reaches, at one sample per second."""
+LAST_REQUESTS = 1000
+"""Requests that can be looked up: the latest that were compressed."""
+MOST_OUTCOMES = 16
+"""Compressions that are told of each, the latest."""
+WAITS = (*REFUSALS, "reserve", "shared")
+"""Why requests wait: refused admission, no free blocks to pack into, another's context."""
+_SUFFIX = re.compile(r"(-\d+)?(-[0-9a-f]{8})?")
+"""What vLLM appends to the id that a response has: the number of the prompt, and chance."""
 
 
 class Gauges(NamedTuple):
@@ -54,9 +63,15 @@ class Events:
     candidate_blocks: int = 0
     kept_blocks: int = 0
     freed_blocks: int = 0
+    waits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WAITS, 0))
+    """Requests kept waiting by each reason, counted on every step."""
 
     def add(self, report: StepReport) -> None:
-        """Count the compressions of a report."""
+        """Count what a report tells."""
+        for reason, count in report.refusals.items():
+            self.waits[reason] += count
+        self.waits["reserve"] += report.reserve_waits
+        self.waits["shared"] += report.shared.waits
         for item in report.compressions:
             self.compressions[item.trigger] += 1
             self.compressed_requests += item.first
@@ -69,7 +84,7 @@ class Events:
         return self.kept_blocks / self.candidate_blocks if self.candidate_blocks else None
 
 
-COLUMNS = ("time", *Gauges._fields, *TRIGGERS, "kept_ratio")
+COLUMNS = ("time", *Gauges._fields, *TRIGGERS, "kept_ratio", *WAITS)
 """Of a sample: end of the second in Unix time, state at that time, events during the second."""
 
 Sample = tuple[float | None, ...]
@@ -88,6 +103,7 @@ class History:
         self._gauges = {engine: Gauges() for engine in engines}
         self._kept_pages: dict[int, tuple[list[list[int]], int]] = {}
         self._contexts: dict[int, list[Held]] = {}
+        self._requests: dict[str, list[Outcome]] = {}
         self._second = math.floor(now)
         self._events = Events()
         self._samples: deque[Sample] = deque(maxlen=SECONDS)
@@ -99,9 +115,13 @@ class History:
         self._kept_pages[engine] = report.kept_pages, report.measured_requests
         if report.shared.held is not None:
             self._contexts[engine] = report.shared.held
-        if report.compressions:
-            self._events.add(report)
-            self.totals.add(report)
+        self._events.add(report)
+        self.totals.add(report)
+        for outcome in report.outcomes:
+            known = self._requests.pop(outcome.request_id, [])
+            self._requests[outcome.request_id] = [*known[1 - MOST_OUTCOMES :], outcome]
+        while len(self._requests) > LAST_REQUESTS:
+            del self._requests[next(iter(self._requests))]
 
     @property
     def num_engines(self) -> int:
@@ -123,6 +143,17 @@ class History:
             [sum(heads) / total for heads in zip(*layers, strict=True)]
             for layers in zip(*(pages for pages, _ in known), strict=True)
         ]
+
+    def outcomes(self, wanted: str) -> dict[str, list[Outcome]]:
+        """Of the requests with an id, or with the id of a response: its prompts, oldest first.
+
+        Nobody can ask for more than the requests whose id is known.
+        """
+        return {
+            name: list(found)
+            for name, found in self._requests.items()
+            if name.startswith(wanted) and _SUFFIX.fullmatch(name, len(wanted))
+        }
 
     def contexts(self) -> list[Held]:
         """What requests could take, of all engines, most recently used first."""
@@ -153,5 +184,6 @@ class History:
                     *self.gauges(),
                     *(events.compressions[trigger] for trigger in TRIGGERS),
                     events.kept_ratio(),
+                    *(events.waits[reason] for reason in WAITS),
                 )
             )

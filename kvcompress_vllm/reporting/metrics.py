@@ -134,6 +134,27 @@ class Measured(NamedTuple):
     lost: float
 
 
+class Outcome(NamedTuple):
+    """What a compression did to a request, for who looks that one up."""
+
+    request_id: str
+    trigger: str
+    num_tokens: int
+    """That had been computed."""
+    before: int
+    """Blocks that it held."""
+    after: int
+    lost: float
+    """Share of the score mass."""
+    milliseconds: float
+    layers: list[int]
+    """``[L]``, packed pages that the heads of each layer keep together; under tensor parallelism
+    those of the first rank. ``heads`` times ``covered`` were candidates."""
+    heads: int
+    covered: int
+    """Blocks' worth of tokens that it was about."""
+
+
 class Occupancy(NamedTuple):
     """vLLM's pool and queues after a step."""
 
@@ -175,6 +196,8 @@ class StepReport:
     block_bytes: int = 0
     """Of a block, over all layers and ranks."""
     shared: SharedReport = field(default_factory=SharedReport)
+    outcomes: list[Outcome] = field(default_factory=list)
+    """Of the compressions that are ``measured``."""
 
     def mean_kept_pages(self) -> list[list[float]]:
         """``[L, H]``, pages that each KV head keeps of a packed request on average."""
@@ -194,6 +217,8 @@ class Recorder:
         self._report = StepReport()
         self._known: set[str] = set()
         self._kept_pages: dict[str, NDArray[np.int64]] = {}
+        self._sizes: dict[str, tuple[int, int, int]] = {}
+        """Of compressions that are not measured yet: blocks before and after, and F."""
         self._sum: list[list[int]] | None = []
 
     def compressed(self, item: Compression) -> None:
@@ -201,6 +226,11 @@ class Recorder:
         if not self.enabled:
             return
         row = len(item.old_blocks)
+        self._sizes[item.request_id] = (
+            item.old_packing.held(row),
+            item.packing.held(row),
+            item.packing.covered,
+        )
         self._report.compressions.append(
             Compressed(
                 item.trigger,
@@ -235,6 +265,23 @@ class Recorder:
         if not self.enabled:
             return
         self._report.measured.append(Measured(report.trigger, report.milliseconds, report.lost))
+        sizes = self._sizes.pop(report.request_id, None)
+        if sizes is not None and report.kept_pages:
+            before, after, covered = sizes
+            self._report.outcomes.append(
+                Outcome(
+                    report.request_id,
+                    report.trigger,
+                    report.num_tokens,
+                    before,
+                    after,
+                    report.lost,
+                    report.milliseconds,
+                    [sum(heads) for heads in report.kept_pages],
+                    len(report.kept_pages[0]),
+                    covered,
+                )
+            )
         if current:
             self._kept_pages[report.request_id] = np.array(report.kept_pages)
             self._sum = None
@@ -247,6 +294,7 @@ class Recorder:
     def finished(self, request_id: str) -> None:
         """Forget a request. A preempted one stays known: it may be compressed a second time."""
         self._known.discard(request_id)
+        self._sizes.pop(request_id, None)
 
     def take(
         self,

@@ -68,13 +68,11 @@ class Block:
             return []
         found, rest = [], ""
         variables: dict[str, str] = {}
-        for line in self.text.splitlines():
+        for line in self.text.replace("\\\n", "").splitlines():
             rest += ("\n" if rest else "") + line
             try:
                 words = shlex.split(rest, comments=True)
             except ValueError:  # a quotation goes on
-                continue
-            if rest.rstrip().endswith("\\"):
                 continue
             settings = [word for word in words if re.match(r"[A-Z_]+=", word)]
             if words == settings:

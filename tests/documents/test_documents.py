@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig, is_key
+from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig, check_value, is_key
 from kvcompress_vllm.config.spelling import parse_spec
 from tests.documents.commands import COMMANDS
 from tests.documents.reading import ROOT, Block, anchors, blocks, documents, links, name, spans
@@ -47,13 +47,17 @@ def test_options_exist() -> None:
         for flag in re.findall(r"--kv-compress-([a-z][a-z-]*)", text):
             assert is_key(flag.replace("-", "_")), f"{where}: --kv-compress-{flag}"
         specs = re.findall(r"--kv-compress[ =]([a-z_]\S*)", text)
-        if re.fullmatch(rf"({'|'.join(OPTIONS)})=\S+", text) and "=…" not in text:
-            specs.append(text)
-        for spec in specs:
+        part = re.fullmatch(rf"({'|'.join(OPTIONS)})=\S+", text) and "=…" not in text
+        for spec in [*specs, text] if part else specs:
             if "first_keys" in spec or "NAME" in spec:  # the example of docs/extend.md, and names
                 continue
             try:
-                KVCompressConfig.from_dict(parse_spec(spec))
+                options = parse_spec(spec)
+                for option, value in options.items():
+                    if option in OPTIONS:
+                        check_value(option, value)
+                if spec in specs:  # the whole of a configuration
+                    KVCompressConfig.from_dict(options)
             except ValueError as error:
                 pytest.fail(f"{where}: {spec}: {error}")
             count += 1

@@ -186,6 +186,22 @@ async def data(request: Request, since: float = Query(0.0, allow_inf_nan=False))
     )
 
 
+@router.get(f"{PATH}/requests", dependencies=[Depends(_authorized)])
+async def requests(request: Request, id: str = Query(min_length=1)) -> JSONResponse:  # noqa: A002
+    """What became of a request whose id is known: one of the last that were compressed.
+
+    Args:
+        id: of its response, or of its request to the engine.
+    """
+    history = _history(request.app.state.engine_client)
+    found = {} if history is None else history.outcomes(id)
+    told = [
+        {"id": name, "compressions": [item._asdict() for item in items]}
+        for name, items in found.items()
+    ]
+    return JSONResponse({"requests": told}, status_code=200 if told else 404, headers=_HEADERS)
+
+
 def _history(client: Any) -> History | None:
     """What this process knows; None where vLLM keeps no statistics."""
     manager = getattr(client, "logger_manager", None)

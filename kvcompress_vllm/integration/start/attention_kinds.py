@@ -115,6 +115,14 @@ def not_causal(config: VllmConfig) -> bool | str:
     return "reads its prompt so" if model.hf_text_config.model_type == "hrm_text" else False
 
 
+def full_layers(config: VllmConfig) -> list[int]:
+    """Indexes of the layers that attend to everything, which are those that are compressed."""
+    kinds = _layer_kinds(config)
+    if not kinds:
+        return list(range(config.model_config.get_total_num_hidden_layers()))
+    return [index for index, kind in enumerate(kinds) if kind in _FULL]
+
+
 def _layer_kinds(config: VllmConfig) -> Sequence[str]:
     """One word per layer, empty where the configuration does not tell."""
     text: Any = config.model_config.hf_text_config

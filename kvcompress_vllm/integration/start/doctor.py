@@ -28,17 +28,27 @@ PLUGINS = (
 """Group, name, whether nothing works without it, and what its absence means."""
 
 
+def quieten() -> None:
+    """Have vLLM say nothing but errors. Before it is imported: its log goes to standard output,
+    which is ours."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # vLLM imports it, and it complains where there is a toolkit and no GPU; we say what is there.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the first GPU of this machine; None where there is none."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
 def examine() -> dict[str, Any]:
     """Everything worth knowing, JSON-serialisable.
 
     Returns:
         By topic; ``problems`` and ``warnings`` are lines of text, and without problems all is well.
     """
-    # Before vLLM is imported: its log goes to standard output, which is ours.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # vLLM imports it, and it complains where there is a toolkit and no GPU; we say what is there.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    quieten()
     report: dict[str, Any] = {"problems": [], "warnings": []}
     report["versions"] = {
         "kvcompress_vllm": __version__,

@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many requests of a model fit a GPU, compressed and not: from its configuration alone. No
+engine is started, and no weight is read.
+
+Memory is counted as the worker counts it (``integration/worker/worker.py``); what vLLM measures at
+startup, activations and CUDA graphs, is :data:`OVERHEAD`, a guess.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.plugins import load_general_plugins
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from kvcompress_vllm import ops
+from kvcompress_vllm.cache.page_format import PageFormat
+from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
+from kvcompress_vllm.config.options import BUDGETS, KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.integration.sizing import state_slots
+from kvcompress_vllm.integration.start.attention_kinds import full_layers
+from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.records.group import CacheGroup
+from kvcompress_vllm.scheduling.slots import num_observe_slots
+from kvcompress_vllm.scheduling.sizes import Limits, Sizes
+
+RATIOS = (1, 2, 4, 8)
+OVERHEAD = 2 << 30
+"""Bytes that vLLM takes beside weights and KV cache."""
+GIB = 1 << 30
+_SAFETENSORS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
+"""Bytes of a number by its name in safetensors; of others one."""
+
+
+class Weights(NamedTuple):
+    """Bytes of all weights, and how that is known."""
+
+    num_bytes: int
+    source: str
+
+
+def examine(
+    model: str, flags: Sequence[str], gpu_bytes: int | None, context: int | None
+) -> dict[str, Any]:
+    """Whether a model is compressed, and how many of its requests fit.
+
+    Args:
+        model: a folder, or a name that vLLM would download the configuration of.
+        flags: of ``vllm serve``, those of compression included.
+        gpu_bytes: memory of each GPU; None: only what needs no such number is told.
+        context: tokens of a request, prompt and output; None: as many as the model takes.
+
+    Returns:
+        JSON-serialisable; sizes in bytes, per GPU where it says so. ``fits`` is a list of rows, by
+        ratio and page dtype.
+
+    Raises:
+        ValueError: there is no such model, or vLLM does not take the flags.
+    """
+    load_general_plugins()
+    length = [] if context is None else ["--max-model-len", str(context)]
+    given = [*flags, *length]
+    refusal = None
+    try:
+        config, args = _config(model, [*_compressing(flags), *given])
+    except _Refused as refused:
+        refusal = str(refused)
+        config, args = _config(model, _without_ours(given))
+    # vLLM's CPU platform sets a size of its own; asked for is only what the flag says.
+    return _report(config, refusal, gpu_bytes, args.kv_cache_memory_bytes)
+
+
+class _Refused(ValueError):
+    """Compression does not take this model, or these flags."""
+
+
+def _compressing(flags: Sequence[str]) -> list[str]:
+    return [] if any(flag.startswith("--kv-compress") for flag in flags) else ["--kv-compress"]
+
+
+def _without_ours(flags: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for flag in flags:
+        if flag.startswith("--"):
+            skip = flag.startswith("--kv-compress")
+        if not skip:
+            kept.append(flag)
+    return kept
+
+
+def _config(model: str, flags: Sequence[str]) -> tuple[VllmConfig, Any]:
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> Any:
+            raise ValueError(message)
+
+    if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+        raise ValueError(f"there is no model at {model}")
+    parser = AsyncEngineArgs.add_cli_args(Parser())
+    args = parser.parse_args(["--model", model, *flags])
+    try:
+        return AsyncEngineArgs.from_cli_args(args).create_engine_config(), args
+    except Exception as error:  # vLLM, transformers and the hub have many
+        text = _brief(error)
+        if "kv_compress: " in text:
+            raise _Refused(text[text.index("kv_compress: ") + len("kv_compress: ") :]) from error
+        raise ValueError(f"vLLM does not take {model!r}: {text}") from error
+
+
+def _brief(error: Exception) -> str:
+    """What pydantic or another says, without the rest."""
+    listed = getattr(error, "errors", None)
+    text = listed()[0]["msg"] if callable(listed) else str(error)
+    return text.strip().partition("\n")[0].removeprefix("Value error, ")
+
+
+def _report(
+    config: VllmConfig, refusal: str | None, gpu_bytes: int | None, cache_bytes: int | None
+) -> dict[str, Any]:
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    layers = full_layers(config)
+    stored = torch.empty((), dtype=_cache_dtype(config))
+    report: dict[str, Any] = {
+        "model": model.model,
+        "architecture": ", ".join(model.architectures),
+        "compressed": refusal is None,
+        "refused": refusal,
+        "layers": model.get_total_num_hidden_layers(),
+        "compressed_layers": layers if refusal is None else [],
+        "kv_heads": model.get_total_num_kv_heads(),
+        "head_size": model.get_head_size(),
+        "cache_dtype": str(stored.dtype).removeprefix("torch."),
+        "block_size": cache.block_size or 16,
+        "context": model.max_model_len,
+        "gpus": parallel.world_size,
+        "problems": [],
+        "warnings": [],
+    }
+    token = report["kv_heads"] * report["head_size"] * 2 * stored.itemsize
+    report["bytes_per_token"] = token * (len(layers) or report["layers"])
+    found = weights(model.model, model.hf_text_config)
+    report["weights"] = {"bytes": found.num_bytes, "source": found.source}
+    if refusal is None:
+        report["options"] = str(resolved_config(config))
+        group = report["heads_per_gpu"] = model.get_num_kv_heads(parallel)
+        problem = ops.cuda_problem(
+            report["head_size"],
+            model.get_num_attention_heads(parallel) // group,
+            report["block_size"],
+        )
+        if problem is not None:
+            report["problems"].append(f"{problem} is not supported on a GPU")
+    else:
+        report["problems"].append(refusal)
+    if gpu_bytes is not None:
+        _fit(report, config, gpu_bytes, cache_bytes)
+    return report
+
+
+def _cache_dtype(config: VllmConfig) -> torch.dtype:
+    given: Any = config.cache_config.cache_dtype
+    dtype: Any = getattr(torch, given, None)
+    if given == "auto":
+        dtype = config.model_config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.uint8
+
+
+def _fit(
+    report: dict[str, Any], config: VllmConfig, gpu_bytes: int, cache_bytes: int | None
+) -> None:
+    cache = config.cache_config
+    share = cache.gpu_memory_utilization
+    held = report["weights"]["bytes"] // report["gpus"]
+    left = cache_bytes or int(gpu_bytes * share) - held - OVERHEAD
+    report["memory"] = {
+        "gpu_bytes": gpu_bytes,
+        "utilization": share,
+        "weights_bytes": held,
+        "overhead_bytes": OVERHEAD,
+        "cache_bytes": left,
+    }
+    report["fits"] = []
+    if left <= 0:
+        report["problems"].append(
+            f"nothing is left for the KV cache: {_gib(held)} of weights and about "
+            f"{_gib(OVERHEAD)} for vLLM, of {_gib(gpu_bytes)} x {share}"
+        )
+        return
+    configured = resolved_config(config)
+    for page_dtype in ("auto", "fp8", "int4"):
+        dtype = _cache_dtype(config)
+        problem = PageFormat.of(page_dtype).problem(report["head_size"], dtype)
+        for ratio in RATIOS:
+            row: dict[str, Any] = {"ratio": ratio, "page_dtype": page_dtype, "requests": None}
+            report["fits"].append(row)
+            if configured is None and (ratio > 1 or page_dtype != "auto"):
+                row["why"] = "not compressed"
+            elif problem is not None:
+                row["why"] = problem
+            else:
+                row |= _requests(config, configured, ratio, page_dtype, left, cache_bytes is None)
+    if configured is not None:
+        _fit_configured(report, config, configured, left, cache_bytes is None)
+
+
+def _fit_configured(
+    report: dict[str, Any],
+    config: VllmConfig,
+    configured: KVCompressConfig,
+    left: int,
+    shared: bool,
+) -> None:
+    """The options as they are given, whatever budget they have."""
+    try:
+        row = _requests(config, configured, None, configured.page_dtype, left, shared)
+    except ValueError as error:
+        report["problems"].append(str(error))
+        return
+    report["configured"] = row
+    report["memory"]["beside_bytes"] = row["beside_bytes"]
+    if not row["requests"]:
+        report["problems"].append(
+            f"a request of {report['context']:,} tokens does not fit: it needs "
+            f"{row['reading']:,} blocks while it is read, and there are {row['blocks']:,}; "
+            "--kv-compress-prefill-peak-tokens bounds that, or a smaller --context"
+        )
+
+
+def _requests(
+    config: VllmConfig,
+    configured: KVCompressConfig | None,
+    ratio: int | None,
+    page_dtype: str,
+    available: int,
+    shared: bool,
+) -> dict[str, Any]:
+    """Of the longest requests, how many are there at once while one more is read.
+
+    Args:
+        ratio: instead of the configured budget.
+        available: bytes of a GPU for the KV cache.
+        shared: and for what compression keeps beside it.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    own = configured or KVCompressConfig(ratio=1)
+    if ratio is not None:
+        free = {*BUDGETS, "min_ratio", "max_ratio"}
+        options = {key: value for key, value in own.to_dict().items() if key not in free}
+        own = KVCompressConfig.from_dict({**options, "ratio": ratio, "page_dtype": page_dtype})
+    heads, block_size = model.get_num_kv_heads(parallel), config.cache_config.block_size or 16
+    layers = len(full_layers(config)) or model.get_total_num_hidden_layers()
+    group = CacheGroup(
+        layers=-(-layers // parallel.pipeline_parallel_size),
+        heads=heads,
+        queries_per_head=model.get_num_attention_heads(parallel) // heads,
+        head_size=model.get_head_size(),
+        block_size=block_size,
+        itemsize=_cache_dtype(config).itemsize,
+        scale=1.0,
+        page_format=PageFormat.of(page_dtype),
+    )
+    beside = 0
+    if configured is not None and shared:
+        beside = _beside(config, own, group, available // group.block_bytes)
+    blocks = max(0, available - beside) // group.block_bytes
+    length = model.max_model_len
+    sizes = Sizes(resolve(own), Limits.of(own, block_size, length))
+    full = -(-length // block_size)
+    packing = sizes.packed(length)
+    packed = packing.held(full) if packing.gains else full
+    peak = sizes.limits.peak_blocks
+    reading = full if peak is None or not packing.gains else min(full, peak)
+    count = 0 if blocks < reading else (blocks - reading) // packed + 1
+    return {
+        "ratio": ratio,
+        "page_dtype": page_dtype,
+        "requests": count,
+        "keys": min(1.0, packing.kept * sizes.blocks_per_page / max(1, packing.covered)),
+        "blocks": blocks,
+        "blocks_full": full,
+        "blocks_packed": packed,
+        "reading": reading,
+        "beside_bytes": beside,
+    }
+
+
+def _beside(config: VllmConfig, own: KVCompressConfig, group: CacheGroup, blocks: int) -> int:
+    """Bytes that compression allocates beside so many blocks, as the worker does."""
+    scheduler = config.scheduler_config
+    slots = num_observe_slots(
+        own, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, blocks, group
+    )
+    state = PackedState(
+        group,
+        num_blocks=blocks,
+        state_slots=state_slots(config, blocks),
+        observe_slots=slots,
+        window=own.ring,
+        dtype=config.model_config.dtype,
+        device=torch.device("meta"),
+        accumulated=own.query_stride > 0,
+        echo=own.stores_echo,
+    )
+    longest = min(config.model_config.max_model_len, blocks * group.block_size)
+    return state.num_bytes() + max(
+        scratch_bytes(policy, longest, group, state.accumulated is not None)
+        for policy in usable_policies(own)
+    )
+
+
+def weights(model: str, text: Any) -> Weights:
+    """Bytes of a model's weights, from the index or the headers of its files where it has any.
+
+    Args:
+        text: the configuration of its language model.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            total = json.loads(index.read_text()).get("metadata", {}).get("total_size")
+            if total:
+                return Weights(int(total), "the index of its safetensors files")
+        files = sorted(folder.glob("*.safetensors"))
+        if files:
+            return Weights(sum(map(_tensors, files)), "the headers of its safetensors files")
+    else:
+        try:
+            from huggingface_hub import get_safetensors_metadata
+
+            counts = get_safetensors_metadata(model).parameter_count
+            total = sum(count * _SAFETENSORS.get(name, 1) for name, count in counts.items())
+            return Weights(total, "the headers of its safetensors files")
+        except Exception:  # offline, or none there: the configuration will do
+            pass
+    return Weights(_estimated(text), "estimated from its configuration")
+
+
+def _tensors(path: Path) -> int:
+    """Bytes of the tensors of a safetensors file; only its header is read."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return max((entry["data_offsets"][1] for entry in header.values()), default=0)
+
+
+def _estimated(text: Any) -> int:
+    """Of a decoder with gated MLPs, as most are."""
+
+    def first(*names: str, default: int) -> int:
+        return next((int(v) for n in names if (v := getattr(text, n, None))), default)
+
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    heads = text.num_attention_heads
+    size = first("head_dim", default=hidden // heads)
+    kv = first("num_key_value_heads", default=heads)
+    experts = first("num_local_experts", "num_experts", "n_routed_experts", default=1)
+    wide = first("intermediate_size", "ffn_dim", "n_inner", default=4 * hidden)
+    if experts > 1:
+        wide = first("moe_intermediate_size", default=wide)
+    embeddings = text.vocab_size * hidden * (1 if text.tie_word_embeddings else 2)
+    inner = layers * (2 * hidden * size * (heads + kv) + 3 * hidden * wide * experts)
+    quantised = getattr(text, "quantization_config", None) or {}
+    if not isinstance(quantised, dict):
+        quantised = quantised.to_dict()
+    bits = quantised.get("bits") or (8 if quantised else 16)
+    return 2 * embeddings + inner * int(bits) // 8
+
+
+def _gib(num_bytes: float) -> str:
+    if abs(num_bytes) < GIB:
+        return f"{num_bytes / (1 << 20):.1f} MiB"
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def render(report: dict[str, Any]) -> str:
+    """What :func:`examine` found, for people."""
+    kept = report["compressed_layers"]
+    if report["compressed"]:
+        all_of = len(kept) in (0, report["layers"])
+        which = f"all {report['layers']} layers" if all_of else _ranges(kept, report["layers"])
+        what = f"compressed in {which}"
+    else:
+        what = "NOT compressed"
+    lines = [
+        f"{report['model']} ({report['architecture']}): {what}",
+        f"KV cache: {report['bytes_per_token']:,} bytes per token ({report['kv_heads']} KV heads "
+        f"of {report['head_size']}, {report['cache_dtype']}), blocks of {report['block_size']}",
+        f"weights: {_gib(report['weights']['bytes'])}, {report['weights']['source']}",
+    ]
+    if "options" in report:
+        lines.append(f"options: {report['options']}")
+    memory = report.get("memory")
+    if memory is not None:
+        per = f" on each of {report['gpus']} GPUs" if report["gpus"] > 1 else ""
+        lines.append(
+            f"memory{per}: {_gib(memory['gpu_bytes'])} x {memory['utilization']} - "
+            f"{_gib(memory['weights_bytes'])} of weights - {_gib(memory['overhead_bytes'])} for "
+            f"vLLM itself (a guess; its log says it) = {_gib(memory['cache_bytes'])}"
+            + (
+                f", {_gib(memory['beside_bytes'])} of it for compression"
+                if "beside_bytes" in memory
+                else ""
+            )
+        )
+        if report["fits"]:
+            lines += ["", *_table(report)]
+    lines += [f"warning: {text}" for text in report["warnings"]]
+    lines += [f"PROBLEM: {text}" for text in report["problems"]]
+    return "\n".join(lines)
+
+
+def _ranges(layers: Sequence[int], count: int) -> str:
+    return f"{len(layers)} of {count} layers ({', '.join(map(str, layers))})"
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    rows = {(row["ratio"], row["page_dtype"]): row for row in report["fits"]}
+    names = {"auto": report["cache_dtype"], "fp8": "fp8", "int4": "int4"}
+    lines = [
+        f"requests of {report['context']:,} tokens that fit, the latest while it is read (and the "
+        "share of the keys that compression keeps):",
+        "  ratio" + "".join(f"{name:>16}" for name in names.values()),
+    ]
+    for ratio in RATIOS:
+        cells = [
+            "-"
+            if (row := rows[ratio, name])["requests"] is None
+            else f"{row['requests']:,} ({row['keys']:.0%})"
+            for name in names
+        ]
+        lines.append(f"  {ratio:>5}" + "".join(f"{cell:>16}" for cell in cells))
+    lines += [
+        f"  -: {text}"
+        for text in dict.fromkeys(row["why"] for row in report["fits"] if row["requests"] is None)
+    ]
+    own = report.get("configured")
+    if own is not None:
+        lines.append(
+            f"with the options above: {own['requests']:,} ({own['blocks_packed']:,} blocks instead "
+            f"of {own['blocks_full']:,} each, of {own['blocks']:,})"
+        )
+    return lines
