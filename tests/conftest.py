@@ -1,6 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
 # A busy machine must not fail a test: no example has a time limit.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless browser; skips where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="the page's test needs selenium")
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("the page's test needs Chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 "--hide-scrollbars", "--window-size=1280,1600"):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=driver)
+    with webdriver.Chrome(options=options, service=service) as chrome:
+        yield chrome
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    with chromium() as chrome:
+        yield chrome

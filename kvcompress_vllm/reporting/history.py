@@ -8,7 +8,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvcompress_vllm.records.plan import TRIGGERS
 from kvcompress_vllm.reporting.metrics import REFUSALS, Outcome, StepReport
@@ -158,6 +158,24 @@ class History:
     def contexts(self) -> list[Held]:
         """What requests could take, of all engines, most recently used first."""
         return [held for engine in self._contexts.values() for held in reversed(engine)]
+
+    def told(self, since: float, now: float) -> dict[str, Any]:
+        """What the page is told, JSON-serialisable.
+
+        Args:
+            since: samples of later seconds only.
+        """
+        return {
+            "time": now,
+            "engines": self.num_engines,
+            "columns": COLUMNS,
+            "samples": self.samples(since, now),
+            "now": self.gauges()._asdict(),
+            "by_engine": {n: gauges._asdict() for n, gauges in self.by_engine().items()},
+            "totals": {**vars(self.totals), "kept_ratio": self.totals.kept_ratio()},
+            "kept_pages": self.mean_kept_pages(),
+            "contexts": [held._asdict() for held in self.contexts()],
+        }
 
     def samples(self, since: float, now: float) -> list[Sample]:
         """Of the seconds that ended after ``since`` and are over, in the order of :data:`COLUMNS`.

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -381,24 +380,6 @@ def test_who_may_see_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(keyless)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the page's test needs selenium")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("the page's test needs Chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 "--window-size=1280,1600"):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=driver)
-    with webdriver.Chrome(options=options, service=service) as chrome:
-        yield chrome
-
-
 class Page:
     """The page, as one who looks at it sees it."""
 
@@ -410,17 +391,24 @@ class Page:
     def text(self, name: str) -> str:
         return self.browser.find_element("id", name).text
 
+    def content(self, name: str) -> str:
+        """Also of what is folded away."""
+        return self.browser.find_element("id", name).get_attribute("textContent")
+
     def wait(self, condition: Callable[[], Any]) -> Any:
         from selenium.webdriver.support.ui import WebDriverWait
 
         return WebDriverWait(self.browser, 120).until(lambda _: condition())
 
     def numbers(self, *names: str) -> list[float]:
-        return [float(self.text(name)) for name in names]
+        return [float(self.text(name).replace(",", "")) for name in names]
 
     def heat(self) -> list[list[float]]:
         rows = self.browser.find_elements("css selector", "#heat tbody tr")
-        return [[float(td.text) for td in row.find_elements("tag name", "td")] for row in rows]
+        return [
+            [float(td.get_attribute("data-value")) for td in row.find_elements("tag name", "td")]
+            for row in rows
+        ]
 
     def charts(self) -> dict[str, str]:
         """The accessible names of the charts, by what they begin with."""
@@ -445,7 +433,7 @@ def test_the_page(browser: Any, tmp_path: Path) -> None:
         page.wait(lambda: page.text("notice") == "No request has been compressed yet.")
         assert page.numbers("packed_requests", "used_blocks", "compressions") == [0, 0, 0]
         assert page.text("kept_ratio") == "none" and page.heat() == []
-        assert "ratio=4.0" in page.text("options") and page.text("model") == "of tiny"
+        assert "ratio=4.0" in page.content("options") and page.text("model") == "of tiny"
 
         streams = [
             server.client.completions.create(
@@ -459,14 +447,15 @@ def test_the_page(browser: Any, tmp_path: Path) -> None:
         used, saved, blocks = page.numbers("used_blocks", "saved_blocks", "blocks")
         assert 40 <= used < blocks and saved >= 4 * 26
         heat = page.wait(page.heat)
-        assert len(heat) == LAYERS and {len(row) for row in heat} == {HEADS}
+        assert len(heat) == HEADS and {len(row) for row in heat} == {LAYERS}
         # All pages of the packed blocks belong to some head; prompts of 36 blocks keep 9 or 10.
         mean = sum(map(sum, heat)) / (LAYERS * HEADS)
         assert 8.9 <= mean <= 12 and len({value for row in heat for value in row}) > 2
         table = browser.find_element("css selector", "#heat table")
         assert table.accessible_name.startswith("Kept pages by layer and KV head")
         names = page.charts()
-        assert list(names) == ["Block pool", "Requests", "Compressions by trigger", "Kept ratio"]
+        assert list(names) == ["Block pool", "Requests", "Why requests wait",
+                               "Compressions by trigger", "Kept ratio"]  # fmt: skip
         assert ", blocks, over the last" in names["Block pool"]
         assert "packed 4" in page.wait(lambda: "packed 4" in page.charts()["Requests"] and
                                        page.charts()["Requests"])  # fmt: skip
@@ -496,8 +485,21 @@ def test_the_page(browser: Any, tmp_path: Path) -> None:
 
         check_totals(4)
         assert 0.2 <= page.numbers("kept_ratio")[0] <= 1
-        complete(server, prompts[0])
+        reply = server.client.completions.create(model="tiny", prompt=prompts[0], max_tokens=4)
         check_totals(5)  # without a reload
+        told = httpx.get(f"{server.url}/kv-compress/requests", params={"id": reply.id}).json()
+        ((request,),) = told.values()
+        assert request["id"].startswith(reply.id) and len(request["compressions"]) == 1
+        (outcome,) = request["compressions"]
+        blocks = [outcome["before"], outcome["after"]]
+        assert blocks == [reply.usage.kv_compress[f"blocks_{when}"] for when in ("before", "after")]
+        assert len(outcome["layers"]) == LAYERS
+        packed = outcome["after"] - (outcome["before"] - outcome["covered"])
+        assert sum(outcome["layers"]) == packed * LAYERS * HEADS
+        browser.find_element("id", "lookup-id").send_keys(f"{reply.id}\n")
+        page.wait(lambda: request["id"] in page.text("lookup-body"))
+        nobody = httpx.get(f"{server.url}/kv-compress/requests", params={"id": "cmpl"})
+        assert nobody.status_code == 404 and nobody.json() == {"requests": []}
         assert browser.get_log("browser") == []
 
 
@@ -514,7 +516,7 @@ def test_the_page_asks_for_the_key(browser: Any, server: Server) -> None:
         page.wait(lambda told=told: told in page.text("notice"))
         if told:
             page.wait(form.is_displayed)
-    page.wait(lambda: "ratio=4.0" in page.text("options"))
+    page.wait(lambda: "ratio=4.0" in page.content("options"))
     assert browser.find_element("id", "shown").is_displayed() and not form.is_displayed()
 
 

@@ -11,7 +11,6 @@ import functools
 import os
 import time
 from argparse import Namespace
-from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
@@ -26,7 +25,8 @@ from kvcompress_vllm.integration.frontend import access, checks
 from kvcompress_vllm.integration.frontend.prometheus import KVCompressStatLogger
 from kvcompress_vllm.integration.frontend.usage import report_in_usage
 from kvcompress_vllm.integration.start.flags import resolved_config
-from kvcompress_vllm.reporting.history import COLUMNS, SECONDS, History
+from kvcompress_vllm.reporting.history import SECONDS, History
+from kvcompress_vllm.reporting.page import html
 
 PATH = "/kv-compress"
 OPEN, API_KEY, OFF = "open", "api-key", "off"
@@ -140,7 +140,7 @@ async def _authorized(request: Request) -> None:
 @router.get(PATH, response_class=HTMLResponse)
 async def page() -> HTMLResponse:
     """The live page, without data."""
-    return HTMLResponse(_page(), headers=_HEADERS)
+    return HTMLResponse(html(), headers=_HEADERS)
 
 
 @router.head(f"{PATH}/data", include_in_schema=False, dependencies=[Depends(_authorized)])
@@ -165,24 +165,10 @@ async def data(request: Request, since: float = Query(0.0, allow_inf_nan=False))
     history = _history(client)
     if history is None:
         return JSONResponse({**about, "no_data": NO_STATISTICS}, headers=_HEADERS)
-    now = time.time()
-    totals = history.totals
+    blocks = (config.cache_config.num_gpu_blocks or 0) - history.num_engines
+    told = history.told(since, time.time())
     return JSONResponse(
-        {
-            **about,
-            "no_data": None,
-            "time": now,
-            "engines": history.num_engines,
-            "blocks": (config.cache_config.num_gpu_blocks or 0) - history.num_engines,
-            "columns": COLUMNS,
-            "samples": history.samples(since, now),
-            "now": history.gauges()._asdict(),
-            "by_engine": {n: gauges._asdict() for n, gauges in history.by_engine().items()},
-            "totals": {**vars(totals), "kept_ratio": totals.kept_ratio()},
-            "kept_pages": history.mean_kept_pages(),
-            "contexts": [held._asdict() for held in history.contexts()],
-        },
-        headers=_HEADERS,
+        {**about, "no_data": None, "blocks": blocks, **told}, headers=_HEADERS
     )
 
 
@@ -209,13 +195,3 @@ def _history(client: Any) -> History | None:
         if isinstance(logger, KVCompressStatLogger):
             return logger.history
     return None
-
-
-@functools.cache
-def _page() -> str:
-    """One file: page.html with the library it draws with inside."""
-    folder = resources.files("kvcompress_vllm") / "page"
-    text = (folder / "page.html").read_text("utf-8")
-    for name in ("uPlot.min.css", "uPlot.iife.min.js"):
-        text = text.replace(f"/* {name} */", (folder / name).read_text("utf-8"))
-    return text
