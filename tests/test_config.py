@@ -169,6 +169,17 @@ def test_yaml_file(tmp_path: Path) -> None:
             parse_spec(str(path))
 
 
+def test_off_is_a_word_where_an_option_takes_it(tmp_path: Path) -> None:
+    """YAML reads it as false."""
+    path = tmp_path / "off.yaml"
+    path.write_text("share: off\ndecode: off\n")
+    for spec in ("share=off,decode=off", str(path), '{"share": "off", "decode": false}'):
+        config = KVCompressConfig.from_dict(parse_spec(spec))
+        assert (config.share, config.decode) == ("off", False)
+    with pytest.raises(ValueError, match="share=False is not accepted"):
+        KVCompressConfig.from_dict({"share": False})
+
+
 def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "numbers.yaml"
     path.write_text("window: 010\nratio: 1e1\n")

@@ -7,6 +7,7 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 
@@ -113,9 +114,9 @@ def test_echo_slots_run_short() -> None:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    answers: dict[str, str] = {}
+    answers: ClassVar[dict[str, str]] = {}
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         body = self.answers.get(self.path.partition("?")[0])
         self.send_response(404 if body is None else 200)
         self.end_headers()

@@ -5,7 +5,14 @@ from __future__ import annotations
 
 import pytest
 
-from kvcompress_vllm.reporting.history import COLUMNS, LAST_REQUESTS, SECONDS, WAITS, Gauges, History
+from kvcompress_vllm.reporting.history import (
+    COLUMNS,
+    LAST_REQUESTS,
+    SECONDS,
+    WAITS,
+    Gauges,
+    History,
+)
 from kvcompress_vllm.reporting.metrics import Compressed, Occupancy, Outcome, StepReport
 from kvcompress_vllm.reporting.shared import SharedReport
 

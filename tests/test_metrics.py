@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import pytest
+import yaml
 
 from kvcompress_vllm.records.plan import Compression
 from kvcompress_vllm.reporting import metrics
 from kvcompress_vllm.reporting.metrics import METRICS, Compressed, StepReport
 
 DOCS = Path(__file__).parents[1] / "docs"
+ALERTS = DOCS / "prometheus"
 BY_NAME = {metric.name: metric for metric in METRICS}
 NAME = r"kv_compress:\w+"
 
@@ -55,6 +61,39 @@ def test_the_dashboard_asks_for_labels_that_exist() -> None:
         for prefix, name in re.findall(rf"(rate\()?({NAME})", text):
             metric = series(name)
             assert metric is not None and bool(prefix) == (metric.kind != "gauge"), text
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((ALERTS / "alerts.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_alerts_ask_for_what_we_export() -> None:
+    for rule in alerts():
+        for name, selector in re.findall(rf"({NAME})(?:{{(.*?)}})?", rule["expr"]):
+            found = BY_NAME.get(re.sub("_(sum|count)$", "", name)) or series(name)
+            assert found is not None, name
+            for label, value in re.findall(r'(\w+)="([^"]*)"', selector):
+                assert label == found.label and value in found.values
+            if "sum by (model_name, engine, reason)" in rule["expr"]:
+                assert found.label == "reason"
+        assert {"severity"} == rule["labels"].keys()
+        assert {"summary", "description"} == rule["annotations"].keys()
+
+
+def test_alerts_fire_when_they_should() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("the alerts' tests need promtool (Debian: prometheus)")
+    command = [promtool, "test", "rules", "alerts.test.yaml"]
+    result = subprocess.run(command, cwd=ALERTS, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    tested = yaml.safe_load((ALERTS / "alerts.test.yaml").read_text())["tests"]
+    fired = {
+        case["alertname"] for test in tested for case in test["alert_rule_test"]
+        if case.get("exp_alerts")
+    }  # fmt: skip
+    assert fired == {rule["alert"] for rule in alerts()}
 
 
 def test_the_dashboard_is_laid_out() -> None:

@@ -65,6 +65,14 @@ def parse_value(name: str, text: str) -> Any:
     if value is None or isinstance(value, list | dict):
         accepted = OPTIONS[name].metadata["accepted"] if name in OPTIONS else "a number or a word"
         raise refusal(name, text, accepted)
+    return _word(name, value)
+
+
+def _word(name: Any, value: Any) -> Any:
+    """``off`` where YAML made false of it and the option takes the word, not the truth value."""
+    if value is False and name in OPTIONS:
+        accepts = OPTIONS[name].metadata["accepts"]
+        return "off" if accepts("off") and not accepts(value) else value
     return value
 
 
@@ -224,7 +232,7 @@ def _mapping(text: bytes, origin: str) -> dict[str, Any]:
         raise ValueError(
             f"kv_compress: {shown(origin)} must hold a mapping of options; {known_keys()}"
         )
-    return options
+    return {name: _word(name, value) for name, value in options.items()}
 
 
 def _unreadable(origin: str, error: BaseException) -> ValueError:

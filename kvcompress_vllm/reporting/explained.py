@@ -269,8 +269,9 @@ def _waiting(told: _Told) -> list[Finding]:
     if not reasons:
         full = told("vllm:kv_cache_usage_perc") > 0.9
         reasons.append(
-            "the KV cache is full" if full else "vLLM's own limits (--max-num-seqs, "
-            "--max-num-batched-tokens), not compression"
+            "the KV cache is full"
+            if full
+            else "vLLM's own limits (--max-num-seqs, --max-num-batched-tokens), not compression"
         )
     level = "warning" if len(reasons) > 1 or "limits" not in reasons[0] else "info"
     return [Finding(level, f"{waiting:,.0f} requests wait: {'; '.join(reasons)}")]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command in the documents, and how we know that it works.
 
-A pattern of the whole command, and a test that runs it or what it runs, or the reason why none does:
-``GPU``, ``network`` (it downloads), ``long`` (minutes to hours; the arguments of our own modules
-are parsed all the same), ``installs`` (it changes the environment).
+A pattern of the whole command, and a test that runs it or what it runs, or the reason why none
+does: ``GPU``, ``network`` (it downloads), ``long`` (minutes to hours; the arguments of our own
+modules are parsed all the same), ``installs`` (it changes the environment).
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ COMMANDS = {
     r"make (install|check|test|engine|docs)": "installs: .ci/run runs it on a fresh clone",
     r"make serve": f"{SERVER}::test_needles_and_blocks",
     r"make releases": "long: an hour, 30 GB",
-    r"pip install --no-build-isolation \.": "tests/test_build.py::test_a_wheel_from_the_sdist_runs_without_the_source_tree",
+    r"pip install --no-build-isolation \.": (
+        "tests/test_build.py::test_a_wheel_from_the_sdist_runs_without_the_source_tree"
+    ),
     r"pip install vllm==\S+": "installs: vLLM; .ci/run does it",
-    r"pip install '?(kvcompress_vllm\[ray-vllm-0-26\]|lm-eval\[vllm,api\]|\w+)'?": "installs: extras",
+    r"pip install '?(kvcompress_vllm\[ray-vllm-0-26\]|lm-eval\[vllm,api\]|\w+)'?": (
+        "installs: extras"
+    ),
     # The command of the package.
     r"kvcompress-vllm doctor": "tests/integration/test_doctor.py::test_all_is_well",
     r"kvcompress-vllm doctor --wheel \S+": (
         "tests/integration/test_doctor.py::test_a_wheel_is_only_read"
     ),
+    r"kvcompress-vllm doctor --model meta-llama/\S+ --gpu-memory 80G .*": (
+        "tests/integration/test_capacity.py::test_an_8b_model_on_80_gib"
+    ),
+    r"kvcompress-vllm doctor --url \S+": "tests/test_explained.py::test_over_http",
     # Servers; tests/integration/test_documents.py parses the flags of all of them.
     r"vllm serve MODEL --kv-compress( ratio=8)?": f"{SERVER}::test_needles_and_blocks",
     r"vllm serve meta-llama/\S+ --kv-compress( \S+)?": "GPU: 16 GB of weights",
@@ -43,7 +51,7 @@ COMMANDS = {
         f"{SERVER}::test_what_the_documents_ask"
     ),
     # Measurements.
-    r"(LLM=\S+ )?python -m benchmarks\.(throughput|serve|sharing|multiturn|generation|parallel) .*": (
+    r"python -m benchmarks\.(throughput|serve|sharing|multiturn|generation|parallel) .*": (
         "GPU: the figures of docs/benchmarks.md"
     ),
     r"python -m benchmarks\.(batch|batch_ray) .*": "GPU: tests/test_batch_benchmarks.py has parts",
@@ -53,7 +61,9 @@ COMMANDS = {
     r"python -m benchmarks\.quality .*": "tests/integration/test_quality.py::test_measured_cells",
     r"python -m benchmarks\.quality\.reference": "long: the reference answers token by token",
     r"python -m benchmarks\.models .*": "network: a model and texts from package registries",
-    r"python -m benchmarks\.real .*": "tests/test_real_study.py::test_tables_say_what_share_of_the_full_caches_answers_is_left",
+    r"python -m benchmarks\.real .*": (
+        "tests/test_real_study.py::test_tables_say_what_share_of_the_full_caches_answers_is_left"
+    ),
     r"lm_eval .*": "network: tasks and a model",
     r"python -m pytest -p tests\.mutation .*": "long: hours",
 }

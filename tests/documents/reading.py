@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -46,7 +47,7 @@ def links(path: Path) -> Iterator[str]:
 def anchors(path: Path) -> set[str]:
     """What links may name of a document, as GitHub makes it of headings."""
     found, parsed = set(), MARKDOWN.parse(path.read_text())
-    for heading, text in zip(parsed, parsed[1:], strict=False):
+    for heading, text in pairwise(parsed):
         if heading.type == "heading_open":
             words = re.sub(r"[^\w\- ]", "", text.content.lower())
             found.add(words.replace(" ", "-"))

@@ -269,12 +269,15 @@ def test_only_where_compression_is_on_and_vllm_keeps_statistics() -> None:
     assert ours() == []
 
 
+NAMING = ("metrics.md", "troubleshooting.md", "grafana/kv-compress.json", "prometheus/alerts.yaml")
+
+
 def test_the_dashboard_names_metrics_of_this_vllm() -> None:
     """vLLM's, that is; tests/test_metrics.py checks ours."""
     sim = Simulation(60, OPTIONS)
     StatLoggerManager(sim.vllm_config, [0])
     docs = Path(__file__).parents[2] / "docs"
-    text = "".join((docs / name).read_text() for name in ("metrics.md", "grafana/kv-compress.json"))
+    text = "".join((docs / name).read_text() for name in NAMING)
     named = set(re.findall(r"vllm:\w+", text))
     types = re.findall(r"^# TYPE (\S+)", generate_latest().decode(), re.M)
     known = {*types, *(f"{name}_bucket" for name in types), "vllm:cache_config_info"}

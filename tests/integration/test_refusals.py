@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unsupported models and features are refused at startup, by name; docs/supported.md lists them all."""
+"""What is not supported is refused at startup, by name; docs/supported.md lists all of it."""
 
 import json
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of the live page for the documents: ``python -m tests.page.screenshots docs/figures``."""
+"""Pictures of the page for the documents: ``python -m tests.page.screenshots docs/figures``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.page.test_page import open_page
 PICTURES = (
     # File, state, width, height, dark; 0: as high as it is.
     ("page-light", "light", 1100, 700, False),
-    ("page-full", "full", 1100, 0, True),
+    ("page-full", "full", 1280, 0, True),
     ("page-phone", "deep", 390, 844, False),
 )
 
@@ -35,7 +35,7 @@ def picture(browser: Any, state: str, width: int, height: int, dark: bool) -> Im
             height = browser.execute_script("return document.documentElement.scrollHeight")
             open_size(browser, width, height)
         image = Image.open(io.BytesIO(browser.get_screenshot_as_png()))
-        return image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        return image.convert("RGB").quantize(96, dither=Image.Dither.NONE)
 
 
 def open_size(browser: Any, width: int, height: int) -> None:

@@ -34,8 +34,14 @@ def pages(layers: int, heads: int) -> list[list[int]]:
 
 
 def load(
-    *, engines: int = 1, blocks: int, share: float, layers: int = 32, heads: int = 8,
-    waiting: int = 0, contexts: int = 0,
+    *,
+    engines: int = 1,
+    blocks: int,
+    share: float,
+    layers: int = 32,
+    heads: int = 8,
+    waiting: int = 0,
+    contexts: int = 0,
 ) -> tuple[History, int]:
     """Ten minutes of a server whose pool is filled to a share of it; also its blocks."""
     history = History(list(range(engines)), NOW - SECONDS)
@@ -56,7 +62,9 @@ def load(
             if share >= 1 and second % 5 == 0:
                 compressions.append(Compressed("pressure", False, 90, 60, 95, 65))
             held = [
-                Held(f"ctx-{number:08x}", 32000 >> number, 250 >> number, 2000 >> number, 9 - number)
+                Held(
+                    f"ctx-{number:08x}", 32000 >> number, 250 >> number, 2000 >> number, 9 - number
+                )
                 for number in range(contexts)
             ]
             report = StepReport(
@@ -84,7 +92,9 @@ def outcomes(layers: int, heads: int) -> list[Outcome]:
             f"{FOUND}-0-1a2b3c4d", trigger, tokens, before, after, 0.062, 2.4, kept, heads,
             tokens // 16,
         )
-        for trigger, tokens, before, after in (("prefill", 6000, 375, 48), ("decode", 6940, 434, 57))
+        for trigger, tokens, before, after in (
+            ("prefill", 6000, 375, 48), ("decode", 6940, 434, 57),
+        )
     ]  # fmt: skip
 
 
@@ -129,7 +139,7 @@ def serving(state: State) -> Iterator[str]:
     """The page's address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             parts = urlsplit(self.path)
             given = parse_qs(parts.query)
             status, body = 200, html()

@@ -34,10 +34,6 @@ def text(browser: Any, name: str) -> str:
     return str(browser.find_element("id", name).text)
 
 
-def visible(browser: Any, name: str) -> bool:
-    return bool(browser.find_element("id", name).is_displayed())
-
-
 @pytest.fixture(params=STATES)
 def state(request: pytest.FixtureRequest, browser: Any) -> Iterator[tuple[str, State, str]]:
     made = STATES[request.param]()
@@ -48,50 +44,52 @@ def state(request: pytest.FixtureRequest, browser: Any) -> Iterator[tuple[str, S
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+SHOWN = """
+const all = (selector, of) => [...document.querySelectorAll(selector)].map(of);
+const first = (row) => row.firstElementChild.textContent;
+return {
+  text: Object.fromEntries(all("[id]", (e) => [e.id, e.textContent.trim()])),
+  shown: document.getElementById("shown").checkVisibility(),
+  engines: all("#engines tbody tr", first), contexts: all("#contexts tbody tr", first),
+  engines_shown: document.getElementById("engines").checkVisibility(),
+  meter: ["now", "max"].map((a) => document.getElementById("meter").getAttribute(`aria-value${a}`)),
+  parts: all("#meter span", (e) => e.getBoundingClientRect().width),
+  heat: all("#heat tbody tr", (row) => [...row.cells].slice(1).map((c) => Number(c.dataset.value))),
+  cell: Math.min(...all("#heat td", (e) => e.getBoundingClientRect().width)),
+  width: document.documentElement.scrollWidth,
+}
+"""
+"""All of it at once: the page draws anew every two seconds."""
+
+
 def test_every_state(browser: Any, state: tuple[str, State, str]) -> None:
     name, made, url = state
-    for width in (1280, PHONE):
-        open_page(browser, url, width, dark=name == "full")
-        wide = browser.execute_script("return document.documentElement.scrollWidth")
-        assert wide <= width, "scrolls sideways"
-        assert visible(browser, "shown") == (name != "silent")
+    open_page(browser, url, PHONE, dark=name == "full")
+    assert browser.execute_script(SHOWN)["width"] <= PHONE, "scrolls sideways"
+    open_page(browser, url, 1280, dark=name == "full")
+    page = browser.execute_script(SHOWN)
+    text = page["text"]
+    assert page["width"] <= 1280 and page["shown"] == (name != "silent")
     if name == "silent":
-        assert "--disable-log-stats" in text(browser, "notice")
+        assert "--disable-log-stats" in text["notice"]
         return
     data = made.data(0)
-    now, blocks = data["now"], data["blocks"]
-    assert text(browser, "used_blocks").replace(",", "") == str(now["used_blocks"])
+    now, blocks, kept = data["now"], data["blocks"], data["kept_pages"]
+    assert text["used_blocks"].replace(",", "") == str(now["used_blocks"])
     usage = {"light": "0.4%", "full": "100%", "idle": "0%"}.get(name)
-    assert usage is None or text(browser, "usage") == usage
-    meter = browser.find_element("id", "meter")
-    assert meter.get_attribute("aria-valuenow") == str(now["used_blocks"])
-    assert meter.get_attribute("aria-valuemax") == str(blocks)
-    widths = [part.size["width"] for part in meter.find_elements("tag name", "span")]
-    assert name == "idle" or min(widths[:2]) >= 3, "little is seen, too"
-
-    heat = browser.find_elements("css selector", "#heat tbody tr")
-    kept = data["kept_pages"]
-    assert len(heat) == (len(kept[0]) if kept else 0)
+    assert usage is None or text["usage"] == usage
+    assert page["meter"] == [str(now["used_blocks"]), str(blocks)]
+    assert name == "idle" or min(page["parts"][:2]) >= 3, "little is seen, too"
+    assert page["heat"] == [list(heads) for heads in zip(*kept, strict=True)]
     if kept:
-        cells = heat[1].find_elements("tag name", "td")
-        assert [float(cell.get_attribute("data-value")) for cell in cells] == [
-            layer[1] for layer in kept
-        ]
-        assert text(browser, "scale-most") == f"{max(map(max, kept)):.1f}"
-        assert min(cell.size["width"] for cell in cells) >= 6
-
-    engines = browser.find_elements("css selector", "#engines tbody tr")
-    assert visible(browser, "engines") == (data["engines"] > 1)
-    shown = [row.text.split()[0] for row in engines if row.is_displayed()]
-    assert shown == (list(map(str, data["by_engine"])) if data["engines"] > 1 else [])
-    held = browser.find_elements("css selector", "#contexts tbody tr")
-    assert [row.text.split()[0] for row in held] == [c["name"] for c in data["contexts"]]
-    why = text(browser, "why")
-    assert ("will grow to" in why) == (name == "full") and (why == "nobody waits") == (
-        now["waiting"] == 0
-    )
+        assert text["scale-most"] == f"{max(map(max, kept)):.1f}" and page["cell"] >= 6
+    assert page["engines_shown"] == (data["engines"] > 1)
+    assert page["engines"] == list(map(str, data["by_engine"]))
+    assert page["contexts"] == [held["name"] for held in data["contexts"]]
+    assert ("will grow to" in text["why"]) == (name == "full")
+    assert (text["why"] == "nobody waits") == (now["waiting"] == 0)
     zoom = "what is in use" if name in ("idle", "light") else "the whole pool"
-    assert text(browser, "zoom") == f"Chart shows {zoom}"
+    assert text["zoom"] == f"Chart shows {zoom}"
     assert browser.get_log("browser") == []
 
 

@@ -167,13 +167,11 @@ async def data(request: Request, since: float = Query(0.0, allow_inf_nan=False))
         return JSONResponse({**about, "no_data": NO_STATISTICS}, headers=_HEADERS)
     blocks = (config.cache_config.num_gpu_blocks or 0) - history.num_engines
     told = history.told(since, time.time())
-    return JSONResponse(
-        {**about, "no_data": None, "blocks": blocks, **told}, headers=_HEADERS
-    )
+    return JSONResponse({**about, "no_data": None, "blocks": blocks, **told}, headers=_HEADERS)
 
 
 @router.get(f"{PATH}/requests", dependencies=[Depends(_authorized)])
-async def requests(request: Request, id: str = Query(min_length=1)) -> JSONResponse:  # noqa: A002
+async def requests(request: Request, id: str = Query(min_length=1)) -> JSONResponse:
     """What became of a request whose id is known: one of the last that were compressed.
 
     Args:

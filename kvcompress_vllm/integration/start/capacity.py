@@ -30,8 +30,8 @@ from kvcompress_vllm.integration.sizing import state_slots
 from kvcompress_vllm.integration.start.attention_kinds import full_layers
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.records.group import CacheGroup
-from kvcompress_vllm.scheduling.slots import num_observe_slots
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes
+from kvcompress_vllm.scheduling.slots import num_observe_slots
 
 RATIOS = (1, 2, 4, 8)
 OVERHEAD = 2 << 30
@@ -72,14 +72,14 @@ def examine(
     refusal = None
     try:
         config, args = _config(model, [*_compressing(flags), *given])
-    except _Refused as refused:
+    except _RefusedError as refused:
         refusal = str(refused)
         config, args = _config(model, _without_ours(given))
     # vLLM's CPU platform sets a size of its own; asked for is only what the flag says.
     return _report(config, refusal, gpu_bytes, args.kv_cache_memory_bytes)
 
 
-class _Refused(ValueError):
+class _RefusedError(ValueError):
     """Compression does not take this model, or these flags."""
 
 
@@ -111,7 +111,9 @@ def _config(model: str, flags: Sequence[str]) -> tuple[VllmConfig, Any]:
     except Exception as error:  # vLLM, transformers and the hub have many
         text = _brief(error)
         if "kv_compress: " in text:
-            raise _Refused(text[text.index("kv_compress: ") + len("kv_compress: ") :]) from error
+            raise _RefusedError(
+                text[text.index("kv_compress: ") + len("kv_compress: ") :]
+            ) from error
         raise ValueError(f"vLLM does not take {model!r}: {text}") from error
 
 

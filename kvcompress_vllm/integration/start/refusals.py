@@ -107,7 +107,7 @@ REFUSALS = (
         lambda c: c.kv_events_config is not None and c.kv_events_config.enable_kv_cache_events,
     ),
 )
-"""Checked in order once vLLM has resolved its configuration; also the table in docs/supported.md."""
+"""Checked in order once vLLM has resolved its configuration; docs/supported.md lists them, too."""
 
 
 def check(vllm_config: VllmConfig) -> None:
