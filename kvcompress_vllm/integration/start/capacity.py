@@ -66,7 +66,7 @@ def examine(
     Raises:
         ValueError: there is no such model, or vLLM does not take the flags.
     """
-    load_general_plugins()
+    load_general_plugins()  # type: ignore[no-untyped-call]
     length = [] if context is None else ["--max-model-len", str(context)]
     given = [*flags, *length]
     refusal = None
@@ -104,16 +104,14 @@ def _config(model: str, flags: Sequence[str]) -> tuple[VllmConfig, Any]:
 
     if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
         raise ValueError(f"there is no model at {model}")
-    parser = AsyncEngineArgs.add_cli_args(Parser())
+    parser = AsyncEngineArgs.add_cli_args(Parser())  # type: ignore[no-untyped-call]
     args = parser.parse_args(["--model", model, *flags])
     try:
         return AsyncEngineArgs.from_cli_args(args).create_engine_config(), args
     except Exception as error:  # vLLM, transformers and the hub have many
         text = _brief(error)
         if "kv_compress: " in text:
-            raise _RefusedError(
-                text[text.index("kv_compress: ") + len("kv_compress: ") :]
-            ) from error
+            raise _RefusedError(text.partition("kv_compress: ")[2]) from error
         raise ValueError(f"vLLM does not take {model!r}: {text}") from error
 
 
@@ -165,6 +163,12 @@ def _report(
     if gpu_bytes is not None:
         _fit(report, config, gpu_bytes, cache_bytes)
     return report
+
+
+def _model_dtype(config: VllmConfig) -> torch.dtype:
+    dtype: Any = config.model_config.dtype
+    found: torch.dtype = dtype
+    return found
 
 
 def _cache_dtype(config: VllmConfig) -> torch.dtype:
@@ -306,7 +310,7 @@ def _beside(config: VllmConfig, own: KVCompressConfig, group: CacheGroup, blocks
         state_slots=state_slots(config, blocks),
         observe_slots=slots,
         window=own.ring,
-        dtype=config.model_config.dtype,
+        dtype=_model_dtype(config),
         device=torch.device("meta"),
         accumulated=own.query_stride > 0,
         echo=own.stores_echo,
@@ -375,7 +379,7 @@ def _estimated(text: Any) -> int:
     if not isinstance(quantised, dict):
         quantised = quantised.to_dict()
     bits = quantised.get("bits") or (8 if quantised else 16)
-    return 2 * embeddings + inner * int(bits) // 8
+    return int(2 * embeddings + inner * int(bits) // 8)
 
 
 def _gib(num_bytes: float) -> str:
