@@ -109,6 +109,23 @@ def test_commands_are_run_or_say_why_not() -> None:
             assert f"def {test}(" in (ROOT / path).read_text(), how
 
 
+def test_throughput_is_that_of_the_results() -> None:
+    """Each number of README's table stands in docs/results/."""
+    lines = [
+        json.loads(line)
+        for name in ("throughput-19300-tokens", "throughput-all-memory", "serve-19300-tokens")
+        for line in (ROOT / f"docs/results/{name}.jsonl").read_text().splitlines()
+    ]
+    known = {f"{line['total_tokens_per_s']:,.0f}" for line in lines if "workload" in line}
+    known |= {f"{line['median_ttft_ms'] / 1000:.1f}" for line in lines if "rate" in line}
+    known |= {str(line["preemptions"]) for line in lines if "rate" in line}
+    table = (ROOT / "README.md").read_text().split("| one GPU |")[1].split("\n\n")[0]
+    rows = [row.strip("|").split("|")[1:] for row in table.splitlines()[2:]]
+    numbers = [re.match(r"[\d,.]+", cell.strip()) for row in rows for cell in row]
+    shown = [number[0] for number in numbers if number]
+    assert len(shown) > 8 and set(shown) <= known
+
+
 def language(block: Block) -> str:
     return "json" if not block.language and block.text.startswith("{") else block.language
 

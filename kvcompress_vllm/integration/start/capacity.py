@@ -144,6 +144,12 @@ def _report(
         "problems": [],
         "warnings": [],
     }
+    others = report["layers"] - len(layers)
+    if layers and others:
+        report["warnings"].append(
+            f"{others} layers that do not attend to everything are not counted: they hold what "
+            "fits their window or state, compressed or not"
+        )
     token = report["kv_heads"] * report["head_size"] * 2 * stored.itemsize
     report["bytes_per_token"] = token * (len(layers) or report["layers"])
     found = weights(model.model, model.hf_text_config)
