@@ -36,6 +36,8 @@ def text(browser: Any, name: str) -> str:
 
 @pytest.fixture(params=STATES)
 def state(request: pytest.FixtureRequest, browser: Any) -> Iterator[tuple[str, State, str]]:
+    browser.get("about:blank")  # what is open may ask a server that is gone
+    browser.get_log("browser")
     made = STATES[request.param]()
     with serving(made) as url:
         yield request.param, made, url
