@@ -30,7 +30,7 @@ COMMANDS = {
     r"kvcompress-vllm doctor --model meta-llama/\S+ --gpu-memory 80G .*": (
         "tests/integration/test_capacity.py::test_an_8b_model_on_80_gib"
     ),
-    r"kvcompress-vllm doctor --url \S+": "tests/test_explained.py::test_over_http",
+    r"kvcompress-vllm doctor --url \S+": f"{SERVER}::test_what_the_documents_ask",
     # Servers; tests/integration/test_documents.py parses the flags of all of them.
     r"vllm serve MODEL --kv-compress( ratio=8)?": f"{SERVER}::test_needles_and_blocks",
     r"vllm serve meta-llama/\S+ --kv-compress( \S+)?": "GPU: 16 GB of weights",
