@@ -73,6 +73,15 @@ def test_blocks_in_use_are_never_given_away() -> None:
         contexts.reallocated([2])
 
 
+def test_what_is_not_packed_after_all_is_offered_to_nobody() -> None:
+    contexts = Contexts(range(10, 12))
+    one, two = held(contexts, b"one", 1), held(contexts, b"two", 2)
+    contexts.leave(one, one.owner)  # preempted in the step in which it was to be packed
+    contexts.never_packed(one.slot)
+    assert list(contexts) == [two] == contexts.described
+    assert contexts.take_released() == [one.slot]
+
+
 def test_one_computes_a_context_at_a_time() -> None:
     contexts = Contexts(range(1))
     contexts.begin(b"key", "first")
