@@ -116,7 +116,10 @@ def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
     p.admit("b", 1000, resolve(config, Wish(context_tokens=800)), context)
     b = p.requests["b"]
     assert (b.due_at, b.packing, b.sizes) == (a.due_at, a.packing, a.sizes)
+    new = Packing(60, 22)
+    assert b.packing.gives_back(new) == 8 and b.gives_back(new) == 8 - 20, "a needs its blocks"
     p.release("a")
+    assert b.gives_back(new) == 8
     p.release("b")
     assert context.users == set() and p.contexts.get(b"key") is context
 
