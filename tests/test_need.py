@@ -143,6 +143,12 @@ def test_half_of_a_peak_holds_what_every_head_keeps() -> None:
         CompressionPlanner(KVCompressConfig(prefill_peak_tokens=256, recent=125), B, 2, 2, 2048)
 
 
+def test_what_is_kept_before_a_context_depends_on_nothing_behind_it() -> None:
+    asked = sizes(Wish(context_tokens=480), ratio=8, prefill_peak_tokens=320)
+    assert asked.packed_at(320, 490) == asked.packed_at(320, 5000) == Packing(20, 4)
+    assert sizes(ratio=8, prefill_peak_tokens=320).packed_at(320, 5000) == Packing(20, 10)
+
+
 def test_a_prompt_is_packed_anew_at_its_end_where_it_has_outgrown_its_budget_by_then() -> None:
     fixed = {"ratio": None, "budget_tokens": 128, "interval": 4}
     one, context = sizes(decode=False, **fixed), sizes(Wish(context_tokens=960), **fixed)
@@ -187,7 +193,9 @@ def test_admission_alone_expects_of_a_mass_what_others_came_to() -> None:
     p = before_a_question()
     (a,) = p.to_score({"a": 800})
     assert p.newcomers.forecast().packed(1600).kept == p.sizes().packed(1600).kept == 25
+    before = p.newcomers.version
     p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    assert p.newcomers.version > before, "a request that did not fit may fit now"
     # Everything was kept: a quarter is expected no longer, but a share of 0.325, a ratio of 3.
     assert p.newcomers.forecast().packed(1600).kept == 34 and p.sizes().packed(1600).kept == 25
     of_ratio = CompressionPlanner(KVCompressConfig(ratio=8), B, 4, 4, 4096)

@@ -75,6 +75,11 @@ def test_without_room_for_a_segment_nobody_waits(budget):
     assert waited == 0 and (budget == 1 or found)
 
 
+def test_whoever_waits_is_sure_of_the_room():
+    assert [whole_segments(200, 10, (400,), room) for room in (55, 56)] == [10, 0]
+    assert [whole_segments(200, 10, (230,), room) for room in (29, 30)] == [10, 0]
+
+
 def test_decoding_is_left_alone():
     assert whole_segments(3 * M + 7, 1, (3 * M + 7,), M) == 1
     assert whole_segments(10, 0, (300,), M) == 0
