@@ -66,6 +66,16 @@ def test_the_least_recently_used_makes_room_if_nobody_uses_it() -> None:
     assert [context.key for context in contexts] == [b"two", b"three"]
 
 
+def test_what_makes_room_while_a_step_is_planned_does_so_for_the_next() -> None:
+    contexts = Contexts(range(1))
+    one = held(contexts, b"one", 1)
+    contexts.leave(one, one.owner)
+    contexts.take_released()
+    assert contexts.new(b"two", 64, Packing(4, 1), "r", None) is None
+    assert contexts.take_dropped() == [one.slot]
+    assert contexts.new(b"two", 64, Packing(4, 1), "r", None) is not None
+
+
 def test_blocks_in_use_are_never_given_away() -> None:
     contexts = Contexts(range(1))
     held(contexts, b"one", 1, 2)
@@ -122,6 +132,17 @@ def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
     assert b.gives_back(new) == 8
     p.release("b")
     assert context.users == set() and p.contexts.get(b"key") is context
+
+
+def test_others_wait_on_while_a_peak_interrupts_whoever_computes_a_context() -> None:
+    config = KVCompressConfig(ratio=8, prefill_peak_tokens=320, window=8)
+    p = CompressionPlanner(config, 16, 4, 4, 4096, context_slots=2)
+    p.admit("a", 1000, resolve(config, Wish(context_tokens=480)), wanted=b"key")
+    (a,) = p.due({"a": 320})
+    assert p.new_context(a) is None, "not there yet"
+    p.compressed("a", 320)
+    assert a.due_at == 480 and p.contexts.computing(b"key") == "a"
+    assert p.new_context(a) is not None
 
 
 def test_slots_of_contexts() -> None:
