@@ -29,14 +29,16 @@ def heard(p: CompressionPlanner, computed: Mapping[str, int]) -> list[tuple[str,
 def test_segments_are_heard_once_they_are_whole_or_a_compression_is_due() -> None:
     p = listening(1, "a")
     assert p.requests["a"].due_at == 1664
-    p.observers.listen({"a": 1601})
+    p.observers.listen({"a": 1600})
     assert p.observers.used == 0, "whoever listens would give its slot"
+    seen = p.observe("a", 1600, 1)
+    assert seen is not None and seen.observe_from == 1600
     assert heard(p, {"a": 1615}) == []
-    assert heard(p, {"a": 1633}) == [("a", 1601, 1616), ("a", 1616, 1632)]
+    assert heard(p, {"a": 1633}) == [("a", 1600, 1616), ("a", 1616, 1632)]
     p.watch({"a": 1656})
     assert p.observers.used == 1 and p.requests["a"].listen_slot is not None
     p.requests["a"].due_at = 1650
-    assert heard(p, {"a": 1655}) == [("a", 1632, 1648), ("a", 1648, 1650)], "up to where it is due"
+    assert heard(p, {"a": 1650}) == [("a", 1632, 1648), ("a", 1648, 1650)], "up to where it is due"
 
 
 def test_a_single_token_is_not_heard() -> None:
@@ -63,5 +65,25 @@ def test_the_last_who_listens_gives_its_slot() -> None:
     assert slots == {0, 1}
     for name in "de":
         p.release(name)
-    p.observers.listen(computed | {"d": 1, "c": DECODED})
+    p.observers.listen(computed | {"c": DECODED})
     assert [n for n, t in p.requests.items() if t.listen_slot is not None] == ["a", "b"]
+
+
+def test_whoever_reads_its_prompt_does_not_listen() -> None:
+    p = listening(2)
+    p.admit("short", 100)
+    p.admit("long", 1600)
+    p.observers.listen({"short": 99, "long": 1600})
+    assert [t.listen_slot for t in p.requests.values()] == [None, None]
+    p.observers.listen({"short": 100})
+    assert p.requests["short"].listen_slot is not None
+
+
+def test_what_is_observed_of_a_generation_begins_where_it_was_counted_before() -> None:
+    config = KVCompressConfig(policy="h2o", ratio=None, budget_tokens=128, interval=1, window=32)
+    p = CompressionPlanner(config, B, 8, 2, 10_000)
+    p.admit("a", 1600)
+    p.compressed("a", 1600)
+    a = p.requests["a"]
+    seen = p.observed(a, a.due_at)
+    assert a.due_at == 1616 and seen is not None and seen.num_queries == 16

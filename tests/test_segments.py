@@ -78,6 +78,7 @@ def test_without_room_for_a_segment_nobody_waits(budget):
 def test_whoever_waits_is_sure_of_the_room():
     assert [whole_segments(200, 10, (400,), room) for room in (55, 56)] == [10, 0]
     assert [whole_segments(200, 10, (230,), room) for room in (29, 30)] == [10, 0]
+    assert [whole_segments(10, 1, (300,), room) for room in (M - 11, M)] == [1, 0]
 
 
 def test_decoding_is_left_alone():
