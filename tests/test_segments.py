@@ -111,6 +111,14 @@ def test_only_whole_segments_can_be_hit():
     assert usable(3 * M) == M
 
 
+def test_whoever_hits_a_segment_computes_the_next_whole():
+    blocks = WholeBlocks(100, 16)
+    row = list(range(60))
+    blocks.computed(row, 0, M, True)
+    blocks.computed(row[M // 16 :], M, 2 * M, True)
+    assert blocks.usable(row[: 2 * M // 16], equal) == row[: 2 * M // 16]
+
+
 def test_a_segment_in_two_parts_is_not_whole():
     blocks = WholeBlocks(100, 16)
     row = list(range(60))
