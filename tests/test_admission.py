@@ -3,7 +3,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.scheduling.admission import UNBOUNDED, Load, OutputLength, load, most_blocks
+from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.records.budget import Wish
+from kvcompress_vllm.scheduling.admission import (
+    UNBOUNDED,
+    Load,
+    OutputLength,
+    counted_twice,
+    load,
+    most_blocks,
+)
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 
 B = 16
@@ -100,3 +109,27 @@ def test_the_forecast_knows_that_compressions_wait_for_observation_slots() -> No
     among_many = load(PLANNER.newcomers, None, 0, 6000, 500, 2048, num_requests=128)
     assert alone.interval == 4
     assert among_many == alone._replace(most=alone.most + 12, interval=16)
+
+
+def test_blocks_of_a_context_count_once_among_those_who_will_not_pack_anew() -> None:
+    planner = CompressionPlanner(KVCompressConfig(ratio=4, interval=4), B, 8, 8, 10_000, 2)
+    budget = resolve(planner.config, Wish(context_tokens=800))
+    planner.admit("a", 900, budget, wanted=b"key")
+    (a,) = planner.due({"a": 800})
+    context = planner.new_context(a)
+    assert context is not None and context.packing == (50, 13)
+    planner.contexts.add(context, range(1, 14))
+    planner.compressed("a", 800, context)
+    for name in ("b", "c"):
+        planner.admit(name, 900, budget, context)
+    until = a.due_at - 900
+    users = [planner.requests[name] for name in "abc"]
+
+    def twice(*tokens_left: int) -> int:
+        loads = [Load(0, 20, 20, UNBOUNDED, 4, left) for left in tokens_left]
+        return counted_twice((t, 900, one) for t, one in zip(users, loads, strict=True))
+
+    assert twice(until, until, until) == 2 * 13
+    assert twice(until, until, until + 1) == 13, "the third will have blocks of its own"
+    assert twice(until, until + 1, until + 1) == 0
+    assert counted_twice([(None, 900, Load(0, 20, 20, UNBOUNDED, 4, 1))]) == 0

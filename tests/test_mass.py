@@ -87,6 +87,7 @@ def test_the_expected_ratio_follows_what_comes() -> None:
     assert expected.ratio == 1.25, "or nothing would be scored any more"
     assert ExpectedRatio(config(max_ratio=2)).ratio == 2
     assert ExpectedRatio(config(min_ratio=8)).ratio == 8
+    assert ExpectedRatio(config(page_dtype="fp8")).ratio == 8, "twice the keys in a block"
 
 
 def planner(**options: object) -> CompressionPlanner:

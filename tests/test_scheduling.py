@@ -34,7 +34,7 @@ def test_life_of_a_request() -> None:
     assert first is not None and (first.first_token, first.observe_from) == (512, 992)
     last = p.observe("a", 997, 3)
     assert last is not None and last.observe_slot == first.observe_slot
-    assert p.due({"a": 999}) == []
+    assert p.due({"a": 999}) == [] and list(p.accumulate({"a": 999})) == []
     assert [t.request_id for t in p.due({"a": 1000})] == ["a"]
     assert list(p.packed()) == []
     p.compressed("a")
@@ -170,6 +170,11 @@ def test_pressure_does_not_spend_a_slot_on_a_small_gain() -> None:
     report(p, "a", [0.9, 0.6, 0.1, 0.0])
     report(p, "b", [0.9, 0.11, 0.1, 0.0])
     assert pressed(p, 0, **lengths) == ["a"]
+
+
+def test_pressure_leaves_alone_what_gives_back_a_single_block() -> None:
+    p, _ = grown(1)
+    assert pressed(p, 0, b=1631 - 8) == [] and pressed(p, 0, b=1632 - 8) == ["b"]
 
 
 def test_pressure_beyond_the_budget_by_loss() -> None:

@@ -142,6 +142,10 @@ def test_who_computes_it_may_go_and_another_goes_on() -> None:
     sim.run()
     assert [len(sim.outputs[f"r{index}"]) for index in (1, 2)] == [4, 4]
     assert sim.num_compressions == 1 and contexts(sim)[0].owner == "r1"
+    sim.add("r3", [*document(2, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.abort("r3")
+    sim.step()
+    assert sim.scheduler.kv_compress_sharing._waiting == {}, "neither who started nor who went"
 
 
 def test_the_least_recently_used_goes_when_blocks_run_out() -> None:
