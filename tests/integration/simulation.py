@@ -223,7 +223,7 @@ class Simulation:
             group,
             num_blocks=num_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
-            window=config.ring,
+            window=config.ring(),
             dtype=dtype,
             echo=config.stores_echo,
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
