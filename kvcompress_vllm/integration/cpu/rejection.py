@@ -93,15 +93,16 @@ def recovered_tokens(
 
 def expand(
     output: Tensor,
-    values: Tensor,
-    ends: Tensor,
+    input_val: Tensor,
+    cu_num_tokens: Tensor,
     replace_from: float,
     replace_to: float,
-    **kwargs: object,
+    MAX_NUM_TOKENS: int | None = None,  # noqa: N803 - vLLM's name
 ) -> None:
     """Repeat what holds for a request for each of its drafted tokens, of any dtype."""
-    values = torch.where(values == replace_from, replace_to, values).to(output.dtype)
-    output.copy_(torch.repeat_interleave(values, ends.diff(prepend=ends.new_zeros(1)).long()))
+    values = torch.where(input_val == replace_from, replace_to, input_val).to(output.dtype)
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    output.copy_(torch.repeat_interleave(values, counts.long()))
 
 
 OPS: dict[str, Callable[..., None]] = {
@@ -122,4 +123,7 @@ def mend_expand() -> None:
     the result where the dtype was another."""
     from vllm.utils import cpu_triton_utils
 
-    cpu_triton_utils.expand_kernel.func = expand
+    cpu_triton_utils._expand_kernel_impl = expand
+    kernel = getattr(cpu_triton_utils, "expand_kernel", None)
+    if kernel is not None:  # before 0.31 vLLM has wrapped it by now
+        cpu_triton_utils.expand_kernel = type(kernel)(expand)
