@@ -238,10 +238,16 @@ class KVCompressConfig:
         """Whether what requests decode gets echo scores, too."""
         return self.stores_echo and self.decode
 
-    @property
-    def ring(self) -> int:
-        """Queries that an observation slot holds: the window, or whole segments."""
-        return -(-self.window // DECODED) * DECODED if self.listens else self.window
+    def ring(self, drafts: int = 0) -> int:
+        """Queries that an observation slot holds: the window, or whole segments.
+
+        Args:
+            drafts: tokens that a step may compute beyond its next; they must not take the places of
+                a segment that is still to be scored.
+        """
+        if not self.listens:
+            return self.window
+        return -(-max(self.window, DECODED + drafts) // DECODED) * DECODED
 
     def reads_echo(self, name: str | None = None) -> bool:
         """Whether a policy reads echo scores; None: the configured one. False of one that cannot

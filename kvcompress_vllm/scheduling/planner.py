@@ -54,6 +54,7 @@ class CompressionPlanner:
         observe_slots: how many requests can be observed at once.
         max_tokens: longest possible request, prompt and output.
         context_slots: how many packed prefixes can be held for others.
+        drafts: tokens that a step of a generation may compute beyond its next, some to be rejected.
 
     Attributes:
         observers: who is observed.
@@ -70,8 +71,10 @@ class CompressionPlanner:
         observe_slots: int,
         max_tokens: int,
         context_slots: int = 0,
+        drafts: int = 0,
     ) -> None:
         self.config = config
+        self._drafts = drafts
         self.limits = Limits.of(config, block_size, max_tokens)
         self.requests: dict[str, Tracked] = {}
         self.observers = ObservationSlots(config, observe_slots, self.requests)
@@ -190,7 +193,8 @@ class CompressionPlanner:
         """Give observation slots to decoding requests that will soon have outgrown their budget."""
         if not self.observers.available:
             return
-        near = observation.outgrowing(self.requests.values(), num_computed, self.config.window)
+        ahead = self.config.window + self._drafts
+        near = observation.outgrowing(self.requests.values(), num_computed, ahead)
         for computed, tracked in near:
             if not self.observers.available:
                 return
@@ -217,6 +221,7 @@ class CompressionPlanner:
             num_free,
             self.limits,
             self.config.window,
+            self._drafts,
             self.config.max_ratio,
             self.observers.available,
         )

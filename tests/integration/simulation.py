@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import torch
@@ -25,7 +26,7 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.metrics.stats import PrefixCacheStats
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -61,18 +62,26 @@ class PretendWorker:
     state: PackedState
     pages: torch.Tensor
     compressor: Compressor
+    window: int
     rows: dict[str, list[int]] = field(default_factory=dict)
     pending: list[PendingReports] = field(default_factory=list)
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     echoes: dict[str, torch.Tensor] = field(default_factory=dict)
     """By request, where echo scores are stored: those that its keys should have."""
+    observed: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """By place in the ring, the request and the tag of the token whose query is there."""
 
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
         for heard in plan.heard:
             assert heard.blocks == self.rows[heard.request_id][: len(heard.blocks)]
             assert heard.first // DECODED == (heard.end - 1) // DECODED
+            self._check_ring(heard, range(heard.first, heard.end), tokens[heard.request_id])
             self._score(heard.request_id, tokens[heard.request_id], heard.first, heard.end)
+        for item in plan.compressions:
+            if item.observed is None:
+                window = range(max(0, item.num_tokens - self.window), item.num_tokens)
+                self._check_ring(item, window, tokens[item.request_id])
         self.pending = start_step(plan, [self.compressor])
         for item in plan.compressions:
             row = self.rows[item.request_id]
@@ -109,6 +118,13 @@ class PretendWorker:
                     self._score(request_id, tokens[request_id], begin, end)
             self._forward(request_id, tokens[request_id], first, count, observed.get(request_id))
 
+    def _check_ring(self, item, positions, tokens) -> None:
+        """The queries of these tokens, and of no rejected ones, are in an observation slot."""
+        tags, size = prefix_tags(tokens), self.state.window
+        for position in positions:
+            found = self.observed.get(item.observe_slot * size + position % size)
+            assert found == (item.request_id, tags[position]), (item, position, found)
+
     def _score(self, request_id, tokens, begin, end) -> None:
         scores = echo_of(tokens, begin, end)
         self._store(request_id, torch.arange(begin, end), scores)
@@ -132,7 +148,9 @@ class PretendWorker:
             assert observation.first_token == first
             index = torch.full((count,), -1, dtype=torch.int32)
             for position in observation.positions(count, self.state.window):
-                index[position - first] = observation.place(position, self.state.window)
+                place = observation.place(position, self.state.window)
+                index[position - first] = place
+                self.observed[place] = request_id, int(tags[position - first])
             for layer in range(L):
                 query = torch.randn(count, H * G, D, generator=self.random)
                 query = query.to(self.state.ring.dtype)
@@ -166,6 +184,16 @@ def prefix_tags(tokens: list[int]) -> list[int]:
     return tags
 
 
+def next_token(tokens: list[int]) -> int:
+    """What the pretend model says."""
+    return (sum(tokens) * 7 + len(tokens)) % 1000 + 3
+
+
+def ngram(drafts: int) -> dict[str, object]:
+    """Speculation without a draft model."""
+    return {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3}
+
+
 class Simulation:
     """A scheduler, a pretend worker and the requests between them."""
 
@@ -180,7 +208,14 @@ class Simulation:
         prefix_caching: bool = True,
         log_stats: bool = True,
         asynchronous: bool = False,
+        drafts: int = 0,
+        acceptance: float = 0.5,
     ) -> None:
+        """
+        Args:
+            drafts: tokens that are speculated of each generation in a step.
+            acceptance: share of them that the pretend model says, too.
+        """
         page_format = PageFormat.of(options.get("page_dtype", "auto"))
         dtype = torch.float32 if page_format is PageFormat.AUTO else torch.bfloat16
         args = EngineArgs(
@@ -193,7 +228,12 @@ class Simulation:
             enable_prefix_caching=prefix_caching,
             enforce_eager=True,
             dtype=str(dtype).removeprefix("torch."),
+            speculative_config=ngram(drafts) if drafts else None,
         )
+        self._drafts, self._acceptance, self._random = drafts, acceptance, Random(0)
+        self._drafted: dict[str, list[int]] = {}
+        """What the worker computes beyond ``_tokens`` in this step."""
+        self.num_rejected = 0
         self.vllm_config = args.create_engine_config()
         # The CPU platform turns it off; the scheduler does not mind.
         self.vllm_config.scheduler_config.async_scheduling = asynchronous
@@ -223,7 +263,7 @@ class Simulation:
             group,
             num_blocks=num_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
-            window=config.ring,
+            window=config.ring(drafts),
             dtype=dtype,
             echo=config.stores_echo,
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
@@ -231,7 +271,7 @@ class Simulation:
             device=torch.device("cpu"),
         )
         pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"), dtype=dtype)
-        self.worker = PretendWorker(state, pages, Compressor(config, state, pages))
+        self.worker = PretendWorker(state, pages, Compressor(config, state, pages), config.window)
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(B, hash_function) if prefix_caching else None
@@ -300,7 +340,8 @@ class Simulation:
         scheduled, cached = output.num_scheduled_tokens, output.scheduled_cached_reqs
         for rid in [*(new.req_id for new in output.scheduled_new_reqs), *cached.resumed_req_ids]:
             self._tokens[rid] = list(self.scheduler.requests[rid]._all_token_ids)
-        self.worker.run(output, {rid: self._tokens[rid] for rid in self.scheduler.requests})
+        self._drafted = dict(output.scheduled_spec_decode_tokens)
+        self.worker.run(output, {rid: self._computed(rid) for rid in self.scheduler.requests})
         self.num_steps += 1
         if output.kv_compress.compressions or output.preempted_req_ids or self.num_steps % 8 == 0:
             self.check_contents()
@@ -313,15 +354,41 @@ class Simulation:
         for rid in ids:
             tokens = self._tokens[rid]
             done = self.scheduler.requests[rid].num_computed_tokens >= len(tokens)
-            sampled.append([(sum(tokens) * 7 + len(tokens)) % 1000 + 3] if done else [])
+            sampled.append(self._sample(tokens, self._drafted.get(rid, [])) if done else [])
             tokens += sampled[-1]
+        self._drafted = {}
         result = ModelRunnerOutput(ids, {rid: i for i, rid in enumerate(ids)}, sampled)
         self._in_flight.append((output, reports.attach(result, self.worker.pending)))
         if len(self._in_flight) == self._depth or not scheduled:
             self._update(*self._in_flight.popleft())
 
+    def _computed(self, request_id: str) -> list[int]:
+        return self._tokens[request_id] + self._drafted.get(request_id, [])
+
+    def _sample(self, tokens: list[int], drafted: list[int]) -> list[int]:
+        """What the pretend model says behind some tokens: of the drafted ones those that it says,
+        too, and one more."""
+        said: list[int] = []
+        for draft in [*drafted, None]:
+            said.append(next_token(tokens + said))
+            if said[-1] != draft:
+                break
+        self.num_rejected += len(drafted) + 1 - len(said)
+        return said
+
+    def _draft(self, request_id: str) -> list[int]:
+        found: list[int] = []
+        for _ in range(self._drafts):
+            right = next_token(self._tokens[request_id] + found)
+            found.append(right if self._random.random() < self._acceptance else right + 1)
+        return found
+
     def _update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
-        for outputs in self.scheduler.update_from_output(output, result).values():
+        answers = self.scheduler.update_from_output(output, result)
+        if self._drafts:
+            ids = [rid for rid in result.req_ids if rid in self.scheduler.requests]
+            self.scheduler.update_draft_token_ids(DraftTokenIds(ids, list(map(self._draft, ids))))
+        for outputs in answers.values():
             if outputs.scheduler_stats is not None:
                 self.reports.append(outputs.scheduler_stats.kv_compress)
                 self.prefix_cache_stats = outputs.scheduler_stats.prefix_cache_stats
@@ -366,7 +433,7 @@ class Simulation:
             assert self.worker.rows[rid] == ids, (rid, self.worker.rows[rid], ids)
             row = torch.tensor(ids)
             slot = self.worker.state.slot_of(ids)
-            tags = torch.tensor(prefix_tags(self._tokens[rid]))
+            tags = torch.tensor(prefix_tags(self._computed(rid)))
             state = State(*self.worker.state.tables)
             for head in range(L * H):
                 of_head = state.head(row, slot, *divmod(head, H))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from kvcompress_vllm.integration.cpu import kernels, newer
+from kvcompress_vllm.integration.cpu import kernels, newer, rejection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +38,7 @@ class KVCompressCpuPlatform(CpuPlatform):
     def import_kernels(cls) -> None:
         kernels.register()
         newer.claim_no_amx()
+        rejection.mend_expand()
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:

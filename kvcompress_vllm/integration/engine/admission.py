@@ -69,7 +69,9 @@ class Admission:
     def too_large(self, request: Request, budget: RequestBudget | None) -> str | None:
         """Why a request can never finish; the front end refuses such ones, unless passed by."""
         length = min(self._scheduler.max_model_len, request.num_tokens + request.max_tokens)
-        needed = blocks_needed(self._planner.sizes(budget), self._planner.config.window, length)
+        drafts = self._scheduler.num_spec_tokens
+        sizes, window = self._planner.sizes(budget), self._planner.config.window
+        needed = blocks_needed(sizes, window, length, drafts)
         most = self._manager.block_pool.num_gpu_blocks - 1
         return None if needed <= most else f"it may need {needed} blocks of {most}"
 

@@ -24,6 +24,7 @@ from kvcompress_vllm.cache.integrity import Block, check_pool
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
@@ -54,7 +55,8 @@ class KVCompressSpec(FullAttentionSpec):
             stock: int = super().max_memory_usage_bytes(vllm_config)
             return stock
         # The null block is in the pool, too, and no request can have it.
-        return (most_needed(config, self.block_size, longest) + 1) * self.page_size_bytes
+        drafts = draft_tokens(vllm_config)
+        return (most_needed(config, self.block_size, longest, drafts) + 1) * self.page_size_bytes
 
     @classmethod
     def of(
@@ -119,10 +121,10 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
     )
 
 
-def most_needed(config: KVCompressConfig, block_size: int, longest: int) -> int:
+def most_needed(config: KVCompressConfig, block_size: int, longest: int, drafts: int) -> int:
     """Blocks that a request of ``longest`` tokens needs that asks for nothing of its own."""
     sizes = Sizes(resolve(config), Limits.of(config, block_size, longest))
-    return blocks_needed(sizes, config.window, longest)
+    return blocks_needed(sizes, config.window, longest, drafts)
 
 
 class KVCompressManager(FullAttentionManager):

@@ -72,6 +72,7 @@ class _KVCompressMixin(Scheduler):
             observe_slots=observe_slots(self.vllm_config, self.kv_compress_group, blocks),
             max_tokens=self.max_model_len,
             context_slots=context_slots(self.vllm_config, blocks),
+            drafts=self.num_spec_tokens,
         )
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         block_bytes = self.kv_compress_group.block_bytes * ranks
@@ -129,7 +130,11 @@ class _KVCompressMixin(Scheduler):
         output = super().schedule(*args, **kwargs)
         self.kv_compress_sharing.put_back(self, held)
         self._steps.complete(
-            plan, output.num_scheduled_tokens, self.requests, self._check_integrity
+            plan,
+            output.num_scheduled_tokens,
+            output.scheduled_spec_decode_tokens,
+            self.requests,
+            self._check_integrity,
         )
         self._count(plan)
         output.kv_compress = plan  # type: ignore[attr-defined]
@@ -242,7 +247,8 @@ class _KVCompressMixin(Scheduler):
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
         tracked = planner.requests.get(request.request_id)
         if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
-            return num_new_tokens  # it decodes, and nothing is due that its prompt began
+            # It decodes, and nothing is due that its prompt began.
+            return min(num_new_tokens, max(1, tracked.due_at - first_token))
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         context = self._admission.hit(request)
         count = planner.chunk(

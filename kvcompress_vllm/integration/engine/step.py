@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
@@ -77,6 +77,7 @@ class StepBuilder:
         self,
         plan: StepPlan,
         scheduled: Mapping[str, int],
+        drafted: Mapping[str, Sequence[int]],
         requests: Mapping[str, Request],
         check_integrity: bool,
     ) -> None:
@@ -84,6 +85,7 @@ class StepBuilder:
 
         Args:
             scheduled: tokens that each request computes in this step.
+            drafted: those of them that may be rejected.
             requests: all of the scheduler; the step's tokens count as computed.
             check_integrity: whether the workers shall compare what they know.
         """
@@ -107,7 +109,8 @@ class StepBuilder:
             if observation is not None:
                 plan.observations.append(observation)
             if self._echo is not None:
-                self._score(plan, request, first_token, first_token + num_tokens)
+                decodes = num_tokens == 1 or request_id in drafted
+                self._score(plan, request, first_token, first_token + num_tokens, decodes)
             if num_tokens > 1 and request_id in manager.packed:
                 plan.packed_prefills.append(request_id)
         if check_integrity:
@@ -230,11 +233,12 @@ class StepBuilder:
         slots = state_slot, tracked.observe_slot
         return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
 
-    def _score(self, plan: StepPlan, request: Request, first: int, end: int) -> None:
-        """Have a step's tokens ``[first, end)`` scored, or note that they are not."""
+    def _score(self, plan: StepPlan, request: Request, first: int, end: int, decodes: bool) -> None:
+        """Have a step's tokens ``[first, end)`` scored, or note that they are not: a generated
+        token and what was drafted behind it are no segment."""
         assert self._echo is not None
         span = None
-        if end - first > 1:  # one token alone is no segment
+        if not decodes:
             policy = self._planner.sizes(budget_of(request)).budget.policy
             span = self._echo.span(request.request_id, policy, first, end)
         if span is not None:

@@ -13,6 +13,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.engine.kv_cache import most_needed
 from kvcompress_vllm.integration.frontend.wish import CONTEXT, KEYS, PREFIX, request_wish
+from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes
@@ -38,10 +39,11 @@ def check_length(
     length = min(longest, prompt + (params.max_tokens or longest))
     cache = vllm_config.cache_config
     sizes = Sizes(budget, Limits.of(config, cache.block_size, longest))
-    needed = blocks_needed(sizes, config.window, length)
+    drafts = draft_tokens(vllm_config)
+    needed = blocks_needed(sizes, config.window, length, drafts)
     # What vLLM made sure of when it started. The front end of several engines knows the sum of
     # their blocks only.
-    most = most_needed(config, cache.block_size, longest)
+    most = most_needed(config, cache.block_size, longest, drafts)
     blocks = getattr(cache, "num_gpu_blocks", None)
     if blocks and vllm_config.parallel_config.data_parallel_size == 1:
         most = blocks - 1  # the null block is nobody's

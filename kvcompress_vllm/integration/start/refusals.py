@@ -48,6 +48,13 @@ def _shares_kv(config: VllmConfig) -> bool | str:
     return config.cache_config.kv_sharing_fast_prefill
 
 
+def _drafts_otherwise(config: VllmConfig) -> bool | str:
+    speculative = config.speculative_config
+    if speculative is None or speculative.method == "ngram":
+        return False
+    return f"has method={speculative.method!r}; method='ngram' is accepted"
+
+
 REFUSALS = (
     Refusal(
         "pooling and embedding models",
@@ -64,9 +71,8 @@ REFUSALS = (
     Refusal("attention to later tokens of the prompt", "the model", kinds.not_causal),
     Refusal("sliding window or chunked local attention", "the model", kinds.local),
     Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),
-    Refusal(
-        "speculative decoding", "--speculative-config", lambda c: c.speculative_config is not None
-    ),
+    # Draft models have keys of their own, and drafts of steps in flight may still be rejected.
+    Refusal("speculative decoding other than n-gram", "--speculative-config", _drafts_otherwise),
     Refusal(
         "KV connectors and KV offloading",
         "--kv-transfer-config, --kv-offloading-size",

@@ -23,7 +23,7 @@ from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
-from kvcompress_vllm.integration.sizing import observe_slots, state_slots
+from kvcompress_vllm.integration.sizing import draft_tokens, observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import backend
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
@@ -186,7 +186,7 @@ class KVCompressWorkerMixin(Worker):
             num_blocks=num_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
-            window=self.kv_compress_config.ring,
+            window=self.kv_compress_config.ring(draft_tokens(self.vllm_config)),
             dtype=dtype,
             device=device,
             accumulated=self.kv_compress_config.query_stride > 0,
