@@ -52,6 +52,9 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
     elif not asked:
         least, most = 1.0, None
     observes_all = config.query_stride > 0 and kind.observes_all
+    exact = (wish.exact or config.exact) != "off" and config.reads_echo(policy)
+    if wish.exact not in (None, "off"):
+        _check_exact(config, wish, policy, prefix)
     return RequestBudget(
         policy=policy,
         ratio=ratio,
@@ -70,7 +73,21 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
         query_stride=config.query_stride if observes_all else 0,
         history=kind.history if observes_all else None,
         blocks_per_page=m,
+        exact=exact and wish.context_tokens is not None,
     )
+
+
+def _check_exact(config: KVCompressConfig, wish: Wish, policy: str, prefix: str) -> None:
+    asked = f"{prefix}exact={wish.exact}"
+    if wish.context_tokens is None:
+        raise ValueError(f"{asked} needs {prefix}context_tokens: what is repeated is a context")
+    if not config.reads_echo(policy):
+        raise ValueError(f"{asked} needs a policy that reads echo scores; {policy!r} does not")
+    for name in ("share", "prefill_peak_tokens"):
+        if getattr(config, name) not in ("context", "auto", None):
+            raise ValueError(
+                f"{asked} is not accepted; this server has {name}={getattr(config, name)}"
+            )
 
 
 def _check_policy(config: KVCompressConfig, policy: str, key: str) -> None:

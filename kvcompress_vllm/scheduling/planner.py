@@ -300,14 +300,31 @@ class CompressionPlanner:
 
     def due(self, num_computed: Mapping[str, int]) -> list[Tracked]:
         """Requests whose observation is complete, oldest first."""
-        return [t for t in self._observed(num_computed) if not t.awaits_curve]
+        return [t for t in self._observed(num_computed) if not (t.awaits_curve or t.awaits_replay)]
+
+    def to_replay(self, num_computed: Mapping[str, int]) -> list[Tracked]:
+        """Requests that have computed their context, which is to be repeated now."""
+        return [t for t in self._observed(num_computed) if t.awaits_replay]
+
+    @property
+    def replays(self) -> bool:
+        """Whether a request computes, or repeats, a context that is to be repeated."""
+        return any(t.awaits_replay for t in self.requests.values())
+
+    def replayed(self, request_id: str) -> None:
+        """Note that a context was repeated: its keys have the scores of that."""
+        tracked = self.requests[request_id]
+        tracked.replayed = True
+        tracked.unscored.scored(0, tracked.due_at)
 
     def to_score(self, num_computed: Mapping[str, int]) -> list[Tracked]:
         """Requests with a mass budget whose observation is complete; each once per compression."""
         ready = [
             tracked
             for tracked in self._observed(num_computed)
-            if tracked.awaits_curve and tracked.scored_at != tracked.due_at
+            if tracked.awaits_curve
+            and not tracked.awaits_replay
+            and tracked.scored_at != tracked.due_at
         ]
         for tracked in ready:
             tracked.scored_at = tracked.due_at

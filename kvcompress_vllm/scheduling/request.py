@@ -60,6 +60,8 @@ class Tracked:
     listened: int = 0
     """Tokens up to which that was done."""
 
+    replayed: bool = False
+    """Whether its context was repeated, so that it can be packed (``scheduling/replay.py``)."""
     wanted: bytes | None = None
     """Key of the context that it computes for others as well, until that is packed."""
     context: Context | None = None
@@ -92,6 +94,16 @@ class Tracked:
             and self.budget.mass is not None
             and self.ratio is None
             and (self.due_at >= self.prefill_end or self.due_at == self.sizes.context)
+        )
+
+    @property
+    def awaits_replay(self) -> bool:
+        """Whether its context is to be repeated before it is packed."""
+        return (
+            self.budget.exact
+            and not self.replayed
+            and self.observe_slot is not None
+            and self.due_at == self.sizes.context
         )
 
     def target(self) -> Packing:

@@ -24,13 +24,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.compat.releases import waiting_queues
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, KVCompressManager, budget_of
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
 from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.repeated import STRIDE, Repeated
+from kvcompress_vllm.scheduling.replay import may_repeat
 from kvcompress_vllm.scheduling.sizes import Sizes
 
 _KEY = "kv_compress_context"
@@ -86,7 +87,11 @@ class Sharing:
         n = repeated.context([(n, hashes[n // size - 1]) for n in lengths], held)
         if n is None:
             return budget
-        with_context = own._replace(context_tokens=n)
+        exact = self._planner.config.exact != "off" and self._planner.observers.reads_echo(
+            own.policy
+        )
+        exact = exact and may_repeat(n, self._planner.limits.max_tokens) and not request.mm_features
+        with_context = own._replace(context_tokens=n, exact=exact)
         return with_context if self._planner.sizes(with_context).reaches_context else budget
 
     def added(self, request: Request, budget: RequestBudget | None) -> None:
@@ -94,6 +99,9 @@ class Sharing:
         key = self._key(request, self._planner.sizes(budget))
         if key is not None:
             setattr(request, _KEY, key)
+            if self._repeats(request):
+                # Its keys get scores that nobody must find beside them in the prefix cache.
+                setattr(request, PRIVATE, True)
             self._waiting[request.request_id] = request
 
     def wanted(self, request: Request) -> bytes | None:
@@ -160,16 +168,29 @@ class Sharing:
         if not self._waiting:
             return held
         first: set[bytes] = set()
+        repeated = self._planner.replays
         queues = waiting_queues(scheduler)
         for queue in queues:
             for request in queue:
                 key = self.wanted(request)
-                if key is None or request.skip_reading_prefix_cache:
+                if key is None:
                     continue
-                if contexts.computing(key) is not None or key in first:
+                if request.skip_reading_prefix_cache:
+                    # Computes it in any case.
+                    if not self._repeats(request):
+                        continue
+                elif contexts.computing(key) is not None or key in first:
                     held.append(request)
-                elif contexts.get(key) is None:
-                    first.add(key)
+                    continue
+                elif contexts.get(key) is not None:
+                    continue
+                if self._repeats(request):
+                    # One context is repeated at a time: its blocks wait for room to do so.
+                    if repeated:
+                        held.append(request)
+                        continue
+                    repeated = True
+                first.add(key)
         if held:
             for queue in queues:
                 queue.remove_requests(held)
@@ -256,6 +277,10 @@ class Sharing:
                     f"kv_compress: {request_id} starts with blocks {row}, its context has "
                     f"{context.blocks}"
                 )
+
+    def _repeats(self, request: Request) -> bool:
+        """Whether the context of a request is repeated before it is packed."""
+        return self._planner.sizes(budget_of(request)).budget.exact
 
     def _key(self, request: Request, sizes: Sizes) -> bytes | None:
         """Of a request's context: its tokens (with LoRA, multimodal inputs and salt), and all that

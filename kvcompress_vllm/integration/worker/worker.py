@@ -120,6 +120,7 @@ class KVCompressWorkerMixin(Worker):
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
         context.echoes = plan.echoes
+        context.replays = plan.replays
         return pending
 
     def _end_step(self) -> None:
@@ -127,6 +128,7 @@ class KVCompressWorkerMixin(Worker):
         self.kv_compress_context.observations = []
         self.kv_compress_context.packed_prefills = []
         self.kv_compress_context.echoes = []
+        self.kv_compress_context.replays = []
 
     def _bind(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the state and attach it to every attention layer and metadata builder."""
