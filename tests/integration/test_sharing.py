@@ -303,6 +303,9 @@ class SharingMachine(RuleBasedStateMachine):
                 {"mass": 0.8, "ratio": None},
                 {"max_ratio": 16},
                 {"share": "auto"},
+                {"policy": "echo"},
+                {"policy": "echo", "exact": "kvzip"},
+                {"policy": "echo", "exact": "kvzip", "share": "auto"},
             ]
         ),
         page_dtype=st.sampled_from([each.label for each in PageFormat]),
@@ -311,6 +314,8 @@ class SharingMachine(RuleBasedStateMachine):
         self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, options,
         page_dtype,
     ):  # fmt: skip
+        if "exact" in options:
+            max_num_seqs = max(max_num_seqs, 2)
         options = {**OPTIONS, "decode": decode, "page_dtype": page_dtype, **options}
         self.sim = Simulation(
             num_blocks, options, asynchronous=asynchronous,
@@ -340,8 +345,9 @@ class SharingMachine(RuleBasedStateMachine):
 
     @rule(choice=st.randoms(use_true_random=False))
     def abort(self, choice):
-        if self.sim.live:
-            name = choice.choice(self.sim.live)
+        live = [name for name in self.sim.live if name in self.sim.outputs]
+        if live:
+            name = choice.choice(live)
             self.wanted.pop(name, None)
             self.sim.abort(name)
 
