@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def test_scores_are_the_highest_probability_of_all_parts(device, dtype, atol, mo
         query = torch.randn(L, length, H, G, D, generator=random).to(device, dtype) * 3
         for layer in range(L):
             keys = by_block[:, layer].transpose(0, 1).flatten(1, 2)[:, :end, :D]
-            for first, last in zip(cuts, cuts[1:], strict=False):
+            for first, last in pairwise(cuts):
                 op.score(
                     state, pages, layer, query[layer, first:last].flatten(1, 2),
                     torch.tensor(row, device=device), 4, 4 * B + first,
