@@ -95,6 +95,23 @@ def check_exact(config: Any) -> None:
         )
 
 
+def check_stride(config: Any) -> None:
+    """Refuse compressions at every multiple where those would not depend on tokens alone.
+
+    Args:
+        config: a ``KVCompressConfig``.
+
+    Raises:
+        ValueError: naming what they cannot be combined with.
+    """
+    for name in ("mass", "prefill_peak_tokens"):
+        if config.context_stride is not None and getattr(config, name) is not None:
+            raise ValueError(
+                f"kv_compress: context_stride={config.context_stride!r} cannot be combined with "
+                f"{name}={getattr(config, name)!r}"
+            )
+
+
 def named_policies(value: Any) -> Any:
     """``allow_policies`` as a tuple of names where it names some."""
     if isinstance(value, str):

@@ -52,6 +52,11 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
     elif not asked:
         least, most = 1.0, None
     observes_all = config.query_stride > 0 and kind.observes_all
+    stride = wish.context_stride or config.context_stride or 0
+    if wish.context_tokens is not None or mass is not None:
+        stride = 0  # of a mass, what is kept is not known from tokens alone
+    if wish.context_stride is not None:
+        _check_stride(config, wish, prefix, mass)
     exact = (wish.exact or config.exact) != "off" and config.reads_echo(policy)
     if wish.exact not in (None, "off"):
         _check_exact(config, wish, policy, prefix)
@@ -73,8 +78,19 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
         query_stride=config.query_stride if observes_all else 0,
         history=kind.history if observes_all else None,
         blocks_per_page=m,
+        context_stride=stride,
         exact=exact and wish.context_tokens is not None,
     )
+
+
+def _check_stride(config: KVCompressConfig, wish: Wish, prefix: str, mass: float | None) -> None:
+    asked = f"{prefix}context_stride={wish.context_stride}"
+    if wish.context_tokens is not None:
+        raise ValueError(f"{asked} and {prefix}context_tokens={wish.context_tokens} exclude each "
+                         "other")  # fmt: skip
+    for name, value in (("mass", mass), ("prefill_peak_tokens", config.prefill_peak_tokens)):
+        if value is not None:
+            raise ValueError(f"{asked} is not accepted with {name}={value}")
 
 
 def _check_exact(config: KVCompressConfig, wish: Wish, policy: str, prefix: str) -> None:

@@ -62,8 +62,8 @@ class Tracked:
 
     replayed: bool = False
     """Whether its context was repeated, so that it can be packed (``scheduling/replay.py``)."""
-    wanted: bytes | None = None
-    """Key of the context that it computes for others as well, until that is packed."""
+    wanted: dict[int, bytes] = field(default_factory=dict)
+    """Contexts that it computes for others as well, until they are packed: key by tokens."""
     context: Context | None = None
     """Whose blocks its row starts with; None: its packed blocks are its own."""
 

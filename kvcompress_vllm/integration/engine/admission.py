@@ -116,7 +116,8 @@ class Admission:
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
         # then stays uncompressed.
         manager.watermark_blocks = max(self._base_watermark, reserve)
-        if planner.sizes(budget).first_due(request.num_tokens) < request.num_tokens:
+        starting = planner.newcomers.starting("", request.num_tokens, budget)
+        if starting.due_at < request.num_tokens:
             kwargs["full_sequence_must_fit"] = False
         if context is not None:
             self._sharing.take(request.request_id, context)
@@ -155,7 +156,7 @@ class Admission:
             row = self._manager.create_kv_cache_blocks((self._sharing.row(context),))
             return row, context.num_tokens, 0
         sizes = planner.sizes(budget_of(request))
-        due_at = sizes.first_due(request.num_tokens)
+        due_at = planner.newcomers.starting("", request.num_tokens, sizes.budget).due_at
         usable = 0 if hasattr(request, PRIVATE) else num_tokens
         if due_at <= request.num_tokens:
             first = first_observed(sizes.budget, due_at, planner.config.window)

@@ -294,7 +294,8 @@ class _KVCompressMixin(Scheduler):
             self._recorder.compressed(item)
             tracked = self.kv_compress_planner.requests[item.request_id]
             self._shortage.compressed(item, tracked.usual_due)
-            self._usage.compressed(item, tracked.sizes.context)
+            marks = self.kv_compress_planner.marks(tracked.sizes, tracked.prefill_end)
+            self._usage.compressed(item, item.num_tokens if item.num_tokens in marks else None)
             before = item.old_packing.held(len(item.old_blocks))
             after = item.packing.held(len(item.old_blocks))
             if not item.old_kept:  # a long generation is compressed over and over

@@ -196,7 +196,9 @@ class StepBuilder:
                 )
             )
             freed += old
-            replaced += old if context is not None else []
+            if context is not None:
+                # Not the context that it goes on from: others may do so, too.
+                replaced += old[tracked.kept if tracked.context is not None else 0 :]
             planner.compressed(tracked.request_id, computed[tracked.request_id], context)
         planner.observers.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
