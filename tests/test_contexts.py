@@ -88,7 +88,7 @@ def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
     """A mass that all of it is needed for."""
     config = KVCompressConfig.from_dict({"mass": 0.9, "window": 8})
     p = CompressionPlanner(config, 16, 4, 4, 4096, context_slots=2)
-    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)), wanted=b"key")
+    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)), wanted={800: b"key"})
     assert p.contexts.computing(b"key") == "a"
     (a,) = p.to_score({"a": 800})
     share = [0.5, 0.1, 0.0] if kept == 20 else [1.0, 0.5, 0.0]

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.records.group import CacheGroup
 
 MOST_LOGITS = 1 << 25
-"""Numbers that are held at a time, fp32: 128 MiB, and as much again."""
+"""Numbers that are held at a time, fp32: 128 MiB, and twice as much in intermediates."""
+
+
+def scratch_bytes(num_tokens: int, group: CacheGroup) -> int:
+    """Memory that :func:`score` takes while it runs, of a row of ``num_tokens`` tokens."""
+    keys = num_tokens * group.heads * group.head_size  # as gathered, in one piece, and in fp32
+    return 4 * (3 * MOST_LOGITS + 3 * keys)
 
 
 def clear(state: PackedState, blocks: Sequence[int]) -> None:

@@ -25,8 +25,9 @@ LEAST_PART = 256
 """Tokens of a part at least, where the longest request leaves room for no more."""
 MOST_PROMPT = 64
 """Tokens that :data:`REPEAT` may take."""
-ROOM = MOST_PROMPT + LEAST_PART + 1
-"""Positions that there must be behind a context that is repeated."""
+ROOM = MOST_PROMPT + LEAST_PART + 2
+"""Positions that there must be behind a context that is repeated: one does not count, and vLLM
+keeps one for what it samples."""
 
 
 def may_repeat(context: int, max_tokens: int) -> bool:
@@ -50,7 +51,7 @@ def parts(
         repeat: tokens of the prompt.
         max_tokens: longest possible request.
     """
-    size = min(PART, max_tokens - len(context) - len(repeat) - 1)
+    size = min(PART, max_tokens - len(context) - len(repeat) - 2)
     for begin in range(0, len(context), size):
         tokens = [*repeat, *context[begin : begin + size]]
         yield [*tokens, context[0]], len(tokens)

@@ -60,6 +60,15 @@ def test_a_context_is_repeated_once_and_then_taken(asynchronous, page_dtype) -> 
     assert sim.num_cached_tokens == cached
 
 
+def test_a_part_that_takes_all_positions_there_are_ends(monkeypatch) -> None:
+    """vLLM leaves the last position to what is sampled."""
+    sim = Simulation(80, EXACT, max_model_len=600)
+    monkeypatch.setattr(replay, "PART", 10_000)
+    sim.add("r", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.run(300)
+    assert len(sim.outputs["r"]) == 4 and sim.worker.replayed["r"] > 320
+
+
 def test_several_are_repeated_one_after_the_other_where_there_is_no_room_for_two() -> None:
     """Each waits with half of the pool for room to be repeated in."""
     sim = Simulation(40, EXACT, max_model_len=600, max_num_seqs=4)

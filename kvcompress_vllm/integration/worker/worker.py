@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression import replay
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.echo import score_heard
 from kvcompress_vllm.compression.pending import PendingReports
@@ -204,11 +205,15 @@ class KVCompressWorkerMixin(Worker):
         return state.num_bytes() + self._scratch_bytes(state, num_blocks)
 
     def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
-        """What the largest possible compression takes while it runs."""
+        """What the largest possible compression takes while it runs, or a repetition."""
         most = min(self.model_config.max_model_len, num_blocks * state.group.block_size)
+        repeats = self.kv_compress_config.exact != "off"
         return max(
-            scratch_bytes(policy, most, state.group, state.accumulated is not None)
-            for policy in usable_policies(self.kv_compress_config)
+            replay.scratch_bytes(most, state.group) if repeats else 0,
+            *(
+                scratch_bytes(policy, most, state.group, state.accumulated is not None)
+                for policy in usable_policies(self.kv_compress_config)
+            ),
         )
 
 
