@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 from benchmarks.real import scores
 from benchmarks.real.model import Model
 from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.scheduling import replay
-from tests.integration.engines import engine, generator, scheduler
+from tests.integration.engines import engine, scheduler
 from tests.integration.simulation import MODEL
 from tests.integration.test_sharing_engine import answer, contexts, tokens
 
@@ -35,7 +36,8 @@ def literal(context: list[int]) -> torch.Tensor:
     """``[L, H, N]`` by the study's own model and formula."""
     model = Model(MODEL, "cpu", torch.float32)
     read = model.prefill(torch.tensor([context]))
-    repeat = generator().tokenizer.encode(replay.REPEAT, add_special_tokens=False)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    repeat = tokenizer.encode(replay.REPEAT, add_special_tokens=False)
     best = torch.zeros(model.num_layers, model.heads, len(context))
     for begin in range(0, len(context), 256):
         part = torch.tensor([[*repeat, *context[begin : begin + 256]]])
