@@ -126,7 +126,7 @@ def test_others_find_no_score_of_it_and_go_on_meanwhile(llm) -> None:
 
 @pytest.mark.parametrize(("asked", "words"), [
     ({"kv_compress_exact": "kvzip"}, "needs kv_compress_context_tokens"),
-    ({"kv_compress_exact": "twice", "kv_compress_context_tokens": N}, "off or kvzip"),
+    ({"kv_compress_exact": "twice", "kv_compress_context_tokens": N}, "one of off, kvzip"),
     ({"kv_compress_exact": "kvzip", "kv_compress_context_tokens": N,
       "kv_compress_policy": "snapkv"}, "reads echo scores"),
     ({"kv_compress_exact": "kvzip", "kv_compress_context_tokens": 1800}, "at most 1726"),
