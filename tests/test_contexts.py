@@ -113,7 +113,7 @@ def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
 
 
 def test_slots_of_contexts() -> None:
-    assert [num_context_slots(n) for n in (20, 1600, 100_000)] == [8, 100, 256]
+    assert [num_context_slots(n) for n in (20, 1600, 100_000)] == [8, 200, 256]
 
 
 def prefixes(*names: str) -> list[tuple[int, bytes]]:
