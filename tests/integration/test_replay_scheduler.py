@@ -119,6 +119,15 @@ def test_a_part_that_ends_otherwise_ends_its_request_with_an_error() -> None:
     assert sim.pool.get_num_free_blocks() == 119
 
 
+def test_whoever_comes_past_the_front_end_ends_with_an_error() -> None:
+    sim = Simulation(120, EXACT, max_model_len=512)
+    sim.pass_by("long", document(1, 500), 4, kv_compress_context_tokens=480)
+    sim.pass_by("none", document(1, 100), 4, kv_compress_exact="kvzip")
+    sim.add("good", [*document(1, 160), 5], 4, kv_compress_context_tokens=160)
+    sim.run()
+    assert sim.failed == {"long", "none"} and len(sim.outputs["good"]) == 4
+
+
 def test_a_context_that_ends_the_prompt_is_packed_while_its_request_decodes() -> None:
     sim = Simulation(120, EXACT, max_model_len=1024)
     sim.add("r", document(1, 320), 60, kv_compress_context_tokens=320)

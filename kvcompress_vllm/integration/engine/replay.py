@@ -21,7 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.compat.releases import waiting_queues
 from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, KVCompressManager
-from kvcompress_vllm.records.budget import KEEP_ALL
+from kvcompress_vllm.records.budget import KEEP_ALL, RequestBudget
 from kvcompress_vllm.records.plan import Replay
 from kvcompress_vllm.scheduling import replay
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
@@ -56,6 +56,7 @@ class Repetition:
             return None
         tokens, count = found
         owner = self.owner
+        assert owner.prompt_token_ids is not None  # embeddings are refused
         context = owner.prompt_token_ids[: self.num_context]
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
         self.part = Request(
@@ -119,6 +120,21 @@ class Replays:
                     f"{replay.MOST_PROMPT}"
                 )
             self._prompt = prompt
+
+    def check(self, request: Request, budget: RequestBudget) -> None:
+        """Refuse a context that cannot be repeated, though its request came past the front end.
+
+        Raises:
+            ValueError: saying why.
+        """
+        self.prepare()
+        n = budget.context_tokens or 0
+        if not replay.may_repeat(n, self._scheduler.max_model_len):
+            raise ValueError(f"exact=kvzip: no room to repeat a context of {n} tokens")
+        if request.prompt_token_ids is None or request.mm_features:
+            raise ValueError("exact=kvzip: what is repeated must be text")
+        if not self._manager.enable_caching or self._scheduler.max_num_running_reqs < 2:
+            raise ValueError("exact=kvzip needs the prefix cache and two sequences at a time")
 
     def advance(self, computed: Mapping[str, int]) -> dict[str, str]:
         """Go on to the next part wherever one is done; before a step is planned.
@@ -196,6 +212,7 @@ class Replays:
         self.prepare()
         assert self._prompt is not None
         owner, n = self._scheduler.requests[tracked.request_id], tracked.due_at
+        assert owner.prompt_token_ids is not None
         parts = replay.parts(
             owner.prompt_token_ids[:n], self._prompt, self._scheduler.max_model_len
         )

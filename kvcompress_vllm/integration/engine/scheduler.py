@@ -117,7 +117,7 @@ class _KVCompressMixin(Scheduler):
         try:
             budget = received_budget(self.kv_compress_planner.config, request.sampling_params)
             if budget is not None and budget.exact:
-                self._replays.prepare()
+                self._replays.check(request, budget)
             problem = self._admission.too_large(request, budget)
             found = self.kv_compress_sharing.found(request, budget)
             if self._admission.too_large(request, found) is None:

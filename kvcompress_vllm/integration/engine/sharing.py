@@ -92,6 +92,7 @@ class Sharing:
             own.policy
         )
         exact = exact and may_repeat(n, self._planner.limits.max_tokens) and not request.mm_features
+        exact = exact and request.prompt_token_ids is not None
         with_context = own._replace(context_tokens=n, exact=exact)
         return with_context if self._planner.sizes(with_context).reaches_context else budget
 
