@@ -33,8 +33,9 @@ def parts(sim: Simulation) -> list:
 @pytest.mark.parametrize("page_dtype", ["auto", "int4"])
 def test_a_context_is_repeated_once_and_then_taken(asynchronous, page_dtype) -> None:
     sim = Simulation(
-        120, {**EXACT, "page_dtype": page_dtype}, asynchronous=asynchronous, max_model_len=1024
-    )
+        120, {**EXACT, "page_dtype": page_dtype}, asynchronous=asynchronous, max_model_len=1024,
+        max_num_batched_tokens=600,
+    )  # fmt: skip
     sim.add("other", document(2, 30), 90)
     sim.add("first", [*document(1, 320), 5, 6, 7], 4, kv_compress_context_tokens=320)
     while "first" in sim.live:
