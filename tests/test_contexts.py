@@ -107,7 +107,7 @@ def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
     """A mass that all of it is needed for."""
     config = KVCompressConfig.from_dict({"mass": 0.9, "window": 8})
     p = CompressionPlanner(config, 16, 4, 4, 4096, context_slots=2)
-    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)), wanted=b"key")
+    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)), wanted={800: b"key"})
     assert p.contexts.computing(b"key") == "a"
     (a,) = p.to_score({"a": 800})
     share = [0.5, 0.1, 0.0] if kept == 20 else [1.0, 0.5, 0.0]
@@ -146,7 +146,7 @@ def test_others_wait_on_while_a_peak_interrupts_whoever_computes_a_context() -> 
 
 
 def test_slots_of_contexts() -> None:
-    assert [num_context_slots(n) for n in (20, 1600, 100_000)] == [8, 100, 256]
+    assert [num_context_slots(n) for n in (20, 1600, 100_000)] == [8, 200, 256]
 
 
 def prefixes(*names: str) -> list[tuple[int, bytes]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from kvcompress_vllm.scheduling.contexts import Contexts
 from kvcompress_vllm.scheduling.observers import ObservationSlots
 from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.sizes import Budgets
 
 
 class Course:
@@ -14,10 +15,11 @@ class Course:
     Args:
         observers: who is observed.
         contexts: packed prefixes that requests share.
+        budgets: the sizes of all budgets.
     """
 
-    def __init__(self, observers: ObservationSlots, contexts: Contexts) -> None:
-        self._observers, self._contexts = observers, contexts
+    def __init__(self, observers: ObservationSlots, contexts: Contexts, budgets: Budgets) -> None:
+        self._observers, self._contexts, self._budgets = observers, contexts, budgets
 
     def prepare(self, tracked: Tracked, due_at: int) -> None:
         """Observe a request from now on, and compress it at ``due_at`` tokens."""
@@ -35,9 +37,17 @@ class Course:
 
     def stop_computing(self, tracked: Tracked) -> None:
         """Let those go on who await the context that it computes."""
-        if tracked.wanted is not None:
-            self._contexts.stop(tracked.wanted, tracked.request_id)
-            tracked.wanted = None
+        for key in tracked.wanted.values():
+            self._contexts.stop(key, tracked.request_id)
+        tracked.wanted = {}
+
+    def packed_context(self, tracked: Tracked) -> None:
+        """Let those go on who await the context that it has just packed. It goes on to the next,
+        if it is to compute one."""
+        key = tracked.wanted.pop(tracked.due_at, None)
+        if key is not None:
+            self._contexts.stop(key, tracked.request_id)
+        tracked.sizes = self._budgets.at(tracked.sizes, tracked.due_at, tracked.prefill_end)
 
     def end(self, tracked: Tracked) -> None:
         """Give back what it holds with others: its observation slot, and its context."""

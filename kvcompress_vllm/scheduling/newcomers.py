@@ -63,7 +63,8 @@ class Newcomers:
                 output so far.
             context: what it takes instead of computing its first tokens.
         """
-        sizes = self._budgets.sizes(budget)
+        begins = context.num_tokens if context is not None else 0
+        sizes = self._budgets.at(self._budgets.sizes(budget), begins, num_tokens)
         tracked = Tracked(request_id, -1, sizes, sizes.first_due(num_tokens), num_tokens)
         tracked.reads_echo = self._observers.reads_echo(sizes.budget.policy)
         if context is not None:

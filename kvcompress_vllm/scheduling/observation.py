@@ -138,7 +138,8 @@ def chunk(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> i
     if tracked.observe_slot is None:
         return num_tokens
     if first_token >= due_at:
-        return 0 if tracked.awaits_curve and due_at < tracked.prefill_end else num_tokens
+        waits = tracked.awaits_curve or tracked.awaits_replay
+        return 0 if waits and due_at < tracked.prefill_end else num_tokens
     end = min(first_token + num_tokens, due_at)
     history = observed_history(tracked.budget)
     if history is not None:

@@ -86,7 +86,7 @@ class CompressionPlanner:
         self.newcomers = Newcomers(
             config, self.limits, self._budgets, self.requests, self._state_slots, self.observers
         )
-        self._course = Course(self.observers, self.contexts)
+        self._course = Course(self.observers, self.contexts, self._budgets)
         self.feedback = Feedback(
             self.requests, self.contexts, self._budgets, self.newcomers, self._course
         )
@@ -102,19 +102,23 @@ class CompressionPlanner:
         """How many blocks a request with this budget keeps, at any length."""
         return self._budgets.sizes(budget)
 
+    def marks(self, sizes: Sizes, num_tokens: int) -> list[int]:
+        """Tokens at which a prompt of ``num_tokens`` is packed for others as well, ascending."""
+        return self._budgets.marks(sizes, num_tokens)
+
     def admit(
         self,
         request_id: str,
         num_tokens: int,
         budget: RequestBudget | None = None,
         context: Context | None = None,
-        wanted: bytes | None = None,
+        wanted: Mapping[int, bytes] | None = None,
     ) -> None:
         """Start to track a request; one that will never be compressed is not tracked.
 
         Args:
             num_tokens, context: as of ``newcomers.starting``.
-            wanted: key of the context that it is to compute for others as well.
+            wanted: contexts that it is to compute for others as well: key by tokens.
 
         Raises:
             RuntimeError: it is tracked already, or there is no slot (ask ``newcomers.can_admit``).
@@ -133,9 +137,10 @@ class CompressionPlanner:
             self.observers.observe(tracked)
         if context is not None:
             self.contexts.join(context, request_id)
-        elif wanted is not None and tracked.due_at <= (tracked.sizes.context or 0):
-            tracked.wanted = wanted
-            self.contexts.begin(wanted, request_id)
+        if wanted and tracked.due_at <= (tracked.sizes.context or 0):
+            tracked.wanted = {n: key for n, key in wanted.items() if n >= tracked.due_at}
+            for key in tracked.wanted.values():
+                self.contexts.begin(key, request_id)
         self.requests[request_id] = tracked
 
     def release(self, request_id: str) -> None:
@@ -233,14 +238,31 @@ class CompressionPlanner:
 
     def due(self, num_computed: Mapping[str, int]) -> list[Tracked]:
         """Requests whose observation is complete, oldest first."""
-        return [t for t in self._observed(num_computed) if not t.awaits_curve]
+        return [t for t in self._observed(num_computed) if not (t.awaits_curve or t.awaits_replay)]
+
+    def to_replay(self, num_computed: Mapping[str, int]) -> list[Tracked]:
+        """Requests that have computed their context, which is to be repeated now."""
+        return [t for t in self._observed(num_computed) if t.awaits_replay]
+
+    @property
+    def replays(self) -> bool:
+        """Whether a request computes, or repeats, a context that is to be repeated."""
+        return any(t.awaits_replay for t in self.requests.values())
+
+    def replayed(self, request_id: str) -> None:
+        """Note that a context was repeated: its keys have the scores of that."""
+        tracked = self.requests[request_id]
+        tracked.replayed = True
+        tracked.unscored.scored(0, tracked.due_at)
 
     def to_score(self, num_computed: Mapping[str, int]) -> list[Tracked]:
         """Requests with a mass budget whose observation is complete; each once per compression."""
         ready = [
             tracked
             for tracked in self._observed(num_computed)
-            if tracked.awaits_curve and tracked.scored_at != tracked.due_at
+            if tracked.awaits_curve
+            and not tracked.awaits_replay
+            and tracked.scored_at != tracked.due_at
         ]
         for tracked in ready:
             tracked.scored_at = tracked.due_at
@@ -249,12 +271,11 @@ class CompressionPlanner:
     def new_context(self, tracked: Tracked) -> Context | None:
         """What a due request packs for others as well, with a state slot of its own; None: its
         packed blocks will be its own."""
-        if tracked.wanted is None or tracked.due_at != tracked.sizes.context:
+        key = tracked.wanted.get(tracked.due_at)
+        if key is None or tracked.due_at != tracked.sizes.context:
             return None
         ratio = tracked.budget.ratio if tracked.budget.mass is not None else None
-        return self.contexts.new(
-            tracked.wanted, tracked.due_at, tracked.target(), tracked.request_id, ratio
-        )
+        return self.contexts.new(key, tracked.due_at, tracked.target(), tracked.request_id, ratio)
 
     def compressed(
         self, request_id: str, num_computed: int = 0, context: Context | None = None
@@ -279,13 +300,16 @@ class CompressionPlanner:
         elif tracked.kept and context is not None:
             self._vacated.append(tracked.state_slot)
         tracked.context = context
-        if now == sizes.context or now < num_computed:
-            # It is packed there, or will not be as others would be who were never late.
-            self._course.stop_computing(tracked)
         tracked.packing = tracked.target()
         tracked.unheard = united((*tracked.unheard, *tracked.unknown(tracked.covered)))
         tracked.unscored.packed(tracked.covered * self.block_size)
         tracked.curve = tracked.decided = tracked.ratio = None
+        if now < num_computed:
+            # It will not be packed as others would be who were never late.
+            self._course.stop_computing(tracked)
+        elif now == sizes.context:
+            self._course.packed_context(tracked)
+            sizes = tracked.sizes
         due_at = sizes.next_due(tracked.packing, now, end, tracked.whole(tracked.covered))
         if tracked.budget.mass is not None and now >= end:
             # Its ratio is an expectation; it may be off by more than the interval.

@@ -64,7 +64,7 @@ def num_context_slots(num_blocks: int) -> int:
     Args:
         num_blocks: blocks of the pool.
     """
-    return max(FEWEST_CONTEXTS, min(MOST_CONTEXTS, num_blocks // 16))
+    return max(FEWEST_CONTEXTS, min(MOST_CONTEXTS, num_blocks // 8))
 
 
 FEWEST_CONTEXTS, MOST_CONTEXTS = 8, 256

@@ -47,7 +47,7 @@ from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
 from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.budget import Ranges
-from kvcompress_vllm.records.plan import StepPlan
+from kvcompress_vllm.records.plan import Replay, StepPlan
 from kvcompress_vllm.reporting.metrics import StepReport
 from kvcompress_vllm.scheduling.segments import DECODED, segments
 
@@ -70,6 +70,10 @@ class PretendWorker:
     """By request, where echo scores are stored: those that its keys should have."""
     observed: dict[int, tuple[str, int]] = field(default_factory=dict)
     """By place in the ring, the request and the tag of the token whose query is there."""
+    replayed: dict[str, int] = field(default_factory=dict)
+    """By request, tokens of the latest repetition of its context."""
+    packed: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By first packed block, where echo scores are stored: those that its keys had."""
 
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
@@ -86,6 +90,8 @@ class PretendWorker:
         for item in plan.compressions:
             row = self.rows[item.request_id]
             row[: item.covered] = item.row_prefix
+            if self.state.echo is not None:
+                self.packed[row[0]] = self.echoes[item.request_id][: item.num_tokens].clone()
         for request_id in output.finished_req_ids:
             self.rows.pop(request_id, None)
         for new in output.scheduled_new_reqs:
@@ -106,6 +112,10 @@ class PretendWorker:
             for begin, end in segments(0, computed[request_id]):
                 own = tokens[request_id]
                 self.echoes[request_id][begin:end] = echo_of(own, begin, end)
+            row = self.rows[request_id]
+            if self.state.slot_of(row) >= 0:  # it takes a context
+                found = self.packed[row[0]]
+                self.echoes[request_id][: len(found)] = found
         spans = {item.request_id: item for item in plan.echoes}
         for request_id, count in output.num_scheduled_tokens.items():
             first = computed[request_id]
@@ -117,6 +127,30 @@ class PretendWorker:
                 for begin, end in segments(first, first + count):
                     self._score(request_id, tokens[request_id], begin, end)
             self._forward(request_id, tokens[request_id], first, count, observed.get(request_id))
+        for item in plan.replays:
+            assert item.first == computed[item.request_id]
+            self._repeat(item, tokens[item.request_id])
+
+    def _repeat(self, item: Replay, tokens: list[int]) -> None:
+        """Raise scores of a context, here and of the one who computed it."""
+        own = item.blocks[: item.num_context]
+        assert self.rows[item.request_id][: len(item.blocks)] == item.blocks
+        (owner,) = (
+            name
+            for name, row in self.rows.items()
+            if row[: len(own)] == own and name != item.request_id
+        )
+        n = len(own) * B
+        wanted = self.echoes[owner][:n]
+        if item.begins:
+            wanted.zero_()
+            self.replayed[owner] = 0
+        self.replayed[owner] += item.end - item.first
+        scores = torch.zeros(n)
+        for position in range(item.first, item.end):
+            scores[position % n] = max(scores[position % n], (tokens[position] % 997 + 1) / 998)
+        wanted.copy_(torch.maximum(wanted, scores))
+        self._store(owner, torch.arange(n), wanted)
 
     def _check_ring(self, item, positions, tokens) -> None:
         """The queries of these tokens, and of no rejected ones, are in an observation slot."""
@@ -341,7 +375,7 @@ class Simulation:
         for rid in [*(new.req_id for new in output.scheduled_new_reqs), *cached.resumed_req_ids]:
             self._tokens[rid] = list(self.scheduler.requests[rid]._all_token_ids)
         self._drafted = dict(output.scheduled_spec_decode_tokens)
-        self.worker.run(output, {rid: self._computed(rid) for rid in self.scheduler.requests})
+        self.worker.run(output, {rid: self._computed(rid) for rid in self._tokens})
         self.num_steps += 1
         if output.kv_compress.compressions or output.preempted_req_ids or self.num_steps % 8 == 0:
             self.check_contents()

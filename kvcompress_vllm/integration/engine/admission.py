@@ -10,6 +10,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.integration.compat.releases import hits_count_when_admitted
+from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, budget_of
+from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.metrics import Recorder
@@ -34,6 +36,7 @@ class Admission:
         planner: that of the scheduler.
         recorder: is told why a request had to wait.
         sharing: finds packed prefixes that requests share.
+        replays: knows which requests repeat a context.
         echo: says how long hits may be where a policy reads echo scores; None: no policy does.
     """
 
@@ -43,10 +46,11 @@ class Admission:
         planner: CompressionPlanner,
         recorder: Recorder,
         sharing: Sharing,
+        replays: Replays,
         echo: EchoPlanner | None = None,
     ) -> None:
         self._scheduler, self._planner, self._recorder = scheduler, planner, recorder
-        self._sharing, self._echo = sharing, echo
+        self._sharing, self._replays, self._echo = sharing, replays, echo
         self._hit: tuple[str, Context] | None = None
         """What vLLM was told last that a request need not compute."""
         self._manager = manager = scheduler.kv_cache_manager
@@ -99,6 +103,10 @@ class Admission:
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         planner, manager = self._planner, self._manager
+        if request.request_id in self._replays:
+            # Whose context it repeats waits for it and holds blocks: it needs no more conditions.
+            manager.watermark_blocks = 0
+            return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         budget, context = budget_of(request), self.hit(request)
         if not planner.newcomers.can_admit(request.num_tokens, budget, context):
             self._recorder.refused("slots")
@@ -110,7 +118,8 @@ class Admission:
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
         # then stays uncompressed.
         manager.watermark_blocks = max(self._base_watermark, reserve)
-        if planner.sizes(budget).first_due(request.num_tokens) < request.num_tokens:
+        starting = planner.newcomers.starting("", request.num_tokens, budget)
+        if starting.due_at < request.num_tokens:
             kwargs["full_sequence_must_fit"] = False
         if context is not None:
             self._sharing.take(request.request_id, context)
@@ -135,6 +144,11 @@ class Admission:
     ) -> tuple[KVCacheBlocks, int, int]:
         """vLLM's prefix cache lookup, except that what a compression observes is computed, and
         what has no echo scores where its policy reads them."""
+        if request.request_id in self._replays:
+            self._hit = None
+            found = self._replays.blocks(request)
+            row = self._manager.create_kv_cache_blocks((found,))
+            return row, len(found) * self._planner.block_size, 0
         blocks, num_tokens, boundary = self._stock_computed_blocks(request, *args, **kwargs)
         planner = self._planner
         context, self._hit = self._sharing.find(request), None
@@ -144,12 +158,17 @@ class Admission:
             row = self._manager.create_kv_cache_blocks((self._sharing.row(context),))
             return row, context.num_tokens, 0
         sizes = planner.sizes(budget_of(request))
-        due_at = sizes.first_due(request.num_tokens)
-        usable = num_tokens
+        due_at = planner.newcomers.starting("", request.num_tokens, sizes.budget).due_at
+        usable = 0 if hasattr(request, PRIVATE) else num_tokens
         if due_at <= request.num_tokens:
             first = first_observed(sizes.budget, due_at, planner.config.window)
             usable = min(usable, first // planner.block_size * planner.block_size)
-        if self._echo is not None and due_at != NEVER and self._echo.reads(sizes.budget.policy):
+        if (
+            usable
+            and self._echo is not None
+            and due_at != NEVER
+            and self._echo.reads(sizes.budget.policy)
+        ):
             blocks = self._scored(blocks, usable)
             usable = len(blocks.blocks[0]) * planner.block_size
         lost = num_tokens - usable
@@ -184,7 +203,9 @@ class Admission:
 
     def _fits(self, request: Request, reserve: int, context: Context | None) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
-        pool, planner, running = self._manager.block_pool, self._planner, self._scheduler.running
+        pool, planner = self._manager.block_pool, self._planner
+        running = [r for r in self._scheduler.running if r.request_id not in self._replays]
+        parts = [r for r in self._scheduler.running if r.request_id in self._replays]
         if not running:
             return True
         question = request.request_id, planner.newcomers.version
@@ -203,6 +224,7 @@ class Admission:
             (tracked, r.num_tokens, load) for (r, tracked), load in zip(found, loads, strict=True)
         )
         margin = len(loads) // MARGIN
+        most += sum(map(self._replays.own_blocks, parts))
         fits = most + reserve + margin < pool.num_gpu_blocks
         self._does_not_fit = None if fits else question
         return fits
@@ -219,9 +241,3 @@ class Admission:
             budget_of(request),
             count,
         )
-
-
-def budget_of(request: Request) -> RequestBudget | None:
-    """The budget of a request; None: the configured one."""
-    budget: RequestBudget | None = getattr(request, "kv_compress_budget", None)
-    return budget

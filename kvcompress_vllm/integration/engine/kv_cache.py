@@ -26,10 +26,14 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.sizes import NOTHING, Limits, Sizes
+
+PRIVATE = "kv_compress_private"
+"""Attribute of requests whose blocks are not for the prefix cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +131,12 @@ def most_needed(config: KVCompressConfig, block_size: int, longest: int, drafts:
     return blocks_needed(sizes, config.window, longest, drafts)
 
 
+def budget_of(request: Request) -> RequestBudget | None:
+    """The budget of a request; None: the configured one."""
+    budget: RequestBudget | None = getattr(request, "kv_compress_budget", None)
+    return budget
+
+
 class KVCompressManager(FullAttentionManager):
     """Blocks of every request; knows which rows are packed.
 
@@ -179,7 +189,7 @@ class KVCompressManager(FullAttentionManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # What is decoded after a compression attends to fewer keys than its hash says.
-        if request.request_id not in self.packed:
+        if request.request_id not in self.packed and not hasattr(request, PRIVATE):
             super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:

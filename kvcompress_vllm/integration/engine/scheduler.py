@@ -22,9 +22,10 @@ from vllm.v1.request import Request, RequestStatus
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.engine import utilities
-from kvcompress_vllm.integration.engine.admission import Admission, budget_of
+from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, cache_group
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, budget_of, cache_group
+from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.integration.engine.step import StepBuilder
 from kvcompress_vllm.integration.frontend.requests import received_budget
@@ -94,22 +95,30 @@ class _KVCompressMixin(Scheduler):
                 step_tokens(scheduler_config),
             )
             warn_of_small_steps(scheduler_config)
-        sharing = self.kv_compress_sharing
+        planner, sharing = self.kv_compress_planner, self.kv_compress_sharing
+        self._replays = Replays(self, planner, manager)
+        if config.exact != "off":
+            self._replays.prepare()
         self._admission = Admission(
-            self, self.kv_compress_planner, self._recorder, sharing, self._echo
+            self, planner, self._recorder, sharing, self._replays, self._echo
         )
         self._steps = StepBuilder(
-            self.kv_compress_planner, manager, sharing, self._echo, self.kv_compress_group
+            planner, manager, sharing, self._replays, self._echo, self.kv_compress_group
         )
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
         log_banner(self.kv_compress_planner, blocks - 1)
 
     def add_request(self, request: Request) -> None:
+        if request.request_id in self._replays:
+            super().add_request(request)
+            return
         # Nothing that a request carries may raise here: that would end the engine for everybody.
         budget, problem = None, None
         try:
             budget = received_budget(self.kv_compress_planner.config, request.sampling_params)
+            if budget is not None and budget.exact:
+                self._replays.check(request, budget)
             problem = self._admission.too_large(request, budget)
             found = self.kv_compress_sharing.found(request, budget)
             if self._admission.too_large(request, found) is None:
@@ -125,6 +134,7 @@ class _KVCompressMixin(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
+        self._failures |= self._replays.advance(computed)
         plan = self._steps.begin(computed)
         held = self.kv_compress_sharing.hold_back(self)
         output = super().schedule(*args, **kwargs)
@@ -169,6 +179,9 @@ class _KVCompressMixin(Scheduler):
                 self._recorder.measured(report, self.kv_compress_planner.feedback.reported(report))
         failed = self._fail(failures)
         outputs = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
+        if self._replays:
+            for per_client in outputs.values():
+                per_client.outputs = self._replays.without(per_client.outputs)
         for request in failed:
             per_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
             per_client.outputs.append(_error(request, failures[request.request_id]))
@@ -245,6 +258,8 @@ class _KVCompressMixin(Scheduler):
         # compression is due.
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
+        if request.request_id in self._replays:
+            return self._replays.chunk(request, first_token, num_new_tokens)
         tracked = planner.requests.get(request.request_id)
         if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
             # It decodes, and nothing is due that its prompt began.
@@ -285,7 +300,8 @@ class _KVCompressMixin(Scheduler):
             self._recorder.compressed(item)
             tracked = self.kv_compress_planner.requests[item.request_id]
             self._shortage.compressed(item, tracked.usual_due)
-            self._usage.compressed(item, tracked.sizes.context)
+            marks = self.kv_compress_planner.marks(tracked.sizes, tracked.prefill_end)
+            self._usage.compressed(item, item.num_tokens if item.num_tokens in marks else None)
             before = item.old_packing.held(len(item.old_blocks))
             after = item.packing.held(len(item.old_blocks))
             if not item.old_kept:  # a long generation is compressed over and over
@@ -300,6 +316,8 @@ class _KVCompressMixin(Scheduler):
 
     def _release(self, request_id: str) -> None:
         """Called when a request gives its blocks up."""
+        if request_id in self._replays:
+            return
         self.kv_compress_planner.release(request_id)
         self._recorder.released(request_id)
         self._shortage.released(request_id)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from kvcompress_vllm.integration.engine.admission import budget_of
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, budget_of
+from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import (
@@ -37,6 +37,7 @@ class StepBuilder:
         planner: says who is observed and compressed.
         manager: allocates the packed blocks.
         sharing: offers what is packed for others as well.
+        replays: knows which requests repeat a context.
         echo: says which tokens get echo scores; None: no policy reads any.
         group: whose blocks ``manager`` allocates.
 
@@ -50,11 +51,12 @@ class StepBuilder:
         planner: CompressionPlanner,
         manager: KVCompressManager,
         sharing: Sharing,
+        replays: Replays,
         echo: EchoPlanner | None,
         group: CacheGroup,
     ) -> None:
         self._planner, self._manager, self._echo = planner, manager, echo
-        self._sharing = sharing
+        self._sharing, self._replays = sharing, replays
         self._group = group.index
         self.waits = False
 
@@ -105,6 +107,9 @@ class StepBuilder:
         for request_id, num_tokens in scheduled.items():
             request = requests[request_id]
             first_token = request.num_computed_tokens - num_tokens
+            if request_id in self._replays:
+                plan.replays += self._replays.computes(request_id, first_token, num_tokens)
+                continue
             observation = planner.observe(request_id, first_token, num_tokens)
             if observation is not None:
                 plan.observations.append(observation)
@@ -190,10 +195,13 @@ class StepBuilder:
                     protect=tracked.protect(packing.covered),
                     trigger=tracked.trigger,
                     unscored=tracked.unscored.before(packing.covered * manager.block_size),
+                    replayed=tracked.replayed and num_tokens == tracked.sizes.context,
                 )
             )
             freed += old
-            replaced += old if context is not None else []
+            if context is not None:
+                # Not the context that it goes on from: others may do so, too.
+                replaced += old[tracked.kept if tracked.context is not None else 0 :]
             planner.compressed(tracked.request_id, computed[tracked.request_id], context)
         planner.observers.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
@@ -218,6 +226,7 @@ class StepBuilder:
                     floor_pages=tracked.floor(packing.covered),
                     protect=tracked.protect(packing.covered),
                     unscored=tracked.unscored.before(packing.covered * planner.block_size),
+                    replayed=tracked.replayed and tracked.due_at == tracked.sizes.context,
                 )
             )
         return scorings

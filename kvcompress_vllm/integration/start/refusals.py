@@ -130,6 +130,7 @@ def check(vllm_config: VllmConfig) -> None:
             raise ValueError(_text(refusal, vllm_config, found))
     check_page_dtype(vllm_config)
     check_sizes(vllm_config)
+    check_exact(vllm_config)
     if current_platform.is_cuda():
         check_kernels(vllm_config)
         check_graphs(vllm_config, ops.missing_kernels("cuda"))
@@ -182,6 +183,29 @@ def check_sizes(vllm_config: VllmConfig) -> None:
     check_steps(config, block_size, step_tokens(vllm_config.scheduler_config))
     limits = Limits.of(config, block_size, vllm_config.model_config.max_model_len)
     check_peak(config, Sizes(resolve(config), limits))
+
+
+def exact_problem(vllm_config: VllmConfig) -> str | None:
+    """Why contexts cannot be repeated (``exact=kvzip``) whatever a request asks for; None: they
+    can."""
+    if not vllm_config.cache_config.enable_prefix_caching:
+        return "--no-enable-prefix-caching is given, so that no request shares a context"
+    if vllm_config.scheduler_config.max_num_seqs < 2:
+        return "--max-num-seqs must be 2 at least: a context is repeated beside its request"
+    if vllm_config.model_config.skip_tokenizer_init:
+        return "--skip-tokenizer-init is given; the prompt that asks for it must be tokenised"
+    return None
+
+
+def check_exact(vllm_config: VllmConfig) -> None:
+    """Refuse repetitions that could never take place.
+
+    Raises:
+        ValueError: naming what is in the way.
+    """
+    config, problem = resolved_config(vllm_config), exact_problem(vllm_config)
+    if config is not None and config.exact != "off" and problem is not None:
+        raise ValueError(f"kv_compress: exact={config.exact!r} is not accepted: {problem}")
 
 
 def check_kernels(vllm_config: VllmConfig) -> None:

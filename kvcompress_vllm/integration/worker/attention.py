@@ -31,9 +31,10 @@ from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState, Tables
 from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.compression import replay
 from kvcompress_vllm.compression.echo import Rotation
 from kvcompress_vllm.integration.compat.releases import kv_cache_layouts
-from kvcompress_vllm.records.plan import Observation, Span
+from kvcompress_vllm.records.plan import Observation, Replay, Span
 from kvcompress_vllm.scheduling.segments import SEGMENT, segments
 
 
@@ -58,6 +59,8 @@ class StepContext:
     """Packed requests that compute several tokens in the step that is about to run."""
     echoes: list[Span] = field(default_factory=list)
     """Tokens whose keys get echo scores in the step that is about to run."""
+    replays: list[Replay] = field(default_factory=list)
+    """Tokens that repeat a context in the step that is about to run."""
 
 
 @dataclass
@@ -67,6 +70,17 @@ class Echo:
     rows: tuple[Tensor, Tensor, Tensor]
     """``block_table``, ``seq_lens`` and ``state_slot`` of the whole batch."""
     segments: Tensor
+
+
+@dataclass
+class Repeated:
+    """Tokens that repeat a context in a step: arguments of :func:`replay.score`."""
+
+    tokens: slice
+    """Of the batch."""
+    row: Tensor
+    num_context: int
+    first: int
 
 
 @dataclass
@@ -81,6 +95,7 @@ class KVCompressMetadata(AttentionMetadata):
     state_slot: Tensor
     ring_index: Tensor | None
     echo: Echo | None = field(default=None, kw_only=True)
+    repeated: list[Repeated] = field(default_factory=list, kw_only=True)
 
 
 class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
@@ -121,6 +136,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
             state_slot=state_slot,
             ring_index=self.ring_index(common),
             echo=self.echo(common),
+            repeated=self.repeated(common),
         )
 
     def ring_index(self, common: CommonAttentionMetadata) -> Tensor | None:
@@ -163,6 +179,24 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
             (table, common.seq_lens, context.state.state_slots(table)),
             to_device(found, torch.int32, self.device),
         )
+
+    def repeated(self, common: CommonAttentionMetadata) -> list[Repeated]:
+        """What repeats a context in this step."""
+        context = self.context
+        if context is None or not context.replays:
+            return []
+        rows, starts = context.request_rows(common), common.query_start_loc_cpu.tolist()
+        found = []
+        for item in context.replays:
+            if item.request_id not in rows:
+                raise RuntimeError(
+                    f"kv_compress: repeating request {item.request_id} is not in the batch"
+                )
+            begin = starts[rows[item.request_id]]
+            blocks = to_device(item.blocks, torch.int64, self.device)
+            tokens = slice(begin, begin + item.end - item.first)
+            found.append(Repeated(tokens, blocks, item.num_context, item.first))
+        return found
 
 
 class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
@@ -250,6 +284,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
                 ops.observe_queries(query, meta.ring_index, ring)
             if meta.echo is not None:
                 self.score(query, meta.echo)
+            self.replay(query, meta.repeated)
         ops.paged_attention(
             query,
             pages,
@@ -282,6 +317,21 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             self.scale,
             context.state.echo,
         )
+
+    def replay(self, query: Tensor, repeated: list[Repeated]) -> None:
+        """Score keys of contexts by what this step's repetition of them pays."""
+        context = self._context
+        assert context is not None
+        for item in repeated:
+            replay.score(
+                context.state,
+                context.pages,
+                self._layer,
+                query[item.tokens],
+                item.row,
+                item.num_context,
+                item.first,
+            )
 
     def _standard(self, kv_cache: Tensor) -> tuple[Tensor, Tables]:
         """vLLM's own per-layer cache as pages of one layer, with empty state tables."""

@@ -107,6 +107,7 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
             state_slot=state_slot,
             ring_index=self._fill_ring_index(common),
             echo=self.echo(common),
+            repeated=self.repeated(common),
             num_decode_tokens=decode_tokens,
             prefills=[
                 self._prefill_rows(common, begin, end, packed)
@@ -197,6 +198,7 @@ class KVCompressCudaImpl(KVCompressImpl):
         # Never in a captured graph: those are of steps of one token a request, which have none.
         if meta.echo is not None:
             self.score(query, meta.echo)
+        self.replay(query, meta.repeated)
         if meta.num_decode_tokens:
             ops.paged_attention(
                 query[: meta.num_decode_tokens],

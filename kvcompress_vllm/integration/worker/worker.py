@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.compression import replay
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.echo import score_heard
 from kvcompress_vllm.compression.pending import PendingReports
@@ -120,6 +121,7 @@ class KVCompressWorkerMixin(Worker):
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
         context.echoes = plan.echoes
+        context.replays = plan.replays
         return pending
 
     def _end_step(self) -> None:
@@ -127,6 +129,7 @@ class KVCompressWorkerMixin(Worker):
         self.kv_compress_context.observations = []
         self.kv_compress_context.packed_prefills = []
         self.kv_compress_context.echoes = []
+        self.kv_compress_context.replays = []
 
     def _bind(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the state and attach it to every attention layer and metadata builder."""
@@ -202,11 +205,15 @@ class KVCompressWorkerMixin(Worker):
         return state.num_bytes() + self._scratch_bytes(state, num_blocks)
 
     def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
-        """What the largest possible compression takes while it runs."""
+        """What the largest possible compression takes while it runs, or a repetition."""
         most = min(self.model_config.max_model_len, num_blocks * state.group.block_size)
+        repeats = self.kv_compress_config.exact != "off"
         return max(
-            scratch_bytes(policy, most, state.group, state.accumulated is not None)
-            for policy in usable_policies(self.kv_compress_config)
+            replay.scratch_bytes(most, state.group) if repeats else 0,
+            *(
+                scratch_bytes(policy, most, state.group, state.accumulated is not None)
+                for policy in usable_policies(self.kv_compress_config)
+            ),
         )
 
 
