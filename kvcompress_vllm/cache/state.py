@@ -12,6 +12,8 @@ Life of a state slot, whose number the scheduler hands out:
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,13 @@ once."""
 
 Tables = tuple[Tensor, Tensor, Tensor, Tensor | None, int]
 """What the ops take after the state slots: :attr:`PackedState.tables`."""
+
+
+class Logits(TypedDict):
+    """How logits are changed between product and softmax: keyword arguments of the ops."""
+
+    soft_cap: float
+    sink_logits: Tensor | None
 
 
 class PackedState:
@@ -46,6 +55,7 @@ class PackedState:
         echo: ``[P, T]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
             the prefix cache hands to others they are valid where the scheduler says so
             (``scheduling/segments.py``); where a request wrote none, zeroed before they are read.
+        sink_logits: ``[L, H * G]`` fp32 or None: the learnt sinks of the layers, where there are.
     """
 
     def __init__(
@@ -60,6 +70,7 @@ class PackedState:
         device: torch.device,
         accumulated: bool = False,
         echo: bool = False,
+        sink_logits: Tensor | None = None,
     ) -> None:
         self.group = group
         heads = (state_slots, *group.shape)
@@ -84,6 +95,7 @@ class PackedState:
         self.echo: Tensor | None = None
         if echo:
             self.echo = torch.zeros(keys, dtype=torch.float32, device=device)
+        self.sink_logits = sink_logits
         self._first_block: dict[int, int] = {}
 
     @property
@@ -103,6 +115,13 @@ class PackedState:
         tables = self.num_pages, self.first_page, self.covered
         return *tables, self.page_scales, int(self.page_format)
 
+    def logits(self, layer: int | None = None) -> Logits:
+        """What the ops that turn products into probabilities take by name, of one layer or all."""
+        sinks = self.sink_logits
+        if sinks is not None and layer is not None:
+            sinks = sinks[layer]
+        return {"soft_cap": self.group.soft_cap, "sink_logits": sinks}
+
     @property
     def slots(self) -> dict[int, int]:
         """Live state slots and the first packed block of each."""
@@ -111,7 +130,7 @@ class PackedState:
     def num_bytes(self) -> int:
         """Memory beside the KV cache, in bytes."""
         tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
-        further = (self.page_scales, self.accumulated, self.echo)
+        further = (self.page_scales, self.accumulated, self.echo, self.sink_logits)
         tensors += [tensor for tensor in further if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

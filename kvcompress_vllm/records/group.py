@@ -37,6 +37,8 @@ class CacheGroup:
     """Bytes of one number of a key or value in a page."""
     scale: float
     """Factor on the attention logits."""
+    soft_cap: float = 0.0
+    """Of the attention logits; 0: none."""
     page_format: PageFormat = PageFormat.AUTO
     """How packed pages hold keys."""
     index: int = 0

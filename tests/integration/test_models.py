@@ -26,6 +26,18 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "GPT2Config",
         {"n_inner": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     ),
+    # Soft caps that the logits reach. transformers' own implementation drops them silently.
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "layer_types": ["full_attention"] * 2,
+            "query_pre_attn_scalar": 1,
+            "attn_logit_softcapping": 4.0,
+            "attn_implementation": "eager",
+        },
+    ),
     # A window that no request outgrows is full attention.
     "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 512}),
     "phi3": ("Phi3Config", {"num_key_value_heads": 2, "sliding_window": 262144}),

@@ -44,7 +44,8 @@ def refused(model: str, feature: str, **arguments: Any) -> None:
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral",
           "sliding_window": 512}, "sliding window"),
         ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 512,
-          "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64}, "soft caps"),
+          "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64},
+         "sliding window"),
         ({"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
           "kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
           "v_head_dim": 32, "n_routed_experts": 8}, "multi-head latent attention"),
@@ -164,12 +165,9 @@ SLIDING, FULL = "sliding_attention", "full_attention"
          "with a window of 512 tokens; without --kv-compress"),
         ({"layer_types": [FULL, "chunked_attention"]},
          "has 1 of 2 layers (1) of chunked_attention; without"),
-        ({"attn_logit_softcapping": 50.0}, "caps them at 50 in every layer"),
         ({"model_type": "bloom"}, "ALiBi"),
         ({"model_type": "falcon", "alibi": True}, "ALiBi"),
-        ({"model_type": "gpt_oss", "sliding_window": 128, "layer_types": [SLIDING, FULL]},
-         "attention sinks"),
-        ({"add_swa_attention_sink_bias": True}, "attention sinks"),
+        ({"param_sink_number": 128}, "learnt keys before the prompt"),
         ({"num_kv_shared_layers": 2}, "has 2 layers that read the keys of others"),
         ({"model_type": "hrm_text"}, "attention to later tokens of the prompt"),
     ],
@@ -181,6 +179,18 @@ def test_a_refusal_names_the_model_its_layers_and_the_way_out(
         check(with_model(attributes))
     assert message in str(error.value)
     assert f"{str(MODEL)!r} (LlamaForCausalLM)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"attn_logit_softcapping": 50.0},  # Gemma 2
+        {"model_type": "gpt_oss", "layer_types": [FULL, FULL]},
+        {"add_swa_attention_sink_bias": True},  # in layers with a window alone
+    ],
+)
+def test_what_the_kernels_know(attributes: Attributes) -> None:
+    check(with_model(attributes))
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,14 @@ class KVCompressSpec(FullAttentionSpec):
         window: last prompt queries that must be computed, not taken from the prefix cache.
         queries_per_head: query heads per KV head.
         scale: factor on the attention logits.
+        soft_cap: of the attention logits; 0: none.
         page_format: how packed pages hold keys.
     """
 
     window: int = 1
     queries_per_head: int = 1
     scale: float = 1.0
+    soft_cap: float = 0.0
     page_format: PageFormat = PageFormat.AUTO
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -64,6 +66,7 @@ class KVCompressSpec(FullAttentionSpec):
         queries_per_head: int,
         scale: float,
         page_format: PageFormat = PageFormat.AUTO,
+        soft_cap: float = 0.0,
     ) -> KVCompressSpec:
         """The spec of a layer that vLLM describes as plain full attention."""
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
@@ -72,18 +75,23 @@ class KVCompressSpec(FullAttentionSpec):
             window=window,
             queries_per_head=queries_per_head,
             scale=scale,
+            soft_cap=soft_cap,
             page_format=page_format,
         )
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        alike = {(spec.queries_per_head, spec.scale) for spec in specs}
+        alike = {(spec.queries_per_head, spec.scale, spec.soft_cap) for spec in specs}
         if len(alike) != 1:
-            raise ValueError(
-                "kv_compress: all layers must share the attention scale and head count; they have "
-                f"{', '.join(f'{scale:g} and {count} per KV head' for count, scale in alike)}"
+            found = ", ".join(
+                f"{scale:g} and {count} per KV head" + (f", capped at {cap:g}" if cap else "")
+                for count, scale, cap in alike
             )
-        ((queries_per_head, scale),) = alike
+            raise ValueError(
+                "kv_compress: all layers must share the attention scale, the soft cap and the head "
+                f"count; they have {found}"
+            )
+        ((queries_per_head, scale, soft_cap),) = alike
         window = max(spec.window for spec in specs)
         merged = super().merge(specs)
         return replace(
@@ -91,6 +99,7 @@ class KVCompressSpec(FullAttentionSpec):
             window=window,
             queries_per_head=queries_per_head,
             scale=scale,
+            soft_cap=soft_cap,
             page_format=specs[0].page_format,
         )
 
@@ -115,6 +124,7 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
         block_size=spec.block_size,
         itemsize=spec.dtype.itemsize,
         scale=spec.scale,
+        soft_cap=spec.soft_cap,
         page_format=spec.page_format,
     )
 

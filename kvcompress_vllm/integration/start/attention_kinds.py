@@ -19,11 +19,6 @@ logger = init_logger("vllm.kv_compress")
 _FULL = ("full_attention", "attention")
 """Kinds of layers that attend to everything, as configurations spell them."""
 _ALIBI = ("bloom", "mpt", "step1")
-_SINKS = ("gpt_oss", "openai_privacy_filter")
-_SINK_SETTINGS = (
-    "swa_attention_sink_enabled", "add_swa_attention_sink_bias", "add_full_attention_sink_bias",
-    "param_sink_number",
-)  # fmt: skip
 _WINDOW_DECIDES_POSITIONS = ("cohere2", "cohere2_moe", "exaone4")
 """In vLLM only their layers with a window rotate keys: without the window it is another model."""
 
@@ -92,19 +87,11 @@ def alibi(config: VllmConfig) -> bool | str:
     return "has it in every layer" if wanted else False
 
 
-def soft_cap(config: VllmConfig) -> bool | str:
-    """Scores that are squeezed before the softmax."""
-    cap = getattr(config.model_config.hf_text_config, "attn_logit_softcapping", None)
-    return f"caps them at {cap:g} in every layer" if cap else False
-
-
-def sinks(config: VllmConfig) -> bool | str:
-    """Learnt shares of the softmax that belong to no key."""
-    text = config.model_config.hf_text_config
-    settings = [name for name in _SINK_SETTINGS if getattr(text, name, None)]
-    if settings:
-        return f"has them ({settings[0]}={getattr(text, settings[0])})"
-    return "has them in every layer" if text.model_type in _SINKS else False
+def sink_keys(config: VllmConfig) -> bool | str:
+    """Learnt keys and values before the prompt (openPangu). Learnt logits, which belong to no key
+    (gpt-oss), are no such thing: the kernels know them."""
+    count = getattr(config.model_config.hf_text_config, "param_sink_number", None)
+    return f"has {count} (param_sink_number)" if count else False
 
 
 def not_causal(config: VllmConfig) -> bool | str:

@@ -59,8 +59,7 @@ REFUSALS = (
     Refusal("hybrid (Mamba, linear attention) models", "the model", kinds.layers_without_attention),
     # Before windows, which may have a way out: these have none.
     Refusal("ALiBi", "the model", kinds.alibi),
-    Refusal("soft caps of attention scores", "the model", kinds.soft_cap),
-    Refusal("attention sinks", "the model", kinds.sinks),
+    Refusal("learnt keys before the prompt", "the model", kinds.sink_keys),
     Refusal("attention to later tokens of the prompt", "the model", kinds.not_causal),
     Refusal("sliding window or chunked local attention", "the model", kinds.local),
     Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,15 +65,21 @@ class KVCompressWorkerMixin(Worker):
                 or spec.sliding_window is not None
                 or spec.attention_chunk_size is not None
                 or spec.non_causal
+                or spec.head_size_v != spec.head_size
                 or spec.kv_quant_mode.value != 0
             ):
                 raise ValueError(
                     f"kv_compress: layer {name} needs {spec}; only plain causal full attention "
-                    "with an unquantised KV cache can be compressed"
+                    "with keys as long as values and an unquantised KV cache can be compressed"
                 )
             impl = layers[name].impl
             specs[name] = KVCompressSpec.of(
-                spec, window, impl.num_heads // impl.num_kv_heads, impl.scale, page_format
+                spec,
+                window,
+                impl.num_heads // impl.num_kv_heads,
+                impl.scale,
+                page_format,
+                getattr(impl, "soft_cap", 0.0),
             )
         return specs
 
@@ -141,6 +149,7 @@ class KVCompressWorkerMixin(Worker):
             if not isinstance(impl, KVCompressImpl):
                 raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
         state = self._state(group, kv_cache_config.num_blocks, self.device)
+        state.sink_logits = stacked_sinks([impl.sinks for impl in impls.values()])
         pages = all_pages(layers[names[0]].kv_cache, group)
         context = StepContext(
             state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
@@ -249,6 +258,16 @@ def packed_config(config: KVCacheConfig) -> KVCacheConfig:
         for index, name in enumerate(group.layer_names)
     ]
     return replace(config, kv_cache_tensors=tensors)
+
+
+def stacked_sinks(sinks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """``[L, H * G]`` fp32 learnt sinks of all layers, -inf in those that have none; None: no layer
+    has any."""
+    found = next((each for each in sinks if each is not None), None)
+    if found is None:
+        return None
+    none = torch.full_like(found, -math.inf, dtype=torch.float32)
+    return torch.stack([none if each is None else each.detach().float() for each in sinks])
 
 
 def all_pages(first_layer: torch.Tensor, group: CacheGroup) -> torch.Tensor:
