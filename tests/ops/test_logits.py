@@ -26,9 +26,8 @@ KINDS = pytest.mark.parametrize("kind", ["cap", "sinks", "both"])
 def sinks(*shape, device="cpu"):
     """Of every kind: among the logits, far above and far below them, and none."""
     found = 2 * torch.randn(*shape)
-    found.view(-1)[::5] = torch.tensor([30.0, -math.inf, -40.0]).repeat(found.numel())[
-        : len(found.view(-1)[::5])
-    ]
+    for value, start in ((30.0, 0), (-math.inf, 5), (-40.0, 10)):
+        found.view(-1)[start::15] = value
     return found.to(device)
 
 
@@ -44,7 +43,7 @@ def logits_of(kind, *shape, device="cpu", cap=1.5):
 
 @KINDS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("group", [1, 7])
 @pytest.mark.parametrize("head_size", [32, 80, 128])
 def test_attention(device, kind, dtype, group, head_size):
     rows = attention.hostile(16)
@@ -71,8 +70,8 @@ def test_decode_work_of_any_shape(device, kind, case):
 @formats.FORMATS
 @formats.DTYPES
 @KINDS
-@pytest.mark.parametrize("head_size", [64, 128])
-def test_codes(device, page_format, dtype, kind, head_size):
+def test_codes(device, page_format, dtype, kind):
+    head_size = 64
     batch = formats.batch_of(page_format, head_size, dtype)
     found = formats.attend(batch, 4, head_size, dtype, device, **logits_of(kind, HEADS * 4, cap=3))
     assert_close("attention to codes", *found)
@@ -96,7 +95,7 @@ def test_codes_of_decode_rows(device, page_format, kind):
 
 @KINDS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("group", [1, 7])
 @pytest.mark.parametrize("head_size", [32, 128])
 def test_statistics(device, kind, dtype, group, head_size):
     rows = statistics.hostile(16)
@@ -113,8 +112,8 @@ def test_statistics_of_queries_older_than_all_keys(device):
 
 @KINDS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 4, 7])
-@pytest.mark.parametrize("head_size", [32, 128, 192])
+@pytest.mark.parametrize("group", [1, 7])
+@pytest.mark.parametrize("head_size", [32, 192])
 def test_echo(device, kind, dtype, group, head_size):
     batch = make_batch(echo.hostile(16), LAYERS, HEADS, 16, head_size, dtype)
     for scale in (2 * head_size**-0.5, -(head_size**-0.5)):
