@@ -7,6 +7,7 @@ text that goes on after the model's name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -24,8 +25,8 @@ _SINK_SETTINGS = (
     "swa_attention_sink_enabled", "add_swa_attention_sink_bias", "add_full_attention_sink_bias",
     "param_sink_number",
 )  # fmt: skip
-_WINDOW_DECIDES_POSITIONS = ("cohere2", "cohere2_moe", "exaone4")
-"""In vLLM only their layers with a window rotate keys: without the window it is another model."""
+_LOCAL = ("sliding", "chunked")
+"""In the names of kinds of layers that see the latest tokens only."""
 
 
 def layers_without_attention(config: VllmConfig) -> bool | str:
@@ -43,7 +44,8 @@ def layers_without_attention(config: VllmConfig) -> bool | str:
 
 
 def local(config: VllmConfig) -> bool | str:
-    """Windows and chunks: some or all layers attend to the latest tokens only."""
+    """Layers that attend to the latest tokens only, with a window or in chunks, where they cannot
+    be left to vLLM beside others with full attention."""
     model, kinds = config.model_config, _layer_kinds(config)
     window = config.cache_config.sliding_window or model.get_sliding_window()
     others = [index for index, kind in enumerate(kinds) if kind not in _FULL]
@@ -56,14 +58,38 @@ def local(config: VllmConfig) -> bool | str:
             "caps it, serves it with full attention"
         )
     text = f"has {_listed(others, kinds)}"
-    if window is None:
+    if window is not None:
+        text += f" with a window of {window} tokens"
+    if len(others) == len(kinds):
+        return f"{text}, and no other; --disable-sliding-window, which caps max_model_len, drops it"
+    if not all(any(word in kinds[index] for word in _LOCAL) for index in others):
         return text
-    text += f" with a window of {window} tokens"
-    if model.hf_text_config.model_type in _WINDOW_DECIDES_POSITIONS or not all(
-        "sliding" in kinds[index] for index in others
-    ):
-        return text
-    return f"{text}; --disable-sliding-window, which caps max_model_len at {window}, drops it"
+    groups = _full_groups(kinds)
+    if groups > 1:
+        return (
+            f"{text} beside {len(kinds) - len(others)} with full attention, of which vLLM makes "
+            f"{groups} KV cache groups; one group can be compressed"
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return (
+            f"{text}, and vLLM's hybrid KV cache manager is off, without which they keep all "
+            "tokens; leave out --disable-hybrid-kv-cache-manager"
+        )
+    return False
+
+
+def has_local(config: VllmConfig) -> bool:
+    """Whether layers with a window or chunks stand beside those that are compressed."""
+    return any(kind not in _FULL for kind in _layer_kinds(config))
+
+
+def _full_groups(kinds: Sequence[str]) -> int:
+    """How many groups vLLM makes of the layers with full attention: each has as many layers as the
+    fewest that are alike, or as the most, if these are less than half as many again."""
+    counts = Counter("full" if kind in _FULL else kind for kind in kinds).values()
+    fewest, most = min(counts), max(counts)
+    size = most if most < 1.5 * fewest else fewest
+    return -(-sum(kind in _FULL for kind in kinds) // size)
 
 
 def drop_idle_window(config: VllmConfig) -> None:
