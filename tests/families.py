@@ -146,9 +146,7 @@ def generate(llm: LLM, asked: list[list[int]], **options: Any) -> list[list[int]
     """Greedy tokens, each request on its own."""
     found = []
     for ids in asked:
-        (output,) = llm.generate(
-            [{"prompt_token_ids": ids}], params(**options), use_tqdm=False
-        )
+        (output,) = llm.generate([{"prompt_token_ids": ids}], params(**options), use_tqdm=False)
         found.append(list(output.outputs[0].token_ids))
     return found
 
@@ -171,7 +169,9 @@ def preempted(llm: LLM, asked: list[list[int]], **options: Any) -> list[list[int
 
 
 def equal(found: list[list[int]], wanted: list[list[int]]) -> str:
-    same = sum(a == b for f, w in zip(found, wanted, strict=True) for a, b in zip(f, w, strict=True))
+    same = sum(
+        a == b for f, w in zip(found, wanted, strict=True) for a, b in zip(f, w, strict=True)
+    )
     return f"{same}/{sum(map(len, wanted))}"
 
 
@@ -203,9 +203,7 @@ def examine(name: str, folder: Path) -> Row:
     return row
 
 
-def run(
-    llm: LLM, family: Family, asked: list[list[int]], stock: list[list[int]], row: Row
-) -> None:
+def run(llm: LLM, family: Family, asked: list[list[int]], stock: list[list[int]], row: Row) -> None:
     """Fill the row of an engine that runs."""
     core = scheduler(llm)
     layers = core.kv_compress_group.layers
@@ -220,7 +218,7 @@ def run(
         [{"prompt_token_ids": asked[0]}], params(kv_compress_ratio=4), use_tqdm=False
     )
     usage: Any = output.kv_compress
-    row.compressed = f"{usage['blocks_uncompressed']} -> {usage['blocks_held']}"
+    row.compressed = f"{usage.blocks_before} -> {usage.blocks_after}"
     row.hit = str(output.num_cached_tokens)
     if not output.num_cached_tokens:
         row.problems.append("no prefix cache hit")
