@@ -77,8 +77,10 @@ FAMILIES = {
     "Phi-3": Family("Phi3Config", {"sliding_window": None}),
     "Olmo 2": Family("Olmo2Config", {}),
     "Olmo 3": Family("Olmo3Config", LOCAL_3_TO_1, local=6),
-    "Command-R": Family("CohereConfig", {}),
-    "Command-A": Family("Cohere2Config", LOCAL_3_TO_1, local=6),
+    "Command-R": Family("CohereConfig", {"tie_word_embeddings": True}),
+    "Command-A": Family(
+        "Cohere2Config", {**LOCAL_3_TO_1, "tie_word_embeddings": True}, local=6
+    ),
     "GLM-4": Family("Glm4Config", {}),
     "Granite 3": Family("GraniteConfig", {}),
     "Exaone 4": Family("Exaone4Config", LOCAL_3_TO_1, local=6),
@@ -241,8 +243,9 @@ def last_line(error: BaseException) -> str:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    head = "| family | compressed layers | stock | accepted | equal at ratio 1 | blocks at ratio 4 | cached | preempted |"
-    lines = [head, "| " + " | ".join(["---"] * 8) + " |"]
+    head = ["family", "compressed layers", "stock", "accepted", "equal at ratio 1",
+            "blocks at ratio 4", "cached", "preempted"]  # fmt: skip
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head))]
     for row in rows:
         cells = [row.family, row.layers, row.stock, row.accepted, row.equal, row.compressed,
                  row.hit, row.preempted]  # fmt: skip

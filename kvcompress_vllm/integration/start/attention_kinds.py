@@ -51,7 +51,8 @@ def local(config: VllmConfig) -> bool | str:
     others = [index for index, kind in enumerate(kinds) if kind not in _FULL]
     if window is None and all("sliding" in kinds[index] for index in others):
         return False  # vLLM builds them without one
-    if not others:
+    in_all = len(others) == len(kinds)
+    if not others or (in_all and all("sliding" in kind for kind in kinds)):
         return (
             f"has a window of {window} tokens in every layer, and max_model_len is "
             f"{model.max_model_len}; --max-model-len {window} or --disable-sliding-window, which "
@@ -60,9 +61,7 @@ def local(config: VllmConfig) -> bool | str:
     text = f"has {_listed(others, kinds)}"
     if window is not None:
         text += f" with a window of {window} tokens"
-    if len(others) == len(kinds):
-        return f"{text}, and no other; --disable-sliding-window, which caps max_model_len, drops it"
-    if not all(any(word in kinds[index] for word in _LOCAL) for index in others):
+    if in_all or not all(any(word in kinds[index] for word in _LOCAL) for index in others):
         return text
     groups = _full_groups(kinds)
     if groups > 1:
