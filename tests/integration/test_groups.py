@@ -86,18 +86,32 @@ def test_blocks_of_all_groups_come_back() -> None:
     assert sim.pool.get_num_free_blocks() == 119
 
 
-@pytest.mark.parametrize("on_pressure", [True, False])
-def test_pressure_counts_what_windows_will_take(on_pressure: bool) -> None:
-    options = {**OPTIONS, "interval": 8, "on_pressure": on_pressure}
-    sim = Simulation(82, options, max_num_seqs=12, prefix_caching=False, windows=(60,))
-    for i in range(30):
-        sim.add(f"short{i}", prompt(i, 10), 2)
+def test_pressure_counts_what_windows_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    sim = Simulation(40, {**OPTIONS, "window": 8}, windows=(60,))
+    others, planner = sim.scheduler.kv_compress_others, sim.scheduler.kv_compress_planner
+    free: list[int] = []
+    monkeypatch.setattr(planner, "press", lambda computed, num_free: free.append(num_free))
+    sim.add("r", prompt(1, 20), 150)
+    sim.step()
+    # Two blocks now, and a third for tokens 32 and on; 61 tokens need up to 5.
+    assert others.growth({"r": 20}, 28) == 1
+    assert others.growth({"r": 20}, 5000) == 3
+    for _ in range(10):
+        sim.step()
+    computed = {"r": sim.scheduler.requests["r"].num_computed_tokens}
+    expected = sim.pool.get_num_free_blocks() - others.growth(computed, 8)
+    sim.step()
+    assert computed["r"] == 30 and free[-1] == expected == 39 - 4 - 1
     sim.run()
-    for i in range(7):
-        sim.add(f"r{i}", prompt(i, 100), 120)
+
+
+def test_admission_counts_what_windows_will_hold() -> None:
+    """A forecast that left them out would let in what must be preempted later."""
+    sim = Simulation(64, {**OPTIONS, "on_pressure": False}, prefix_caching=False, windows=(200,))
+    for i in range(20):
+        sim.add(f"r{i}", prompt(i, 200), 100)
     sim.run()
-    assert all(len(sim.outputs[f"r{i}"]) == 120 for i in range(7))
-    assert (sim.num_preemptions == 0) == on_pressure
+    assert sim.most_running > 1 and sim.num_preemptions == 0
 
 
 REQUESTS = st.lists(

@@ -160,8 +160,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
          "512 or --disable-sliding-window"),
         ({"sliding_window": 512, "layer_types": [SLIDING] * 4}, "a window of 512 tokens in every"),
         ({"sliding_window": 512, "layer_types": [FULL, SLIDING, FULL, FULL]},
-         "has 1 of 4 layers (1) of sliding_attention with a window of 512 tokens beside 3 with full "
-         "attention, of which vLLM makes 3 KV cache groups; one group can be compressed"),
+         "has 1 of 4 layers (1) of sliding_attention with a window of 512 tokens beside 3 with "
+         "full attention, of which vLLM makes 3 KV cache groups; one group can be compressed"),
         ({"layer_types": ["chunked_attention"] * 2},
          "has 2 of 2 layers (0-1) of chunked_attention; without"),
         ({"layer_types": [FULL, "sparse_attention"]},
