@@ -49,3 +49,9 @@ def test_layers_beside_see_their_window(window: int | None, length: int, count: 
     ).transpose(0, 1)  # fmt: skip
     found = attend(query, cache, row, length, window, size**-0.5)
     torch.testing.assert_close(found, wanted)
+    # A cap that nothing reaches, and a sink that takes nothing; then one that takes half of all.
+    same = attend(query, cache, row, length, window, size**-0.5, 1e4, torch.full((4,), -1e9))
+    torch.testing.assert_close(same, wanted, rtol=1e-4, atol=1e-4)
+    only = attend(query, cache, row, length, 1, 0.0, 0.0, torch.zeros(4))
+    latest = values.repeat_interleave(group, 0).transpose(0, 1)[length - count :]
+    torch.testing.assert_close(only, latest / 2)

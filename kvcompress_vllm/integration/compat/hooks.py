@@ -189,9 +189,9 @@ HOOKS = (
          ("head_size", "dtype", "kv_cache_dtype", "has_sliding_window"),
          "chooses the backend of layers with chunks; replaced where their module has imported it: "
          "it asks as if they had full attention", "vLLM tells the two kinds apart", patched=True),
-    Hook("vllm.v1.kv_cache_interface:SlidingWindowSpec", ("sliding_window",),
+    Hook("vllm.v1.kv_cache_interface:SlidingWindowSpec.sliding_window", (),
          "says what layers see that compression leaves alone", "never"),
-    Hook("vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec", ("attention_chunk_size",),
+    Hook("vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec.attention_chunk_size", (),
          "says what layers see that compression leaves alone", "never"),
     Hook(f"{_MANAGER}._null_block", (), "stands where packed blocks no longer are", "never"),
     Hook(f"{_SCHEDULER}.make_stats", ("self",), "adds our report to the step's statistics",

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from vllm.v1.attention.backend import AttentionLayer
 
 from kvcompress_vllm.integration.compat.releases import kv_cache_layouts
@@ -43,16 +42,33 @@ class LocalCpuImpl(KVCompressImpl):
         query = query.view(-1, self.num_heads, self.head_size)
         out = output.view(-1, self.num_heads, self.head_size)
         starts, lengths = meta.query_start.tolist(), meta.seq_lens.tolist()
+        # Of layers that have them, which compressed ones need not.
+        cap, sinks = getattr(self, "soft_cap", 0.0), getattr(self, "sinks", None)
         for row, length in enumerate(lengths):
             span = slice(starts[row], starts[row + 1])
             if span.start < span.stop:
-                table = meta.block_table[row]
-                out[span] = attend(query[span], kv_cache, table, length, self.window, self.scale)
+                out[span] = attend(
+                    query[span],
+                    kv_cache,
+                    meta.block_table[row],
+                    length,
+                    self.window,
+                    self.scale,
+                    cap,
+                    sinks,
+                )
         return output
 
 
 def attend(
-    query: Tensor, kv_cache: Tensor, row: Tensor, length: int, window: int | None, scale: float
+    query: Tensor,
+    kv_cache: Tensor,
+    row: Tensor,
+    length: int,
+    window: int | None,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of the last tokens of one request.
 
@@ -62,26 +78,30 @@ def attend(
         row: ``[M]`` block ids; those before the window may be anything.
         length: tokens in the cache.
         window: keys that a token sees, itself included; None: all.
+        soft_cap: logits are at most so large, ``cap * tanh(logit / cap)``; 0: as large as they are.
+        sinks: ``[H * G]`` logits that belong to no key; None: none.
 
     Returns:
         ``[n, H * G, D]``.
     """
-    size, first = kv_cache.shape[2], length - query.shape[0]
+    (count, query_heads, _), (heads, size) = query.shape, kv_cache.shape[1:3]
+    first = length - count
     oldest = 0 if window is None else max(0, first - window + 1)
     begin = oldest // size
     pages = kv_cache[row[begin : -(-length // size)].long()].transpose(0, 1).flatten(1, 2)
-    keys, values = pages[:, oldest - begin * size : length - begin * size].chunk(2, dim=-1)
+    keys, values = pages[:, oldest - begin * size : length - begin * size].float().chunk(2, dim=-1)
     distance = torch.arange(first, length)[:, None] - torch.arange(oldest, length)
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    found = scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        keys[None],
-        values[None],
-        attn_mask=seen,
-        scale=scale,
-        enable_gqa=True,
-    )
-    return found[0].transpose(0, 1)
+    by_head = query.float().transpose(0, 1).unflatten(0, (heads, -1))
+    logits = by_head @ keys[:, None].transpose(2, 3) * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    logits = logits.masked_fill(~seen, -torch.inf).flatten(0, 1)
+    if sinks is not None:
+        column = sinks.float()[:, None, None].expand(query_heads, count, 1)
+        logits = torch.cat([logits, column], -1)
+    shares = logits.softmax(-1)[..., : keys.shape[1]].unflatten(0, (heads, -1))
+    return (shares @ values[:, None]).flatten(0, 1).transpose(0, 1).to(query.dtype)
 
 
 class LocalCpuBackend(KVCompressBackend):
