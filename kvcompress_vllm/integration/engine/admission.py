@@ -104,10 +104,10 @@ class Admission:
     ) -> KVCacheBlocks | None:
         planner, manager = self._planner, self._manager
         budget, context = budget_of(request), self.hit(request)
-        if not planner.can_admit(request.num_tokens, budget, context):
+        if not planner.newcomers.can_admit(request.num_tokens, budget, context):
             self._recorder.refused("slots")
             return None
-        reserve = planner.reserve(request.num_tokens, budget, context)
+        reserve = planner.newcomers.reserve(request.num_tokens, budget, context)
         if not self._fits(request, reserve, context):
             self._recorder.refused("forecast")
             return None
@@ -192,13 +192,13 @@ class Admission:
         pool, planner, running = self._manager.block_pool, self._planner, self._scheduler.running
         if not running:
             return True
-        question = request.request_id, planner.version
+        question = request.request_id, planner.newcomers.version
         if question == self._does_not_fit:
             return False  # nothing has changed since: the forecast would not, either
         count = len(running) + 1
         candidate = None
         if context is not None:
-            candidate = planner.starting(
+            candidate = planner.newcomers.starting(
                 request.request_id, request.num_tokens, budget_of(request), context
             )
         found = [(r, planner.requests.get(r.request_id)) for r in running]
@@ -216,7 +216,7 @@ class Admission:
         context = tracked.context if tracked is not None else None
         left = self._output_length.left(request.num_output_tokens, request.max_tokens)
         load = admission.load(
-            self._planner,
+            self._planner.newcomers,
             tracked,
             max(request.num_computed_tokens, context.num_tokens if context else 0),
             request.num_tokens,

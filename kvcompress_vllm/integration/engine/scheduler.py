@@ -162,12 +162,12 @@ class _KVCompressMixin(Scheduler):
         for report in reports_of(model_runner_output):
             if report.failure is not None:
                 failures[report.request_id] = report.failure
-                users = self.kv_compress_planner.spoiled(report)
+                users = self.kv_compress_planner.feedback.spoiled(report)
                 failures.update(dict.fromkeys(users, report.failure))
             elif isinstance(report, Scored):
-                self.kv_compress_planner.scored(report)
+                self.kv_compress_planner.feedback.scored(report)
             else:
-                self._recorder.measured(report, self.kv_compress_planner.reported(report))
+                self._recorder.measured(report, self.kv_compress_planner.feedback.reported(report))
         failed = self._fail(failures)
         outputs = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
         for request in failed:
@@ -265,7 +265,7 @@ class _KVCompressMixin(Scheduler):
         if self._echo is None:
             return count
         if tracked is None:
-            tracked = planner.starting(
+            tracked = planner.newcomers.starting(
                 request.request_id, request.num_tokens, budget_of(request), context
             )
         return self._echo.chunk(
