@@ -92,7 +92,9 @@ def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
     assert p.contexts.computing(b"key") == "a"
     (a,) = p.to_score({"a": 800})
     share = [0.5, 0.1, 0.0] if kept == 20 else [1.0, 0.5, 0.0]
-    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, kept if kept < 50 else 49, 50], share)))
+    p.feedback.scored(
+        Scored("a", a.state_slot, 800, LossCurve([2, kept if kept < 50 else 49, 50], share))
+    )
     if kept == 50:
         assert p.contexts.computing(b"key") is None and p.new_context(a) is None
         return

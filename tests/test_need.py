@@ -104,7 +104,7 @@ def test_a_prompt_stops_until_its_curve_is_back() -> None:
     assert p.chunk("a", 512, 512) == 288
     (a,) = p.to_score({"a": 800})
     assert p.due({"a": 800}) == [] and p.chunk("a", 800, 200) == 0
-    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 20, 50], [0.5, 0.1, 0.0])))
+    p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 20, 50], [0.5, 0.1, 0.0])))
     assert p.chunk("a", 800, 200) == 200, "it goes on if the pool has no room for the copy"
     assert p.due({"a": 800}) == [a] and a.target() == Packing(50, 20)
     p.compressed("a", 800)
@@ -114,12 +114,12 @@ def test_a_prompt_stops_until_its_curve_is_back() -> None:
 def test_a_context_without_anything_to_gain_is_read_on() -> None:
     p = before_a_question()
     (a,) = p.to_score({"a": 800})
-    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
     assert a.decided is None and a.kept == 0 and p.chunk("a", 800, 300) == 200
     # The end of the prompt is the next chance; after that it is a generation.
     assert a.due_at == 1000 and p.observers.used == 1 and a.trigger == "prefill"
     assert p.to_score({"a": 1000}) == [a]
-    p.scored(Scored("a", a.state_slot, 1000, LossCurve([2, 61, 62], [1.0, 0.5, 0.0])))
+    p.feedback.scored(Scored("a", a.state_slot, 1000, LossCurve([2, 61, 62], [1.0, 0.5, 0.0])))
     assert a.due_at > 1000 and p.observers.used == 0 and a.trigger == "decode"
 
 
@@ -158,18 +158,18 @@ def test_what_never_outgrows_its_budget_takes_no_slot() -> None:
         config = KVCompressConfig.from_dict({"ratio": None, "budget_tokens": tokens})
         p = CompressionPlanner(config, B, 1, 4, 2048)
         p.admit("a", 100)
-        assert len(p.requests) == tracked and p.can_admit(100) == (not tracked)
+        assert len(p.requests) == tracked and p.newcomers.can_admit(100) == (not tracked)
 
 
 def test_admission_alone_expects_of_a_mass_what_others_came_to() -> None:
     p = before_a_question()
     (a,) = p.to_score({"a": 800})
-    assert p.forecast().packed(1600).kept == p.sizes().packed(1600).kept == 25
-    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    assert p.newcomers.forecast().packed(1600).kept == p.sizes().packed(1600).kept == 25
+    p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
     # Everything was kept: a quarter is expected no longer, but a share of 0.325, a ratio of 3.
-    assert p.forecast().packed(1600).kept == 34 and p.sizes().packed(1600).kept == 25
+    assert p.newcomers.forecast().packed(1600).kept == 34 and p.sizes().packed(1600).kept == 25
     of_ratio = CompressionPlanner(KVCompressConfig(ratio=8), B, 4, 4, 4096)
-    assert of_ratio.forecast() is of_ratio.sizes()
+    assert of_ratio.newcomers.forecast() is of_ratio.sizes()
 
 
 def test_a_prompt_that_is_over_is_decoded_until_its_curve_is_back() -> None:

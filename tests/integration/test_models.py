@@ -40,6 +40,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # A window that no request outgrows is full attention.
     "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 512}),
+    # Layers with a window beside others.
+    "olmo3": (
+        "Olmo3Config",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 48,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "phi3": ("Phi3Config", {"num_key_value_heads": 2, "sliding_window": 262144}),
 }
 

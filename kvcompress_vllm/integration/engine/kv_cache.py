@@ -81,6 +81,8 @@ class KVCompressSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
+        # How vLLM asks whether all layers are alike.
+        assert all(isinstance(spec, cls) for spec in specs), "not all layers have full attention"
         alike = {(spec.queries_per_head, spec.scale, spec.soft_cap) for spec in specs}
         if len(alike) != 1:
             found = ", ".join(
@@ -116,6 +118,12 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
     """
     if not isinstance(spec, KVCompressSpec):
         raise ValueError(f"kv_compress: cannot compress {spec}")
+    if spec.page_size_padded is not None:
+        raise ValueError(
+            f"kv_compress: vLLM pads the pages of layers with full attention to "
+            f"{spec.page_size_padded} bytes, as large as those of other layers; such models cannot "
+            "be compressed"
+        )
     return CacheGroup(
         layers=layers,
         heads=spec.num_kv_heads,
@@ -224,7 +232,8 @@ class KVCompressManager(FullAttentionManager):
         """Check the whole pool (see :func:`kvcompress_vllm.cache.integrity.check_pool`).
 
         Args:
-            held: blocks that are still referenced although their request let go of them.
+            held: blocks that are referenced although they are in no row of this group: in one of
+                another, or their request let go of them.
             shared: packed blocks of contexts, which several requests may hold.
         """
         pool = self.block_pool

@@ -12,6 +12,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.engine.admission import budget_of
+from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.records.group import CacheGroup
@@ -39,6 +40,7 @@ class StepBuilder:
         sharing: offers what is packed for others as well.
         echo: says which tokens get echo scores; None: no policy reads any.
         group: whose blocks ``manager`` allocates.
+        others: take blocks of the same pool.
 
     Attributes:
         waits: whether the pool had no room for a compression that was due, in the step that was
@@ -52,9 +54,10 @@ class StepBuilder:
         sharing: Sharing,
         echo: EchoPlanner | None,
         group: CacheGroup,
+        others: OtherGroups,
     ) -> None:
         self._planner, self._manager, self._echo = planner, manager, echo
-        self._sharing = sharing
+        self._sharing, self._others = sharing, others
         self._group = group.index
         self.waits = False
 
@@ -163,7 +166,8 @@ class StepBuilder:
         self.waits = False
         planner.watch(computed)
         if planner.config.on_pressure:
-            planner.press(computed, manager.block_pool.get_num_free_blocks())
+            taken = self._others.growth(computed, planner.config.window)
+            planner.press(computed, manager.block_pool.get_num_free_blocks() - taken)
         for tracked in planner.due(computed):
             num_tokens, packing = tracked.due_at, tracked.target()
             if manager.block_pool.get_num_free_blocks() < packing.kept:

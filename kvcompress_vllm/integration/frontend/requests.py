@@ -13,6 +13,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.engine.kv_cache import most_needed
 from kvcompress_vllm.integration.frontend.wish import CONTEXT, KEYS, PREFIX, request_wish
+from kvcompress_vllm.integration.start.attention_kinds import has_local
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes
@@ -40,10 +41,14 @@ def check_length(
     sizes = Sizes(budget, Limits.of(config, cache.block_size, longest))
     needed = blocks_needed(sizes, config.window, length)
     # What vLLM made sure of when it started. The front end of several engines knows the sum of
-    # their blocks only.
+    # their blocks only; and what layers with a window need beside it, the scheduler knows.
     most = most_needed(config, cache.block_size, longest)
     blocks = getattr(cache, "num_gpu_blocks", None)
-    if blocks and vllm_config.parallel_config.data_parallel_size == 1:
+    if (
+        blocks
+        and vllm_config.parallel_config.data_parallel_size == 1
+        and not has_local(vllm_config)
+    ):
         most = blocks - 1  # the null block is nobody's
     if needed > most:
         raise ValueError(

@@ -17,6 +17,7 @@ from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.integration.worker.backend import leave_local_layers
 from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.segments import check_block_size
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes, check_peak
@@ -61,7 +62,11 @@ REFUSALS = (
     Refusal("ALiBi", "the model", kinds.alibi),
     Refusal("learnt keys before the prompt", "the model", kinds.sink_keys),
     Refusal("attention to later tokens of the prompt", "the model", kinds.not_causal),
-    Refusal("sliding window or chunked local attention", "the model", kinds.local),
+    Refusal(
+        "sliding window or chunked local attention without full attention beside it",
+        "the model",
+        kinds.local,
+    ),
     Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),
     Refusal(
         "speculative decoding", "--speculative-config", lambda c: c.speculative_config is not None
@@ -121,6 +126,7 @@ def check(vllm_config: VllmConfig) -> None:
         found = refusal.applies(vllm_config)
         if found:
             raise ValueError(_text(refusal, vllm_config, found))
+    leave_local_layers(vllm_config)
     check_page_dtype(vllm_config)
     check_sizes(vllm_config)
     if current_platform.is_cuda():

@@ -170,6 +170,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
 
     profiling: ClassVar[bool] = False
     """Whether vLLM measures memory: it then runs batches of nothing before there is a cache."""
+    windows: ClassVar[bool] = False
+    """Whether layers may see a window only; those are never compressed."""
 
     def __init__(
         self,
@@ -188,7 +190,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
     ) -> None:
         unsupported = {
             "ALiBi": alibi_slopes is not None,
-            "sliding window attention": sliding_window is not None,
+            "sliding window attention": sliding_window is not None and not self.windows,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             f"{attn_type} attention": attn_type != AttentionType.DECODER,
         }
@@ -208,6 +210,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
                 f"kv_compress: attention sinks of shape {list(sinks.shape)} for {num_heads} heads"
             )
         self.num_kv_heads = num_kv_heads or num_heads
+        self.window = sliding_window
         self._context: StepContext | None = None
         self._layer = 0
         self._rotation: Rotation | None = None

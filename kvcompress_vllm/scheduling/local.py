@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What layers hold of a request that see only its latest tokens: with a window, or in chunks.
+
+vLLM gives back what lies before, so beside a long request it is little, and about the same whatever
+the request's length. No vLLM types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Local(NamedTuple):
+    """Layers of one cache group that see a part of the context.
+
+    Attributes:
+        span: tokens that a query may see.
+        aligned: whether they begin with a whole block, as chunks do.
+    """
+
+    span: int
+    aligned: bool = False
+
+    def blocks(self, num_tokens: int, in_flight: int, block_size: int) -> int:
+        """The most blocks of a request of ``num_tokens`` tokens.
+
+        Args:
+            in_flight: tokens of it that steps may compute at once; they keep what the first of
+                them sees.
+        """
+        seen = -(-min(num_tokens, self.span + in_flight) // block_size)
+        return min(-(-num_tokens // block_size), seen + (not self.aligned))
+
+
+class LocalLayers(NamedTuple):
+    """All of a model's.
+
+    Attributes:
+        groups: one for each cache group.
+        in_flight: tokens that steps may compute at once of a prompt.
+    """
+
+    groups: Sequence[Local]
+    block_size: int
+    in_flight: int
+
+    def most(self, num_tokens: int) -> int:
+        """The most blocks of a request that is to have ``num_tokens`` tokens, while its prompt is
+        computed."""
+        return self._blocks(num_tokens, self.in_flight)
+
+    def decoding(self, num_tokens: int) -> int:
+        """The most blocks of one that has ``num_tokens`` tokens, and decodes."""
+        return self._blocks(num_tokens, 2)
+
+    def _blocks(self, num_tokens: int, in_flight: int) -> int:
+        return sum(group.blocks(num_tokens, in_flight, self.block_size) for group in self.groups)
