@@ -19,8 +19,8 @@ class CacheGroup:
 
     All layers with full attention are one group, with blocks, rows and packed pages of its own;
     records of a step name the group that they are about by its :attr:`index`. Layers with a window
-    are in other groups of vLLM's, which this does not describe. How packed pages hold keys is a matter of the group, too: T keys each, of
-    m blocks, in the bytes of B.
+    are in other groups of vLLM's, which this does not describe. How packed pages hold keys is a
+    matter of the group, too: T keys each, of m blocks, in the bytes of B.
     """
 
     layers: int

@@ -40,7 +40,9 @@ def test_layers_of_several_kinds(
         exact = generate(llm, asked)
         # Kernels round differently, and random weights have near ties; a wrong window is not near.
         assert [tokens[0] for tokens in exact] == [tokens[0] for tokens in stock]
-        same = sum(a == b for e, s in zip(exact, stock, strict=True) for a, b in zip(e, s))
+        same = sum(
+            a == b for e, s in zip(exact, stock, strict=True) for a, b in zip(e, s, strict=True)
+        )
         print(f"{name}: {same} of {6 * OUTPUT} tokens are stock's")
         assert same >= 3 * OUTPUT
         for options in ({}, {"kv_compress_ratio": 4}):
