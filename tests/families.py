@@ -122,10 +122,10 @@ class Row:
         return not self.problems
 
 
-def save(family: Family, folder: Path) -> None:
+def save(family: Family, folder: Path, **changes: Any) -> None:
     """A model of that family with random weights."""
     torch.manual_seed(0)
-    config = getattr(transformers, family.config)(**{**SMALL, **family.changes})
+    config = getattr(transformers, family.config)(**{**SMALL, **family.changes, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(folder)
 
