@@ -12,6 +12,8 @@ Life of a state slot, whose number the scheduler hands out:
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -36,6 +38,16 @@ class Logits(TypedDict):
 
     soft_cap: float
     sink_logits: Tensor | None
+
+
+def stacked_sinks(sinks: Sequence[Tensor | None]) -> Tensor | None:
+    """``[L, H * G]`` fp32 learnt sinks of all layers, -inf in those that have none; None: no layer
+    has any."""
+    found = next((each for each in sinks if each is not None), None)
+    if found is None:
+        return None
+    none = torch.full_like(found, -math.inf, dtype=torch.float32)
+    return torch.stack([none if each is None else each.detach().float() for each in sinks])
 
 
 class PackedState:

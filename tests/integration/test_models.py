@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 2,
             "head_dim": 32,
             "layer_types": ["full_attention"] * 2,
-            "query_pre_attn_scalar": 1,
+            "query_pre_attn_scalar": 4,
             "attn_logit_softcapping": 4.0,
             "attn_implementation": "eager",
         },
@@ -59,6 +59,10 @@ def saved(kind: str, folder: Path) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**SMALL, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if kind.startswith("gemma"):
+        # They scale what tokens are, and the answer would be the last one again and again.
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(0.05)
     model.save_pretrained(folder)
     return model
 

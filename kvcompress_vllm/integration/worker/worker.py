@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +21,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache.page_format import PageFormat
-from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.cache.state import PackedState, stacked_sinks
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.echo import score_heard
 from kvcompress_vllm.compression.pending import PendingReports
@@ -308,16 +306,6 @@ def packed_config(config: KVCacheConfig) -> KVCacheConfig:
         else:
             tensors.append(KVCacheTensor(size=layer_bytes * config.num_blocks, shared_by=shared))
     return replace(config, kv_cache_tensors=tensors)
-
-
-def stacked_sinks(sinks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """``[L, H * G]`` fp32 learnt sinks of all layers, -inf in those that have none; None: no layer
-    has any."""
-    found = next((each for each in sinks if each is not None), None)
-    if found is None:
-        return None
-    none = torch.full_like(found, -math.inf, dtype=torch.float32)
-    return torch.stack([none if each is None else each.detach().float() for each in sinks])
 
 
 def all_pages(first_layer: torch.Tensor, group: CacheGroup) -> torch.Tensor:
