@@ -71,6 +71,20 @@ FAMILIES = {
     "Mistral, window": Family("MistralConfig", {"sliding_window": 1024}),
     "Ministral": Family("MinistralConfig", LOCAL_3_TO_1, local=6),
     "Mixtral": Family("MixtralConfig", {**EXPERTS, "sliding_window": None}),
+    # Soft caps that logits reach, in both kinds of layers.
+    "Gemma 2": Family(
+        "Gemma2Config",
+        {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "sliding_window": WINDOW,
+         "query_pre_attn_scalar": 1, "attn_logit_softcapping": 4.0, "tie_word_embeddings": True},
+        local=2,
+    ),
+    # Learnt sinks in both.
+    "gpt-oss": Family(
+        "GptOssConfig",
+        {**EXPERTS, "num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2,
+         "sliding_window": WINDOW, "head_dim": 32},
+        local=2,
+    ),
     "Gemma 3": Family(
         "Gemma3TextConfig", {**LOCAL_3_TO_1, "query_pre_attn_scalar": 16}, local=6
     ),
@@ -127,6 +141,10 @@ def save(family: Family, folder: Path, **changes: Any) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, family.config)(**{**SMALL, **family.changes, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if family.config == "Gemma2Config":
+        # It scales what tokens are, and the answer would be the last one again and again.
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(0.05)
     model.save_pretrained(folder)
 
 
