@@ -91,7 +91,7 @@ def test_blocks_of_all_groups_come_back() -> None:
 
 
 def test_pressure_counts_what_windows_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    sim = Simulation(40, {**OPTIONS, "window": 8}, windows=(60,))
+    sim = Simulation(60, {**OPTIONS, "window": 8}, windows=(60,))
     others, planner = sim.scheduler.kv_compress_others, sim.scheduler.kv_compress_planner
     free: list[int] = []
     monkeypatch.setattr(planner, "press", lambda computed, num_free: free.append(num_free))
