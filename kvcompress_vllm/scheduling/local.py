@@ -32,6 +32,12 @@ class Local(NamedTuple):
         seen = -(-min(num_tokens, self.span + in_flight) // block_size)
         return min(-(-num_tokens // block_size), seen + (not self.aligned))
 
+    def held(self, num_tokens: int, block_size: int) -> int:
+        """Blocks of a request that decodes, and whose latest token is the ``num_tokens``-th."""
+        before = num_tokens - 1
+        passed = before // self.span * self.span if self.aligned else max(0, before - self.span)
+        return -(-num_tokens // block_size) - passed // block_size
+
 
 class LocalLayers(NamedTuple):
     """All of a model's.
@@ -53,6 +59,20 @@ class LocalLayers(NamedTuple):
     def decoding(self, num_tokens: int) -> int:
         """The most blocks of one that has ``num_tokens`` tokens, and decodes."""
         return self._blocks(num_tokens, 2)
+
+    def growth(self, num_tokens: int, more: int) -> int:
+        """By how many blocks a request that decodes will grow at most within ``more`` tokens."""
+        # A row grows where a block begins, and gives blocks back in between.
+        later = range(
+            -(-num_tokens // self.block_size) * self.block_size + 1,
+            num_tokens + more + 1,
+            self.block_size,
+        )
+        return sum(
+            max(group.held(n, self.block_size) for n in (num_tokens, *later))
+            - group.held(num_tokens, self.block_size)
+            for group in self.groups
+        )
 
     def _blocks(self, num_tokens: int, in_flight: int) -> int:
         return sum(group.blocks(num_tokens, in_flight, self.block_size) for group in self.groups)

@@ -34,6 +34,10 @@ from tests.integration.simulation import B, Simulation
 OPTIONS = {"policy": "kv_compress", "ratio": 4, "recent": 8, "sinks": 2, "min_tokens_per_head": 8,
            "window": 4, "min_prompt_tokens": 40, "interval": 2}  # fmt: skip
 WINDOWS = (40, 100)
+SHAPE = {"block_size": B, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+FULL = KVCompressSpec.of(FullAttentionSpec(**SHAPE), 4, 2, 0.25)
+SLIDING = SlidingWindowSpec(**SHAPE, sliding_window=40)
+CHUNKED = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64)
 
 
 def prompt(family: int, length: int) -> list[int]:
@@ -87,22 +91,46 @@ def test_blocks_of_all_groups_come_back() -> None:
 
 
 def test_pressure_counts_what_windows_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    sim = Simulation(40, {**OPTIONS, "window": 8}, windows=(60,))
+    sim = Simulation(60, {**OPTIONS, "window": 8}, windows=(60,))
     others, planner = sim.scheduler.kv_compress_others, sim.scheduler.kv_compress_planner
     free: list[int] = []
     monkeypatch.setattr(planner, "press", lambda computed, num_free: free.append(num_free))
     sim.add("r", prompt(1, 20), 150)
     sim.step()
-    # Two blocks now, and a third for tokens 32 and on; 61 tokens need up to 5.
-    assert others.growth({"r": 20}, 28) == 1
-    assert others.growth({"r": 20}, 5000) == 3
-    for _ in range(10):
+    for _ in range(140):
+        running = sim.scheduler.running
+        computed = {r.request_id: r.num_computed_tokens for r in running}
+        expected = sim.pool.get_num_free_blocks() - others.growth(computed, 8)
         sim.step()
-    computed = {"r": sim.scheduler.requests["r"].num_computed_tokens}
-    expected = sim.pool.get_num_free_blocks() - others.growth(computed, 8)
-    sim.step()
-    assert computed["r"] == 30 and free[-1] == expected == 39 - 4 - 1
+        assert free[-1] == expected
     sim.run()
+
+
+@pytest.mark.parametrize("spec", [SLIDING, CHUNKED], ids=["window", "chunks"])
+def test_growth_is_what_comes(spec: Any) -> None:
+    """Counted token by token."""
+    layers = LocalLayers([span_of(spec)], B, in_flight=128)
+    local = layers.groups[0]
+    for now in range(1, 200):
+        ahead = [local.held(now + more, B) for more in range(31)]
+        assert layers.growth(now, 30) == max(ahead) - ahead[0]
+        assert max(ahead) <= layers.decoding(now + 30)
+
+
+@pytest.mark.parametrize("window", [33, 60])
+def test_windows_hold_what_is_counted(window: int) -> None:
+    sim = Simulation(60, OPTIONS, windows=(window,), prefix_caching=False)
+    sim.add("r", prompt(1, 20), 150)
+    sim.step()
+    local = span_of(
+        sim.scheduler.kv_cache_manager.coordinator.single_type_managers[0].kv_cache_spec
+    )
+    while sim.live:
+        sim.step()
+        if sim.live:
+            tokens = sim.scheduler.requests["r"].num_computed_tokens
+            held = sim.scheduler.kv_compress_others.held("r")
+            assert held == local.held(tokens, B), tokens
 
 
 def test_admission_counts_what_windows_will_hold() -> None:
@@ -186,11 +214,6 @@ def test_what_is_accepted_finishes(
     assert {name: len(tokens) for name, tokens in sim.outputs.items()} == wanted
     assert sim.failed == set()
     assert sim.pool.get_num_free_blocks() == num_blocks - 1
-
-
-SHAPE = {"block_size": B, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
-FULL = KVCompressSpec.of(FullAttentionSpec(**SHAPE), 4, 2, 0.25)
-SLIDING = SlidingWindowSpec(**SHAPE, sliding_window=40)
 
 
 def groups(*parts: tuple[Any, int]) -> list[KVCacheGroupSpec]:
@@ -285,9 +308,8 @@ def test_rows_of_the_compressed_group_are_rewritten() -> None:
 
 
 def test_what_layers_see() -> None:
-    chunked = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64)
     assert span_of(SLIDING) == Local(39)
-    assert span_of(chunked) == Local(64, aligned=True)
+    assert span_of(CHUNKED) == Local(64, aligned=True)
     mamba = MambaSpec(block_size=B, shapes=((4,),), dtypes=(torch.float32,))
     with pytest.raises(ValueError, match="cannot stand beside"):
         span_of(mamba)

@@ -8,6 +8,7 @@ attention attend to fewer keys than its hash says, what these compute is wrong f
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,10 @@ def span_of(spec: KVCacheSpec) -> Local:
     return Local(chunk, aligned=chunk % spec.block_size == 0)
 
 
+def _is_real(block: KVCacheBlock) -> bool:
+    return not block.is_null
+
+
 class OtherGroups:
     """vLLM's managers of the groups that are not compressed; none in most models.
 
@@ -112,20 +117,15 @@ class OtherGroups:
 
     def held(self, request_id: str) -> int:
         """Blocks that they hold of a request now."""
-        return sum(
-            not block.is_null
-            for manager in self._others
-            for block in manager.req_to_blocks.get(request_id, ())
-        )
+        rows = [manager.req_to_blocks.get(request_id, ()) for manager in self._others]
+        # What a window has passed is the front of a row.
+        return sum(len(row) - bisect_left(row, 1, key=_is_real) for row in rows)
 
     def growth(self, computed: Mapping[str, int], window: int) -> int:
         """Blocks that they will take while each running request decodes ``window`` more tokens."""
         if not self._others:
             return 0
-        return sum(
-            max(0, self.decoding(n + window) - self.held(request_id))
-            for request_id, n in computed.items()
-        )
+        return sum(self._layers.growth(n, window) for n in computed.values() if n)
 
     def blocks(self) -> Iterator[KVCacheBlock]:
         """Every block in a row of theirs, once for each row."""
