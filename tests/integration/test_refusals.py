@@ -47,16 +47,13 @@ def refused(model: str, feature: str, **arguments: Any) -> None:
     [
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral",
           "sliding_window": 512}, "sliding window"),
-        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 512,
-          "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64},
-         "sliding window"),
         ({"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
           "kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
           "v_head_dim": 32, "n_routed_experts": 8}, "multi-head latent attention"),
         ({"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"},
          "encoder-decoder"),
     ],
-    ids=["mistral", "gemma2", "deepseek", "whisper"],
+    ids=["mistral", "deepseek", "whisper"],
 )  # fmt: skip
 def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], feature: str) -> None:
     refused(model_like(tmp_path, **changes), feature)
