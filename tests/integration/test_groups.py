@@ -157,7 +157,7 @@ REQUESTS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(
     st.integers(30, 130),
     st.sampled_from([(16,), (40,), (300,), (40, 100)]),

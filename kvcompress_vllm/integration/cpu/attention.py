@@ -99,7 +99,8 @@ def attend(
         column = sinks.float()[:, None, None].expand(query_heads, count, 1)
         logits = torch.cat([logits, column], -1)
     shares = logits.softmax(-1)[..., : keys.shape[1]].unflatten(0, (heads, -1))
-    return (shares @ values[:, None]).flatten(0, 1).transpose(0, 1).to(query.dtype)
+    found: Tensor = (shares @ values[:, None]).flatten(0, 1).transpose(0, 1).to(query.dtype)
+    return found
 
 
 class LocalCpuBackend(KVCompressBackend):

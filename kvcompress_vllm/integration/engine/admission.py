@@ -158,7 +158,7 @@ class Admission:
             ours = self._scored(ours)
             usable = len(ours) * planner.block_size
         lost = num_tokens - usable
-        found = list(blocks.blocks)
+        found: list[Any] = list(blocks.blocks)
         if lost > 0 and self._others:
             hit, usable = self._others.hit(request, usable)
             found, lost = list(hit), num_tokens - usable

@@ -51,8 +51,9 @@ def tell_chunks_from_full_attention() -> None:
     It asks for one as if they had full attention: they would get ours, which would not know of
     them, and their cache would be read as if it were packed.
     """
-    from vllm.model_executor.layers.attention import chunked_local_attention as module
+    from vllm.model_executor.layers.attention import chunked_local_attention
 
+    module: Any = chunked_local_attention
     stock = module.get_attn_backend
     if not isinstance(stock, functools.partial):
         module.get_attn_backend = functools.partial(stock, has_sliding_window=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
@@ -246,7 +246,7 @@ def _is_local(spec: KVCacheSpec) -> bool:
     )
 
 
-def _is_plain(spec: KVCacheSpec) -> bool:
+def _is_plain(spec: KVCacheSpec) -> TypeGuard[FullAttentionSpec]:
     return (
         type(spec) is FullAttentionSpec
         and spec.sliding_window is None
