@@ -24,7 +24,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.engine import FinishReason
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -45,6 +45,7 @@ from kvcompress_vllm.integration.frontend.requests import (
 from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
+from kvcompress_vllm.integration.worker.longest_request import check_longest_request
 from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.budget import Ranges
 from kvcompress_vllm.records.plan import Replay, StepPlan
@@ -74,6 +75,17 @@ class PretendWorker:
     """By request, tokens of the latest repetition of its context."""
     packed: dict[int, torch.Tensor] = field(default_factory=dict)
     """By first packed block, where echo scores are stored: those that its keys had."""
+    windows: tuple[int, ...] = ()
+    """Of cache groups that are not compressed; in vLLM's order these come first."""
+    window_rows: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Rows of those groups, by request."""
+    window_tags: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """``[N, B]``: what a layer of those groups holds of a token. A block is one group's only."""
+    window_wanted: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By request: the same of its tokens. Computed from fewer keys than their hash says, they are
+    others' than those of a prefix that was not compressed."""
+    behind: set[str] = field(default_factory=set)
+    """Requests that are packed."""
 
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
@@ -92,16 +104,21 @@ class PretendWorker:
             row[: item.covered] = item.row_prefix
             if self.state.echo is not None:
                 self.packed[row[0]] = self.echoes[item.request_id][: item.num_tokens].clone()
+            self.behind.add(item.request_id)
         for request_id in output.finished_req_ids:
             self.rows.pop(request_id, None)
+            self.behind.discard(request_id)
         for new in output.scheduled_new_reqs:
-            self.rows[new.req_id] = list(new.block_ids[0])
+            self._new_rows(new.req_id, new.block_ids)
         cached = output.scheduled_cached_reqs
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
-                self.rows[request_id] = list(blocks[0])
+                self._new_rows(request_id, blocks)
             elif blocks is not None:
-                self.rows[request_id] += blocks[0]
+                *others, ours = blocks
+                self.rows[request_id] += ours
+                for row, more in zip(self.window_rows[request_id], others, strict=True):
+                    row += more
         observed = {item.request_id: item for item in plan.observations}
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -116,6 +133,10 @@ class PretendWorker:
             if self.state.slot_of(row) >= 0:  # it takes a context
                 found = self.packed[row[0]]
                 self.echoes[request_id][: len(found)] = found
+        for request_id in fresh:
+            # What it found in the prefix cache must be as if nobody had been compressed.
+            self.window_wanted[request_id] = torch.tensor(prefix_tags(tokens[request_id]))
+            self._check_windows(request_id, computed[request_id])
         spans = {item.request_id: item for item in plan.echoes}
         for request_id, count in output.num_scheduled_tokens.items():
             first = computed[request_id]
@@ -127,6 +148,7 @@ class PretendWorker:
                 for begin, end in segments(first, first + count):
                     self._score(request_id, tokens[request_id], begin, end)
             self._forward(request_id, tokens[request_id], first, count, observed.get(request_id))
+            self._compute_windows(request_id, tokens[request_id], first, count)
         for item in plan.replays:
             assert item.first == computed[item.request_id]
             self._repeat(item, tokens[item.request_id])
@@ -158,6 +180,32 @@ class PretendWorker:
         for position in positions:
             found = self.observed.get(item.observe_slot * size + position % size)
             assert found == (item.request_id, tags[position]), (item, position, found)
+
+    def _new_rows(self, request_id, blocks) -> None:
+        *others, ours = blocks
+        self.rows[request_id] = list(ours)
+        self.window_rows[request_id] = [list(row) for row in others]
+        self.behind.discard(request_id)
+
+    def _compute_windows(self, request_id, tokens, first, count) -> None:
+        self._check_windows(request_id, first)
+        tags = torch.tensor(prefix_tags(tokens))
+        if request_id in self.behind:
+            tags = -tags - 1
+        wanted = torch.cat([self.window_wanted[request_id][:first], tags[first : first + count]])
+        self.window_wanted[request_id] = wanted
+        positions = torch.arange(first, first + count)
+        for row in self.window_rows[request_id]:
+            self.window_tags[torch.tensor(row)[positions // B], positions % B] = wanted[positions]
+
+    def _check_windows(self, request_id, end) -> None:
+        """What the query of token ``end`` sees through its windows is all there."""
+        for window, row in zip(self.windows, self.window_rows[request_id], strict=True):
+            positions = torch.arange(max(0, end - window + 1), end)
+            blocks = torch.tensor(row)[positions // B] if end else positions
+            assert (blocks > 0).all(), (request_id, end, row)
+            found, wanted = self.window_tags[blocks, positions % B], self.window_wanted[request_id]
+            assert found.equal(wanted[positions]), (request_id, end, window)
 
     def _score(self, request_id, tokens, begin, end) -> None:
         scores = echo_of(tokens, begin, end)
@@ -244,6 +292,7 @@ class Simulation:
         asynchronous: bool = False,
         drafts: int = 0,
         acceptance: float = 0.5,
+        windows: tuple[int, ...] = (),
     ) -> None:
         """
         Args:
@@ -284,7 +333,22 @@ class Simulation:
         )
         register_all_kvcache_specs(self.vllm_config)
         self.vllm_config.cache_config.num_gpu_blocks = num_blocks
-        cache = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["a", "b"], spec)])
+        groups = [
+            KVCacheGroupSpec(
+                [f"{window}a", f"{window}b"],
+                SlidingWindowSpec(
+                    block_size=B, num_kv_heads=H, head_size=D, dtype=dtype, sliding_window=window
+                ),
+            )
+            for window in windows
+        ]
+        groups.append(KVCacheGroupSpec(["a", "b"], spec))
+        if windows:
+            self.vllm_config.model_config.hf_text_config.layer_types = [
+                "sliding_attention", "full_attention"
+            ]  # fmt: skip
+            check_longest_request(self.vllm_config, groups, num_blocks * 2 * spec.page_size_bytes)
+        cache = KVCacheConfig(num_blocks, [], groups)
         self.scheduler = self.vllm_config.scheduler_config.get_scheduler_cls()(
             vllm_config=self.vllm_config,
             kv_cache_config=cache,
@@ -305,7 +369,14 @@ class Simulation:
             device=torch.device("cpu"),
         )
         pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"), dtype=dtype)
-        self.worker = PretendWorker(state, pages, Compressor(config, state, pages), config.window)
+        self.worker = PretendWorker(
+            state,
+            pages,
+            Compressor(config, state, pages),
+            config.window,
+            windows=windows,
+            window_tags=torch.zeros(num_blocks, B, dtype=torch.int64),
+        )
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(B, hash_function) if prefix_caching else None

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.integration.compat.releases import hits_count_when_admitted
+from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, budget_of
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
@@ -37,6 +40,7 @@ class Admission:
         recorder: is told why a request had to wait.
         sharing: finds packed prefixes that requests share.
         replays: knows which requests repeat a context.
+        others: cache groups that are not compressed.
         echo: says how long hits may be where a policy reads echo scores; None: no policy does.
     """
 
@@ -47,10 +51,12 @@ class Admission:
         recorder: Recorder,
         sharing: Sharing,
         replays: Replays,
+        others: OtherGroups,
         echo: EchoPlanner | None = None,
     ) -> None:
         self._scheduler, self._planner, self._recorder = scheduler, planner, recorder
-        self._sharing, self._replays, self._echo = sharing, replays, echo
+        self._sharing, self._replays, self._others = sharing, replays, others
+        self._echo = echo
         self._hit: tuple[str, Context] | None = None
         """What vLLM was told last that a request need not compute."""
         self._manager = manager = scheduler.kv_cache_manager
@@ -75,7 +81,7 @@ class Admission:
         length = min(self._scheduler.max_model_len, request.num_tokens + request.max_tokens)
         drafts = self._scheduler.num_spec_tokens
         sizes, window = self._planner.sizes(budget), self._planner.config.window
-        needed = blocks_needed(sizes, window, length, drafts)
+        needed = blocks_needed(sizes, window, length, drafts) + self._others.most(length)
         most = self._manager.block_pool.num_gpu_blocks - 1
         return None if needed <= most else f"it may need {needed} blocks of {most}"
 
@@ -93,7 +99,7 @@ class Admission:
             # Whoever began a block has said so of it: a decoding request does once in a while.
             if -first % size < num_new_tokens:
                 # Not once the step is planned: the next request may hit these blocks already.
-                row = self._manager.get_blocks(request.request_id).blocks[0]
+                row = self._manager.get_blocks(request.request_id).blocks[self._others.index]
                 ids = [block.block_id for block in row[first // size : -(-end // size)]]
                 policy = self._planner.sizes(budget_of(request)).budget.policy
                 self._echo.allocated(policy, ids, first, end)
@@ -146,9 +152,9 @@ class Admission:
         what has no echo scores where its policy reads them."""
         if request.request_id in self._replays:
             self._hit = None
-            found = self._replays.blocks(request)
-            row = self._manager.create_kv_cache_blocks((found,))
-            return row, len(found) * self._planner.block_size, 0
+            context_row = self._replays.blocks(request)
+            row = self._manager.create_kv_cache_blocks((context_row,))
+            return row, len(context_row) * self._planner.block_size, 0
         blocks, num_tokens, boundary = self._stock_computed_blocks(request, *args, **kwargs)
         planner = self._planner
         context, self._hit = self._sharing.find(request), None
@@ -163,22 +169,24 @@ class Admission:
         if due_at <= request.num_tokens:
             first = first_observed(sizes.budget, due_at, planner.config.window)
             usable = min(usable, first // planner.block_size * planner.block_size)
+        ours = list(blocks.blocks[self._others.index][: usable // planner.block_size])
         if (
-            usable
+            ours
             and self._echo is not None
             and due_at != NEVER
             and self._echo.reads(sizes.budget.policy)
         ):
-            blocks = self._scored(blocks, usable)
-            usable = len(blocks.blocks[0]) * planner.block_size
+            ours = self._scored(ours)
+            usable = len(ours) * planner.block_size
         lost = num_tokens - usable
-        if lost <= 0:
-            return blocks, num_tokens, boundary
-        self._count_hit(request, -lost)
-        cut = self._manager.create_kv_cache_blocks(
-            tuple(group[: usable // planner.block_size] for group in blocks.blocks)
-        )
-        return cut, usable, boundary
+        found: list[Any] = list(blocks.blocks)
+        if lost > 0 and self._others:
+            hit, usable = self._others.hit(request, usable)
+            found, lost = list(hit), num_tokens - usable
+        found[self._others.index] = ours[: usable // planner.block_size]
+        if lost > 0:
+            self._count_hit(request, -lost)
+        return self._manager.create_kv_cache_blocks(tuple(found)), usable, boundary
 
     def _count_hit(self, request: Request, more: int) -> None:
         """Correct what vLLM has counted of its prefix cache's hits by now, in tokens."""
@@ -190,16 +198,15 @@ class Admission:
         else:
             stats.hits += more
 
-    def _scored(self, hit: KVCacheBlocks, num_tokens: int) -> KVCacheBlocks:
-        """Of the first tokens of a hit what was scored in whole segments, in the blocks in which it
-        was."""
+    def _scored(self, hit: Sequence[KVCacheBlock]) -> list[KVCacheBlock]:
+        """What of a hit was scored in whole segments, in the blocks in which it was."""
         assert self._echo is not None
         pool = self._manager.block_pool.blocks
-        ids = [block.block_id for block in hit.blocks[0][: num_tokens // self._planner.block_size]]
         found = self._echo.blocks.usable(
-            ids, lambda mine, theirs: pool[mine].block_hash == pool[theirs].block_hash
+            [block.block_id for block in hit],
+            lambda mine, theirs: pool[mine].block_hash == pool[theirs].block_hash,
         )
-        return self._manager.create_kv_cache_blocks(([pool[block] for block in found],))
+        return [pool[block] for block in found]
 
     def _fits(self, request: Request, reserve: int, context: Context | None) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
@@ -231,13 +238,20 @@ class Admission:
 
     def _load(self, request: Request, tracked: Tracked | None, count: int) -> admission.Load:
         context = tracked.context if tracked is not None else None
-        return admission.load(
+        left = self._output_length.left(request.num_output_tokens, request.max_tokens)
+        load = admission.load(
             self._planner.newcomers,
             tracked,
             max(request.num_computed_tokens, context.num_tokens if context else 0),
             request.num_tokens,
-            self._output_length.left(request.num_output_tokens, request.max_tokens),
+            left,
             self._scheduler.scheduler_config.max_num_batched_tokens,
             budget_of(request),
             count,
+        )
+        later = self._others.decoding(request.num_tokens + left)
+        return load._replace(
+            prompt=load.prompt + self._others.most(request.num_tokens),
+            start=load.start + later,
+            most=load.most + later,
         )

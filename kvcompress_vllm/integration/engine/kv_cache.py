@@ -44,12 +44,14 @@ class KVCompressSpec(FullAttentionSpec):
         window: last prompt queries that must be computed, not taken from the prefix cache.
         queries_per_head: query heads per KV head.
         scale: factor on the attention logits.
+        soft_cap: of the attention logits; 0: none.
         page_format: how packed pages hold keys.
     """
 
     window: int = 1
     queries_per_head: int = 1
     scale: float = 1.0
+    soft_cap: float = 0.0
     page_format: PageFormat = PageFormat.AUTO
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -70,6 +72,7 @@ class KVCompressSpec(FullAttentionSpec):
         queries_per_head: int,
         scale: float,
         page_format: PageFormat = PageFormat.AUTO,
+        soft_cap: float = 0.0,
     ) -> KVCompressSpec:
         """The spec of a layer that vLLM describes as plain full attention."""
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
@@ -78,18 +81,25 @@ class KVCompressSpec(FullAttentionSpec):
             window=window,
             queries_per_head=queries_per_head,
             scale=scale,
+            soft_cap=soft_cap,
             page_format=page_format,
         )
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        alike = {(spec.queries_per_head, spec.scale) for spec in specs}
+        # How vLLM asks whether all layers are alike.
+        assert all(isinstance(spec, cls) for spec in specs), "not all layers have full attention"
+        alike = {(spec.queries_per_head, spec.scale, spec.soft_cap) for spec in specs}
         if len(alike) != 1:
-            raise ValueError(
-                "kv_compress: all layers must share the attention scale and head count; they have "
-                f"{', '.join(f'{scale:g} and {count} per KV head' for count, scale in alike)}"
+            found = ", ".join(
+                f"{scale:g} and {count} per KV head" + (f", capped at {cap:g}" if cap else "")
+                for count, scale, cap in alike
             )
-        ((queries_per_head, scale),) = alike
+            raise ValueError(
+                "kv_compress: all layers must share the attention scale, the soft cap and the head "
+                f"count; they have {found}"
+            )
+        ((queries_per_head, scale, soft_cap),) = alike
         window = max(spec.window for spec in specs)
         merged = super().merge(specs)
         return replace(
@@ -97,6 +107,7 @@ class KVCompressSpec(FullAttentionSpec):
             window=window,
             queries_per_head=queries_per_head,
             scale=scale,
+            soft_cap=soft_cap,
             page_format=specs[0].page_format,
         )
 
@@ -113,6 +124,12 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
     """
     if not isinstance(spec, KVCompressSpec):
         raise ValueError(f"kv_compress: cannot compress {spec}")
+    if spec.page_size_padded is not None:
+        raise ValueError(
+            f"kv_compress: vLLM pads the pages of layers with full attention to "
+            f"{spec.page_size_padded} bytes, as large as those of other layers; such models cannot "
+            "be compressed"
+        )
     return CacheGroup(
         layers=layers,
         heads=spec.num_kv_heads,
@@ -121,6 +138,7 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
         block_size=spec.block_size,
         itemsize=spec.dtype.itemsize,
         scale=spec.scale,
+        soft_cap=spec.soft_cap,
         page_format=spec.page_format,
     )
 
@@ -226,7 +244,8 @@ class KVCompressManager(FullAttentionManager):
         """Check the whole pool (see :func:`kvcompress_vllm.cache.integrity.check_pool`).
 
         Args:
-            held: blocks that are still referenced although their request let go of them.
+            held: blocks that are referenced although they are in no row of this group: in one of
+                another, or their request let go of them.
             shared: packed blocks of contexts, which several requests may hold.
         """
         pool = self.block_pool

@@ -24,7 +24,8 @@ from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.engine import utilities
 from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, budget_of, cache_group
+from kvcompress_vllm.integration.engine.groups import OtherGroups
+from kvcompress_vllm.integration.engine.kv_cache import budget_of, cache_group
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.integration.engine.step import StepBuilder
@@ -55,17 +56,18 @@ class _KVCompressMixin(Scheduler):
         config = resolved_config(self.vllm_config)
         if config is None:
             raise RuntimeError("kv_compress: the scheduler was built without a configuration")
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        if not isinstance(manager, KVCompressManager):
-            raise RuntimeError(f"kv_compress: the block manager is {type(manager).__name__}")
+        others = OtherGroups(self.kv_cache_manager.coordinator, self.vllm_config)
+        manager = others.manager
         if manager.block_pool.null_block.block_id != 0:
             raise RuntimeError("kv_compress: vLLM's null block is not block 0")
         scheduler_config = self.vllm_config.scheduler_config
-        (group,) = kwargs["kv_cache_config"].kv_cache_groups
+        groups = kwargs["kv_cache_config"].kv_cache_groups
+        group = groups[others.index]
         self.kv_compress_group = cache_group(group.kv_cache_spec, len(group.layer_names))
         blocks = manager.block_pool.num_gpu_blocks
         check_steps(config, manager.block_size, step_tokens(scheduler_config))
         self.kv_compress_manager = manager
+        self.kv_compress_others = others
         self.kv_compress_planner = CompressionPlanner(
             config,
             manager.block_size,
@@ -76,11 +78,15 @@ class _KVCompressMixin(Scheduler):
             drafts=self.num_spec_tokens,
         )
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
-        block_bytes = self.kv_compress_group.block_bytes * ranks
+        # A block has room for a layer more where another group has one.
+        layers = max(len(each.layer_names) for each in groups)
+        block_bytes = self.kv_compress_group.block_bytes * layers // len(group.layer_names) * ranks
         self._recorder = Recorder(self.log_stats, block_bytes)
         self._shortage = Shortage()
         self._usage = UsageLog(block_bytes)
-        self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner, self._usage)
+        self.kv_compress_sharing = Sharing(
+            manager, self.kv_compress_planner, self._usage, alone=not others
+        )
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
         self._failures: dict[str, str] = {}
@@ -100,14 +106,14 @@ class _KVCompressMixin(Scheduler):
         if config.exact != "off":
             self._replays.prepare()
         self._admission = Admission(
-            self, planner, self._recorder, sharing, self._replays, self._echo
+            self, planner, self._recorder, sharing, self._replays, others, self._echo
         )
         self._steps = StepBuilder(
-            planner, manager, sharing, self._replays, self._echo, self.kv_compress_group
+            planner, manager, sharing, self._replays, self._echo, self.kv_compress_group, others
         )
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
-        log_banner(self.kv_compress_planner, blocks - 1)
+        log_banner(self.kv_compress_planner, blocks - 1, groups, others)
 
     def add_request(self, request: Request) -> None:
         if request.request_id in self._replays:
@@ -222,7 +228,9 @@ class _KVCompressMixin(Scheduler):
                 pool.num_gpu_blocks - 1,
                 pool.get_num_free_blocks(),
                 *self.get_request_counts(),
-                manager.held_by_packed() - shared.saved_blocks,
+                manager.held_by_packed()
+                + sum(map(self.kv_compress_others.held, manager.packed))
+                - shared.saved_blocks,
                 len(pool.cached_block_hash_to_block),
             ),
             shared,
@@ -236,6 +244,7 @@ class _KVCompressMixin(Scheduler):
             RuntimeError: with the numbers of the first violation.
         """
         held = [block for _, blocks in self.deferred_frees for block in blocks]
+        held += self.kv_compress_others.blocks()
         contexts = self.kv_compress_planner.contexts.described
         shared = {block for context in contexts for block in context.blocks}
         self.kv_compress_manager.check_integrity(held, shared)
@@ -330,10 +339,10 @@ class _KVCompressMixin(Scheduler):
 
     def _count_preemptions(self, output: SchedulerOutput) -> None:
         """Record what this step preempted, and what it would have without pressure."""
-        manager = self.kv_compress_manager
+        manager, others = self.kv_compress_manager, self.kv_compress_others
 
         def blocks(request: Request) -> int:
-            return manager.held(request.request_id)
+            return manager.held(request.request_id) + others.held(request.request_id)
 
         avoided = self._shortage.step(
             manager.block_pool.get_num_free_blocks(),

@@ -46,17 +46,23 @@ class Sharing:
         manager: of the blocks; the pool's ``get_new_blocks`` is replaced.
         planner: knows who uses what.
         usage: is told what requests took.
+        alone: whether ``manager`` has the only cache group. What layers with a window hold of a
+            context is not kept with it, so nobody could go on from there.
     """
 
     def __init__(
-        self, manager: KVCompressManager, planner: CompressionPlanner, usage: UsageLog
+        self,
+        manager: KVCompressManager,
+        planner: CompressionPlanner,
+        usage: UsageLog,
+        alone: bool = True,
     ) -> None:
         self._manager, self._planner, self._usage = manager, planner, usage
         self._contexts, pool = planner.contexts, manager.block_pool
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
-        self._on = planner.config.share != "off" and pool.enable_caching
+        self._on = planner.config.share != "off" and pool.enable_caching and alone
         self._repeated = Repeated() if planner.config.share == "auto" and self._on else None
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks

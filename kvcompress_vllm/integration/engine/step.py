@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, budget_of
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
@@ -40,6 +41,7 @@ class StepBuilder:
         replays: knows which requests repeat a context.
         echo: says which tokens get echo scores; None: no policy reads any.
         group: whose blocks ``manager`` allocates.
+        others: take blocks of the same pool.
 
     Attributes:
         waits: whether the pool had no room for a compression that was due, in the step that was
@@ -54,9 +56,10 @@ class StepBuilder:
         replays: Replays,
         echo: EchoPlanner | None,
         group: CacheGroup,
+        others: OtherGroups,
     ) -> None:
         self._planner, self._manager, self._echo = planner, manager, echo
-        self._sharing, self._replays = sharing, replays
+        self._sharing, self._replays, self._others = sharing, replays, others
         self._group = group.index
         self.waits = False
 
@@ -171,7 +174,8 @@ class StepBuilder:
         self.waits = False
         planner.watch(computed)
         if planner.config.on_pressure:
-            planner.press(computed, manager.block_pool.get_num_free_blocks())
+            taken = self._others.growth(computed, planner.config.window)
+            planner.press(computed, manager.block_pool.get_num_free_blocks() - taken)
         for tracked in planner.due(computed):
             num_tokens, packing = tracked.due_at, tracked.target()
             if manager.block_pool.get_num_free_blocks() < packing.kept:

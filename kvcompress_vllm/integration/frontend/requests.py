@@ -14,6 +14,7 @@ from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.engine.kv_cache import most_needed
 from kvcompress_vllm.integration.frontend.wish import CONTEXT, EXACT, KEYS, PREFIX, request_wish
 from kvcompress_vllm.integration.sizing import draft_tokens
+from kvcompress_vllm.integration.start.attention_kinds import has_local
 from kvcompress_vllm.integration.start.refusals import exact_problem
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.scheduling.need import blocks_needed
@@ -44,10 +45,14 @@ def check_length(
     drafts = draft_tokens(vllm_config)
     needed = blocks_needed(sizes, config.window, length, drafts)
     # What vLLM made sure of when it started. The front end of several engines knows the sum of
-    # their blocks only.
+    # their blocks only; and what layers with a window need beside it, the scheduler knows.
     most = most_needed(config, cache.block_size, longest, drafts)
     blocks = getattr(cache, "num_gpu_blocks", None)
-    if blocks and vllm_config.parallel_config.data_parallel_size == 1:
+    if (
+        blocks
+        and vllm_config.parallel_config.data_parallel_size == 1
+        and not has_local(vllm_config)
+    ):
         most = blocks - 1  # the null block is nobody's
     if needed > most:
         raise ValueError(

@@ -17,6 +17,7 @@ from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.integration.worker.backend import leave_local_layers
 from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.segments import check_block_size
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes, check_peak
@@ -66,10 +67,13 @@ REFUSALS = (
     Refusal("hybrid (Mamba, linear attention) models", "the model", kinds.layers_without_attention),
     # Before windows, which may have a way out: these have none.
     Refusal("ALiBi", "the model", kinds.alibi),
-    Refusal("soft caps of attention scores", "the model", kinds.soft_cap),
-    Refusal("attention sinks", "the model", kinds.sinks),
+    Refusal("learnt keys before the prompt", "the model", kinds.sink_keys),
     Refusal("attention to later tokens of the prompt", "the model", kinds.not_causal),
-    Refusal("sliding window or chunked local attention", "the model", kinds.local),
+    Refusal(
+        "sliding window or chunked local attention without full attention beside it",
+        "the model",
+        kinds.local,
+    ),
     Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),
     # Draft models have keys of their own, and drafts of steps in flight may still be rejected.
     Refusal("speculative decoding other than n-gram", "--speculative-config", _drafts_otherwise),
@@ -128,6 +132,7 @@ def check(vllm_config: VllmConfig) -> None:
         found = refusal.applies(vllm_config)
         if found:
             raise ValueError(_text(refusal, vllm_config, found))
+    leave_local_layers(vllm_config)
     check_page_dtype(vllm_config)
     check_sizes(vllm_config)
     check_exact(vllm_config)

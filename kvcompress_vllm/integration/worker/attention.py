@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.page_format import PageFormat
-from kvcompress_vllm.cache.state import PackedState, Tables
+from kvcompress_vllm.cache.state import Logits, PackedState, Tables
 from kvcompress_vllm.cache.transfer import to_device
 from kvcompress_vllm.compression import replay
 from kvcompress_vllm.compression.echo import Rotation
@@ -204,6 +204,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
 
     profiling: ClassVar[bool] = False
     """Whether vLLM measures memory: it then runs batches of nothing before there is a cache."""
+    windows: ClassVar[bool] = False
+    """Whether layers may see a window only; those are never compressed."""
 
     def __init__(
         self,
@@ -217,15 +219,14 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         unsupported = {
             "ALiBi": alibi_slopes is not None,
-            "sliding window attention": sliding_window is not None,
-            "logits soft capping": bool(logits_soft_cap),
+            "sliding window attention": sliding_window is not None and not self.windows,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             f"{attn_type} attention": attn_type != AttentionType.DECODER,
-            "attention sinks": kwargs.get("sinks") is not None,
         }
         for feature, wanted in unsupported.items():
             if wanted:
@@ -235,16 +236,40 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.soft_cap = float(logits_soft_cap or 0.0)
+        self.sinks = sinks
+        """``[H * G]``, a parameter of the model: its weights come later."""
+        if sinks is not None and sinks.shape != (num_heads,):
+            raise ValueError(
+                f"kv_compress: attention sinks of shape {list(sinks.shape)} for {num_heads} heads"
+            )
         self.num_kv_heads = num_kv_heads or num_heads
+        self.window = sliding_window
         self._context: StepContext | None = None
         self._layer = 0
         self._rotation: Rotation | None = None
         self._unpacked: tuple[Tensor, Tensor] | None = None
+        self._logits: Logits | None = None
+
+    @property
+    def logits(self) -> Logits:
+        """How its logits are changed before the softmax; sinks in fp32, as ops take them."""
+        if self._logits is None:
+            sinks = None if self.sinks is None else self.sinks.detach().float().contiguous()
+            self._logits = {"soft_cap": self.soft_cap, "sink_logits": sinks}
+        return self._logits
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Weights that are loaded once more bring other sinks; graphs read where they were."""
+        copy = None if self._logits is None else self._logits["sink_logits"]
+        if copy is not None and self.sinks is not None:
+            copy.copy_(self.sinks.detach())
 
     def bind(self, context: StepContext, layer_name: str) -> None:
         """Attach the rank's state."""
         self._context = context
         self._layer = context.layer_index[layer_name]
+        self._logits = context.state.logits(self._layer)
         if context.rotations:
             self._rotation = context.rotations[self._layer]
 
@@ -296,6 +321,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             self._layer,
             self.scale,
             output.view(-1, self.num_heads, self.head_size),
+            **self.logits,
         )
         return output
 
@@ -316,6 +342,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             rotation.interleaved,
             self.scale,
             context.state.echo,
+            **self.logits,
         )
 
     def replay(self, query: Tensor, repeated: list[Repeated]) -> None:
@@ -359,6 +386,10 @@ class KVCompressBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[KVCompressMetadataBuilder]:
         return KVCompressMetadataBuilder
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
 
     @staticmethod
     def get_supported_kernel_block_sizes(*args: Any, **kwargs: Any) -> list[int | MultipleOf]:
