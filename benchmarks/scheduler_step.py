@@ -7,7 +7,7 @@
 
 Every engine decodes as many requests at once; a pretend worker answers each with a token, and with
 a report where it was asked for a compression. Measured are ``schedule()`` and
-`X, its 95% interval, and the 95th
+``update_from_output()`` together, in the thread's own time: median, its 95% interval, and the 95th
 percentile. The engines take turns of a few steps, so that whatever else the machine does hits all.
 """
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -46,7 +47,7 @@ template <typename Part>
 void append(std::string& text, const Part& part) {
   if constexpr (std::is_same_v<Part, ScalarType>) {
     text += torch::headeronly::toString(part);
-  } else if constexpr (std::is_integral_v<Part>) {
+  } else if constexpr (std::is_arithmetic_v<Part>) {
     text += std::to_string(part);
   } else {
     text += part;
@@ -157,6 +158,24 @@ inline PagedRows check_rows(const Tensor& pages, const Tensor& block_table,
   rows.block_table = block_table.const_data_ptr<int32_t>();
   rows.block_table_stride = block_table.stride(0);
   return rows;
+}
+
+// How products of queries and keys become logits: the soft cap, 0 for none, and a sink for each of
+// `heads` query heads, [heads] or [layers, heads]. Returns the sinks, nullptr without.
+inline const float* check_logits(double soft_cap, const std::optional<Tensor>& sink_logits,
+                                 std::optional<int64_t> layers, int64_t heads, const Tensor& like) {
+  KVC_CHECK(0 <= soft_cap && soft_cap < std::numeric_limits<double>::infinity(),
+            "soft_cap must be 0 (none) or positive, not ", soft_cap);
+  if (!sink_logits.has_value()) return nullptr;
+  const Tensor& sinks = *sink_logits;
+  check_tensor(sinks, "sink_logits", ScalarType::Float, layers ? 2 : 1, like);
+  KVC_CHECK(sinks.is_contiguous(), "sink_logits must be contiguous");
+  KVC_CHECK(!layers || sinks.size(0) == *layers, "sink_logits must have size ", layers.value_or(0),
+            " in dimension 0, not ", sinks.size(0));
+  const int64_t last = sinks.dim() - 1;
+  KVC_CHECK(sinks.size(last) == heads, "sink_logits must have size ", heads, " in dimension ", last,
+            ", not ", sinks.size(last));
+  return sinks.const_data_ptr<float>();
 }
 
 // A mask of channels that the op knows.

@@ -3,7 +3,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.scheduling.admission import UNBOUNDED, Load, OutputLength, load, most_blocks
+from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.records.budget import Wish
+from kvcompress_vllm.scheduling.admission import (
+    UNBOUNDED,
+    Load,
+    OutputLength,
+    counted_twice,
+    load,
+    most_blocks,
+)
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 
 B = 16
@@ -57,21 +66,21 @@ def test_nothing_holds_nothing() -> None:
 
 
 def test_a_prompt_is_full_while_it_prefills_and_packed_afterwards() -> None:
-    one = load(PLANNER, None, 0, 6000, 500, max_batched_tokens=2048)
+    one = load(PLANNER.newcomers, None, 0, 6000, 500, max_batched_tokens=2048)
     assert one == Load(3, 375, 8, 8 + 4, 4, 500)
 
 
 def test_a_prompt_that_is_read_within_a_peak_holds_that_and_a_copy() -> None:
     config = KVCompressConfig(ratio=4, prefill_peak_tokens=320)
     planner = CompressionPlanner(config, B, 8, 8, max_tokens=10_000)
-    assert load(planner, None, 0, 6000, 500, 2048).prompt == 20 + 10
-    assert load(planner, None, 0, 400, 500, 2048).prompt == 25, "it has no more"
+    assert load(planner.newcomers, None, 0, 6000, 500, 2048).prompt == 20 + 10
+    assert load(planner.newcomers, None, 0, 400, 500, 2048).prompt == 25, "it has no more"
 
 
 def test_what_is_decoded_grows_from_where_it_is() -> None:
     PLANNER.admit("a", 1600)
     PLANNER.compressed("a")
-    one = load(PLANNER, PLANNER.requests["a"], 1640, 1641, 60, max_batched_tokens=2048)
+    one = load(PLANNER.newcomers, PLANNER.requests["a"], 1640, 1641, 60, max_batched_tokens=2048)
     assert one == Load(0, 103, 8 + 3, 8 + 4, 4, 60)
     PLANNER.release("a")
 
@@ -80,8 +89,8 @@ def test_without_decode_compression_a_request_grows_without_bound() -> None:
     planner = CompressionPlanner(
         KVCompressConfig(ratio=4, decode=False), B, 8, 8, max_tokens=10_000
     )
-    assert load(planner, None, 0, 1600, 60, 2048) == Load(1, 100, 25, UNBOUNDED, 8, 60)
-    assert load(planner, None, 0, 20, 60, 2048) == Load(1, 2, 2, UNBOUNDED, 8, 60)
+    assert load(planner.newcomers, None, 0, 1600, 60, 2048) == Load(1, 100, 25, UNBOUNDED, 8, 60)
+    assert load(planner.newcomers, None, 0, 20, 60, 2048) == Load(1, 2, 2, UNBOUNDED, 8, 60)
 
 
 def test_output_lengths_are_learnt_from_finished_requests() -> None:
@@ -95,8 +104,32 @@ def test_output_lengths_are_learnt_from_finished_requests() -> None:
 
 
 def test_the_forecast_knows_that_compressions_wait_for_observation_slots() -> None:
-    alone = load(PLANNER, None, 0, 6000, 500, 2048)
+    alone = load(PLANNER.newcomers, None, 0, 6000, 500, 2048)
     # 128 requests take turns at 8 slots, a window of 16 tokens each: every 16 blocks, not every 4.
-    among_many = load(PLANNER, None, 0, 6000, 500, 2048, num_requests=128)
+    among_many = load(PLANNER.newcomers, None, 0, 6000, 500, 2048, num_requests=128)
     assert alone.interval == 4
     assert among_many == alone._replace(most=alone.most + 12, interval=16)
+
+
+def test_blocks_of_a_context_count_once_among_those_who_will_not_pack_anew() -> None:
+    planner = CompressionPlanner(KVCompressConfig(ratio=4, interval=4), B, 8, 8, 10_000, 2)
+    budget = resolve(planner.config, Wish(context_tokens=800))
+    planner.admit("a", 900, budget, wanted=b"key")
+    (a,) = planner.due({"a": 800})
+    context = planner.new_context(a)
+    assert context is not None and context.packing == (50, 13)
+    planner.contexts.add(context, range(1, 14))
+    planner.compressed("a", 800, context)
+    for name in ("b", "c"):
+        planner.admit(name, 900, budget, context)
+    until = a.due_at - 900
+    users = [planner.requests[name] for name in "abc"]
+
+    def twice(*tokens_left: int) -> int:
+        loads = [Load(0, 20, 20, UNBOUNDED, 4, left) for left in tokens_left]
+        return counted_twice((t, 900, one) for t, one in zip(users, loads, strict=True))
+
+    assert twice(until, until, until) == 2 * 13
+    assert twice(until, until, until + 1) == 13, "the third will have blocks of its own"
+    assert twice(until, until + 1, until + 1) == 0
+    assert counted_twice([(None, 900, Load(0, 20, 20, UNBOUNDED, 4, 1))]) == 0

@@ -66,11 +66,30 @@ def test_the_least_recently_used_makes_room_if_nobody_uses_it() -> None:
     assert [context.key for context in contexts] == [b"two", b"three"]
 
 
+def test_what_makes_room_while_a_step_is_planned_does_so_for_the_next() -> None:
+    contexts = Contexts(range(1))
+    one = held(contexts, b"one", 1)
+    contexts.leave(one, one.owner)
+    contexts.take_released()
+    assert contexts.new(b"two", 64, Packing(4, 1), "r", None) is None
+    assert contexts.take_dropped() == [one.slot]
+    assert contexts.new(b"two", 64, Packing(4, 1), "r", None) is not None
+
+
 def test_blocks_in_use_are_never_given_away() -> None:
     contexts = Contexts(range(1))
     held(contexts, b"one", 1, 2)
     with pytest.raises(RuntimeError, match=r"blocks \(1, 2\) .* while 1 requests use them"):
         contexts.reallocated([2])
+
+
+def test_what_is_not_packed_after_all_is_offered_to_nobody() -> None:
+    contexts = Contexts(range(10, 12))
+    one, two = held(contexts, b"one", 1), held(contexts, b"two", 2)
+    contexts.leave(one, one.owner)  # preempted in the step in which it was to be packed
+    contexts.never_packed(one.slot)
+    assert list(contexts) == [two] == contexts.described
+    assert contexts.take_released() == [one.slot]
 
 
 def test_one_computes_a_context_at_a_time() -> None:
@@ -88,11 +107,13 @@ def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
     """A mass that all of it is needed for."""
     config = KVCompressConfig.from_dict({"mass": 0.9, "window": 8})
     p = CompressionPlanner(config, 16, 4, 4, 4096, context_slots=2)
-    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)), wanted=b"key")
+    p.admit("a", 1000, resolve(config, Wish(context_tokens=800)), wanted={800: b"key"})
     assert p.contexts.computing(b"key") == "a"
     (a,) = p.to_score({"a": 800})
     share = [0.5, 0.1, 0.0] if kept == 20 else [1.0, 0.5, 0.0]
-    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, kept if kept < 50 else 49, 50], share)))
+    p.feedback.scored(
+        Scored("a", a.state_slot, 800, LossCurve([2, kept if kept < 50 else 49, 50], share))
+    )
     if kept == 50:
         assert p.contexts.computing(b"key") is None and p.new_context(a) is None
         return
@@ -105,13 +126,27 @@ def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
     p.admit("b", 1000, resolve(config, Wish(context_tokens=800)), context)
     b = p.requests["b"]
     assert (b.due_at, b.packing, b.sizes) == (a.due_at, a.packing, a.sizes)
+    new = Packing(60, 22)
+    assert b.packing.gives_back(new) == 8 and b.gives_back(new) == 8 - 20, "a needs its blocks"
     p.release("a")
+    assert b.gives_back(new) == 8
     p.release("b")
     assert context.users == set() and p.contexts.get(b"key") is context
 
 
+def test_others_wait_on_while_a_peak_interrupts_whoever_computes_a_context() -> None:
+    config = KVCompressConfig(ratio=8, prefill_peak_tokens=320, window=8)
+    p = CompressionPlanner(config, 16, 4, 4, 4096, context_slots=2)
+    p.admit("a", 1000, resolve(config, Wish(context_tokens=480)), wanted=b"key")
+    (a,) = p.due({"a": 320})
+    assert p.new_context(a) is None, "not there yet"
+    p.compressed("a", 320)
+    assert a.due_at == 480 and p.contexts.computing(b"key") == "a"
+    assert p.new_context(a) is not None
+
+
 def test_slots_of_contexts() -> None:
-    assert [num_context_slots(n) for n in (20, 1600, 100_000)] == [8, 100, 256]
+    assert [num_context_slots(n) for n in (20, 1600, 100_000)] == [8, 200, 256]
 
 
 def prefixes(*names: str) -> list[tuple[int, bytes]]:

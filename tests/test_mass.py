@@ -87,6 +87,7 @@ def test_the_expected_ratio_follows_what_comes() -> None:
     assert expected.ratio == 1.25, "or nothing would be scored any more"
     assert ExpectedRatio(config(max_ratio=2)).ratio == 2
     assert ExpectedRatio(config(min_ratio=8)).ratio == 8
+    assert ExpectedRatio(config(page_dtype="fp8")).ratio == 8, "twice the keys in a block"
 
 
 def planner(**options: object) -> CompressionPlanner:
@@ -109,16 +110,16 @@ def test_scored_first_and_compressed_once_the_curve_is_known() -> None:
     a = admitted(p, "a", 1600)
     assert p.to_score({"a": 1599}) == [] and p.due({"a": 1599}) == []
     assert p.to_score({"a": 1600}) == [a]
-    assert a.target() == (100, 25) and p.reserve() == 25, "as expected"
+    assert a.target() == (100, 25) and p.newcomers.reserve() == 25, "as expected"
     for computed in (1601, 1602):  # its output is on its way, and tokens are decoded meanwhile
         assert p.to_score({"a": computed}) == [] and p.due({"a": computed}) == []
         assert p.observe("a", computed - 1, 1) is None
-    p.scored(scored(a))
+    p.feedback.scored(scored(a))
     # 37 blocks lose 0.098, 36 would lose 0.104.
-    assert p.due({"a": 1602}) == [a] and a.target() == (100, 37) and p.reserve() == 37
+    assert p.due({"a": 1602}) == [a] and a.target() == (100, 37) and p.newcomers.reserve() == 37
     p.compressed("a")
     assert (a.covered, a.kept, a.observe_slot) == (100, 37, None)
-    assert p.observers.used == 0 and p.reserve() == 0
+    assert p.observers.used == 0 and p.newcomers.reserve() == 0
     # Its own ratio from now on, 2.7: then 4 blocks too many.
     assert a.due_at == a.sizes.outgrown_at(Packing(100, 37)) >= 1600 + 4 * B
     assert (a.budget.mass, a.budget.ratio) == (0.9, 2.5)
@@ -128,7 +129,7 @@ def test_a_mass_keeps_the_least_budget_at_least() -> None:
     p = planner(min_budget_tokens=640)
     a = admitted(p, "a", 1600)
     p.to_score({"a": 1600})
-    p.scored(scored(a))
+    p.feedback.scored(scored(a))
     assert a.target() == (100, 40)  # 37 hold the mass
 
 
@@ -136,12 +137,12 @@ def test_a_generation_is_scored_again() -> None:
     p = planner()
     a = admitted(p, "a", 1600)
     p.to_score({"a": 1600})
-    p.scored(scored(a))
+    p.feedback.scored(scored(a))
     p.compressed("a")
     due_at = a.due_at
     p.watch({"a": due_at - 8})
     assert p.due({"a": due_at}) == [] and p.to_score({"a": due_at}) == [a]
-    p.scored(scored(a, LossCurve([2, 40, 45], [0.5, 0.05, 0.0])))
+    p.feedback.scored(scored(a, LossCurve([2, 40, 45], [0.5, 0.05, 0.0])))
     p.compressed("a")
     assert (a.covered, a.kept) == (due_at // B, 36) and a.due_at >= due_at + 4 * B
 
@@ -150,7 +151,7 @@ def test_what_keeps_nearly_all_is_not_compressed_over_and_over() -> None:
     p = planner()
     a = admitted(p, "a", 1600)
     p.to_score({"a": 1600})
-    p.scored(scored(a, LossCurve([2, 90, 100], [1.0, 0.1, 0.0])))
+    p.feedback.scored(scored(a, LossCurve([2, 90, 100], [1.0, 0.1, 0.0])))
     p.compressed("a")
     assert a.kept == 90 and a.sizes.outgrown_at(a.packing) == 1600, "of a ratio of 1.25"
     assert a.due_at == 1600 + 4 * B
@@ -160,7 +161,7 @@ def test_where_there_is_nothing_to_gain_nothing_is_compressed() -> None:
     p = planner()
     a = admitted(p, "a", 1600)
     p.to_score({"a": 1600})
-    p.scored(scored(a, LossCurve([2, 99, 100], [1.0, 0.5, 0.0])))
+    p.feedback.scored(scored(a, LossCurve([2, 99, 100], [1.0, 0.5, 0.0])))
     assert p.due({"a": 1601}) == [] == p.to_score({"a": 1601})
     assert p.observers.used == 0 and a.kept == 0 and a.due_at == 1600 + 4 * B
     p.watch({"a": a.due_at - 8})
@@ -168,7 +169,7 @@ def test_where_there_is_nothing_to_gain_nothing_is_compressed() -> None:
     p = planner(decode=False)
     a = admitted(p, "a", 1600)
     p.to_score({"a": 1600})
-    p.scored(scored(a, LossCurve([2, 99, 100], [1.0, 0.5, 0.0])))
+    p.feedback.scored(scored(a, LossCurve([2, 99, 100], [1.0, 0.5, 0.0])))
     assert a.due_at == NEVER
 
 
@@ -178,14 +179,14 @@ def test_a_curve_that_comes_too_late() -> None:
     p.to_score({"a": 1600})
     late = scored(a)
     p.release("a")
-    p.scored(late)  # aborted
+    p.feedback.scored(late)  # aborted
     again = admitted(p, "a", 1650)  # or preempted, with a longer prefill
     assert again.state_slot == a.state_slot
-    p.scored(late)
+    p.feedback.scored(late)
     assert again.decided is None and again.target()[0] == 103
     p.to_score({"a": 1650})
-    p.scored(scored(again))
-    p.scored(scored(again, LossCurve([2, 103], [1.0, 0.0])))  # once decided, decided
+    p.feedback.scored(scored(again))
+    p.feedback.scored(scored(again, LossCurve([2, 103], [1.0, 0.0])))  # once decided, decided
     assert again.decided == 37
 
 
@@ -193,7 +194,7 @@ def test_requests_may_ask_for_a_mass_or_for_none() -> None:
     p = planner()
     a, b = admitted(p, "a", 1600, Wish(mass=0.5)), admitted(p, "b", 1600, Wish(ratio=10.0))
     assert p.to_score({"a": 1600, "b": 1600}) == [a] and p.due({"a": 1600, "b": 1600}) == [b]
-    p.scored(scored(a))
+    p.feedback.scored(scored(a))
     assert a.target() == (100, 10) and b.target() == (100, 10)
 
 
@@ -201,7 +202,7 @@ def test_pressure_beyond_the_budget_waits_for_no_curve() -> None:
     p = planner(max_ratio=10)
     a = admitted(p, "a", 1600)
     p.to_score({"a": 1600})
-    p.scored(scored(a))
+    p.feedback.scored(scored(a))
     p.compressed("a")
     p.press({"a": 1601}, 0)
     assert a.ratio == 10 and p.due({"a": a.due_at}) == [a] and a.target() == (100, 10)

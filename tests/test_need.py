@@ -14,7 +14,7 @@ from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.scheduling import sizes as sizes_module
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
-from kvcompress_vllm.scheduling.sizes import Limits, Sizes
+from kvcompress_vllm.scheduling.sizes import NEVER, Limits, Sizes
 
 B = 16
 
@@ -104,7 +104,7 @@ def test_a_prompt_stops_until_its_curve_is_back() -> None:
     assert p.chunk("a", 512, 512) == 288
     (a,) = p.to_score({"a": 800})
     assert p.due({"a": 800}) == [] and p.chunk("a", 800, 200) == 0
-    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 20, 50], [0.5, 0.1, 0.0])))
+    p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 20, 50], [0.5, 0.1, 0.0])))
     assert p.chunk("a", 800, 200) == 200, "it goes on if the pool has no room for the copy"
     assert p.due({"a": 800}) == [a] and a.target() == Packing(50, 20)
     p.compressed("a", 800)
@@ -114,12 +114,12 @@ def test_a_prompt_stops_until_its_curve_is_back() -> None:
 def test_a_context_without_anything_to_gain_is_read_on() -> None:
     p = before_a_question()
     (a,) = p.to_score({"a": 800})
-    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
     assert a.decided is None and a.kept == 0 and p.chunk("a", 800, 300) == 200
     # The end of the prompt is the next chance; after that it is a generation.
     assert a.due_at == 1000 and p.observers.used == 1 and a.trigger == "prefill"
     assert p.to_score({"a": 1000}) == [a]
-    p.scored(Scored("a", a.state_slot, 1000, LossCurve([2, 61, 62], [1.0, 0.5, 0.0])))
+    p.feedback.scored(Scored("a", a.state_slot, 1000, LossCurve([2, 61, 62], [1.0, 0.5, 0.0])))
     assert a.due_at > 1000 and p.observers.used == 0 and a.trigger == "decode"
 
 
@@ -143,6 +143,34 @@ def test_half_of_a_peak_holds_what_every_head_keeps() -> None:
         CompressionPlanner(KVCompressConfig(prefill_peak_tokens=256, recent=125), B, 2, 2, 2048)
 
 
+def test_what_is_kept_before_a_context_depends_on_nothing_behind_it() -> None:
+    asked = sizes(Wish(context_tokens=480), ratio=8, prefill_peak_tokens=320)
+    assert asked.packed_at(320, 490) == asked.packed_at(320, 5000) == Packing(20, 4)
+    assert sizes(ratio=8, prefill_peak_tokens=320).packed_at(320, 5000) == Packing(20, 10)
+
+
+def test_a_prompt_is_packed_anew_at_its_end_where_it_has_outgrown_its_budget_by_then() -> None:
+    fixed = {"ratio": None, "budget_tokens": 128, "interval": 4}
+    one, context = sizes(decode=False, **fixed), sizes(Wish(context_tokens=960), **fixed)
+    packing = Packing(60, 8)
+    for end, due_at in ((1023, NEVER), (1024, 1024), (1030, 1030)):
+        assert one.next_due(packing, 960, end) == due_at
+    # What was packed as a context may be shared: a copy of it must be worth it.
+    assert context.next_due(packing, 960, 1030) == (64 + 8) * B == context.next_due(packing, 960, 0)
+    assert context.next_due(Packing(61, 8), 976, 1030) == 65 * B
+    assert context.next_due(Packing(61, 8), 976, 1040) == 1040
+
+
+def test_a_compression_on_time_is_followed_by_the_next_whatever_the_window() -> None:
+    config = KVCompressConfig(ratio=None, budget_tokens=128, interval=1, window=32)
+    for late, due_at in ((0, 1616), (3, 1603 + 32)):
+        p = CompressionPlanner(config, B, 4, 4, 4096)
+        p.admit("a", 1600)
+        assert late == 0 or p.observe("a", 1600, late) is None, "it waits, nothing is observed"
+        p.compressed("a", 1600 + late)
+        assert p.requests["a"].due_at == due_at
+
+
 def test_a_context_is_compressed_even_if_that_gives_back_a_single_block() -> None:
     asked = sizes(Wish(context_tokens=160, ratio=1.1))
     assert asked.packed_at(160, 400) == Packing(10, 10)
@@ -158,18 +186,20 @@ def test_what_never_outgrows_its_budget_takes_no_slot() -> None:
         config = KVCompressConfig.from_dict({"ratio": None, "budget_tokens": tokens})
         p = CompressionPlanner(config, B, 1, 4, 2048)
         p.admit("a", 100)
-        assert len(p.requests) == tracked and p.can_admit(100) == (not tracked)
+        assert len(p.requests) == tracked and p.newcomers.can_admit(100) == (not tracked)
 
 
 def test_admission_alone_expects_of_a_mass_what_others_came_to() -> None:
     p = before_a_question()
     (a,) = p.to_score({"a": 800})
-    assert p.forecast().packed(1600).kept == p.sizes().packed(1600).kept == 25
-    p.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    assert p.newcomers.forecast().packed(1600).kept == p.sizes().packed(1600).kept == 25
+    before = p.newcomers.version
+    p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
+    assert p.newcomers.version > before, "a request that did not fit may fit now"
     # Everything was kept: a quarter is expected no longer, but a share of 0.325, a ratio of 3.
-    assert p.forecast().packed(1600).kept == 34 and p.sizes().packed(1600).kept == 25
+    assert p.newcomers.forecast().packed(1600).kept == 34 and p.sizes().packed(1600).kept == 25
     of_ratio = CompressionPlanner(KVCompressConfig(ratio=8), B, 4, 4, 4096)
-    assert of_ratio.forecast() is of_ratio.sizes()
+    assert of_ratio.newcomers.forecast() is of_ratio.sizes()
 
 
 def test_a_prompt_that_is_over_is_decoded_until_its_curve_is_back() -> None:

@@ -34,7 +34,7 @@ def test_life_of_a_request() -> None:
     assert first is not None and (first.first_token, first.observe_from) == (512, 992)
     last = p.observe("a", 997, 3)
     assert last is not None and last.observe_slot == first.observe_slot
-    assert p.due({"a": 999}) == []
+    assert p.due({"a": 999}) == [] and list(p.accumulate({"a": 999})) == []
     assert [t.request_id for t in p.due({"a": 1000})] == ["a"]
     assert list(p.packed()) == []
     p.compressed("a")
@@ -139,7 +139,9 @@ def report(p: CompressionPlanner, name: str, lost: list[float]) -> None:
     """The curve of a request's latest compression arrives: ``lost`` at 2, 4, 8 and 100 blocks."""
     t = p.requests[name]
     curve = LossCurve([2, 4, 8, 100], lost)
-    assert p.reported(Report(name, t.state_slot, t.covered * B, "prefill", [], lost[2], 1.0, curve))
+    assert p.feedback.reported(
+        Report(name, t.state_slot, t.covered * B, "prefill", [], lost[2], 1.0, curve)
+    )
 
 
 def test_pressure_takes_first_what_loses_least_per_block() -> None:
@@ -168,6 +170,11 @@ def test_pressure_does_not_spend_a_slot_on_a_small_gain() -> None:
     report(p, "a", [0.9, 0.6, 0.1, 0.0])
     report(p, "b", [0.9, 0.11, 0.1, 0.0])
     assert pressed(p, 0, **lengths) == ["a"]
+
+
+def test_pressure_leaves_alone_what_gives_back_a_single_block() -> None:
+    p, _ = grown(1)
+    assert pressed(p, 0, b=1631 - 8) == [] and pressed(p, 0, b=1632 - 8) == ["b"]
 
 
 def test_pressure_beyond_the_budget_by_loss() -> None:
@@ -249,7 +256,7 @@ def test_pressure_never_takes_more_slots_than_there_are() -> None:
 def test_ratio_1_tracks_nothing() -> None:
     p = planner(ratio=1)
     p.admit("a", 1000)
-    assert p.requests == {} and p.can_admit(10**6)
+    assert p.requests == {} and p.newcomers.can_admit(10**6)
 
 
 def test_without_a_free_slot_a_decode_compression_comes_later_with_a_whole_window() -> None:
@@ -279,7 +286,7 @@ def test_a_scarce_slot_goes_to_who_is_overdue_longest() -> None:
 def test_generations_outgrow_their_budgets_further_where_slots_do_not_go_round() -> None:
     p = planner(observe_slots=2, interval=4)
     # 16 requests take each of 2 slots 8 times for 8 tokens: 64 tokens, 4 blocks.
-    assert [p.interval(count) for count in (1, 16, 17, 32, 33)] == [4, 4, 5, 8, 9]
+    assert [p.newcomers.interval(count) for count in (1, 16, 17, 32, 33)] == [4, 4, 5, 8, 9]
 
 
 @given(
@@ -329,9 +336,9 @@ def test_outgrown_at_is_the_first_such_place(
 def test_admission_waits_for_an_observation_slot_but_never_for_short_prompts() -> None:
     p = planner(observe_slots=1)
     p.admit("a", 1000)
-    assert not p.can_admit(1000) and p.can_admit(100)
+    assert not p.newcomers.can_admit(1000) and p.newcomers.can_admit(100)
     p.compressed("a")
-    assert p.can_admit(1000)
+    assert p.newcomers.can_admit(1000)
     with pytest.raises(RuntimeError, match="without observation"):
         p.compressed("a")
 
@@ -347,11 +354,11 @@ def test_admitting_twice_or_without_slot_is_an_error() -> None:
 
 def test_reserve_is_the_largest_packed_copy_that_may_be_needed() -> None:
     p = planner()
-    assert p.reserve() == 0 and p.reserve(1600) == 25
+    assert p.newcomers.reserve() == 0 and p.newcomers.reserve(1600) == 25
     p.admit("a", 3200)
-    assert p.reserve() == 50 and p.reserve(1600) == 50
+    assert p.newcomers.reserve() == 50 and p.newcomers.reserve(1600) == 50
     p.compressed("a")
-    assert p.reserve() == 0
+    assert p.newcomers.reserve() == 0
 
 
 def test_releasing_before_compression_gives_both_slots_back() -> None:
@@ -359,7 +366,7 @@ def test_releasing_before_compression_gives_both_slots_back() -> None:
     for name in "abcdefgh":
         p.admit(name, 1000)
         p.release(name)
-    assert p.can_admit(1000)
+    assert p.newcomers.can_admit(1000)
 
 
 def test_a_window_longer_than_the_prompt_observes_from_its_start() -> None:

@@ -75,6 +75,12 @@ def test_without_room_for_a_segment_nobody_waits(budget):
     assert waited == 0 and (budget == 1 or found)
 
 
+def test_whoever_waits_is_sure_of_the_room():
+    assert [whole_segments(200, 10, (400,), room) for room in (55, 56)] == [10, 0]
+    assert [whole_segments(200, 10, (230,), room) for room in (29, 30)] == [10, 0]
+    assert [whole_segments(10, 1, (300,), room) for room in (M - 11, M)] == [1, 0]
+
+
 def test_decoding_is_left_alone():
     assert whole_segments(3 * M + 7, 1, (3 * M + 7,), M) == 1
     assert whole_segments(10, 0, (300,), M) == 0
@@ -103,6 +109,14 @@ def test_only_whole_segments_can_be_hit():
     # Another request computes one of its blocks without scores.
     blocks.computed(row[20:], 320, 336, False)
     assert usable(3 * M) == M
+
+
+def test_whoever_hits_a_segment_computes_the_next_whole():
+    blocks = WholeBlocks(100, 16)
+    row = list(range(60))
+    blocks.computed(row, 0, M, True)
+    blocks.computed(row[M // 16 :], M, 2 * M, True)
+    assert blocks.usable(row[: 2 * M // 16], equal) == row[: 2 * M // 16]
 
 
 def test_a_segment_in_two_parts_is_not_whole():

@@ -110,8 +110,13 @@ def start(settings: Settings, cells: Iterable[Cell]) -> Any:
     }
     llm = LLM(
         settings.model,
-        # Every sample is compressed itself, so that its kept keys are recorded.
-        kv_compress={**options, "share": "off", "window": widest},
+        # Every sample is compressed itself, so that its kept keys are recorded; except where only
+        # what is shared can be compressed so.
+        kv_compress={
+            **options,
+            "share": "off" if options.get("exact", "off") == "off" else "context",
+            "window": widest,
+        },
         worker_extension_cls="benchmarks.quality.worker.QualityWorker",
         **arguments,
     )

@@ -8,6 +8,7 @@
 
 #include "../op_checks.h"
 #include "key_tile.h"
+#include "logits.h"
 #include "rows.h"
 
 namespace kvc {
@@ -23,7 +24,7 @@ struct Call {
   int64_t window, heads, group, head_size;               // W, H, G, D
   int64_t channels, query_stride;                        // bit mask; tokens between queries
   int64_t channel_size;                                  // output elements per channel
-  float scale;                                           // in units of log 2
+  Logits logits;                                         // with sinks of all layers
 };
 
 // One (request, layer, head) at a time. Two passes over the keys, maximum and sum first: keeping
@@ -52,7 +53,7 @@ class Runner {
     const int32_t num_keys = head.num_keys(call_.rows.seq_lens[request]);
     const int32_t candidates = head.candidate_pages(new_covered) * head.block_size;
     load_queries(simd, request, head_slot, num_keys, ring);
-    sum_exponentials(simd, head, num_keys, pages);
+    sum_exponentials(simd, head, head_slot, num_keys, pages);
     out += (call_.page_start[request] + head.first_candidate(new_covered)) * head.block_size;
     for (int32_t begin = 0; begin < candidates; begin += kTileKeys) {
       const int32_t count = std::min<int32_t>(kTileKeys, candidates - begin);
@@ -104,20 +105,27 @@ class Runner {
                  row_.data(), call_.head_size);
         float* column =
             queries_ + (g * panels_ + q / kPanel) * call_.head_size * kPanel + q % kPanel;
-        for (int64_t d = 0; d < call_.head_size; ++d) column[d * kPanel] = row_[d] * call_.scale;
+        for (int64_t d = 0; d < call_.head_size; ++d)
+          column[d * kPanel] = row_[d] * call_.logits.scale;
       }
     }
   }
 
   void logits(const Simd& simd, int64_t panel, int32_t count) {
+    float* logits = logits_ + panel * kTileKeys * kPanel;
     simd.gemm({tile_.keys(), tile_.stride(), 1, queries_ + panel * call_.head_size * kPanel, kPanel,
-               logits_ + panel * kTileKeys * kPanel, kPanel, count, call_.head_size, false});
+               logits, kPanel, count, call_.head_size, false});
+    if (call_.logits.cap != 0) simd.soft_cap(logits, count * kPanel, call_.logits.cap);
   }
 
-  void sum_exponentials(const Simd& simd, const HeadPages& head, int32_t num_keys, const T* pages) {
-    const int64_t lanes = call_.group * panels_ * kPanel;
-    std::fill_n(static_cast<float*>(maximum_), lanes, -std::numeric_limits<float>::infinity());
-    std::fill_n(static_cast<float*>(inverse_), lanes, 0.0f);
+  void sum_exponentials(const Simd& simd, const HeadPages& head, int64_t head_slot,
+                        int32_t num_keys, const T* pages) {
+    const int64_t of_member = panels_ * kPanel, lanes = call_.group * of_member;
+    for (int64_t g = 0; g < call_.group; ++g) {
+      std::fill_n(maximum_ + g * of_member, of_member,
+                  call_.logits.maximum(head_slot * call_.group + g));
+    }
+    std::fill_n(static_cast<float*>(inverse_), lanes, call_.logits.sum());
     for (int32_t begin = 0; begin < num_keys; begin += kTileKeys) {
       const int32_t count = std::min<int32_t>(kTileKeys, num_keys - begin);
       tile_.load(simd, head, pages, begin, count, Part::kKeys);
@@ -178,7 +186,8 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
                             int64_t page_format, const Tensor& observe_slot,
                             const Tensor& num_queries, const Tensor& new_covered,
                             const Tensor& page_start, int64_t num_candidate_pages, int64_t channels,
-                            int64_t query_stride, double scale) {
+                            int64_t query_stride, double scale, double soft_cap,
+                            const std::optional<Tensor>& sink_logits) {
   const PagedRows rows = check_attention_statistics(
       ring, pages, block_table, seq_lens, state_slot, num_pages, first_page, covered, page_scales,
       page_format, observe_slot, num_queries, new_covered, page_start, num_candidate_pages,
@@ -186,6 +195,7 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   const int64_t num_requests = block_table.size(0), heads = num_pages.size(2);
   const int64_t head_size = ring.size(4), block_size = pages.size(1);
   check_head_size(head_size);
+  const float* sinks = check_logits(soft_cap, sink_logits, num_pages.size(1), ring.size(3), pages);
   Tensor out = torch::stable::new_zeros(
       ring, {count_channels(channels), num_candidate_pages, block_size}, ScalarType::Float);
   const Call call{rows,
@@ -204,7 +214,7 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
                   channels,
                   query_stride,
                   num_candidate_pages * block_size,
-                  static_cast<float>(scale) * kLog2E};
+                  {scale, soft_cap, sinks}};
   const std::vector<int64_t> live =
       live_rows(call, num_requests, block_table.size(1), num_pages.size(0),
                 pages.size(0) / rows.slots, ring.size(1), num_candidate_pages);

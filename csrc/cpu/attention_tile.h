@@ -14,6 +14,7 @@ namespace kvc {
 struct QueryRows {
   int64_t count;        // rows in the tile
   const int32_t* seen;  // [count] keys that the row sees, never falling
+  float soft_cap;       // of the logits, 0: none
 };
 
 // logits = (K tile) * Q^T in panels of 16 rows, so every step of the softmax is vertical.
@@ -40,6 +41,12 @@ class PanelAttention {
     std::fill_n(static_cast<float*>(out_), num_panels_ * kPanel * padded_, 0.0f);
   }
 
+  // Before the first key.
+  void start_row(int64_t row, float maximum, float sum) {
+    maximum_[row] = maximum;
+    sum_[row] = sum;
+  }
+
   void add(const Simd& simd, KeyTile& tile, const QueryRows& rows, int32_t begin, int32_t count) {
     for (int64_t panel = 0; panel < num_panels_; ++panel) {
       const int64_t first = panel * kPanel;
@@ -52,6 +59,7 @@ class PanelAttention {
       }
       simd.gemm({tile.keys(), tile.stride(), 1, queries_ + panel * head_size_ * kPanel, kPanel,
                  logits_, kPanel, seen_by_any, head_size_, false});
+      if (rows.soft_cap != 0) simd.soft_cap(logits_, seen_by_any * kPanel, rows.soft_cap);
       float correction[kPanel];
       simd.softmax_panel({logits_, seen_by_any, visible[0] < seen_by_any ? visible : nullptr,
                           maximum_ + first, sum_ + first, correction});
@@ -95,11 +103,18 @@ class RowAttention {
     std::fill_n(static_cast<float*>(out_), num_rows * padded_, 0.0f);
   }
 
+  // Before the first key.
+  void start_row(int64_t row, float maximum, float sum) {
+    maximum_[row] = maximum;
+    sum_[row] = sum;
+  }
+
   void add(const Simd& simd, KeyTile& tile, const QueryRows& rows, int32_t begin, int32_t count) {
     simd.dots(queries_, rows.count, tile.keys(), tile.stride(), count, padded_, logits_, kTileKeys);
     for (int64_t row = 0; row < rows.count; ++row) {
       const int32_t visible = std::clamp(rows.seen[row] - begin, 0, count);
       float* logits = logits_ + row * kTileKeys;
+      if (rows.soft_cap != 0) simd.soft_cap(logits, visible, rows.soft_cap);
       const float correction =
           simd.softmax_row(logits, visible, maximum_ + row, static_cast<float*>(sum_) + row);
       std::fill(logits + visible, logits + count, 0.0f);

@@ -9,6 +9,7 @@
 
 #include "../op_checks.h"
 #include "key_tile.h"
+#include "logits.h"
 #include "rows.h"
 
 namespace kvc {
@@ -32,7 +33,7 @@ struct Call {
   int64_t pairs;                    // n
   int32_t num_sinks;
   bool interleaved;
-  float scale;  // of the logits, in units of log 2
+  Logits logits;
 };
 
 // One (segment, head) at a time: all of its keys stay in fp32, and 16 queries go over them side by
@@ -78,7 +79,11 @@ class Runner {
         if (i < live) load_query(simd, query, row + i, i);
       }
       float shift[kPanel];
-      find_shift(simd, head, pages, n, num_sinks, visible, live, shift);
+      float maximum[kPanel];
+      for (int32_t i = 0; i < kPanel; ++i) {
+        maximum[i] = call_.logits.maximum(h * call_.group + (row + i) % call_.group);
+      }
+      find_shift(simd, head, pages, n, num_sinks, visible, live, maximum, shift);
       simd.raise(echo_, shift, n, top_);
     }
     for (int32_t k = 0; k < n; ++k) {
@@ -113,22 +118,25 @@ class Runner {
       turned_[y] = static_cast<float>(static_cast<T>(row_[y] * cos + row_[x] * sin));
     }
     for (int64_t d = 0; d < call_.head_size; ++d) {
-      read_[d * kPanel + lane] = row_[d] * call_.scale;
-      repeated_[d * kPanel + lane] = turned_[d] * call_.scale;
+      read_[d * kPanel + lane] = row_[d] * call_.logits.scale;
+      repeated_[d * kPanel + lane] = turned_[d] * call_.logits.scale;
     }
   }
 
   void multiply(const Simd& simd, KeyTile& tile, const float* queries, int32_t count, float* out) {
     simd.gemm({tile.keys(), tile.stride(), 1, queries, kPanel, out, kPanel, count, call_.head_size,
                false});
+    if (call_.logits.cap != 0) simd.soft_cap(out, count * kPanel, call_.logits.cap);
   }
 
   // Leaves the logits of the repeated queries in echo_ and the logarithm of each lane's sum in
-  // `shift`; lanes without a query get one that never raises anything.
+  // `shift`; lanes without a query get one that never raises anything. `maximum` begins with the
+  // learnt sinks, which are no keys.
   void find_shift(const Simd& simd, const HeadPages& head, const T* pages, int32_t n,
-                  int32_t num_sinks, const int32_t* visible, int32_t live, float* shift) {
-    float maximum[kPanel], sum[kPanel] = {}, correction[kPanel];
-    std::fill_n(maximum, kPanel, -kInfinity);
+                  int32_t num_sinks, const int32_t* visible, int32_t live, float* maximum,
+                  float* shift) {
+    float sum[kPanel], correction[kPanel];
+    std::fill_n(sum, kPanel, call_.logits.sum());
     const auto add = [&](float* logits, int32_t count, const int32_t* seen) {
       simd.softmax_panel({logits, count, seen, maximum, sum, correction});
     };
@@ -196,11 +204,13 @@ void echo_scores(const Tensor& query, const Tensor& pages, const Tensor& block_t
                  const Tensor& first_page, const Tensor& covered,
                  const std::optional<Tensor>& page_scales, int64_t page_format,
                  const Tensor& segments, const Tensor& rotation, int64_t layer, int64_t max_segment,
-                 int64_t num_sinks, bool interleaved, double scale, Tensor scores) {
+                 int64_t num_sinks, bool interleaved, double scale, Tensor scores, double soft_cap,
+                 const std::optional<Tensor>& sink_logits) {
   const PagedRows rows = check_echo_scores(
       query, pages, block_table, seq_lens, state_slot, num_pages, first_page, covered, page_scales,
       page_format, segments, rotation, layer, max_segment, num_sinks, scores);
   check_head_size(query.size(2));
+  const float* sinks = check_logits(soft_cap, sink_logits, std::nullopt, query.size(1), pages);
   const int64_t num_segments = segments.size(0), heads = num_pages.size(2);
   Call call{rows,
             reinterpret_cast<const Segment*>(segments.const_data_ptr<int32_t>()),
@@ -215,7 +225,7 @@ void echo_scores(const Tensor& query, const Tensor& pages, const Tensor& block_t
             rotation.size(0),
             static_cast<int32_t>(std::min<int64_t>(num_sinks, INT32_MAX)),
             interleaved,
-            static_cast<float>(scale) * kLog2E};
+            {scale, soft_cap, sinks}};
   const int64_t work =
       check_values(call, num_segments, query.size(0), max_segment, block_table.size(0),
                    block_table.size(1), num_pages.size(0), pages.size(0) / rows.slots);

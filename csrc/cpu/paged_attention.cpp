@@ -7,6 +7,7 @@
 
 #include "../op_checks.h"
 #include "attention_tile.h"
+#include "logits.h"
 #include "rows.h"
 
 namespace kvc {
@@ -33,7 +34,7 @@ struct Call {
   int64_t query_token, query_head, out_token, out_head;  // strides in elements
   int32_t layer, heads;                                  // H
   int64_t group, head_size;                              // G, D
-  float scale;                                           // of the logits, in units of log 2
+  Logits logits;
 };
 
 template <typename T, typename Attention>
@@ -61,11 +62,17 @@ class Runner {
       seen_[row] = std::max<int64_t>(0, seen_by_first + row / call_.group);
     }
     attention_.begin(num_rows);
+    if (call_.logits.sinks) {
+      for (int64_t row = 0; row < num_rows; ++row) {
+        attention_.start_row(row, call_.logits.maximum(first_head_ + row % call_.group),
+                             call_.logits.sum());
+      }
+    }
     const int32_t end = seen_[num_rows - 1];
     for (int32_t begin = 0; begin < end; begin += kTileKeys) {
       const int32_t count = std::min<int32_t>(kTileKeys, end - begin);
       tile_.load(simd, head, pages, begin, count, Part::kBoth);
-      attention_.add(simd, tile_, {num_rows, seen_.data()}, begin, count);
+      attention_.add(simd, tile_, {num_rows, seen_.data(), call_.logits.cap}, begin, count);
     }
     store(num_rows, out);
   }
@@ -84,7 +91,7 @@ class Runner {
                call_.head_size);
       float* target = attention_.query(row);
       for (int64_t d = 0; d < call_.head_size; ++d)
-        target[d * lane_stride_] = row_[d] * call_.scale;
+        target[d * lane_stride_] = row_[d] * call_.logits.scale;
     }
   }
 
@@ -159,13 +166,15 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
                      const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
                      const Tensor& first_page, const Tensor& covered,
                      const std::optional<Tensor>& page_scales, int64_t page_format,
-                     const Tensor& query_start, int64_t layer, double scale, Tensor out) {
+                     const Tensor& query_start, int64_t layer, double scale, Tensor out,
+                     double soft_cap, const std::optional<Tensor>& sink_logits) {
   const PagedRows rows =
       check_paged_attention(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
                             covered, page_scales, page_format, query_start, layer, out);
   const int64_t num_requests = block_table.size(0), heads = num_pages.size(2);
   const int64_t head_size = query.size(2);
   check_head_size(head_size);
+  const float* sinks = check_logits(soft_cap, sink_logits, std::nullopt, query.size(1), pages);
 
   Call call{rows,
             query_start.const_data_ptr<int32_t>(),
@@ -177,7 +186,7 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
             static_cast<int32_t>(heads),
             query.size(1) / heads,
             head_size,
-            static_cast<float>(scale) * kLog2E};
+            {scale, soft_cap, sinks}};
   const Work work = make_work(call, num_requests, std::min(query.size(0), out.size(0)),
                               block_table.size(1), num_pages.size(0), pages.size(0) / rows.slots);
   dispatch_cache_dtype(pages.scalar_type(), [&](auto type) {

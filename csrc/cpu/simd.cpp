@@ -21,9 +21,9 @@
 #define KVC_END_TARGET KVC_PRAGMA(GCC pop_options)
 #endif
 
-#define KVC_TABLE                                          \
-  {gemm,  dots,       squares, softmax_panel, softmax_row, \
-   scale, statistics, raise,   from_half,     from_bfloat16}
+#define KVC_TABLE                                                     \
+  {gemm,  dots,       squares, soft_cap,  softmax_panel, softmax_row, \
+   scale, statistics, raise,   from_half, from_bfloat16}
 
 namespace kvc {
 

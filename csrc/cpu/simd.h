@@ -61,6 +61,8 @@ struct Simd {
   // out[k] = dot(keys[k], keys[k]); size as above.
   void (*squares)(const float* keys, int64_t key_stride, int64_t num_keys, int64_t size,
                   float* out);
+  // logits = cap * tanh(logits), of `count` of them and up to 15 behind.
+  void (*soft_cap)(float* logits, int64_t count, float cap);
   void (*softmax_panel)(const SoftmaxPanel&);
   // As softmax_panel for one query; returns the correction.
   float (*softmax_row)(float* logits, int64_t num_keys, float* maximum, float* sum);

@@ -44,6 +44,24 @@ inline Vec exp2_negative(Vec x) {
   return (Vec)((IntVec)p + ((IntVec)shifted << 23));
 }
 
+// tanh(x) to 1e-6 of itself, as -e / (2 + e) with e = exp(-2 |x|) - 1, which is computed without
+// the difference where it would cancel; the polynomial is that of exp2_negative. NaN for NaN.
+inline Vec tanh(Vec x) {
+  const UnsignedVec sign = (UnsignedVec)x & 0x80000000u;
+  const Vec lowest = Vec{} - 127.0f, one = Vec{} + 1.0f, magic = Vec{} + 12582912.0f;
+  Vec exponent = (Vec)((UnsignedVec)x ^ sign) * -2.885390082f;
+  exponent = exponent < lowest ? lowest : exponent;
+  const Vec shifted = exponent + magic;
+  const Vec f = exponent - (shifted - magic);
+  Vec p = f * 1.326472604e-3f + 9.671512722e-3f;
+  p = p * f + 5.550733747e-2f;
+  p = p * f + 2.402224208e-1f;
+  p = p * f + 6.931469776e-1f;
+  const Vec power = (Vec)((IntVec)one + ((IntVec)shifted << 23));
+  const Vec e = (power - one) + power * (p * f);
+  return (Vec)((UnsignedVec)(-e / (e + 2.0f)) | sign);
+}
+
 template <int kRows>
 inline void gemm_block(const Gemm& g, int64_t row) {
   Vec acc[kRows][kVecs];
@@ -137,6 +155,10 @@ inline void squares(const float* keys, int64_t key_stride, int64_t num_keys, int
     squares_block<4>(keys + k * key_stride, key_stride, size, out + k);
   }
   for (; k < num_keys; ++k) squares_block<1>(keys + k * key_stride, key_stride, size, out + k);
+}
+
+inline void soft_cap(float* logits, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; i += KVC_LANES) store(logits + i, tanh(load(logits + i)) * cap);
 }
 
 inline void softmax_panel(const SoftmaxPanel& s) {

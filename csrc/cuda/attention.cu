@@ -4,9 +4,9 @@
 
 #include "../op_checks.h"
 #include "attention.h"
-#include "ops.h"
 
 namespace kvc::gpu {
+namespace {
 
 // One call serves mixed batches: which rows are decode and which prefill is decided on the device.
 // A batch of no more tokens than rows is taken for decode, so that a captured decode step launches
@@ -15,13 +15,15 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
                      const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
                      const Tensor& first_page, const Tensor& covered,
                      const std::optional<Tensor>& page_scales, int64_t page_format,
-                     const Tensor& query_start, int64_t layer, double scale, const Tensor& out) {
+                     const Tensor& query_start, int64_t layer, double scale, const Tensor& out,
+                     double soft_cap, const std::optional<Tensor>& sink_logits) {
   const PagedRows rows =
       check_paged_attention(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
                             covered, page_scales, page_format, query_start, layer, out);
   const int64_t requests = block_table.size(0), heads = num_pages.size(2);
   const int64_t tokens = std::min(query.size(0), out.size(0)), head_size = query.size(2);
   const int64_t group = query.size(1) / heads, block_size = rows.block_size;
+  const float* sinks = check_logits(soft_cap, sink_logits, std::nullopt, query.size(1), pages);
   KVC_CHECK(group <= 16, "query must have 1 to 16 heads per KV head on CUDA, not ", group);
   KVC_CHECK(block_size >= 8 && (block_size & (block_size - 1)) == 0,
             "pages must hold a power of two of tokens from 8 on, not ", block_size);
@@ -48,7 +50,7 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   p.group = static_cast<int32_t>(group);
   p.layer = static_cast<int32_t>(layer);
   p.least_units = 1;
-  p.scale_log2 = static_cast<float>(scale) * kLog2E;
+  p.logits = {scale, soft_cap, sinks};
   p.aligned = is_aligned(p.query, 16) && p.query_stride_t % 8 == 0 && p.query_stride_h % 8 == 0;
   p.aligned_pages = heads % 4 == 0 && is_aligned(rows.num_pages, 16);
   const bool decode_all = tokens <= requests || pages.scalar_type() == ScalarType::Float;
@@ -82,7 +84,7 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   q.group = p.group;
   q.layer = p.layer;
   q.least_tokens = p.most_tokens + 1;
-  q.scale_log2 = p.scale_log2;
+  q.logits = p.logits;
   q.aligned = p.aligned;
   const auto prefill = [&](auto type) {
     if (page_format == kAuto) {
@@ -98,4 +100,9 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   }
 }
 
+}  // namespace
 }  // namespace kvc::gpu
+
+STABLE_TORCH_LIBRARY_IMPL(kvcompress_vllm, CUDA, m) {
+  m.impl("paged_attention", TORCH_BOX(&kvc::gpu::paged_attention));
+}

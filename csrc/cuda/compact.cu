@@ -2,7 +2,6 @@
 #include "../op_checks.h"
 #include "compact_codes.cuh"
 #include "launch.h"
-#include "ops.h"
 
 namespace kvc::gpu {
 namespace {
@@ -41,8 +40,6 @@ void dispatch_codes(ScalarType dtype, int64_t page_format, F&& f) {
     run(__nv_bfloat16{});
   }
 }
-
-}  // namespace
 
 Tensor fit_scales(const Tensor& pages, const Tensor& block_table, const Tensor& state_slot,
                   const Tensor& num_pages, const Tensor& first_page, const Tensor& covered,
@@ -111,4 +108,10 @@ void compact_pages(const Tensor& pages, const Tensor& block_table, const Tensor&
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+}  // namespace
 }  // namespace kvc::gpu
+
+STABLE_TORCH_LIBRARY_IMPL(kvcompress_vllm, CUDA, m) {
+  m.impl("fit_scales", TORCH_BOX(&kvc::gpu::fit_scales));
+  m.impl("compact_pages", TORCH_BOX(&kvc::gpu::compact_pages));
+}

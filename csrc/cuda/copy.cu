@@ -2,7 +2,6 @@
 #include "../op_checks.h"
 #include "copy.cuh"
 #include "launch.h"
-#include "ops.h"
 
 namespace kvc::gpu {
 namespace {
@@ -33,8 +32,6 @@ void dispatch_width(int64_t width, F&& f) {
 int threads_for(int64_t words) {
   return static_cast<int>(words >= 256 ? 256 : (words + kWarp - 1) / kWarp * kWarp);
 }
-
-}  // namespace
 
 void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
               const Tensor& slot_mapping) {
@@ -94,4 +91,10 @@ void observe_queries(const Tensor& query, const Tensor& ring_index, const Tensor
   });
 }
 
+}  // namespace
 }  // namespace kvc::gpu
+
+STABLE_TORCH_LIBRARY_IMPL(kvcompress_vllm, CUDA, m) {
+  m.impl("write_kv", TORCH_BOX(&kvc::gpu::write_kv));
+  m.impl("observe_queries", TORCH_BOX(&kvc::gpu::observe_queries));
+}

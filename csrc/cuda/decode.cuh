@@ -84,31 +84,31 @@ __global__ void __launch_bounds__(
                    p.query_stride_h, p.group);
       }
       if constexpr (kFormat == kAuto) {
-        math.step(stage, task.visible, p.scale_log2);
+        math.step(stage, task.visible, p.logits);
       } else {
         const bool codes = task.flags & kCodes;
         if (codes && (task.flags & kFirst)) {
-          math.enter_codes(stage + Shape::kStage + p.query_bytes, p.scale_log2);
+          math.enter_codes(stage + Shape::kStage + p.query_bytes, p.logits.factor);
         }
         if (in_codes && !codes && !(task.flags & kFirst)) math.leave_codes();
         in_codes = codes;
         if (codes) {
-          math.step_codes(stage);
+          math.step_codes(stage, p.logits.cap);
         } else {
-          math.step(stage, task.visible, p.scale_log2);
+          math.step(stage, task.visible, p.logits);
         }
         if (codes && (task.flags & kLast)) math.leave_codes();
       }
       if (!(task.flags & kLast)) continue;
       if (task.flags & kWhole) {
         T* out = out_row<T>(p, task.query_row, task.head, 0);
-        math.finish(true, p.group,
+        math.finish(true, p.group, p.logits.of_head(task.head, p.group),
                     [&](int g, int d, float x) { out[g * p.out_stride_h + d] = from_float<T>(x); });
       } else {
         const bool begins = task.flags & kBeginsHead;
         flags |= begins ? kHasLast : kHasFirst;
         const int64_t row = (worker * 2 + begins) * p.group;
-        math.finish(false, p.group, [&](int g, int d, float x) {
+        math.finish(false, p.group, nullptr, [&](int g, int d, float x) {
           p.of_workers.out[(row + g) * kHeadSize + d] = x;
         });
         math.statistics(p.group, [&](int g, float max, float sum) {

@@ -30,9 +30,9 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   }
 
   // The 16 * m keys of a unit.
-  __device__ __forceinline__ void step_codes(uint32_t unit) {
+  __device__ __forceinline__ void step_codes(uint32_t unit, float cap) {
 #pragma unroll 1
-    for (int i = 0; i < kUnits; i += kTogether) step_keys(unit + i * kRow);
+    for (int i = 0; i < kUnits; i += kTogether) step_keys(unit + i * kRow, cap);
   }
 
   // Goes on with 16-bit keys, or with finish().
@@ -110,7 +110,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   }
 
   // 16 keys in rows kStride apart from `keys` on, and the 16 behind each.
-  __device__ __forceinline__ void step_keys(uint32_t keys) {
+  __device__ __forceinline__ void step_keys(uint32_t keys, float cap) {
     const int lane = threadIdx.x % kWarp;
     float logits[kTogether][kTiles][4] = {};
     const uint32_t k_lane = keys + lane / 4 * kStride + lane % 4 * kKeyChunk;
@@ -131,6 +131,23 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
         }
       }
     }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) {
+        float& x = logits[u][i / 4][i % 4];
+        x = x * factor_ + (kFormat == kInt4 ? offset_[i / 4][i % 2] : 0.f);
+      }
+    }
+    if (cap != 0.f) {
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+#pragma unroll
+        for (int i = 0; i < 4 * kTiles; ++i) {
+          logits[u][i / 4][i % 4] = soft_cap(logits[u][i / 4][i % 4], cap);
+        }
+      }
+    }
     uint32_t weights[kTogether][kTiles][2];
     bool moved = false;
     float scales[kTiles][2];
@@ -139,15 +156,11 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
       float p[kTogether][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float offset = kFormat == kInt4 ? offset_[n][i] : 0.f;
-        float x[kTogether][2], top = -kInfinity;
+        float top = -kInfinity;
 #pragma unroll
         for (int u = 0; u < kTogether; ++u) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            x[u][half] = logits[u][n][i + half * 2] * factor_ + offset;
-            top = fmaxf(top, x[u][half]);
-          }
+          for (int half = 0; half < 2; ++half) top = fmaxf(top, logits[u][n][i + half * 2]);
         }
         top = fmaxf(this->max_[n][i], lanes_max<16, 4>(top));
         const float origin = top == -kInfinity ? 0.f : top;
@@ -159,7 +172,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
         for (int u = 0; u < kTogether; ++u) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            p[u][i + half * 2] = exp2_fast(x[u][half] - origin);
+            p[u][i + half * 2] = exp2_fast(logits[u][n][i + half * 2] - origin);
             sum += p[u][i + half * 2];
           }
         }

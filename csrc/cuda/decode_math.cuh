@@ -40,7 +40,7 @@ class TensorDecode {
   }
 
   // The 16 K/V pairs at `keys`, of which the first `visible` count.
-  __device__ __forceinline__ void step(uint32_t keys, int visible, float scale_log2) {
+  __device__ __forceinline__ void step(uint32_t keys, int visible, const Logits& of) {
     const int lane = threadIdx.x % kWarp;
     float logits[2][kTiles][4] = {};  // two sums, to halve the chain of dependent products
     const uint32_t k_lane = keys + lane % 16 * kStride + lane / 16 * 16;
@@ -53,6 +53,19 @@ class TensorDecode {
         multiply_add<T>(logits[k % 2][n], tile, query_[k][n][0], query_[k][n][1]);
       }
     }
+    float x[kTiles][4];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] = (logits[0][n][i] + logits[1][n][i]) * of.factor;
+    }
+    if (of.cap != 0.f) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = soft_cap(x[n][i], of.cap);
+      }
+    }
     uint32_t weights[kTiles][2];
     bool moved = false;
     float scales[kTiles][2];
@@ -61,10 +74,8 @@ class TensorDecode {
       float p[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float logit0 = logits[0][n][i] + logits[1][n][i];
-        const float logit1 = logits[0][n][i + 2] + logits[1][n][i + 2];
-        const float x0 = lane / 4 < visible ? logit0 * scale_log2 : -kInfinity;
-        const float x1 = lane / 4 + 8 < visible ? logit1 * scale_log2 : -kInfinity;
+        const float x0 = lane / 4 < visible ? x[n][i] : -kInfinity;
+        const float x1 = lane / 4 + 8 < visible ? x[n][i + 2] : -kInfinity;
         const float top = fmaxf(max_[n][i], lanes_max<16, 4>(fmaxf(x0, x1)));
         const float origin = top == -kInfinity ? 0.f : top;
         scales[n][i] = exp2_fast(max_[n][i] - origin);
@@ -100,10 +111,10 @@ class TensorDecode {
     }
   }
 
-  // Calls f(g, d, x) for the parts of out [G, D] that this lane holds: divided by the sum if
-  // `divide`, else as they are. Afterwards statistics() holds for every lane.
+  // Calls f(g, d, x) for the parts of out [G, D] that this lane holds: divided by the sum and the
+  // head's sinks if `divide`, else as they are. Afterwards statistics() holds for every lane.
   template <typename F>
-  __device__ __forceinline__ void finish(bool divide, int group, F&& f) {
+  __device__ __forceinline__ void finish(bool divide, int group, const float* sinks, F&& f) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -112,7 +123,7 @@ class TensorDecode {
         sum_[n][i] = lanes_sum<16, 4>(sum_[n][i]);
         const int g = n * 8 + lane % 4 * 2 + i;
         if (g >= group) continue;
-        const float factor = divide ? 1.f / sum_[n][i] : 1.f;
+        const float factor = divide ? 1.f / (sum_[n][i] + sink_weight(sinks, g, max_[n][i])) : 1.f;
 #pragma unroll
         for (int d = 0; d < kHeadSize / 16; ++d) {
           f(g, d * 16 + lane / 4, out_[d][n][i] * factor);
@@ -162,7 +173,7 @@ class PlainDecode {
     }
   }
 
-  __device__ __forceinline__ void step(uint32_t keys, int visible, float scale_log2) {
+  __device__ __forceinline__ void step(uint32_t keys, int visible, const Logits& of) {
     const int lane = threadIdx.x % kWarp;
     const char* base = static_cast<const char*>(__cvta_shared_to_generic(keys));
     const float* k = reinterpret_cast<const float*>(base + lane / 2 * kStride);
@@ -177,7 +188,8 @@ class PlainDecode {
 #pragma unroll
     for (int g = 0; g < kMost; ++g) {
       if (g >= group_) continue;
-      const float logit = lanes_sum<1, 1>(logits[g]) * scale_log2;
+      float logit = lanes_sum<1, 1>(logits[g]) * of.factor;
+      if (of.cap != 0.f) logit = soft_cap(logit, of.cap);
       const float x = lane / 2 < visible ? logit : -kInfinity;
       const float top = fmaxf(max_[g], lanes_max(x));
       const float origin = top == -kInfinity ? 0.f : top;
@@ -199,11 +211,11 @@ class PlainDecode {
   }
 
   template <typename F>
-  __device__ __forceinline__ void finish(bool divide, int group, F&& f) {
+  __device__ __forceinline__ void finish(bool divide, int group, const float* sinks, F&& f) {
 #pragma unroll
     for (int g = 0; g < kMost; ++g) {
       if (g >= group) continue;
-      const float factor = divide ? 1.f / sum_[g] : 1.f;
+      const float factor = divide ? 1.f / (sum_[g] + sink_weight(sinks, g, max_[g])) : 1.f;
 #pragma unroll
       for (int d = 0; d < kParts; ++d) {
         if (owns(d)) f(g, d * kWarp + static_cast<int>(threadIdx.x % kWarp), out_[g][d] * factor);

@@ -117,9 +117,10 @@ __device__ __forceinline__ void merge_chain(const DecodeParams& p, const Stretch
       sum.add(p.of_workers, (worker + i - warp) * 2 * p.group + first, count);
     }
     if (kind == 1 && !goes_on) {
+      const float* sinks = p.logits.of_head(last.head, p.group);
       sum.values(count, [&](int g, int d, float4 x) {
         store_four(out_row<T>(p, last.query_row, last.head, first + g) + d, x,
-                   1.f / sum.stats(g).y);
+                   1.f / (sum.stats(g).y + sink_weight(sinks, first + g, sum.stats(g).x)));
       });
       continue;
     }
@@ -147,6 +148,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DecodeParams p) {
   const int4 cut = p.cut[blockIdx.x];
   if (cut.x < 0) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const float* sinks = p.logits.of_head(cut.y, p.group);
   for (int first = 0; first < p.group; first += Sum::kHeads) {
     const int count = min(p.group - first, Sum::kHeads);
     Sum sum;
@@ -173,6 +175,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DecodeParams p) {
         weight += stats[w][g].y * scale;
         x += reinterpret_cast<const float*>(outs[w][g])[d] * scale;
       }
+      weight += sink_weight(sinks, first + g, top);
       out_row<T>(p, cut.x, cut.y, first + g)[d] = from_float<T>(x / weight);
     }
     __syncthreads();

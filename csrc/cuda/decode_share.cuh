@@ -35,9 +35,9 @@ struct DecodeParams {
   int32_t most_tokens;  // rows with more query tokens are left to the prefill kernel
   int32_t least_units;  // smallest stretch, so that short batches are not cut too fine
   int32_t query_bytes;  // of the query heads of one KV head in a stage, 0 if they are not staged
-  float scale_log2;     // scale * log2(e): softmax in base 2
-  bool aligned;         // query rows may be copied 16 bytes at once
-  bool aligned_pages;   // num_pages may be loaded four heads at once
+  Logits logits;
+  bool aligned;        // query rows may be copied 16 bytes at once
+  bool aligned_pages;  // num_pages may be loaded four heads at once
 };
 
 // Query tokens of a row that decode serves.

@@ -30,9 +30,9 @@ struct EchoParams {
   int32_t num_sinks;    // at most kEchoSinks
   int32_t pairs;        // n
   int32_t splits;       // shares of the rows
-  float scale_log2;     // scale * log2(e)
-  bool interleaved;     // pairs of neighbours
-  bool aligned;         // queries may be loaded 16 bytes at once
+  Logits logits;
+  bool interleaved;  // pairs of neighbours
+  bool aligned;      // queries may be loaded 16 bytes at once
 };
 
 constexpr int kEchoKeys = 256, kEchoSinks = 8;
@@ -97,6 +97,15 @@ __device__ __forceinline__ void load_coded_sink(const EchoParams& p, const EchoU
 __device__ __forceinline__ float* echo_partial(const EchoParams& p, int segment, int h, int split) {
   return p.partial +
          ((static_cast<int64_t>(segment) * p.num_heads + h) * p.splits + split) * p.max_segment;
+}
+
+// A sum of weights relative to the maximum `high`, with the learnt sink of a query head, which may
+// become the maximum.
+__device__ __forceinline__ float add_sink(const float* sinks, int g, float sum, float* high) {
+  if (sinks == nullptr) return sum;
+  const float old = *high, sink = __ldg(sinks + g) * kLog2E;
+  *high = fmaxf(old, sink);
+  return sum * rescale(old, *high) + rescale(sink, *high);
 }
 
 // x of a pair after the turn is x * cos - y * sin, y is y * cos + x * sin. Not contracted: the
@@ -325,9 +334,14 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[j][i / 8][i / 4 % 2][i % 4] = 0.f;
   }
-  // Comparing logits before their product with the scale needs a positive one.
-  const bool scaled = p.scale_log2 <= 0.f;
-  const float scale = scaled ? 1.f : p.scale_log2;
+  // Comparing logits before their product with the scale needs a positive one, and no cap.
+  const float cap = p.logits.cap;
+  const bool scaled = p.logits.factor <= 0.f || cap != 0.f;
+  const float scale = scaled ? 1.f : p.logits.factor;
+  const auto logit_of = [&](float product) {
+    const float logit = product * p.logits.factor;
+    return cap != 0.f ? soft_cap(logit, cap) : logit;
+  };
   const auto local_row = [&](int m, int i) {
     return row_warp * Shape::kGroupRows + m * 16 + lane / 4 + i * 8;
   };
@@ -389,7 +403,10 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
 #pragma unroll
       for (int j = 0; j < kActive; ++j) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) x[j][i / 8][i / 4 % 2][i % 4] *= p.scale_log2;
+        for (int i = 0; i < 16; ++i) {
+          float& logit = x[j][i / 8][i / 4 % 2][i % 4];
+          logit = logit_of(logit);
+        }
       }
     }
     if (masked) {
@@ -407,7 +424,7 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool mine = with_sinks && key_warp == i / 4 && lane % 4 * 2 + i % 2 < unit.sinks;
-      const float logit = scaled ? sink_x[i % 4] * p.scale_log2 : sink_x[i % 4];
+      const float logit = scaled ? logit_of(sink_x[i % 4]) : sink_x[i % 4];
       sinks[i / 4][i / 2 % 2][i % 2] = mine ? logit : -kInfinity;
       high[i / 4][i / 2 % 2][i % 2] = sinks[i / 4][i / 2 % 2][i % 2];
     }
@@ -451,6 +468,7 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
     }
   };
 
+  const float* sinks = p.logits.of_head(h, p.group);
   if (Shape::kParts == 1) {
     load_keys(0);
     copy_async_wait<0>();
@@ -521,6 +539,7 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int local = local_row(i / 2, i % 2);
+      const bool live = row + local < rows;
       float high = -kInfinity, sum = 0.f;
 #pragma unroll
       for (int w = 0; w < Shape::kKeyWarps; ++w) high = fmaxf(high, states[w * kRows + local].x);
@@ -529,8 +548,9 @@ __global__ void __launch_bounds__(EchoShape<T, kHeadSize>::kThreads, 2) echo_ker
         const float2 other = states[w * kRows + local];
         sum += other.y * rescale(other.x, high);
       }
+      if (live) sum = add_sink(sinks, (row + local) - query_of(row + local) * p.group, sum, &high);
       // Rows without a query raise nothing.
-      total[i / 2][i % 2] = row + local < rows ? high + __log2f(sum) : kInfinity;
+      total[i / 2][i % 2] = live ? high + __log2f(sum) : kInfinity;
     }
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
@@ -582,6 +602,11 @@ __global__ void __launch_bounds__(kEchoPlainThreads)
     return reinterpret_cast<const float4*>(static_cast<const float*>(p.pages) +
                                            unit.place(held) * 2 * head_size);
   };
+  const auto logit_of = [&](float product) {
+    const float logit = product * p.logits.factor;
+    return p.logits.cap != 0.f ? soft_cap(logit, p.logits.cap) : logit;
+  };
+  const float* sinks = p.logits.of_head(h, p.group);
   float top = -kInfinity;
   for (int first = split * kRows; first < rows; first += p.splits * kRows) {
     __syncthreads();
@@ -632,9 +657,9 @@ __global__ void __launch_bounds__(kEchoPlainThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const bool seen = key < n && key <= (first + r) / p.group;
-      past[r] = seen ? past[r] * p.scale_log2 : -kInfinity;
-      echo[r] = key < n ? echo[r] * p.scale_log2 : -kInfinity;
-      sink[r] = key < unit.sinks ? sink[r] * p.scale_log2 : -kInfinity;
+      past[r] = seen ? logit_of(past[r]) : -kInfinity;
+      echo[r] = key < n ? logit_of(echo[r]) : -kInfinity;
+      sink[r] = key < unit.sinks ? logit_of(sink[r]) : -kInfinity;
       const float high = lanes_max(fmaxf(fmaxf(past[r], echo[r]), sink[r]));
       if (lane == 0) maxima[warp][r] = high;
     }
@@ -655,7 +680,10 @@ __global__ void __launch_bounds__(kEchoPlainThreads)
     for (int r = 0; r < kRows; ++r) {
       float sum = 0.f;
       for (int w = 0; w < kWarps; ++w) sum += sums[w][r];
-      if (first + r < rows) top = max_nan(top, echo[r] - (highest[r] + __log2f(sum)));
+      if (first + r < rows) {
+        sum = add_sink(sinks, (first + r) % p.group, sum, &highest[r]);
+        top = max_nan(top, echo[r] - (highest[r] + __log2f(sum)));
+      }
     }
   }
   if (key < n) echo_partial(p, blockIdx.x, h, split)[key] = top;

@@ -212,6 +212,38 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// How products of queries and keys become logits in base 2.
+struct Logits {
+  float factor;        // of the products: scale * log2(e), or what soft_cap() takes
+  float cap;           // in units of log 2, 0: none
+  const float* sinks;  // [H * G] or [L, H * G] in units of 1, nullptr: none
+
+  Logits(double scale, double soft_cap, const float* sink_logits)
+      : factor(static_cast<float>(soft_cap == 0 ? scale : 2 * scale / soft_cap) * kLog2E),
+        cap(static_cast<float>(soft_cap) * kLog2E),
+        sinks(sink_logits) {}
+  Logits() = default;
+
+  // The sinks of one KV head, of H or L * H.
+  __device__ __forceinline__ const float* of_head(int head, int group) const {
+    return sinks == nullptr ? nullptr : sinks + static_cast<int64_t>(head) * group;
+  }
+};
+
+// cap * tanh(z) for x = 2 z log2(e), within 2^-22 of the cap. One uniform branch around all logits
+// of a thread decides whether there is a cap, so that without one nothing is computed.
+__device__ __forceinline__ float soft_cap(float x, float cap) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(inverse) : "f"(1.f + exp2_fast(x)));
+  return cap - 2.f * cap * inverse;
+}
+
+// What a head's sink adds to a sum of weights relative to `max`. Infinite, so that everything else
+// vanishes, where the sink is that much higher.
+__device__ __forceinline__ float sink_weight(const float* sinks, int g, float max) {
+  return sinks == nullptr ? 0.f : exp2_fast(__ldg(sinks + g) * kLog2E - max);
+}
+
 // Weight of a sum that was taken relative to maximum `from`, when moved to maximum `to`.
 __device__ __forceinline__ float rescale(float from, float to) {
   return from == -kInfinity ? 0.f : exp2_fast(from - to);

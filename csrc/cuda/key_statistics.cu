@@ -2,7 +2,6 @@
 #include "../op_checks.h"
 #include "key_statistics.cuh"
 #include "launch.h"
-#include "ops.h"
 
 namespace kvc::gpu {
 namespace {
@@ -44,8 +43,6 @@ void launch_key_statistics(const Launch& launch, const Tensor& like, KeyStatisti
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-}  // namespace
-
 Tensor key_statistics(const Tensor& pages, const Tensor& block_table, const Tensor& seq_lens,
                       const Tensor& state_slot, const Tensor& num_pages, const Tensor& first_page,
                       const Tensor& covered, const std::optional<Tensor>& page_scales,
@@ -86,4 +83,9 @@ Tensor key_statistics(const Tensor& pages, const Tensor& block_table, const Tens
   return out;
 }
 
+}  // namespace
 }  // namespace kvc::gpu
+
+STABLE_TORCH_LIBRARY_IMPL(kvcompress_vllm, CUDA, m) {
+  m.impl("key_statistics", TORCH_BOX(&kvc::gpu::key_statistics));
+}

@@ -20,8 +20,8 @@ struct PrefillParams {
   int32_t group;         // G
   int32_t layer;
   int32_t least_tokens;  // rows with fewer query tokens are left to the decode kernel
-  float scale_log2;      // scale * log2(e)
-  bool aligned;          // pairs of elements may be loaded and stored at once
+  Logits logits;
+  bool aligned;  // pairs of elements may be loaded and stored at once
 };
 
 template <typename T, int kHeadSize>
@@ -125,13 +125,25 @@ __global__ void __launch_bounds__(PrefillShape<T, kHeadSize>::kThreads)
       }
     }
 
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) logits[j][i] *= p.logits.factor;
+    }
+    if (p.logits.cap != 0.f) {
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) logits[j][i] = soft_cap(logits[j][i], p.logits.cap);
+      }
+    }
     float top[2] = {max[0], max[1]};
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = tile * kKeys + j * 8 + lane % 4 * 2 + i % 2;
-        logits[j][i] = key <= limit[i / 2] ? logits[j][i] * p.scale_log2 : -kInfinity;
+        logits[j][i] = key <= limit[i / 2] ? logits[j][i] : -kInfinity;
         top[i / 2] = fmaxf(top[i / 2], logits[j][i]);
       }
     }
@@ -176,8 +188,9 @@ __global__ void __launch_bounds__(PrefillShape<T, kHeadSize>::kThreads)
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int token = (row + i * 8) / p.group, g = (row + i * 8) % p.group;
-    const float total = lanes_sum<2, 1>(sum[i]);
+    const float weights = lanes_sum<2, 1>(sum[i]);
     if (token >= tokens) continue;
+    const float total = weights + sink_weight(p.logits.of_head(h, p.group), g, max[i]);
     T* target = static_cast<T*>(p.out) +
                 static_cast<int64_t>(query_begin + first_token + token) * p.out_stride_t +
                 (static_cast<int64_t>(h) * p.group + g) * p.out_stride_h + lane % 4 * 2;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../op_checks.h"
 #include "launch.h"
-#include "ops.h"
 #include "select.cuh"
 
 namespace kvc::gpu {
+namespace {
 
 // Values cannot be checked without waiting for the GPU, so callers guarantee them. What happens if
 // they do not: a group asked for more pages than it can free frees all it can, a negative number
@@ -67,4 +67,9 @@ std::tuple<Tensor, Tensor, Tensor> select_pages(const Tensor& scores, const Tens
   return {kept_pages, kept_first, kept_keys};
 }
 
+}  // namespace
 }  // namespace kvc::gpu
+
+STABLE_TORCH_LIBRARY_IMPL(kvcompress_vllm, CUDA, m) {
+  m.impl("select_pages", TORCH_BOX(&kvc::gpu::select_pages));
+}

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../op_checks.h"
-#include "ops.h"
 #include "statistics.h"
 
 namespace kvc::gpu {
+namespace {
 
 Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tensor& block_table,
                             const Tensor& seq_lens, const Tensor& state_slot,
@@ -12,7 +12,8 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
                             int64_t page_format, const Tensor& observe_slot,
                             const Tensor& num_queries, const Tensor& new_covered,
                             const Tensor& page_start, int64_t num_candidate_pages, int64_t channels,
-                            int64_t query_stride, double scale) {
+                            int64_t query_stride, double scale, double soft_cap,
+                            const std::optional<Tensor>& sink_logits) {
   StatisticsParams p{};
   p.rows = check_attention_statistics(ring, pages, block_table, seq_lens, state_slot, num_pages,
                                       first_page, covered, page_scales, page_format, observe_slot,
@@ -21,6 +22,7 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   const int64_t requests = block_table.size(0), heads = num_pages.size(2);
   const int64_t block_size = p.rows.block_size;
   const int64_t head_size = ring.size(4), window = ring.size(2), group = ring.size(3) / heads;
+  const float* sinks = check_logits(soft_cap, sink_logits, num_pages.size(1), ring.size(3), pages);
   check_all_heads(pages, p.rows, requests);
   KVC_CHECK(group <= 16, "ring has ", group, " heads per KV head; the most is 16");
   KVC_CHECK(window >= 1 && window <= 1024, "ring has a window of ", window,
@@ -49,7 +51,7 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   p.window = static_cast<int32_t>(window);
   p.channels = static_cast<uint32_t>(channels);
   p.query_stride = static_cast<int32_t>(query_stride);
-  p.scale_log2 = static_cast<float>(scale) * kLog2E;
+  p.logits = {scale, soft_cap, sinks};
   const Launch launch(pages);
   // Places that no head owns are zero, as in the reference.
   STD_CUDA_CHECK(cudaMemsetAsync(p.out, 0, out.numel() * sizeof(float), launch.stream()));
@@ -67,4 +69,9 @@ Tensor attention_statistics(const Tensor& ring, const Tensor& pages, const Tenso
   return out;
 }
 
+}  // namespace
 }  // namespace kvc::gpu
+
+STABLE_TORCH_LIBRARY_IMPL(kvcompress_vllm, CUDA, m) {
+  m.impl("attention_statistics", TORCH_BOX(&kvc::gpu::attention_statistics));
+}

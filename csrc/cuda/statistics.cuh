@@ -26,7 +26,7 @@ struct StatisticsParams {
   int32_t window;                                        // W
   int32_t query_stride;  // tokens from one observed query to the next
   uint32_t channels;     // bit mask of Channel
-  float scale_log2;      // scale * log2(e)
+  Logits logits;         // with sinks of all layers
   bool resident;         // all rows of queries fit in shared memory at once
 };
 
@@ -126,12 +126,15 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
     const int q = i / Math::kRows * chunk_queries + i % Math::kRows / group;
     if (!kFirstPass && i % Math::kRows / group < chunk_queries && q < n) {
       merged.x = -kInfinity;
-      const float2* row = partial + q * group + i % Math::kRows % group;
+      const int g = i % Math::kRows % group;
+      const float2* row = partial + q * group + g;
       for (int s = 0; s < splits; ++s) merged.x = fmaxf(merged.x, row[s * p.window * group].x);
       for (int s = 0; s < splits; ++s) {
         const float2 other = row[s * p.window * group];
         merged.y += other.y * rescale(other.x, merged.x);
       }
+      const float* sinks = p.logits.of_head(slot, group);
+      if (merged.y > 0.f) merged.y += sink_weight(sinks, g, merged.x);
       // A query older than every key that the head still has counts nowhere.
       merged = merged.y > 0.f ? make_float2(merged.x, 1.f / merged.y) : make_float2(0.f, 0.f);
     }
@@ -172,7 +175,7 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
       const int first_query = c * chunk_queries;
       const ChunkRows view{group, num_keys - 1 - (n - 1 - first_query) * p.query_stride,
                            p.query_stride, min(chunk_queries, n - first_query), tile * kKeys};
-      math.logits(chunk, p.scale_log2, view);
+      math.logits(chunk, p.logits, view);
       if constexpr (kFirstPass) {
         math.accumulate(state + (threadIdx.x / kWarp * chunks + c) * Math::kRows);
       } else {

@@ -24,7 +24,7 @@ class TensorLogits {
     for (int k = 0; k < kHeadSize / 16; ++k) load_tiles(keys_[k], k_lane + k * 32);
   }
 
-  __device__ __forceinline__ void logits(const char* queries, float scale_log2,
+  __device__ __forceinline__ void logits(const char* queries, const Logits& of,
                                          const ChunkRows& view) {
     const int lane = threadIdx.x % kWarp;
     const uint32_t q_lane = shared_address(queries) + lane % 16 * kStride + lane / 16 * 16;
@@ -43,6 +43,14 @@ class TensorLogits {
         multiply_add<T>(x_[m][1], a, keys_[k][2], keys_[k][3]);
       }
     }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x_[i / 8][i / 4 % 2][i % 4] *= of.factor;
+    if (of.cap != 0.f) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        x_[i / 8][i / 4 % 2][i % 4] = soft_cap(x_[i / 8][i / 4 % 2][i % 4], of.cap);
+      }
+    }
     const bool all_visible = view.all_visible(kKeys);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -50,7 +58,6 @@ class TensorLogits {
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          x_[m][j][i] *= scale_log2;
           if (!all_visible && !view.visible(row(m, i), column(j, i))) x_[m][j][i] = -kInfinity;
         }
       }
@@ -126,7 +133,7 @@ class PlainLogits {
     keys_ = keys + threadIdx.x % kWarp * kStride;
   }
 
-  __device__ __forceinline__ void logits(const char* queries, float scale_log2,
+  __device__ __forceinline__ void logits(const char* queries, const Logits& of,
                                          const ChunkRows& view) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) x_[i] = 0.f;
@@ -141,7 +148,8 @@ class PlainLogits {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool visible = view.all_visible(kKeys) || view.visible(row(i), threadIdx.x % kWarp);
-      x_[i] = visible ? x_[i] * scale_log2 : -kInfinity;
+      const float x = x_[i] * of.factor;
+      x_[i] = !visible ? -kInfinity : of.cap != 0.f ? soft_cap(x, of.cap) : x;
     }
   }
 

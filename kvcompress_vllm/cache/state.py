@@ -12,6 +12,10 @@ Life of a state slot, whose number the scheduler hands out:
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
@@ -27,6 +31,23 @@ once."""
 
 Tables = tuple[Tensor, Tensor, Tensor, Tensor | None, int]
 """What the ops take after the state slots: :attr:`PackedState.tables`."""
+
+
+class Logits(TypedDict):
+    """How logits are changed between product and softmax: keyword arguments of the ops."""
+
+    soft_cap: float
+    sink_logits: Tensor | None
+
+
+def stacked_sinks(sinks: Sequence[Tensor | None]) -> Tensor | None:
+    """``[L, H * G]`` fp32 learnt sinks of all layers, -inf in those that have none; None: no layer
+    has any."""
+    found = next((each for each in sinks if each is not None), None)
+    if found is None:
+        return None
+    none = torch.full_like(found, -math.inf, dtype=torch.float32)
+    return torch.stack([none if each is None else each.detach().float() for each in sinks])
 
 
 class PackedState:
@@ -46,6 +67,7 @@ class PackedState:
         echo: ``[P, T]`` fp32 or None: per key, the scores of ``ops.echo_scores``. Of a block that
             the prefix cache hands to others they are valid where the scheduler says so
             (``scheduling/segments.py``); where a request wrote none, zeroed before they are read.
+        sink_logits: ``[L, H * G]`` fp32 or None: the learnt sinks of the layers, where there are.
     """
 
     def __init__(
@@ -60,6 +82,7 @@ class PackedState:
         device: torch.device,
         accumulated: bool = False,
         echo: bool = False,
+        sink_logits: Tensor | None = None,
     ) -> None:
         self.group = group
         heads = (state_slots, *group.shape)
@@ -84,6 +107,7 @@ class PackedState:
         self.echo: Tensor | None = None
         if echo:
             self.echo = torch.zeros(keys, dtype=torch.float32, device=device)
+        self.sink_logits = sink_logits
         self._first_block: dict[int, int] = {}
 
     @property
@@ -103,6 +127,13 @@ class PackedState:
         tables = self.num_pages, self.first_page, self.covered
         return *tables, self.page_scales, int(self.page_format)
 
+    def logits(self, layer: int | None = None) -> Logits:
+        """What the ops that turn products into probabilities take by name, of one layer or all."""
+        sinks = self.sink_logits
+        if sinks is not None and layer is not None:
+            sinks = sinks[layer]
+        return {"soft_cap": self.group.soft_cap, "sink_logits": sinks}
+
     @property
     def slots(self) -> dict[int, int]:
         """Live state slots and the first packed block of each."""
@@ -111,7 +142,7 @@ class PackedState:
     def num_bytes(self) -> int:
         """Memory beside the KV cache, in bytes."""
         tensors = [self.num_pages, self.first_page, self.covered, self.owner, self.ring]
-        further = (self.page_scales, self.accumulated, self.echo)
+        further = (self.page_scales, self.accumulated, self.echo, self.sink_logits)
         tensors += [tensor for tensor in further if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -67,4 +67,5 @@ def score_heard(
             rotation.interleaved,
             rank.group.scale,
             state.echo,
+            **state.logits(layer),
         )

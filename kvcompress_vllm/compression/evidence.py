@@ -125,6 +125,7 @@ def evidence_of(
         counts=None if counts is None else by_channel[-1],
         density=rank.candidate_units(item) / item.covered,
         absent=None if absent is None else absent.repeat_interleave(block_size, 1),
+        replayed=item.replayed,
         keys=keys,
         values=values,
         queries=queries,

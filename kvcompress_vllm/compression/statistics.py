@@ -51,6 +51,7 @@ def measure(rank: Rank, batch: Batch[Item], channels: int) -> Tensor:
                 of_attention,
                 observed.stride if observed else 1,
                 rank.group.scale,
+                **state.logits(),
             )
         )
     if of_keys:

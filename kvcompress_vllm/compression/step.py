@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvcompress_vllm.cache import integrity
+from kvcompress_vllm.compression import replay
 from kvcompress_vllm.compression.batch import Item
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.pending import PendingReports
@@ -13,7 +14,8 @@ from kvcompress_vllm.records.plan import StepPlan
 
 
 def start_step(plan: StepPlan, compressors: Sequence[Compressor]) -> list[PendingReports]:
-    """Release, accumulate, score, compress, drop, in this order.
+    """Release, accumulate, score, compress, drop, in this order; and forget the scores of contexts
+    that the step begins to repeat.
 
     Args:
         compressors: one per cache group, by index.
@@ -35,6 +37,9 @@ def start_step(plan: StepPlan, compressors: Sequence[Compressor]) -> list[Pendin
         pending += compressor.run(_of(plan.scorings, group), score_only=True)
         pending += compressor.run(_of(plan.compressions, group))
         compressor.state.release(plan.dropped)
+        for item in plan.replays:
+            if item.begins:
+                replay.clear(compressor.state, item.blocks[: item.num_context])
         if plan.expected is not None:
             expected = [row for row in plan.expected if row.group == group]
             integrity.check_state(compressor.state, expected)

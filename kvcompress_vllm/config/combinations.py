@@ -67,6 +67,51 @@ def check_mass(policy: str, key: str, mass: float) -> None:
         )
 
 
+def check_exact(config: Any) -> None:
+    """Refuse scores of a real repetition where nothing would be judged by them.
+
+    Args:
+        config: a ``KVCompressConfig``.
+
+    Raises:
+        ValueError: naming what they cannot be combined with.
+    """
+    if config.exact == "off":
+        return
+    if not config.stores_echo:
+        raise ValueError(
+            f"kv_compress: exact={config.exact!r} needs a policy that reads echo scores, such as "
+            f"'echo'; policy={config.policy!r} does not"
+        )
+    if config.share == "off":
+        raise ValueError(
+            f"kv_compress: exact={config.exact!r} cannot be combined with share='off': it is for "
+            "contexts that requests share"
+        )
+    if config.prefill_peak_tokens is not None:
+        raise ValueError(
+            f"kv_compress: exact={config.exact!r} cannot be combined with "
+            f"prefill_peak_tokens={config.prefill_peak_tokens!r}: what is repeated must be whole"
+        )
+
+
+def check_stride(config: Any) -> None:
+    """Refuse compressions at every multiple where those would not depend on tokens alone.
+
+    Args:
+        config: a ``KVCompressConfig``.
+
+    Raises:
+        ValueError: naming what they cannot be combined with.
+    """
+    for name in ("mass", "prefill_peak_tokens"):
+        if config.context_stride is not None and getattr(config, name) is not None:
+            raise ValueError(
+                f"kv_compress: context_stride={config.context_stride!r} cannot be combined with "
+                f"{name}={getattr(config, name)!r}"
+            )
+
+
 def named_policies(value: Any) -> Any:
     """``allow_policies`` as a tuple of names where it names some."""
     if isinstance(value, str):

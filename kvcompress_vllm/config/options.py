@@ -15,9 +15,11 @@ from typing import Any
 from kvcompress_vllm import policies
 from kvcompress_vllm.config.auto import AUTO, GENERAL, or_auto, preferred
 from kvcompress_vllm.config.combinations import (
+    check_exact,
     check_limits,
     check_mass,
     check_shares,
+    check_stride,
     named_policies,
 )
 from kvcompress_vllm.config.keys import POLICY_OPTIONS, nested
@@ -32,6 +34,7 @@ from kvcompress_vllm.config.rules import (
     unknown,
 )
 from kvcompress_vllm.ops.channels import ECHO
+from kvcompress_vllm.scheduling.repeated import STRIDE
 from kvcompress_vllm.scheduling.segments import DECODED
 
 DEFAULT_RATIO = 2.0
@@ -39,6 +42,8 @@ DEFAULT_RATIO = 2.0
 docs/quality.md."""
 SHARES = ("context", "auto", "off")
 """Which packed prefixes requests share; see ``scheduling/contexts.py``."""
+EXACT = ("off", "kvzip")
+"""How contexts are scored that policies judge by echo scores; see ``scheduling/replay.py``."""
 ALLOCATORS = ("global", "layer", "uniform")
 """Which heads compete for pages; see ``compression/allocation.py``."""
 BUDGETS = ("ratio", "budget_tokens", "mass")
@@ -149,6 +154,20 @@ class KVCompressConfig:
         "that are found to come again (auto), or none",
         *choice(*SHARES),
     )
+    context_stride: int | None = option(
+        None,
+        "compress prompts at every multiple of so many tokens, and hold each of these for whoever "
+        "comes with the same beginning: the next turn of a conversation",
+        "a multiple of 256",
+        lambda value: type(value) is int and value > 0 and value % STRIDE == 0,
+        optional=True,
+    )
+    exact: str = option(
+        "off",
+        "have contexts that requests share repeated by the model once, and keep what the "
+        "repetition attends to (kvzip): dearer to compress, and better answers",
+        *choice(*EXACT),
+    )
     prefill_peak_tokens: int | None = option(
         None,
         "tokens of KV cache that a prompt may hold while it is read; a longer one is compressed "
@@ -221,6 +240,8 @@ class KVCompressConfig:
             object.__setattr__(self, "recent", max(self.recent, self.window))
         object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))
         self.create_policy()
+        check_exact(self)
+        check_stride(self)
 
     def allowed_policies(self) -> tuple[str, ...]:
         """What requests may name as their policy; the configured one, always."""
@@ -238,10 +259,16 @@ class KVCompressConfig:
         """Whether what requests decode gets echo scores, too."""
         return self.stores_echo and self.decode
 
-    @property
-    def ring(self) -> int:
-        """Queries that an observation slot holds: the window, or whole segments."""
-        return -(-self.window // DECODED) * DECODED if self.listens else self.window
+    def ring(self, drafts: int = 0) -> int:
+        """Queries that an observation slot holds: the window, or whole segments.
+
+        Args:
+            drafts: tokens that a step may compute beyond its next; they must not take the places of
+                a segment that is still to be scored.
+        """
+        if not self.listens:
+            return self.window
+        return -(-max(self.window, DECODED + drafts) // DECODED) * DECODED
 
     def reads_echo(self, name: str | None = None) -> bool:
         """Whether a policy reads echo scores; None: the configured one. False of one that cannot
@@ -267,7 +294,7 @@ class KVCompressConfig:
             return self
         assert name is not None
         window = policies.find(name).defaults.window or GENERAL["window"]
-        own = {"policy", POLICY_OPTIONS, "shares", *GENERAL}
+        own = {"policy", POLICY_OPTIONS, "shares", "exact", "context_stride", *GENERAL}
         options = {key: value for key, value in self.to_dict().items() if key not in own}
         options["window"] = min(window, self.window)
         options["query_stride"] = self.query_stride if policies.find(name).observes_all else 0

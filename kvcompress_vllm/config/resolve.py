@@ -52,6 +52,14 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
     elif not asked:
         least, most = 1.0, None
     observes_all = config.query_stride > 0 and kind.observes_all
+    stride = wish.context_stride or config.context_stride or 0
+    if wish.context_tokens is not None or mass is not None:
+        stride = 0  # of a mass, what is kept is not known from tokens alone
+    if wish.context_stride is not None:
+        _check_stride(config, wish, prefix, mass)
+    exact = (wish.exact or config.exact) != "off" and config.reads_echo(policy)
+    if wish.exact not in (None, "off"):
+        _check_exact(config, wish, policy, prefix)
     return RequestBudget(
         policy=policy,
         ratio=ratio,
@@ -70,7 +78,32 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
         query_stride=config.query_stride if observes_all else 0,
         history=kind.history if observes_all else None,
         blocks_per_page=m,
+        context_stride=stride,
+        exact=exact and wish.context_tokens is not None,
     )
+
+
+def _check_stride(config: KVCompressConfig, wish: Wish, prefix: str, mass: float | None) -> None:
+    asked = f"{prefix}context_stride={wish.context_stride}"
+    if wish.context_tokens is not None:
+        raise ValueError(f"{asked} and {prefix}context_tokens={wish.context_tokens} exclude each "
+                         "other")  # fmt: skip
+    for name, value in (("mass", mass), ("prefill_peak_tokens", config.prefill_peak_tokens)):
+        if value is not None:
+            raise ValueError(f"{asked} is not accepted with {name}={value}")
+
+
+def _check_exact(config: KVCompressConfig, wish: Wish, policy: str, prefix: str) -> None:
+    asked = f"{prefix}exact={wish.exact}"
+    if wish.context_tokens is None:
+        raise ValueError(f"{asked} needs {prefix}context_tokens: what is repeated is a context")
+    if not config.reads_echo(policy):
+        raise ValueError(f"{asked} needs a policy that reads echo scores; {policy!r} does not")
+    for name in ("share", "prefill_peak_tokens"):
+        if getattr(config, name) not in ("context", "auto", None):
+            raise ValueError(
+                f"{asked} is not accepted; this server has {name}={getattr(config, name)}"
+            )
 
 
 def _check_policy(config: KVCompressConfig, policy: str, key: str) -> None:

@@ -21,7 +21,14 @@ def observe_slots(vllm_config: VllmConfig, group: CacheGroup, num_blocks: int) -
         scheduler.max_num_seqs,
         num_blocks,
         group,
+        draft_tokens(vllm_config),
     )
+
+
+def draft_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens of a generation that a step may compute beyond its next."""
+    drafts: int = vllm_config.num_speculative_tokens
+    return drafts
 
 
 def context_slots(vllm_config: VllmConfig, num_blocks: int) -> int:

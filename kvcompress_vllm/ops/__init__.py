@@ -47,17 +47,18 @@ if TYPE_CHECKING:
 _ROWS = "Tensor block_table, Tensor seq_lens, "
 _STATE = "Tensor state_slot, Tensor num_pages, Tensor first_page, Tensor covered, "
 _STATE += "Tensor? page_scales, int page_format, "
+_LOGITS = "*, float soft_cap=0.0, Tensor? sink_logits=None"
 SCHEMAS = {
     "write_kv": "(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()",
     "observe_queries": "(Tensor query, Tensor ring_index, Tensor(a!) ring) -> ()",
     "paged_attention": (
         f"(Tensor query, Tensor pages, {_ROWS}{_STATE}Tensor query_start, int layer, float scale, "
-        "Tensor(a!) out) -> ()"
+        f"Tensor(a!) out, {_LOGITS}) -> ()"
     ),
     "attention_statistics": (
         f"(Tensor ring, Tensor pages, {_ROWS}{_STATE}Tensor observe_slot, Tensor num_queries, "
         "Tensor new_covered, Tensor page_start, int num_candidate_pages, int channels, "
-        "int query_stride, float scale) -> Tensor"
+        f"int query_stride, float scale, {_LOGITS}) -> Tensor"
     ),
     "key_statistics": (
         f"(Tensor pages, {_ROWS}{_STATE}Tensor new_covered, Tensor page_start, "
@@ -65,7 +66,8 @@ SCHEMAS = {
     ),
     "echo_scores": (
         f"(Tensor query, Tensor pages, {_ROWS}{_STATE}Tensor segments, Tensor rotation, int layer, "
-        "int max_segment, int num_sinks, bool interleaved, float scale, Tensor(a!) scores) -> ()"
+        "int max_segment, int num_sinks, bool interleaved, float scale, Tensor(a!) scores, "
+        f"{_LOGITS}) -> ()"
     ),
     "select_pages": (
         f"(Tensor scores, Tensor page_start, {_STATE}Tensor new_covered, Tensor num_freed, "

@@ -52,6 +52,8 @@ class Evidence:
     """Candidates per token that they were chosen from: less than 1 once a head was packed."""
     absent: Tensor | None = None
     """``[L * H, n]`` bool, columns without a key; None: every column has one."""
+    replayed: bool = False
+    """The echo scores are those of a real repetition of these keys, not foreseen."""
     keys: Callable[[int], Tensor] | None = None
     """Gathers ``[H, seq_len, D]``, the keys of one layer after RoPE, in the dtype of the cache;
     zeros where a head has none."""

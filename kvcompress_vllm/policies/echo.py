@@ -16,6 +16,8 @@ higher of its echo and of the highest probability that one of the last ``window`
 it, max-pooled and times ``weight``: at one half, what is asked for still comes first, and what the
 last queries pay to everything does not (``norm`` L2 squares it instead). Echo itself is not pooled:
 on real models that costs answers (docs/quality.md).
+
+Of a context that was repeated in fact (``exact=kvzip``) the scores are KVzip's, as they are.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class Echo(Policy):
 
     def score(self, evidence: Evidence) -> Tensor:
         scores = evidence.statistics[ops.ECHO]
+        if evidence.replayed:
+            return scores
         if self.value_norms:
             scores = scores * _relative(evidence, evidence.statistics[ops.VALUE_NORM])
         if not self.weight:

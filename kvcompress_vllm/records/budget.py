@@ -23,6 +23,8 @@ class Wish(NamedTuple):
     context_tokens: int | None = None
     protect: Ranges = ()
     mass: float | None = None
+    exact: str | None = None
+    context_stride: int | None = None
 
 
 KEEP_ALL = Wish(ratio=1.0)
@@ -67,6 +69,10 @@ class RequestBudget(NamedTuple):
     """With ``query_stride``: only queries of so many tokens before a compression; None: all."""
     blocks_per_page: int = 1
     """m, full blocks whose keys one packed block holds."""
+    context_stride: int = 0
+    """Compress at every multiple of so many tokens of the prompt; each is a context. 0: at none."""
+    exact: bool = False
+    """Its context is scored by a real repetition, not by what echo scores foresee of one."""
 
     def to_plain(self) -> dict[str, Any]:
         """As :meth:`from_plain` takes it: numbers, strings and lists."""

@@ -17,10 +17,10 @@ class CacheGroup:
         block   | page of layer 0, head 0 | layer 0, head 1 | ... | layer L-1, head H-1 |
         page    | B keys and their values: B * 2 * D numbers                           |
 
-    A model with one kind of attention is one group. One with several kinds has as many, each with
-    blocks, rows and packed pages of its own; records of a step name the group that they are about
-    by its :attr:`index`. How packed pages hold keys is a matter of the group, too: T keys each, of
-    m blocks, in the bytes of B.
+    All layers with full attention are one group, with blocks, rows and packed pages of its own;
+    records of a step name the group that they are about by its :attr:`index`. Layers with a window
+    are in other groups of vLLM's, which this does not describe. How packed pages hold keys is a
+    matter of the group, too: T keys each, of m blocks, in the bytes of B.
     """
 
     layers: int
@@ -37,6 +37,8 @@ class CacheGroup:
     """Bytes of one number of a key or value in a page."""
     scale: float
     """Factor on the attention logits."""
+    soft_cap: float = 0.0
+    """Of the attention logits; 0: none."""
     page_format: PageFormat = PageFormat.AUTO
     """How packed pages hold keys."""
     index: int = 0

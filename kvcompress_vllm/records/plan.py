@@ -60,6 +60,9 @@ class Accumulation:
     """State slot that describes it as it is packed up to now: that of a context which it shares
     with others; None: its own."""
 
+    replayed: bool = field(default=False, kw_only=True)
+    """The echo scores of its keys are those of a real repetition."""
+
     @property
     def packed_slot(self) -> int:
         """State slot that describes its candidates."""
@@ -144,6 +147,21 @@ class Heard(NamedTuple):
     """Its row, as far as token ``end`` reaches."""
 
 
+class Replay(NamedTuple):
+    """Tokens ``[first, end)`` of a request that repeats a context, and computes them in this step:
+    what their queries pay to the context's keys becomes the echo scores of those."""
+
+    request_id: str
+    first: int
+    end: int
+    num_context: int
+    """Blocks of the context: the first of ``blocks``."""
+    blocks: list[int]
+    """Its row, as far as token ``end`` reaches; nothing in it is packed."""
+    begins: bool
+    """The context has no such scores yet."""
+
+
 class Observation(NamedTuple):
     """Copy queries of this step into an observation slot.
 
@@ -200,6 +218,7 @@ class StepPlan:
     heard: list[Heard] = field(default_factory=list)
     echoes: list[Span] = field(default_factory=list)
     """Tokens of this step whose keys get echo scores."""
+    replays: list[Replay] = field(default_factory=list)
     expected: list[PackedRow] | None = None
     """Every packed request after the compressions, when integrity is checked."""
 
@@ -214,5 +233,6 @@ class StepPlan:
             or self.packed_prefills
             or self.heard
             or self.echoes
+            or self.replays
             or self.expected is not None
         )

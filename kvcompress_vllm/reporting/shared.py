@@ -51,12 +51,12 @@ class SharedRecorder:
         self._held: list[Held] = []
         self._told = 0.0
 
-    def started(self, context: Context | None, wanted: bytes | None) -> None:
+    def started(self, context: Context | None, wanted: bool) -> None:
         """Note a request that starts its prefill with a context, or computes one (``wanted``)."""
         if context is not None:
             self._report.hits += 1
             self._report.tokens += context.num_tokens
-        elif wanted is not None:
+        elif wanted:
             self._report.misses += 1
 
     def waited(self, requests: int) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from kvcompress_vllm.records.budget import RequestBudget
-from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.newcomers import Newcomers
 from kvcompress_vllm.scheduling.request import Tracked
 from kvcompress_vllm.scheduling.sizes import NEVER, NOTHING
 
@@ -40,7 +40,7 @@ class Load(NamedTuple):
 
 
 def load(
-    planner: CompressionPlanner,
+    newcomers: Newcomers,
     tracked: Tracked | None,
     num_computed: int,
     num_tokens: int,
@@ -60,7 +60,7 @@ def load(
         budget: of a candidate, or one that is not tracked; None: the configured one.
         num_requests: that run, this one included; they take turns at the observation slots.
     """
-    block_size = planner.block_size
+    block_size = newcomers.limits.block_size
     prefill = max(0, num_tokens - 1 - num_computed)
     if prefill and tracked is not None and tracked.kept and not tracked.in_prefill:
         # Its context is packed, and what follows it stays as it is.
@@ -68,10 +68,10 @@ def load(
         held = packing.held(whole)
     elif prefill:
         held = whole = -(-num_tokens // block_size)
-        sizes, peak = planner.forecast(tracked.budget if tracked else budget), None
+        sizes, peak = newcomers.forecast(tracked.budget if tracked else budget), None
         packing = sizes.packed(num_tokens)
         if packing.gains:
-            peak = planner.limits.peak_blocks
+            peak = newcomers.limits.peak_blocks
         else:
             packing = NOTHING
         due_at = sizes.outgrown_at(packing)
@@ -88,10 +88,10 @@ def load(
         packing = tracked.packing if tracked else NOTHING
         due_at = tracked.due_at if tracked else NEVER
     start = packing.held(whole)
-    interval = planner.interval(num_requests)
+    interval = newcomers.interval(num_requests)
     most = UNBOUNDED
     if due_at != NEVER:
-        late = interval - planner.config.interval
+        late = interval - newcomers.limits.interval
         most = max(start, packing.held(due_at // block_size) + late)
     steps = -(-prefill // max_batched_tokens)
     return Load(steps, held, start, most, interval, tokens_left)

@@ -86,6 +86,8 @@ class Unscored:
 
     def computed(self, first: int, end: int, scored: bool) -> None:
         """Note that a step computes tokens ``[first, end)``."""
+        # Drafted tokens that were rejected are computed anew.
+        self._ranges = [(a, min(b, first)) for a, b in self._ranges if a < first]
         for begin, stop in unscored(first, end) if scored else [(first, end)]:
             if self._ranges and self._ranges[-1][1] == begin:
                 begin, _ = self._ranges.pop()

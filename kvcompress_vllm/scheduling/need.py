@@ -15,13 +15,15 @@ SLACK_BLOCKS = 2
 """For ends of tokens that do not fill a block, and tokens decoded while a loss curve comes back."""
 
 
-def blocks_needed(sizes: Sizes, window: int, num_tokens: int) -> int:
+def blocks_needed(sizes: Sizes, window: int, num_tokens: int, drafts: int = 0) -> int:
     """Blocks with which a request that reaches ``num_tokens`` tokens is sure to finish alone.
 
     Args:
         sizes: of its budget.
         window: tokens for which a generation is observed before it is compressed.
+        drafts: tokens beyond those that a step may compute, some to be rejected.
     """
+    num_tokens, window = num_tokens + drafts, window + drafts
     block_size, peak = sizes.limits.block_size, sizes.limits.peak_blocks
     everything, covered = -(-num_tokens // block_size), sizes.covered(num_tokens)
     m = sizes.blocks_per_page

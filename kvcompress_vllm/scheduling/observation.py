@@ -95,15 +95,19 @@ def count(tracked: Tracked, num_tokens: int, seen: Observed | None) -> None:
 
 
 def outgrowing(
-    requests: Iterable[Tracked], num_computed: Mapping[str, int], window: int
+    requests: Iterable[Tracked], num_computed: Mapping[str, int], ahead: int
 ) -> list[tuple[int, Tracked]]:
     """Requests that must be observed from now on, or should have been, and their computed tokens;
-    who is overdue longest comes first: it gives back most."""
+    who is overdue longest comes first: it gives back most.
+
+    Args:
+        ahead: the window, and what the next step may compute of it if it starts before.
+    """
     near = [
         (computed, tracked)
         for tracked in requests
         if tracked.observe_slot is None
-        and (computed := num_computed.get(tracked.request_id, 0)) >= tracked.due_at - window
+        and (computed := num_computed.get(tracked.request_id, 0)) >= tracked.due_at - ahead
     ]
     return sorted(near, key=lambda item: item[1].due_at - item[0])
 
@@ -128,10 +132,14 @@ def chunk(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> i
     """How many of ``num_tokens`` tokens from ``first_token`` on the next step may compute of a
     request that is, or would be, observed; see :meth:`CompressionPlanner.chunk`."""
     due_at, block_size = tracked.due_at, tracked.sizes.limits.block_size
-    if tracked.observe_slot is None or not tracked.in_prefill:
+    if not tracked.in_prefill:
+        # Drafted tokens: those after a compression attend to what it keeps, accepted or not.
+        return min(num_tokens, due_at - first_token) if first_token < due_at else num_tokens
+    if tracked.observe_slot is None:
         return num_tokens
     if first_token >= due_at:
-        return 0 if tracked.awaits_curve and due_at < tracked.prefill_end else num_tokens
+        waits = tracked.awaits_curve or tracked.awaits_replay
+        return 0 if waits and due_at < tracked.prefill_end else num_tokens
     end = min(first_token + num_tokens, due_at)
     history = observed_history(tracked.budget)
     if history is not None:

@@ -34,6 +34,7 @@ def early(
     num_free: int,
     limits: Limits,
     window: int,
+    drafts: int,
     max_ratio: float | None,
     most: int,
 ) -> list[Early]:
@@ -44,13 +45,15 @@ def early(
         num_computed: computed tokens of the running requests.
         num_free: free blocks of the pool.
         window: tokens for which each is observed first.
+        drafts: tokens beyond those that a step may compute, some to be rejected.
         most: how many there may be.
     """
     block_size = limits.block_size
-    growth = len(num_computed) * ((window + block_size) // block_size)
-    if num_free >= growth + (limits.max_tokens + window) // block_size:
+    grown = window + drafts
+    growth = len(num_computed) * ((grown + block_size) // block_size)
+    if num_free >= growth + (limits.max_tokens + grown) // block_size:
         return []  # more than what is missing can come to
-    missing = _missing(requests, num_computed, num_free, window, block_size)
+    missing = _missing(requests, num_computed, num_free, grown, block_size)
     chosen: dict[str, Early] = {}
     for ratio in [None] if max_ratio is None else [None, max_ratio]:
         idle = [
@@ -70,18 +73,18 @@ def _missing(
     requests: Iterable[Tracked],
     num_computed: Mapping[str, int],
     num_free: int,
-    window: int,
+    grown: int,
     block_size: int,
 ) -> int:
     """Blocks that will be missing before a compression that is prepared now is carried out.
 
-    By then the running requests have grown by ``window`` tokens; the largest copy must fit; and
+    By then the running requests have grown by ``grown`` tokens; the largest copy must fit; and
     what is under way gives blocks back.
     """
-    growth = sum((n + window) // block_size - (n - 1) // block_size for n in num_computed.values())
+    growth = sum((n + grown) // block_size - (n - 1) // block_size for n in num_computed.values())
     copy = given_back = 0
     for tracked in requests:
-        later = num_computed.get(tracked.request_id, 0) + window
+        later = num_computed.get(tracked.request_id, 0) + grown
         copy = max(copy, tracked.packed(later).kept)
         if tracked.observe_slot is not None:
             target = tracked.target()

@@ -60,8 +60,10 @@ class Tracked:
     listened: int = 0
     """Tokens up to which that was done."""
 
-    wanted: bytes | None = None
-    """Key of the context that it computes for others as well, until that is packed."""
+    replayed: bool = False
+    """Whether its context was repeated, so that it can be packed (``scheduling/replay.py``)."""
+    wanted: dict[int, bytes] = field(default_factory=dict)
+    """Contexts that it computes for others as well, until they are packed: key by tokens."""
     context: Context | None = None
     """Whose blocks its row starts with; None: its packed blocks are its own."""
 
@@ -92,6 +94,16 @@ class Tracked:
             and self.budget.mass is not None
             and self.ratio is None
             and (self.due_at >= self.prefill_end or self.due_at == self.sizes.context)
+        )
+
+    @property
+    def awaits_replay(self) -> bool:
+        """Whether its context is to be repeated before it is packed."""
+        return (
+            self.budget.exact
+            and not self.replayed
+            and self.observe_slot is not None
+            and self.due_at == self.sizes.context
         )
 
     def target(self) -> Packing:

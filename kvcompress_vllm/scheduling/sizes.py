@@ -69,6 +69,12 @@ class Sizes:
         return (self.budget.context_tokens or 0) // size * size or None
 
     @cached_property
+    def stride(self) -> int:
+        """``context_stride`` in whole blocks (of packed pages); 0: there is none."""
+        size = self.limits.block_size * self.blocks_per_page
+        return self.budget.context_stride // size * size
+
+    @cached_property
     def reaches_context(self) -> bool:
         """Whether a prompt that goes on behind its context is compressed there. What happens up to
         there depends on no token behind it."""
@@ -253,6 +259,33 @@ class Budgets:
                 self._sizes.clear()
             self._sizes[budget] = Sizes(budget, self._limits)
         return self._sizes[budget]
+
+    def at(self, sizes: Sizes, now: int, prefill_end: int) -> Sizes:
+        """Those by which a request goes on after ``now`` tokens: its context is the next multiple
+        of ``context_stride`` within the prompt at which anything is gained, else the latest."""
+        stride = sizes.stride
+        if not stride:
+            return sizes
+        mark = now // stride * stride
+        while mark + stride < prefill_end:
+            mark += stride
+            marked = self.sizes(_marked(sizes, mark))
+            if now or marked.reaches_context:
+                return marked
+        return self.sizes(_marked(sizes, now // stride * stride))
+
+    def marks(self, sizes: Sizes, prefill_end: int) -> list[int]:
+        """Tokens at which what is packed can be shared, ascending, of a prompt that goes on behind
+        them."""
+        if not sizes.stride:
+            n = sizes.context
+            return [n] if n is not None and sizes.reaches_context else []
+        first = self.at(sizes, 0, prefill_end).context
+        return [] if first is None else list(range(first, prefill_end, sizes.stride))
+
+
+def _marked(sizes: Sizes, mark: int) -> RequestBudget:
+    return sizes.budget._replace(context_tokens=mark or None)
 
 
 def check_peak(config: KVCompressConfig, sizes: Sizes) -> None:

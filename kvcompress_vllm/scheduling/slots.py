@@ -32,6 +32,7 @@ def num_observe_slots(
     max_requests: int,
     num_blocks: int,
     group: CacheGroup,
+    drafts: int = 0,
 ) -> int:
     """Observation slots of an engine; scheduler and workers compute the same number.
 
@@ -45,12 +46,13 @@ def num_observe_slots(
         max_requests: requests in a step.
         num_blocks: of the KV cache.
         group: what they hold.
+        drafts: tokens that a step may compute of a generation beyond its next.
     """
     per_step = -(-max_batched_tokens // config.min_prompt_tokens) + 1
     # A slot holds ring * G queries per KV head; a token of the cache is a K and a V vector.
     vectors = num_blocks * group.block_size * 2
     share = LISTENING_SHARE if config.listens else RING_SHARE
-    affordable = vectors // (share * config.ring * group.queries_per_head)
+    affordable = vectors // (share * config.ring(drafts) * group.queries_per_head)
     useful = max_requests if config.listens else min(2 * per_step, max_requests)
     return max(FEWEST_OBSERVE_SLOTS, min(useful, affordable))
 
@@ -62,7 +64,7 @@ def num_context_slots(num_blocks: int) -> int:
     Args:
         num_blocks: blocks of the pool.
     """
-    return max(FEWEST_CONTEXTS, min(MOST_CONTEXTS, num_blocks // 16))
+    return max(FEWEST_CONTEXTS, min(MOST_CONTEXTS, num_blocks // 8))
 
 
 FEWEST_CONTEXTS, MOST_CONTEXTS = 8, 256

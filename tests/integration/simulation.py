@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import torch
@@ -23,9 +24,9 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.engine import FinishReason
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.metrics.stats import PrefixCacheStats
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -44,9 +45,10 @@ from kvcompress_vllm.integration.frontend.requests import (
 from kvcompress_vllm.integration.sizing import observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
+from kvcompress_vllm.integration.worker.longest_request import check_longest_request
 from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.budget import Ranges
-from kvcompress_vllm.records.plan import StepPlan
+from kvcompress_vllm.records.plan import Replay, StepPlan
 from kvcompress_vllm.reporting.metrics import StepReport
 from kvcompress_vllm.scheduling.segments import DECODED, segments
 
@@ -61,32 +63,62 @@ class PretendWorker:
     state: PackedState
     pages: torch.Tensor
     compressor: Compressor
+    window: int
     rows: dict[str, list[int]] = field(default_factory=dict)
     pending: list[PendingReports] = field(default_factory=list)
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     echoes: dict[str, torch.Tensor] = field(default_factory=dict)
     """By request, where echo scores are stored: those that its keys should have."""
+    observed: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """By place in the ring, the request and the tag of the token whose query is there."""
+    replayed: dict[str, int] = field(default_factory=dict)
+    """By request, tokens of the latest repetition of its context."""
+    packed: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By first packed block, where echo scores are stored: those that its keys had."""
+    windows: tuple[int, ...] = ()
+    """Of cache groups that are not compressed; in vLLM's order these come first."""
+    window_rows: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Rows of those groups, by request."""
+    window_tags: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """``[N, B]``: what a layer of those groups holds of a token. A block is one group's only."""
+    window_wanted: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By request: the same of its tokens. Computed from fewer keys than their hash says, they are
+    others' than those of a prefix that was not compressed."""
+    behind: set[str] = field(default_factory=set)
+    """Requests that are packed."""
 
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
         for heard in plan.heard:
             assert heard.blocks == self.rows[heard.request_id][: len(heard.blocks)]
             assert heard.first // DECODED == (heard.end - 1) // DECODED
+            self._check_ring(heard, range(heard.first, heard.end), tokens[heard.request_id])
             self._score(heard.request_id, tokens[heard.request_id], heard.first, heard.end)
+        for item in plan.compressions:
+            if item.observed is None:
+                window = range(max(0, item.num_tokens - self.window), item.num_tokens)
+                self._check_ring(item, window, tokens[item.request_id])
         self.pending = start_step(plan, [self.compressor])
         for item in plan.compressions:
             row = self.rows[item.request_id]
             row[: item.covered] = item.row_prefix
+            if self.state.echo is not None:
+                self.packed[row[0]] = self.echoes[item.request_id][: item.num_tokens].clone()
+            self.behind.add(item.request_id)
         for request_id in output.finished_req_ids:
             self.rows.pop(request_id, None)
+            self.behind.discard(request_id)
         for new in output.scheduled_new_reqs:
-            self.rows[new.req_id] = list(new.block_ids[0])
+            self._new_rows(new.req_id, new.block_ids)
         cached = output.scheduled_cached_reqs
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
-                self.rows[request_id] = list(blocks[0])
+                self._new_rows(request_id, blocks)
             elif blocks is not None:
-                self.rows[request_id] += blocks[0]
+                *others, ours = blocks
+                self.rows[request_id] += ours
+                for row, more in zip(self.window_rows[request_id], others, strict=True):
+                    row += more
         observed = {item.request_id: item for item in plan.observations}
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -97,6 +129,14 @@ class PretendWorker:
             for begin, end in segments(0, computed[request_id]):
                 own = tokens[request_id]
                 self.echoes[request_id][begin:end] = echo_of(own, begin, end)
+            row = self.rows[request_id]
+            if self.state.slot_of(row) >= 0:  # it takes a context
+                found = self.packed[row[0]]
+                self.echoes[request_id][: len(found)] = found
+        for request_id in fresh:
+            # What it found in the prefix cache must be as if nobody had been compressed.
+            self.window_wanted[request_id] = torch.tensor(prefix_tags(tokens[request_id]))
+            self._check_windows(request_id, computed[request_id])
         spans = {item.request_id: item for item in plan.echoes}
         for request_id, count in output.num_scheduled_tokens.items():
             first = computed[request_id]
@@ -108,6 +148,64 @@ class PretendWorker:
                 for begin, end in segments(first, first + count):
                     self._score(request_id, tokens[request_id], begin, end)
             self._forward(request_id, tokens[request_id], first, count, observed.get(request_id))
+            self._compute_windows(request_id, tokens[request_id], first, count)
+        for item in plan.replays:
+            assert item.first == computed[item.request_id]
+            self._repeat(item, tokens[item.request_id])
+
+    def _repeat(self, item: Replay, tokens: list[int]) -> None:
+        """Raise scores of a context, here and of the one who computed it."""
+        own = item.blocks[: item.num_context]
+        assert self.rows[item.request_id][: len(item.blocks)] == item.blocks
+        (owner,) = (
+            name
+            for name, row in self.rows.items()
+            if row[: len(own)] == own and name != item.request_id
+        )
+        n = len(own) * B
+        wanted = self.echoes[owner][:n]
+        if item.begins:
+            wanted.zero_()
+            self.replayed[owner] = 0
+        self.replayed[owner] += item.end - item.first
+        scores = torch.zeros(n)
+        for position in range(item.first, item.end):
+            scores[position % n] = max(scores[position % n], (tokens[position] % 997 + 1) / 998)
+        wanted.copy_(torch.maximum(wanted, scores))
+        self._store(owner, torch.arange(n), wanted)
+
+    def _check_ring(self, item, positions, tokens) -> None:
+        """The queries of these tokens, and of no rejected ones, are in an observation slot."""
+        tags, size = prefix_tags(tokens), self.state.window
+        for position in positions:
+            found = self.observed.get(item.observe_slot * size + position % size)
+            assert found == (item.request_id, tags[position]), (item, position, found)
+
+    def _new_rows(self, request_id, blocks) -> None:
+        *others, ours = blocks
+        self.rows[request_id] = list(ours)
+        self.window_rows[request_id] = [list(row) for row in others]
+        self.behind.discard(request_id)
+
+    def _compute_windows(self, request_id, tokens, first, count) -> None:
+        self._check_windows(request_id, first)
+        tags = torch.tensor(prefix_tags(tokens))
+        if request_id in self.behind:
+            tags = -tags - 1
+        wanted = torch.cat([self.window_wanted[request_id][:first], tags[first : first + count]])
+        self.window_wanted[request_id] = wanted
+        positions = torch.arange(first, first + count)
+        for row in self.window_rows[request_id]:
+            self.window_tags[torch.tensor(row)[positions // B], positions % B] = wanted[positions]
+
+    def _check_windows(self, request_id, end) -> None:
+        """What the query of token ``end`` sees through its windows is all there."""
+        for window, row in zip(self.windows, self.window_rows[request_id], strict=True):
+            positions = torch.arange(max(0, end - window + 1), end)
+            blocks = torch.tensor(row)[positions // B] if end else positions
+            assert (blocks > 0).all(), (request_id, end, row)
+            found, wanted = self.window_tags[blocks, positions % B], self.window_wanted[request_id]
+            assert found.equal(wanted[positions]), (request_id, end, window)
 
     def _score(self, request_id, tokens, begin, end) -> None:
         scores = echo_of(tokens, begin, end)
@@ -132,7 +230,9 @@ class PretendWorker:
             assert observation.first_token == first
             index = torch.full((count,), -1, dtype=torch.int32)
             for position in observation.positions(count, self.state.window):
-                index[position - first] = observation.place(position, self.state.window)
+                place = observation.place(position, self.state.window)
+                index[position - first] = place
+                self.observed[place] = request_id, int(tags[position - first])
             for layer in range(L):
                 query = torch.randn(count, H * G, D, generator=self.random)
                 query = query.to(self.state.ring.dtype)
@@ -166,6 +266,16 @@ def prefix_tags(tokens: list[int]) -> list[int]:
     return tags
 
 
+def next_token(tokens: list[int]) -> int:
+    """What the pretend model says."""
+    return (sum(tokens) * 7 + len(tokens)) % 1000 + 3
+
+
+def ngram(drafts: int) -> dict[str, object]:
+    """Speculation without a draft model."""
+    return {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3}
+
+
 class Simulation:
     """A scheduler, a pretend worker and the requests between them."""
 
@@ -180,7 +290,15 @@ class Simulation:
         prefix_caching: bool = True,
         log_stats: bool = True,
         asynchronous: bool = False,
+        drafts: int = 0,
+        acceptance: float = 0.5,
+        windows: tuple[int, ...] = (),
     ) -> None:
+        """
+        Args:
+            drafts: tokens that are speculated of each generation in a step.
+            acceptance: share of them that the pretend model says, too.
+        """
         page_format = PageFormat.of(options.get("page_dtype", "auto"))
         dtype = torch.float32 if page_format is PageFormat.AUTO else torch.bfloat16
         args = EngineArgs(
@@ -193,7 +311,12 @@ class Simulation:
             enable_prefix_caching=prefix_caching,
             enforce_eager=True,
             dtype=str(dtype).removeprefix("torch."),
+            speculative_config=ngram(drafts) if drafts else None,
         )
+        self._drafts, self._acceptance, self._random = drafts, acceptance, Random(0)
+        self._drafted: dict[str, list[int]] = {}
+        """What the worker computes beyond ``_tokens`` in this step."""
+        self.num_rejected = 0
         self.vllm_config = args.create_engine_config()
         # The CPU platform turns it off; the scheduler does not mind.
         self.vllm_config.scheduler_config.async_scheduling = asynchronous
@@ -210,7 +333,22 @@ class Simulation:
         )
         register_all_kvcache_specs(self.vllm_config)
         self.vllm_config.cache_config.num_gpu_blocks = num_blocks
-        cache = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["a", "b"], spec)])
+        groups = [
+            KVCacheGroupSpec(
+                [f"{window}a", f"{window}b"],
+                SlidingWindowSpec(
+                    block_size=B, num_kv_heads=H, head_size=D, dtype=dtype, sliding_window=window
+                ),
+            )
+            for window in windows
+        ]
+        groups.append(KVCacheGroupSpec(["a", "b"], spec))
+        if windows:
+            self.vllm_config.model_config.hf_text_config.layer_types = [
+                "sliding_attention", "full_attention"
+            ]  # fmt: skip
+            check_longest_request(self.vllm_config, groups, num_blocks * 2 * spec.page_size_bytes)
+        cache = KVCacheConfig(num_blocks, [], groups)
         self.scheduler = self.vllm_config.scheduler_config.get_scheduler_cls()(
             vllm_config=self.vllm_config,
             kv_cache_config=cache,
@@ -223,7 +361,7 @@ class Simulation:
             group,
             num_blocks=num_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
-            window=config.ring,
+            window=config.ring(drafts),
             dtype=dtype,
             echo=config.stores_echo,
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
@@ -231,7 +369,14 @@ class Simulation:
             device=torch.device("cpu"),
         )
         pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"), dtype=dtype)
-        self.worker = PretendWorker(state, pages, Compressor(config, state, pages))
+        self.worker = PretendWorker(
+            state,
+            pages,
+            Compressor(config, state, pages),
+            config.window,
+            windows=windows,
+            window_tags=torch.zeros(num_blocks, B, dtype=torch.int64),
+        )
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(B, hash_function) if prefix_caching else None
@@ -300,7 +445,8 @@ class Simulation:
         scheduled, cached = output.num_scheduled_tokens, output.scheduled_cached_reqs
         for rid in [*(new.req_id for new in output.scheduled_new_reqs), *cached.resumed_req_ids]:
             self._tokens[rid] = list(self.scheduler.requests[rid]._all_token_ids)
-        self.worker.run(output, {rid: self._tokens[rid] for rid in self.scheduler.requests})
+        self._drafted = dict(output.scheduled_spec_decode_tokens)
+        self.worker.run(output, {rid: self._computed(rid) for rid in self._tokens})
         self.num_steps += 1
         if output.kv_compress.compressions or output.preempted_req_ids or self.num_steps % 8 == 0:
             self.check_contents()
@@ -313,15 +459,41 @@ class Simulation:
         for rid in ids:
             tokens = self._tokens[rid]
             done = self.scheduler.requests[rid].num_computed_tokens >= len(tokens)
-            sampled.append([(sum(tokens) * 7 + len(tokens)) % 1000 + 3] if done else [])
+            sampled.append(self._sample(tokens, self._drafted.get(rid, [])) if done else [])
             tokens += sampled[-1]
+        self._drafted = {}
         result = ModelRunnerOutput(ids, {rid: i for i, rid in enumerate(ids)}, sampled)
         self._in_flight.append((output, reports.attach(result, self.worker.pending)))
         if len(self._in_flight) == self._depth or not scheduled:
             self._update(*self._in_flight.popleft())
 
+    def _computed(self, request_id: str) -> list[int]:
+        return self._tokens[request_id] + self._drafted.get(request_id, [])
+
+    def _sample(self, tokens: list[int], drafted: list[int]) -> list[int]:
+        """What the pretend model says behind some tokens: of the drafted ones those that it says,
+        too, and one more."""
+        said: list[int] = []
+        for draft in [*drafted, None]:
+            said.append(next_token(tokens + said))
+            if said[-1] != draft:
+                break
+        self.num_rejected += len(drafted) + 1 - len(said)
+        return said
+
+    def _draft(self, request_id: str) -> list[int]:
+        found: list[int] = []
+        for _ in range(self._drafts):
+            right = next_token(self._tokens[request_id] + found)
+            found.append(right if self._random.random() < self._acceptance else right + 1)
+        return found
+
     def _update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
-        for outputs in self.scheduler.update_from_output(output, result).values():
+        answers = self.scheduler.update_from_output(output, result)
+        if self._drafts:
+            ids = [rid for rid in result.req_ids if rid in self.scheduler.requests]
+            self.scheduler.update_draft_token_ids(DraftTokenIds(ids, list(map(self._draft, ids))))
+        for outputs in answers.values():
             if outputs.scheduler_stats is not None:
                 self.reports.append(outputs.scheduler_stats.kv_compress)
                 self.prefix_cache_stats = outputs.scheduler_stats.prefix_cache_stats
@@ -366,7 +538,7 @@ class Simulation:
             assert self.worker.rows[rid] == ids, (rid, self.worker.rows[rid], ids)
             row = torch.tensor(ids)
             slot = self.worker.state.slot_of(ids)
-            tags = torch.tensor(prefix_tags(self._tokens[rid]))
+            tags = torch.tensor(prefix_tags(self._computed(rid)))
             state = State(*self.worker.state.tables)
             for head in range(L * H):
                 of_head = state.head(row, slot, *divmod(head, H))

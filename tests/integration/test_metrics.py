@@ -89,14 +89,14 @@ def test_a_report_that_comes_too_late_is_not_taken_for_a_new_compression() -> No
     planner, recorder = sim.scheduler.kv_compress_planner, sim.scheduler._recorder
     tracked = planner.requests["r"]
     (report,) = [r for p in sim.worker.pending for r in p.collect()]
-    assert planner.reported(report) and tracked.curve == report.curve
+    assert planner.feedback.reported(report) and tracked.curve == report.curve
     for late in [
         report._replace(num_tokens=500), report._replace(state_slot=7),
         report._replace(request_id="gone"),
     ]:  # fmt: skip
-        assert not planner.reported(late)
+        assert not planner.feedback.reported(late)
     sim.abort("r")
-    assert not planner.reported(report)
+    assert not planner.feedback.reported(report)
     recorder.measured(report, False)
     assert recorder._kept_pages == {}
 

@@ -26,8 +26,57 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "GPT2Config",
         {"n_inner": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     ),
+    # Soft caps that the logits reach. transformers' own implementation drops them silently.
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "layer_types": ["full_attention"] * 2,
+            "query_pre_attn_scalar": 4,
+            "attn_logit_softcapping": 4.0,
+            "attn_implementation": "eager",
+        },
+    ),
+    # As published: half of the layers have a window, which is not compressed.
+    "gemma2, windows": (
+        "Gemma2Config",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 48,
+            "query_pre_attn_scalar": 4,
+            "attn_logit_softcapping": 4.0,
+            "attn_implementation": "eager",
+        },
+    ),
+    # Learnt sinks, in layers of both kinds.
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attn_implementation": "eager",
+        },
+    ),
     # A window that no request outgrows is full attention.
     "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 512}),
+    # Layers with a window beside others.
+    "olmo3": (
+        "Olmo3Config",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 48,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "phi3": ("Phi3Config", {"num_key_value_heads": 2, "sliding_window": 262144}),
 }
 
@@ -38,6 +87,13 @@ def saved(kind: str, folder: Path) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**SMALL, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        if kind.startswith("gemma"):
+            # They scale what tokens are, and the answer would be the last one again and again.
+            model.get_input_embeddings().weight.mul_(0.05)
+        for parameter, weight in model.named_parameters():
+            if parameter.endswith("sinks"):
+                weight.normal_(1.0, 2.0)
     model.save_pretrained(folder)
     return model
 

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.integration.cpu.attention import LocalCpuBackend
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.start import refusals
 from kvcompress_vllm.integration.start.refusals import REFUSALS, check, check_kernels
+from kvcompress_vllm.integration.worker.backend import leave_local_layers
 from kvcompress_vllm.integration.worker.longest_request import check_longest_request
 from tests.integration.simulation import MODEL
 
@@ -43,15 +47,13 @@ def refused(model: str, feature: str, **arguments: Any) -> None:
     [
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral",
           "sliding_window": 512}, "sliding window"),
-        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 512,
-          "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64}, "soft caps"),
         ({"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
           "kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
           "v_head_dim": 32, "n_routed_experts": 8}, "multi-head latent attention"),
         ({"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"},
          "encoder-decoder"),
     ],
-    ids=["mistral", "gemma2", "deepseek", "whisper"],
+    ids=["mistral", "deepseek", "whisper"],
 )  # fmt: skip
 def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], feature: str) -> None:
     refused(model_like(tmp_path, **changes), feature)
@@ -63,10 +65,8 @@ def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], feature: st
     [
         ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, r"hybrid \(Mamba"),
         ({"architectures": ["JambaForCausalLM"], "model_type": "jamba"}, r"hybrid \(Mamba"),
-        ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text",
-          "attention_chunk_size": 512, "num_local_experts": 2}, "sliding window or chunked"),
     ],
-    ids=["mamba", "jamba", "llama4"],
+    ids=["mamba", "jamba"],
 )  # fmt: skip
 def test_unsupported_models_that_vllm_imports_slowly(
     tmp_path: Path, changes: dict[str, Any], feature: str
@@ -78,8 +78,8 @@ def test_unsupported_models_that_vllm_imports_slowly(
     ("arguments", "feature"),
     [
         ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
-                                 "prompt_lookup_max": 3}}, "speculative decoding"),
+        ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2,
+                                 "prompt_lookup_max": 3}}, "method='ngram' is accepted"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
          "KV connectors"),
         ({"kv_offloading_size": 1.0}, "KV connectors and KV offloading"),
@@ -156,20 +156,17 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         ({"sliding_window": 512},
          "has a window of 512 tokens in every layer, and max_model_len is 2048; --max-model-len "
          "512 or --disable-sliding-window"),
-        ({"sliding_window": 512, "layer_types": [SLIDING, FULL, SLIDING, SLIDING]},
-         "has 3 of 4 layers (0, 2-3) of sliding_attention with a window of 512 tokens; "
-         "--disable-sliding-window, which caps max_model_len at 512, drops it"),
-        # vLLM's Cohere 2 rotates keys where there is a window: without it, it is another model.
-        ({"sliding_window": 512, "layer_types": [SLIDING, FULL], "model_type": "cohere2"},
-         "with a window of 512 tokens; without --kv-compress"),
-        ({"layer_types": [FULL, "chunked_attention"]},
-         "has 1 of 2 layers (1) of chunked_attention; without"),
-        ({"attn_logit_softcapping": 50.0}, "caps them at 50 in every layer"),
+        ({"sliding_window": 512, "layer_types": [SLIDING] * 4}, "a window of 512 tokens in every"),
+        ({"sliding_window": 512, "layer_types": [FULL, SLIDING, FULL, FULL]},
+         "has 1 of 4 layers (1) of sliding_attention with a window of 512 tokens beside 3 with "
+         "full attention, of which vLLM makes 3 KV cache groups; one group can be compressed"),
+        ({"layer_types": ["chunked_attention"] * 2},
+         "has 2 of 2 layers (0-1) of chunked_attention; without"),
+        ({"layer_types": [FULL, "sparse_attention"]},
+         "has 1 of 2 layers (1) of sparse_attention; without"),
         ({"model_type": "bloom"}, "ALiBi"),
         ({"model_type": "falcon", "alibi": True}, "ALiBi"),
-        ({"model_type": "gpt_oss", "sliding_window": 128, "layer_types": [SLIDING, FULL]},
-         "attention sinks"),
-        ({"add_swa_attention_sink_bias": True}, "attention sinks"),
+        ({"param_sink_number": 128}, "learnt keys before the prompt"),
         ({"num_kv_shared_layers": 2}, "has 2 layers that read the keys of others"),
         ({"model_type": "hrm_text"}, "attention to later tokens of the prompt"),
     ],
@@ -181,6 +178,18 @@ def test_a_refusal_names_the_model_its_layers_and_the_way_out(
         check(with_model(attributes))
     assert message in str(error.value)
     assert f"{str(MODEL)!r} (LlamaForCausalLM)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"attn_logit_softcapping": 50.0},  # Gemma 2
+        {"model_type": "gpt_oss", "layer_types": [FULL, FULL]},
+        {"add_swa_attention_sink_bias": True},  # in layers with a window alone
+    ],
+)
+def test_what_the_kernels_know(attributes: Attributes) -> None:
+    check(with_model(attributes))
 
 
 @pytest.mark.parametrize(
@@ -200,11 +209,45 @@ def test_a_window_that_no_request_outgrows_is_left_out(
     assert config.cache_config.sliding_window is None
 
 
-def test_a_window_of_some_layers_is_not_touched() -> None:
-    config = with_model({"sliding_window": 4096, "layer_types": [SLIDING, FULL]})
-    with pytest.raises(ValueError, match="sliding window"):
+@pytest.mark.parametrize(
+    "kinds",
+    [[SLIDING, FULL], [SLIDING, SLIDING, FULL], [SLIDING, FULL] * 4 + [FULL],
+     [FULL, "chunked_attention"], [FULL, SLIDING, "chunked_attention"]],
+)  # fmt: skip
+def test_layers_beside_those_with_full_attention_are_served(kinds: list[str]) -> None:
+    config = with_model({"sliding_window": 4096, "layer_types": kinds})
+    check(config)
+    assert config.model_config.get_sliding_window() == 4096  # not touched
+    object.__setattr__(config.scheduler_config, "disable_hybrid_kv_cache_manager", True)
+    with pytest.raises(ValueError, match="leave out --disable-hybrid-kv-cache-manager"):
         check(config)
-    assert config.model_config.get_sliding_window() == 4096
+
+
+def test_full_attention_is_ours_and_windows_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = engine_config()
+    chosen = config.attention_config.backend_per_kind
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    leave_local_layers(config)
+    assert chosen == {"sliding_window": AttentionBackendEnum.FLASH_ATTN}
+    chosen["sliding_window"] = AttentionBackendEnum.TRITON_ATTN
+    leave_local_layers(config)
+    assert chosen == {"sliding_window": AttentionBackendEnum.TRITON_ATTN}  # as the user wants
+    chosen["full_attention"] = AttentionBackendEnum.TRITON_ATTN
+    with pytest.raises(ValueError, match="has full_attention=TRITON_ATTN"):
+        leave_local_layers(config)
+
+
+def test_layers_with_chunks_get_no_backend_of_ours() -> None:
+    """vLLM asks for it as if they had full attention; ours would not know of them."""
+    from vllm.model_executor.layers.attention import chunked_local_attention
+
+    import kvcompress_vllm.integration.worker.worker  # noqa: F401  what workers import
+
+    config = engine_config()
+    assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
+    with set_current_vllm_config(config):
+        found = chunked_local_attention.get_attn_backend(32, torch.float32, "auto")
+    assert found is LocalCpuBackend
 
 
 def test_the_ways_out_of_a_window(tmp_path: Path) -> None:
@@ -243,13 +286,6 @@ def test_resolved_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check(config)
 
 
-def test_chunked_local_attention() -> None:
-    config = engine_config()
-    config.model_config.hf_text_config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(ValueError, match="kv_compress: sliding window or chunked local attention"):
-        check(config)
-
-
 def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
     args = EngineArgs(
         str(MODEL),
@@ -260,22 +296,28 @@ def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
     config = args.create_engine_config()
     config.cache_config.num_gpu_blocks_override = 90
     stock = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    specs = [KVCompressSpec.of(stock, 8, 2, 0.25)] * 4
+    groups = [KVCacheGroupSpec([*"abcd"], KVCompressSpec.of(stock, 8, 2, 0.25))]
     with pytest.raises(ValueError, match=r"has 90 blocks of 16 tokens.* may need 129;") as error:
-        check_longest_request(config, specs, 1 << 30)
+        check_longest_request(config, groups, 1 << 30)
     peak = re.search(r"--kv-compress-prefill-peak-tokens (\d+)", str(error.value))
     assert peak is not None and "--max-model-len" in str(error.value)
     # What is named helps, and no larger one does.
     for tokens, fits in ((int(peak[1]), True), (int(peak[1]) + 256, False)):
         config.additional_config["kv_compress"]["prefill_peak_tokens"] = tokens
         if fits:
-            check_longest_request(config, specs, 1 << 30)
+            check_longest_request(config, groups, 1 << 30)
         else:
             with pytest.raises(ValueError, match="keep less"):
-                check_longest_request(config, specs, 1 << 30)
+                check_longest_request(config, groups, 1 << 30)
     config.additional_config["kv_compress"]["prefill_peak_tokens"] = None
     config.cache_config.num_gpu_blocks_override = 129
-    check_longest_request(config, specs, 1 << 30)
+    check_longest_request(config, groups, 1 << 30)
+    # Layers with a window hold some, too: here (512 - 1 + 2048) / 16 + 1, but no more than 2,048.
+    local = SlidingWindowSpec(
+        block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=512
+    )
+    with pytest.raises(ValueError, match="may need 258;"):
+        check_longest_request(config, [*groups, KVCacheGroupSpec([*"efgh"], local)], 1 << 30)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)

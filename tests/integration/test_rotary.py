@@ -73,6 +73,15 @@ def test_a_rotated_query_is_that_of_a_later_token(name):
     torch.testing.assert_close(later, turned(positions + 150), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["v1", "apply_rope_all_layers", "force_rope"])
+def test_layers_that_rotate_only_with_a_window(name):
+    """Those with full attention have the module, and do not call it."""
+    rope = rope_of("plain")
+    for flag, window, pairs in ((False, None, 0), (True, None, 16), (False, 512, 16)):
+        block = Block(rotary_emb=rope, sliding_window=window, **{name: flag})
+        assert len(rotation_of(block)[0]) == pairs
+
+
 def test_a_distance_beyond_the_table_and_a_table_in_16_bits():
     far, _ = rotation_of(Block(rotary_emb=rope_of("short table", torch.bfloat16)), 512)
     known, _ = rotation_of(Block(rotary_emb=rope_of("plain")), 512)

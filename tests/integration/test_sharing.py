@@ -142,6 +142,10 @@ def test_who_computes_it_may_go_and_another_goes_on() -> None:
     sim.run()
     assert [len(sim.outputs[f"r{index}"]) for index in (1, 2)] == [4, 4]
     assert sim.num_compressions == 1 and contexts(sim)[0].owner == "r1"
+    sim.add("r3", [*document(2, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.abort("r3")
+    sim.step()
+    assert sim.scheduler.kv_compress_sharing._waiting == {}, "neither who started nor who went"
 
 
 def test_the_least_recently_used_goes_when_blocks_run_out() -> None:
@@ -287,6 +291,70 @@ def test_off_shares_nothing() -> None:
     assert sim.num_compressions == 2 and contexts(sim) == []
 
 
+def turns(sim: Simulation, count: int, **asked) -> list[int]:
+    """A conversation; tokens that each turn did not compute."""
+    history, cached = document(1, 600), []
+    for turn in range(count):
+        before = sim.num_cached_tokens
+        sim.add(f"turn {turn}", history, 20, **asked)
+        sim.run()
+        cached.append(sim.num_cached_tokens - before)
+        history = [*history, *sim.outputs[f"turn {turn}"], *document(50 + turn, 130)]
+    return cached
+
+
+@pytest.mark.parametrize("options", [
+    {"context_stride": 256},
+    {"context_stride": 256, "policy": "echo", "page_dtype": "int4"},
+], ids=["kv_compress", "echo-int4"])  # fmt: skip
+def test_a_turn_goes_on_from_the_latest_multiple_of_the_stride(options) -> None:
+    sim = Simulation(250, {**OPTIONS, **options}, max_model_len=2048, max_num_batched_tokens=600)
+    # Prompts of 600, 750, 900, 1050 ... tokens.
+    assert turns(sim, 8) == [0, 512, 512, 768, 1024, 1024, 1280, 1280]
+    assert [context.num_tokens for context in contexts(sim)] == [256, 512, 768, 1024, 1280, 1536]
+    assert sim.pool.get_num_free_blocks() == 249
+    # One compression at each, whoever comes.
+    at_marks = sim.num_compressions
+    kept = {context.key: context.packing for context in contexts(sim)}
+    assert sim.scheduler.reset_prefix_cache()
+    sim.add("anew", sim._tokens["turn 7"][:1650], 1)
+    sim.run()
+    assert {context.key: context.packing for context in contexts(sim)} == kept
+    assert sim.num_compressions - at_marks == 6
+
+
+def test_conversations_that_branch_share_what_they_have_in_common() -> None:
+    """And whoever comes at the same time waits for the latest multiple that is being computed."""
+    sim = Simulation(250, {**OPTIONS, "context_stride": 256}, max_model_len=2048)
+    for index in range(3):
+        sim.add(f"r{index}", [*document(1, 600), *document(20 + index, 250)], 30)
+    sim.run()
+    assert sorted(context.num_tokens for context in contexts(sim)) == [256, 512, 768, 768, 768]
+    assert sim.num_cached_tokens == 2 * 512
+    # Later, too: nothing was given away while there was other room.
+    sim.add("later", [*document(1, 600), *document(30, 10)], 2)
+    sim.run()
+    assert sim.num_cached_tokens == 3 * 512
+    assert [len(tokens) for tokens in sim.outputs.values()] == [30, 30, 30, 2]
+
+
+def test_a_multiple_at_which_nothing_is_gained_is_none() -> None:
+    """With a budget of tokens, the first ones; a named context is instead of all of them."""
+    sim = Simulation(250, {**OPTIONS, "context_stride": 256}, max_model_len=2048)
+    sim.add("tokens", document(1, 1200), 2, kv_compress_budget_tokens=600)
+    sim.run()
+    assert [context.num_tokens for context in contexts(sim)] == [768, 1024]
+    sim.add("named", document(2, 1200), 2, kv_compress_context_tokens=320)
+    sim.add("mass", document(3, 600), 2, kv_compress_mass=0.9)
+    sim.run()
+    assert [context.num_tokens for context in contexts(sim)] == [768, 1024, 320]
+    with pytest.raises(ValueError, match="exclude each other"):
+        sim.add("both", document(2, 1200), 2, kv_compress_context_tokens=320,
+                kv_compress_context_stride=256)  # fmt: skip
+    with pytest.raises(ValueError, match="not accepted with mass"):
+        sim.add("both", document(2, 1200), 2, kv_compress_mass=0.9, kv_compress_context_stride=256)
+
+
 class SharingMachine(RuleBasedStateMachine):
     """Requests on few documents come, wait, share, grow, are preempted, aborted, forgotten."""
 
@@ -303,6 +371,11 @@ class SharingMachine(RuleBasedStateMachine):
                 {"mass": 0.8, "ratio": None},
                 {"max_ratio": 16},
                 {"share": "auto"},
+                {"policy": "echo"},
+                {"policy": "echo", "exact": "kvzip"},
+                {"policy": "echo", "exact": "kvzip", "share": "auto"},
+                {"context_stride": 256, "share": "auto"},
+                {"context_stride": 256, "policy": "echo", "max_ratio": 16},
             ]
         ),
         page_dtype=st.sampled_from([each.label for each in PageFormat]),
@@ -311,6 +384,8 @@ class SharingMachine(RuleBasedStateMachine):
         self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, options,
         page_dtype,
     ):  # fmt: skip
+        if "exact" in options:
+            max_num_seqs = max(max_num_seqs, 2)
         options = {**OPTIONS, "decode": decode, "page_dtype": page_dtype, **options}
         self.sim = Simulation(
             num_blocks, options, asynchronous=asynchronous,
@@ -330,7 +405,9 @@ class SharingMachine(RuleBasedStateMachine):
         for _ in range(times):
             name = f"r{self.added}"
             tokens = [*document(family, 330)[:context], *document(self.added + 10, more)]
-            self.sim.add(name, tokens, max_tokens, kv_compress_context_tokens=context, **asked)
+            if self.sim.config.context_stride is None or times == 3:
+                asked = {**asked, "kv_compress_context_tokens": context}
+            self.sim.add(name, tokens, max_tokens, **asked)
             self.added, self.wanted[name] = self.added + 1, max_tokens
 
     @rule(steps=st.integers(1, 20))
@@ -340,8 +417,9 @@ class SharingMachine(RuleBasedStateMachine):
 
     @rule(choice=st.randoms(use_true_random=False))
     def abort(self, choice):
-        if self.sim.live:
-            name = choice.choice(self.sim.live)
+        live = [name for name in self.sim.live if name in self.sim.outputs]
+        if live:
+            name = choice.choice(live)
             self.wanted.pop(name, None)
             self.sim.abort(name)
 

@@ -82,3 +82,20 @@ def test_24_on_one_document_hold_it_once(llm) -> None:
         most = max(most, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
     assert most <= 12 + 24 * 6
     assert contexts(llm)[-1].hits == 23
+
+
+@pytest.mark.parametrize("policy", ["echo", "diverse"])
+def test_a_turn_answers_like_one_that_computes_its_history(llm, policy) -> None:
+    asked = {"kv_compress_policy": policy, "kv_compress_context_stride": 256}
+    history, turns = tokens(3, 700), []
+    assert llm.reset_prefix_cache()
+    for turn in range(3):
+        [ids], [usage] = answer(llm, [history], 60, **asked)
+        turns.append((history, ids, usage.context_tokens))
+        assert bool(usage.shared_blocks) == bool(turn)
+        history = [*history, *ids, *tokens(40 + turn, 110)]
+    assert [context for _, _, context in turns] == [512, 768, 1024]
+    for prompt, ids, _ in turns:
+        assert llm.reset_prefix_cache()
+        [again], [usage] = answer(llm, [prompt], 60, **asked)
+        assert again == ids and not usage.shared_blocks

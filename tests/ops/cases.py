@@ -265,6 +265,14 @@ def fused_qkv(
     )
 
 
+def moved(arguments: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
+    """The same keyword arguments on a device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
 def uneven(total: int, heads: int) -> list[int]:
     """``total`` pages over heads as unfairly as possible: some heads empty, one with most."""
     counts = [0] * heads

@@ -7,6 +7,7 @@ from cases import (
     assert_close,
     assert_same_bits,
     make_batch,
+    moved,
     page_starts,
     uneven,
     unsupported,
@@ -64,22 +65,22 @@ def arguments(requests, num_queries, window, group, head_size, block_size, dtype
             head_size**-0.5]  # fmt: skip
 
 
-def check(args):
+def check(args, what="statistics", **logits):
     expected = reference.attention_statistics(
-        *(a.cpu() if isinstance(a, torch.Tensor) else a for a in args)
+        *(a.cpu() if isinstance(a, torch.Tensor) else a for a in args), **moved(logits, "cpu")
     )
     if unsupported(args[1]):
         with pytest.raises(RuntimeError, match=unsupported(args[1])):
             ops.attention_statistics(*args)
         return expected
-    actual = ops.attention_statistics(*args).cpu()
+    actual = ops.attention_statistics(*args, **logits).cpu()
     assert actual.shape == expected.shape and actual.dtype == torch.float32
     for channel, name in enumerate(CHANNELS):
         if channel == LOW_COUNT:
             continue
-        what = "entropy" if channel == ENTROPY else "statistics"
+        of_channel = "entropy" if channel == ENTROPY else what
         try:
-            assert_close(what, actual[channel], expected[channel])
+            assert_close(of_channel, actual[channel], expected[channel])
         except AssertionError as error:
             raise AssertionError(f"channel {name}: {error}") from None
     # A count flips where a probability equals its threshold up to rounding: rarely, and by one.

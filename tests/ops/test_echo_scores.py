@@ -12,6 +12,7 @@ from cases import (
     assert_same_bits,
     fused_qkv,
     make_batch,
+    moved,
     uneven,
 )
 
@@ -79,11 +80,11 @@ def on_cpu(args):
     return [*copy[:-1], copy[-1].clone()]
 
 
-def check(args, what="echo"):
+def check(args, what="echo", **logits):
     """Against the reference; returns how many keys have a score."""
     expected = on_cpu(args)
-    reference.echo_scores(*expected)
-    ops.echo_scores(*args)
+    reference.echo_scores(*expected, **moved(logits, "cpu"))
+    ops.echo_scores(*args, **logits)
     assert_close(what, args[-1], expected[-1])
     written = expected[-1] != 7
     lengths = expected[SEGMENTS][:, 2] - expected[SEGMENTS][:, 1]

@@ -5,7 +5,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import POISON_ID, Request, assert_close, assert_same_bits, fused_qkv, make_batch, uneven
+from cases import (
+    POISON_ID,
+    Request,
+    assert_close,
+    assert_same_bits,
+    fused_qkv,
+    make_batch,
+    moved,
+    uneven,
+)
 from cases import page_starts as starts_of
 from op_examples import example
 from test_registration import example_again
@@ -45,17 +54,17 @@ def batch_of(page_format, head_size, dtype, block_size=16, spare=3):
     return make_batch(rows, LAYERS, HEADS, block_size, head_size, dtype, spare, page_format)
 
 
-def attend(batch, group, head_size, dtype, device, layer=1):
+def attend(batch, group, head_size, dtype, device, layer=1, **logits):
     """What the op and its reference make of a batch."""
     tokens = int(batch.query_start[-1])
     query, _, _ = fused_qkv(tokens, HEADS, group, head_size, dtype, "cpu")
     out = torch.full((tokens, HEADS * group, head_size), 7.0, dtype=dtype)
     args = [query, batch.pages, *batch.rows(), batch.query_start, layer, head_size**-0.5]
-    reference.paged_attention(*args, out)
+    reference.paged_attention(*args, out, **logits)
     found = torch.full_like(out, 7.0, device=device)
     b = batch.to(device)
     args[1:-2] = [b.pages, *b.rows(), b.query_start]
-    ops.paged_attention(*on(device, args), found)
+    ops.paged_attention(*on(device, args), found, **moved(logits, device))
     return found, out
 
 
@@ -130,7 +139,11 @@ def candidates_of(batch):
 @pytest.mark.parametrize("head_size", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("block_size", [8, 16])
 def test_statistics(device, page_format, dtype, head_size, block_size):
-    batch = batch_of(page_format, head_size, dtype, block_size)
+    measure(batch_of(page_format, head_size, dtype, block_size), head_size, dtype, device)
+
+
+def measure(batch, head_size, dtype, device, **logits):
+    """Both statistics of a batch, against the reference."""
     new_covered, starts, end = candidates_of(batch)
     requests, group, window = len(new_covered), 2, 12
     ring = torch.randn(LAYERS, requests, window, HEADS * group, head_size).to(dtype)
@@ -144,6 +157,7 @@ def test_statistics(device, page_format, dtype, head_size, block_size):
         attention = module.attention_statistics(
             ring.to(where), b.pages, *b.rows(), *on(where, [slots, queries]), *candidates, end,
             ops.ATTENTION_CHANNELS & ~(1 << ops.LOW_COUNT), 1, head_size**-0.5,
+            **moved(logits, where),
         )  # fmt: skip
         keys = module.key_statistics(b.pages, *b.rows(), *candidates, end, ops.KEY_CHANNELS)
         return attention, keys
@@ -163,8 +177,12 @@ def test_statistics(device, page_format, dtype, head_size, block_size):
 @pytest.mark.parametrize("head_size", [32, 64, 128, 256])
 def test_echo_scores(device, page_format, dtype, head_size):
     """Sinks are codes, the keys of segments never."""
-    batch = batch_of(page_format, head_size, dtype)
-    m, group = page_format.blocks_per_page, 3
+    score(batch_of(page_format, head_size, dtype), head_size, dtype, device)
+
+
+def score(batch, head_size, dtype, device, **logits):
+    """Echo scores of a batch, against the reference."""
+    m, group = batch.page_format.blocks_per_page, 3
     covered = [0 if s < 0 else int(batch.covered[s]) * 16 for s in batch.state_slot.tolist()]
     segments, token = [], 2
     for r in (1, 3, 4, 5):
@@ -180,9 +198,10 @@ def test_echo_scores(device, page_format, dtype, head_size):
     scores = torch.full((len(batch.pages), m * 16), 7.0)
     tail = [torch.tensor(segments, dtype=torch.int32), rotation, 1, 256, 4, False, head_size**-0.5]
     expected = scores.clone()
-    reference.echo_scores(query, batch.pages, *batch.rows(), *tail, expected)
+    reference.echo_scores(query, batch.pages, *batch.rows(), *tail, expected, **logits)
     b, found = batch.to(device), scores.to(device)
-    ops.echo_scores(query.to(device), b.pages, *b.rows(), *on(device, tail), found)
+    ops.echo_scores(query.to(device), b.pages, *b.rows(), *on(device, tail), found,
+                    **moved(logits, device))  # fmt: skip
     assert ((found.cpu() != 7) == (expected != 7)).all()
     assert_close("echo of codes", found, expected)
 

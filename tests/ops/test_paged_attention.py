@@ -10,6 +10,7 @@ from cases import (
     assert_same_bits,
     fused_qkv,
     make_batch,
+    moved,
     uneven,
 )
 
@@ -35,11 +36,11 @@ def on_cpu(args):
     return [a.cpu() if isinstance(a, torch.Tensor) else a for a in args]
 
 
-def check(args, what="attention"):
+def check(args, what="attention", **logits):
     expected = on_cpu(args)
     expected[-1] = expected[-1].clone()
-    reference.paged_attention(*expected)
-    ops.paged_attention(*args)
+    reference.paged_attention(*expected, **moved(logits, "cpu"))
+    ops.paged_attention(*args, **logits)
     assert_close(what, args[-1], expected[-1])
     num_tokens = int(args[10][-1])
     assert args[-1][:num_tokens].isfinite().all()

@@ -50,6 +50,14 @@ def hits_count_when_admitted() -> bool:
     return hasattr(KVCacheManager, "record_prefix_cache_stats")
 
 
+def cache_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
+    """The cache groups that vLLM makes of layers with these specs; 0.33 has moved it."""
+    place = "vllm.v1.core.kv_cache_planning"
+    module = import_module(place if find_spec(place) else "vllm.v1.core.kv_cache_utils")
+    found: list[Any] = module.get_kv_cache_groups(vllm_config, dict(specs))
+    return found
+
+
 def waiting_queues(scheduler: Any) -> list[Any]:
     """vLLM's queues of requests that wait, next first; 0.31 and later have but one."""
     skipped = getattr(scheduler, "skipped_waiting", None)

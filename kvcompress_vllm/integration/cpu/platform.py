@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from kvcompress_vllm.integration.cpu import kernels, newer
+from kvcompress_vllm.integration.cpu import kernels, newer, rejection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _BACKEND = "kvcompress_vllm.integration.worker.attention.KVCompressBackend"
+_LOCAL_BACKEND = "kvcompress_vllm.integration.cpu.attention.LocalCpuBackend"
 _PLAIN_BACKEND = "kvcompress_vllm.integration.cpu.attention.PlainCpuBackend"
 _KV_CACHE_BYTES = 1 << 30
 """KV cache on CPU unless the user sizes it."""
@@ -38,6 +39,7 @@ class KVCompressCpuPlatform(CpuPlatform):
     def import_kernels(cls) -> None:
         kernels.register()
         newer.claim_no_amx()
+        rejection.mend_expand()
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
@@ -45,10 +47,13 @@ class KVCompressCpuPlatform(CpuPlatform):
         super().register_triton_kernel_overrides()
 
     @classmethod
-    def get_attn_backend_cls(cls, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
         # Compression selects our backend, as on any platform.
-        compresses = getattr(selected_backend, "name", None) == "CUSTOM"
-        return _BACKEND if compresses else _PLAIN_BACKEND
+        if getattr(selected_backend, "name", None) != "CUSTOM":
+            return _PLAIN_BACKEND
+        return _LOCAL_BACKEND if attn_selector_config.has_sliding_window else _BACKEND
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.integration.compat.releases import hits_count_when_admitted
+from kvcompress_vllm.integration.engine.groups import OtherGroups
+from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, budget_of
+from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.metrics import Recorder
@@ -34,6 +39,8 @@ class Admission:
         planner: that of the scheduler.
         recorder: is told why a request had to wait.
         sharing: finds packed prefixes that requests share.
+        replays: knows which requests repeat a context.
+        others: cache groups that are not compressed.
         echo: says how long hits may be where a policy reads echo scores; None: no policy does.
     """
 
@@ -43,10 +50,13 @@ class Admission:
         planner: CompressionPlanner,
         recorder: Recorder,
         sharing: Sharing,
+        replays: Replays,
+        others: OtherGroups,
         echo: EchoPlanner | None = None,
     ) -> None:
         self._scheduler, self._planner, self._recorder = scheduler, planner, recorder
-        self._sharing, self._echo = sharing, echo
+        self._sharing, self._replays, self._others = sharing, replays, others
+        self._echo = echo
         self._hit: tuple[str, Context] | None = None
         """What vLLM was told last that a request need not compute."""
         self._manager = manager = scheduler.kv_cache_manager
@@ -69,7 +79,9 @@ class Admission:
     def too_large(self, request: Request, budget: RequestBudget | None) -> str | None:
         """Why a request can never finish; the front end refuses such ones, unless passed by."""
         length = min(self._scheduler.max_model_len, request.num_tokens + request.max_tokens)
-        needed = blocks_needed(self._planner.sizes(budget), self._planner.config.window, length)
+        drafts = self._scheduler.num_spec_tokens
+        sizes, window = self._planner.sizes(budget), self._planner.config.window
+        needed = blocks_needed(sizes, window, length, drafts) + self._others.most(length)
         most = self._manager.block_pool.num_gpu_blocks - 1
         return None if needed <= most else f"it may need {needed} blocks of {most}"
 
@@ -87,7 +99,7 @@ class Admission:
             # Whoever began a block has said so of it: a decoding request does once in a while.
             if -first % size < num_new_tokens:
                 # Not once the step is planned: the next request may hit these blocks already.
-                row = self._manager.get_blocks(request.request_id).blocks[0]
+                row = self._manager.get_blocks(request.request_id).blocks[self._others.index]
                 ids = [block.block_id for block in row[first // size : -(-end // size)]]
                 policy = self._planner.sizes(budget_of(request)).budget.policy
                 self._echo.allocated(policy, ids, first, end)
@@ -97,18 +109,23 @@ class Admission:
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         planner, manager = self._planner, self._manager
+        if request.request_id in self._replays:
+            # Whose context it repeats waits for it and holds blocks: it needs no more conditions.
+            manager.watermark_blocks = 0
+            return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         budget, context = budget_of(request), self.hit(request)
-        if not planner.can_admit(request.num_tokens, budget, context):
+        if not planner.newcomers.can_admit(request.num_tokens, budget, context):
             self._recorder.refused("slots")
             return None
-        reserve = planner.reserve(request.num_tokens, budget, context)
+        reserve = planner.newcomers.reserve(request.num_tokens, budget, context)
         if not self._fits(request, reserve, context):
             self._recorder.refused("forecast")
             return None
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
         # then stays uncompressed.
         manager.watermark_blocks = max(self._base_watermark, reserve)
-        if planner.sizes(budget).first_due(request.num_tokens) < request.num_tokens:
+        starting = planner.newcomers.starting("", request.num_tokens, budget)
+        if starting.due_at < request.num_tokens:
             kwargs["full_sequence_must_fit"] = False
         if context is not None:
             self._sharing.take(request.request_id, context)
@@ -133,6 +150,11 @@ class Admission:
     ) -> tuple[KVCacheBlocks, int, int]:
         """vLLM's prefix cache lookup, except that what a compression observes is computed, and
         what has no echo scores where its policy reads them."""
+        if request.request_id in self._replays:
+            self._hit = None
+            context_row = self._replays.blocks(request)
+            row = self._manager.create_kv_cache_blocks((context_row,))
+            return row, len(context_row) * self._planner.block_size, 0
         blocks, num_tokens, boundary = self._stock_computed_blocks(request, *args, **kwargs)
         planner = self._planner
         context, self._hit = self._sharing.find(request), None
@@ -142,22 +164,29 @@ class Admission:
             row = self._manager.create_kv_cache_blocks((self._sharing.row(context),))
             return row, context.num_tokens, 0
         sizes = planner.sizes(budget_of(request))
-        due_at = sizes.first_due(request.num_tokens)
-        usable = num_tokens
+        due_at = planner.newcomers.starting("", request.num_tokens, sizes.budget).due_at
+        usable = 0 if hasattr(request, PRIVATE) else num_tokens
         if due_at <= request.num_tokens:
             first = first_observed(sizes.budget, due_at, planner.config.window)
             usable = min(usable, first // planner.block_size * planner.block_size)
-        if self._echo is not None and due_at != NEVER and self._echo.reads(sizes.budget.policy):
-            blocks = self._scored(blocks, usable)
-            usable = len(blocks.blocks[0]) * planner.block_size
+        ours = list(blocks.blocks[self._others.index][: usable // planner.block_size])
+        if (
+            ours
+            and self._echo is not None
+            and due_at != NEVER
+            and self._echo.reads(sizes.budget.policy)
+        ):
+            ours = self._scored(ours)
+            usable = len(ours) * planner.block_size
         lost = num_tokens - usable
-        if lost <= 0:
-            return blocks, num_tokens, boundary
-        self._count_hit(request, -lost)
-        cut = self._manager.create_kv_cache_blocks(
-            tuple(group[: usable // planner.block_size] for group in blocks.blocks)
-        )
-        return cut, usable, boundary
+        found: list[Any] = list(blocks.blocks)
+        if lost > 0 and self._others:
+            hit, usable = self._others.hit(request, usable)
+            found, lost = list(hit), num_tokens - usable
+        found[self._others.index] = ours[: usable // planner.block_size]
+        if lost > 0:
+            self._count_hit(request, -lost)
+        return self._manager.create_kv_cache_blocks(tuple(found)), usable, boundary
 
     def _count_hit(self, request: Request, more: int) -> None:
         """Correct what vLLM has counted of its prefix cache's hits by now, in tokens."""
@@ -169,29 +198,30 @@ class Admission:
         else:
             stats.hits += more
 
-    def _scored(self, hit: KVCacheBlocks, num_tokens: int) -> KVCacheBlocks:
-        """Of the first tokens of a hit what was scored in whole segments, in the blocks in which it
-        was."""
+    def _scored(self, hit: Sequence[KVCacheBlock]) -> list[KVCacheBlock]:
+        """What of a hit was scored in whole segments, in the blocks in which it was."""
         assert self._echo is not None
         pool = self._manager.block_pool.blocks
-        ids = [block.block_id for block in hit.blocks[0][: num_tokens // self._planner.block_size]]
         found = self._echo.blocks.usable(
-            ids, lambda mine, theirs: pool[mine].block_hash == pool[theirs].block_hash
+            [block.block_id for block in hit],
+            lambda mine, theirs: pool[mine].block_hash == pool[theirs].block_hash,
         )
-        return self._manager.create_kv_cache_blocks(([pool[block] for block in found],))
+        return [pool[block] for block in found]
 
     def _fits(self, request: Request, reserve: int, context: Context | None) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
-        pool, planner, running = self._manager.block_pool, self._planner, self._scheduler.running
+        pool, planner = self._manager.block_pool, self._planner
+        running = [r for r in self._scheduler.running if r.request_id not in self._replays]
+        parts = [r for r in self._scheduler.running if r.request_id in self._replays]
         if not running:
             return True
-        question = request.request_id, planner.version
+        question = request.request_id, planner.newcomers.version
         if question == self._does_not_fit:
             return False  # nothing has changed since: the forecast would not, either
         count = len(running) + 1
         candidate = None
         if context is not None:
-            candidate = planner.starting(
+            candidate = planner.newcomers.starting(
                 request.request_id, request.num_tokens, budget_of(request), context
             )
         found = [(r, planner.requests.get(r.request_id)) for r in running]
@@ -201,25 +231,27 @@ class Admission:
             (tracked, r.num_tokens, load) for (r, tracked), load in zip(found, loads, strict=True)
         )
         margin = len(loads) // MARGIN
+        most += sum(map(self._replays.own_blocks, parts))
         fits = most + reserve + margin < pool.num_gpu_blocks
         self._does_not_fit = None if fits else question
         return fits
 
     def _load(self, request: Request, tracked: Tracked | None, count: int) -> admission.Load:
         context = tracked.context if tracked is not None else None
-        return admission.load(
-            self._planner,
+        left = self._output_length.left(request.num_output_tokens, request.max_tokens)
+        load = admission.load(
+            self._planner.newcomers,
             tracked,
             max(request.num_computed_tokens, context.num_tokens if context else 0),
             request.num_tokens,
-            self._output_length.left(request.num_output_tokens, request.max_tokens),
+            left,
             self._scheduler.scheduler_config.max_num_batched_tokens,
             budget_of(request),
             count,
         )
-
-
-def budget_of(request: Request) -> RequestBudget | None:
-    """The budget of a request; None: the configured one."""
-    budget: RequestBudget | None = getattr(request, "kv_compress_budget", None)
-    return budget
+        later = self._others.decoding(request.num_tokens + left)
+        return load._replace(
+            prompt=load.prompt + self._others.most(request.num_tokens),
+            start=load.start + later,
+            most=load.most + later,
+        )

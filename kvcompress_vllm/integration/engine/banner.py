@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vllm.config import SchedulerConfig
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
+from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.segments import SEGMENT
@@ -13,14 +17,22 @@ from kvcompress_vllm.scheduling.segments import SEGMENT
 logger = init_logger("vllm.kv_compress")
 
 
-def log_banner(planner: CompressionPlanner, blocks: int) -> None:
+def log_banner(
+    planner: CompressionPlanner,
+    blocks: int,
+    groups: Sequence[KVCacheGroupSpec],
+    others: OtherGroups,
+) -> None:
     """Log the resolved configuration, and how many of the longest prompts fit.
 
     Args:
         blocks: of the pool, without the null block.
+        groups: all of vLLM's cache groups.
+        others: those that are not compressed.
     """
     length = planner.limits.max_tokens
-    full = -(-length // planner.block_size)
+    beside = others.decoding(length)
+    full = -(-length // planner.block_size) + beside
     packing, page_dtype = planner.sizes().packed(length), planner.config.page_dtype
     packed = packing.held(full)
     share = min(1, packing.kept * planner.sizes().blocks_per_page / max(1, packing.covered))
@@ -39,6 +51,15 @@ def log_banner(planner: CompressionPlanner, blocks: int) -> None:
         blocks / max(1, packed),
         blocks / full,
     )
+    if others:
+        layers = [len(group.layer_names) for group in groups]
+        logger.info(
+            "kv_compress: %d of %d layers have full attention and are compressed; the others hold "
+            "%d of those blocks, and what requests have in common is not shared packed",
+            layers[others.index],
+            sum(layers),
+            beside,
+        )
 
 
 def warn_of_small_steps(config: SchedulerConfig) -> None:

@@ -24,11 +24,16 @@ from kvcompress_vllm.cache.integrity import Block, check_pool
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.sizes import NOTHING, Limits, Sizes
+
+PRIVATE = "kv_compress_private"
+"""Attribute of requests whose blocks are not for the prefix cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +44,14 @@ class KVCompressSpec(FullAttentionSpec):
         window: last prompt queries that must be computed, not taken from the prefix cache.
         queries_per_head: query heads per KV head.
         scale: factor on the attention logits.
+        soft_cap: of the attention logits; 0: none.
         page_format: how packed pages hold keys.
     """
 
     window: int = 1
     queries_per_head: int = 1
     scale: float = 1.0
+    soft_cap: float = 0.0
     page_format: PageFormat = PageFormat.AUTO
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -54,7 +61,8 @@ class KVCompressSpec(FullAttentionSpec):
             stock: int = super().max_memory_usage_bytes(vllm_config)
             return stock
         # The null block is in the pool, too, and no request can have it.
-        return (most_needed(config, self.block_size, longest) + 1) * self.page_size_bytes
+        drafts = draft_tokens(vllm_config)
+        return (most_needed(config, self.block_size, longest, drafts) + 1) * self.page_size_bytes
 
     @classmethod
     def of(
@@ -64,6 +72,7 @@ class KVCompressSpec(FullAttentionSpec):
         queries_per_head: int,
         scale: float,
         page_format: PageFormat = PageFormat.AUTO,
+        soft_cap: float = 0.0,
     ) -> KVCompressSpec:
         """The spec of a layer that vLLM describes as plain full attention."""
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
@@ -72,18 +81,25 @@ class KVCompressSpec(FullAttentionSpec):
             window=window,
             queries_per_head=queries_per_head,
             scale=scale,
+            soft_cap=soft_cap,
             page_format=page_format,
         )
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        alike = {(spec.queries_per_head, spec.scale) for spec in specs}
+        # How vLLM asks whether all layers are alike.
+        assert all(isinstance(spec, cls) for spec in specs), "not all layers have full attention"
+        alike = {(spec.queries_per_head, spec.scale, spec.soft_cap) for spec in specs}
         if len(alike) != 1:
-            raise ValueError(
-                "kv_compress: all layers must share the attention scale and head count; they have "
-                f"{', '.join(f'{scale:g} and {count} per KV head' for count, scale in alike)}"
+            found = ", ".join(
+                f"{scale:g} and {count} per KV head" + (f", capped at {cap:g}" if cap else "")
+                for count, scale, cap in alike
             )
-        ((queries_per_head, scale),) = alike
+            raise ValueError(
+                "kv_compress: all layers must share the attention scale, the soft cap and the head "
+                f"count; they have {found}"
+            )
+        ((queries_per_head, scale, soft_cap),) = alike
         window = max(spec.window for spec in specs)
         merged = super().merge(specs)
         return replace(
@@ -91,6 +107,7 @@ class KVCompressSpec(FullAttentionSpec):
             window=window,
             queries_per_head=queries_per_head,
             scale=scale,
+            soft_cap=soft_cap,
             page_format=specs[0].page_format,
         )
 
@@ -107,6 +124,12 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
     """
     if not isinstance(spec, KVCompressSpec):
         raise ValueError(f"kv_compress: cannot compress {spec}")
+    if spec.page_size_padded is not None:
+        raise ValueError(
+            f"kv_compress: vLLM pads the pages of layers with full attention to "
+            f"{spec.page_size_padded} bytes, as large as those of other layers; such models cannot "
+            "be compressed"
+        )
     return CacheGroup(
         layers=layers,
         heads=spec.num_kv_heads,
@@ -115,14 +138,21 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
         block_size=spec.block_size,
         itemsize=spec.dtype.itemsize,
         scale=spec.scale,
+        soft_cap=spec.soft_cap,
         page_format=spec.page_format,
     )
 
 
-def most_needed(config: KVCompressConfig, block_size: int, longest: int) -> int:
+def most_needed(config: KVCompressConfig, block_size: int, longest: int, drafts: int) -> int:
     """Blocks that a request of ``longest`` tokens needs that asks for nothing of its own."""
     sizes = Sizes(resolve(config), Limits.of(config, block_size, longest))
-    return blocks_needed(sizes, config.window, longest)
+    return blocks_needed(sizes, config.window, longest, drafts)
+
+
+def budget_of(request: Request) -> RequestBudget | None:
+    """The budget of a request; None: the configured one."""
+    budget: RequestBudget | None = getattr(request, "kv_compress_budget", None)
+    return budget
 
 
 class KVCompressManager(FullAttentionManager):
@@ -177,7 +207,7 @@ class KVCompressManager(FullAttentionManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # What is decoded after a compression attends to fewer keys than its hash says.
-        if request.request_id not in self.packed:
+        if request.request_id not in self.packed and not hasattr(request, PRIVATE):
             super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
@@ -214,7 +244,8 @@ class KVCompressManager(FullAttentionManager):
         """Check the whole pool (see :func:`kvcompress_vllm.cache.integrity.check_pool`).
 
         Args:
-            held: blocks that are still referenced although their request let go of them.
+            held: blocks that are referenced although they are in no row of this group: in one of
+                another, or their request let go of them.
             shared: packed blocks of contexts, which several requests may hold.
         """
         pool = self.block_pool

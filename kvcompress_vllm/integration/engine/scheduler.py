@@ -22,9 +22,11 @@ from vllm.v1.request import Request, RequestStatus
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.engine import utilities
-from kvcompress_vllm.integration.engine.admission import Admission, budget_of
+from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, cache_group
+from kvcompress_vllm.integration.engine.groups import OtherGroups
+from kvcompress_vllm.integration.engine.kv_cache import budget_of, cache_group
+from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.integration.engine.step import StepBuilder
 from kvcompress_vllm.integration.frontend.requests import received_budget
@@ -54,17 +56,18 @@ class _KVCompressMixin(Scheduler):
         config = resolved_config(self.vllm_config)
         if config is None:
             raise RuntimeError("kv_compress: the scheduler was built without a configuration")
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        if not isinstance(manager, KVCompressManager):
-            raise RuntimeError(f"kv_compress: the block manager is {type(manager).__name__}")
+        others = OtherGroups(self.kv_cache_manager.coordinator, self.vllm_config)
+        manager = others.manager
         if manager.block_pool.null_block.block_id != 0:
             raise RuntimeError("kv_compress: vLLM's null block is not block 0")
         scheduler_config = self.vllm_config.scheduler_config
-        (group,) = kwargs["kv_cache_config"].kv_cache_groups
+        groups = kwargs["kv_cache_config"].kv_cache_groups
+        group = groups[others.index]
         self.kv_compress_group = cache_group(group.kv_cache_spec, len(group.layer_names))
         blocks = manager.block_pool.num_gpu_blocks
         check_steps(config, manager.block_size, step_tokens(scheduler_config))
         self.kv_compress_manager = manager
+        self.kv_compress_others = others
         self.kv_compress_planner = CompressionPlanner(
             config,
             manager.block_size,
@@ -72,13 +75,18 @@ class _KVCompressMixin(Scheduler):
             observe_slots=observe_slots(self.vllm_config, self.kv_compress_group, blocks),
             max_tokens=self.max_model_len,
             context_slots=context_slots(self.vllm_config, blocks),
+            drafts=self.num_spec_tokens,
         )
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
-        block_bytes = self.kv_compress_group.block_bytes * ranks
+        # A block has room for a layer more where another group has one.
+        layers = max(len(each.layer_names) for each in groups)
+        block_bytes = self.kv_compress_group.block_bytes * layers // len(group.layer_names) * ranks
         self._recorder = Recorder(self.log_stats, block_bytes)
         self._shortage = Shortage()
         self._usage = UsageLog(block_bytes)
-        self.kv_compress_sharing = Sharing(manager, self.kv_compress_planner, self._usage)
+        self.kv_compress_sharing = Sharing(
+            manager, self.kv_compress_planner, self._usage, alone=not others
+        )
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
         self._failures: dict[str, str] = {}
@@ -93,22 +101,30 @@ class _KVCompressMixin(Scheduler):
                 step_tokens(scheduler_config),
             )
             warn_of_small_steps(scheduler_config)
-        sharing = self.kv_compress_sharing
+        planner, sharing = self.kv_compress_planner, self.kv_compress_sharing
+        self._replays = Replays(self, planner, manager)
+        if config.exact != "off":
+            self._replays.prepare()
         self._admission = Admission(
-            self, self.kv_compress_planner, self._recorder, sharing, self._echo
+            self, planner, self._recorder, sharing, self._replays, others, self._echo
         )
         self._steps = StepBuilder(
-            self.kv_compress_planner, manager, sharing, self._echo, self.kv_compress_group
+            planner, manager, sharing, self._replays, self._echo, self.kv_compress_group, others
         )
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
-        log_banner(self.kv_compress_planner, blocks - 1)
+        log_banner(self.kv_compress_planner, blocks - 1, groups, others)
 
     def add_request(self, request: Request) -> None:
+        if request.request_id in self._replays:
+            super().add_request(request)
+            return
         # Nothing that a request carries may raise here: that would end the engine for everybody.
         budget, problem = None, None
         try:
             budget = received_budget(self.kv_compress_planner.config, request.sampling_params)
+            if budget is not None and budget.exact:
+                self._replays.check(request, budget)
             problem = self._admission.too_large(request, budget)
             found = self.kv_compress_sharing.found(request, budget)
             if self._admission.too_large(request, found) is None:
@@ -124,12 +140,17 @@ class _KVCompressMixin(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         computed = {r.request_id: r.num_computed_tokens for r in self.running}
+        self._failures |= self._replays.advance(computed)
         plan = self._steps.begin(computed)
         held = self.kv_compress_sharing.hold_back(self)
         output = super().schedule(*args, **kwargs)
         self.kv_compress_sharing.put_back(self, held)
         self._steps.complete(
-            plan, output.num_scheduled_tokens, self.requests, self._check_integrity
+            plan,
+            output.num_scheduled_tokens,
+            output.scheduled_spec_decode_tokens,
+            self.requests,
+            self._check_integrity,
         )
         self._count(plan)
         output.kv_compress = plan  # type: ignore[attr-defined]
@@ -156,14 +177,17 @@ class _KVCompressMixin(Scheduler):
         for report in reports_of(model_runner_output):
             if report.failure is not None:
                 failures[report.request_id] = report.failure
-                users = self.kv_compress_planner.spoiled(report)
+                users = self.kv_compress_planner.feedback.spoiled(report)
                 failures.update(dict.fromkeys(users, report.failure))
             elif isinstance(report, Scored):
-                self.kv_compress_planner.scored(report)
+                self.kv_compress_planner.feedback.scored(report)
             else:
-                self._recorder.measured(report, self.kv_compress_planner.reported(report))
+                self._recorder.measured(report, self.kv_compress_planner.feedback.reported(report))
         failed = self._fail(failures)
         outputs = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
+        if self._replays:
+            for per_client in outputs.values():
+                per_client.outputs = self._replays.without(per_client.outputs)
         for request in failed:
             per_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
             per_client.outputs.append(_error(request, failures[request.request_id]))
@@ -204,7 +228,9 @@ class _KVCompressMixin(Scheduler):
                 pool.num_gpu_blocks - 1,
                 pool.get_num_free_blocks(),
                 *self.get_request_counts(),
-                manager.held_by_packed() - shared.saved_blocks,
+                manager.held_by_packed()
+                + sum(map(self.kv_compress_others.held, manager.packed))
+                - shared.saved_blocks,
                 len(pool.cached_block_hash_to_block),
             ),
             shared,
@@ -218,6 +244,7 @@ class _KVCompressMixin(Scheduler):
             RuntimeError: with the numbers of the first violation.
         """
         held = [block for _, blocks in self.deferred_frees for block in blocks]
+        held += self.kv_compress_others.blocks()
         contexts = self.kv_compress_planner.contexts.described
         shared = {block for context in contexts for block in context.blocks}
         self.kv_compress_manager.check_integrity(held, shared)
@@ -240,9 +267,12 @@ class _KVCompressMixin(Scheduler):
         # compression is due.
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
+        if request.request_id in self._replays:
+            return self._replays.chunk(request, first_token, num_new_tokens)
         tracked = planner.requests.get(request.request_id)
         if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
-            return num_new_tokens  # it decodes, and nothing is due that its prompt began
+            # It decodes, and nothing is due that its prompt began.
+            return min(num_new_tokens, max(1, tracked.due_at - first_token))
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         context = self._admission.hit(request)
         count = planner.chunk(
@@ -256,7 +286,7 @@ class _KVCompressMixin(Scheduler):
         if self._echo is None:
             return count
         if tracked is None:
-            tracked = planner.starting(
+            tracked = planner.newcomers.starting(
                 request.request_id, request.num_tokens, budget_of(request), context
             )
         return self._echo.chunk(
@@ -279,7 +309,8 @@ class _KVCompressMixin(Scheduler):
             self._recorder.compressed(item)
             tracked = self.kv_compress_planner.requests[item.request_id]
             self._shortage.compressed(item, tracked.usual_due)
-            self._usage.compressed(item, tracked.sizes.context)
+            marks = self.kv_compress_planner.marks(tracked.sizes, tracked.prefill_end)
+            self._usage.compressed(item, item.num_tokens if item.num_tokens in marks else None)
             before = item.old_packing.held(len(item.old_blocks))
             after = item.packing.held(len(item.old_blocks))
             if not item.old_kept:  # a long generation is compressed over and over
@@ -294,6 +325,8 @@ class _KVCompressMixin(Scheduler):
 
     def _release(self, request_id: str) -> None:
         """Called when a request gives its blocks up."""
+        if request_id in self._replays:
+            return
         self.kv_compress_planner.release(request_id)
         self._recorder.released(request_id)
         self._shortage.released(request_id)
@@ -306,10 +339,10 @@ class _KVCompressMixin(Scheduler):
 
     def _count_preemptions(self, output: SchedulerOutput) -> None:
         """Record what this step preempted, and what it would have without pressure."""
-        manager = self.kv_compress_manager
+        manager, others = self.kv_compress_manager, self.kv_compress_others
 
         def blocks(request: Request) -> int:
-            return manager.held(request.request_id)
+            return manager.held(request.request_id) + others.held(request.request_id)
 
         avoided = self._shortage.step(
             manager.block_pool.get_num_free_blocks(),

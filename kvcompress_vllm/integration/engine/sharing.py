@@ -24,16 +24,17 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.compat.releases import waiting_queues
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, KVCompressManager, budget_of
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
 from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.repeated import STRIDE, Repeated
+from kvcompress_vllm.scheduling.replay import may_repeat
 from kvcompress_vllm.scheduling.sizes import Sizes
 
-_KEY = "kv_compress_context"
+_KEYS = "kv_compress_contexts"
 _REMEMBERED = 1024
 """Requests of which it can be told which context they had."""
 
@@ -45,17 +46,23 @@ class Sharing:
         manager: of the blocks; the pool's ``get_new_blocks`` is replaced.
         planner: knows who uses what.
         usage: is told what requests took.
+        alone: whether ``manager`` has the only cache group. What layers with a window hold of a
+            context is not kept with it, so nobody could go on from there.
     """
 
     def __init__(
-        self, manager: KVCompressManager, planner: CompressionPlanner, usage: UsageLog
+        self,
+        manager: KVCompressManager,
+        planner: CompressionPlanner,
+        usage: UsageLog,
+        alone: bool = True,
     ) -> None:
         self._manager, self._planner, self._usage = manager, planner, usage
         self._contexts, pool = planner.contexts, manager.block_pool
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
-        self._on = planner.config.share != "off" and pool.enable_caching
+        self._on = planner.config.share != "off" and pool.enable_caching and alone
         self._repeated = Repeated() if planner.config.share == "auto" and self._on else None
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
@@ -72,7 +79,8 @@ class Sharing:
         (``share=auto``), and it names none itself."""
         repeated, pool = self._repeated, self._manager.block_pool
         own = self._planner.sizes(budget).budget
-        if repeated is None or own.context_tokens is not None or own.query_stride:
+        named = own.context_tokens is not None or own.context_stride
+        if repeated is None or named or own.query_stride:
             return budget
         size, hashes = pool.hash_block_size, request.block_hashes
         stride = math.lcm(STRIDE, self._manager.block_size)
@@ -86,34 +94,42 @@ class Sharing:
         n = repeated.context([(n, hashes[n // size - 1]) for n in lengths], held)
         if n is None:
             return budget
-        with_context = own._replace(context_tokens=n)
+        exact = self._planner.config.exact != "off" and self._planner.observers.reads_echo(
+            own.policy
+        )
+        exact = exact and may_repeat(n, self._planner.limits.max_tokens) and not request.mm_features
+        exact = exact and request.prompt_token_ids is not None
+        with_context = own._replace(context_tokens=n, exact=exact)
         return with_context if self._planner.sizes(with_context).reaches_context else budget
 
     def added(self, request: Request, budget: RequestBudget | None) -> None:
-        """Note whether a new request has a context that can be shared."""
-        key = self._key(request, self._planner.sizes(budget))
-        if key is not None:
-            setattr(request, _KEY, key)
+        """Note whether a new request has contexts that can be shared."""
+        keys = self._keys(request, self._planner.sizes(budget))
+        if keys:
+            setattr(request, _KEYS, keys)
+            if self._repeats(request):
+                # Its keys get scores that nobody must find beside them in the prefix cache.
+                setattr(request, PRIVATE, True)
             self._waiting[request.request_id] = request
 
-    def wanted(self, request: Request) -> bytes | None:
-        """Key of the context that a request has; None: none that could be shared."""
-        key: bytes | None = getattr(request, _KEY, None)
-        return key
+    def wanted(self, request: Request) -> dict[int, bytes]:
+        """Contexts that a request has and that could be shared: key by tokens, ascending."""
+        keys: dict[int, bytes] = getattr(request, _KEYS, {})
+        return keys
 
     def find(self, request: Request) -> Context | None:
         """What a request that starts its prefill now need not compute; None: nothing."""
-        key = self.wanted(request)
-        context = None if key is None else self._contexts.get(key)
-        # Of a prompt that ends with its context the last token must be computed, over all keys.
-        if context is None or context.num_tokens >= request.num_tokens:
-            return None
         if request.skip_reading_prefix_cache:
             return None
-        if not all(self._holds(context, index) for index in range(context.packing.kept)):
+        for key in reversed(self.wanted(request).values()):
+            context = self._contexts.get(key)
+            # Of a prompt that ends with its context the last token must be computed, over all keys.
+            if context is None or context.num_tokens >= request.num_tokens:
+                continue
+            if all(self._holds(context, index) for index in range(context.packing.kept)):
+                return context
             self._contexts.retire(context)  # vLLM has forgotten some of it
-            return None
-        return context
+        return None
 
     def row(self, context: Context) -> list[KVCacheBlock]:
         """The first F blocks of a row: packed and null blocks."""
@@ -160,16 +176,37 @@ class Sharing:
         if not self._waiting:
             return held
         first: set[bytes] = set()
+
+        def state_of(key: bytes) -> str | None:
+            if contexts.get(key) is not None:
+                return "held"
+            return "computed" if key in first or contexts.computing(key) is not None else None
+
+        repeated = self._planner.replays
         queues = waiting_queues(scheduler)
         for queue in queues:
             for request in queue:
-                key = self.wanted(request)
-                if key is None or request.skip_reading_prefix_cache:
+                keys = self.wanted(request)
+                if not keys:
                     continue
-                if contexts.computing(key) is not None or key in first:
-                    held.append(request)
-                elif contexts.get(key) is None:
-                    first.add(key)
+                if request.skip_reading_prefix_cache:
+                    # Computes it in any case.
+                    if not self._repeats(request):
+                        continue
+                else:
+                    state = next(filter(None, map(state_of, reversed(keys.values()))), None)
+                    if state == "computed":
+                        held.append(request)
+                        continue
+                    if state == "held" and len(keys) == 1:
+                        continue
+                if self._repeats(request):
+                    # One context is repeated at a time: its blocks wait for room to do so.
+                    if repeated:
+                        held.append(request)
+                        continue
+                    repeated = True
+                first.update(keys.values())
         if held:
             for queue in queues:
                 queue.remove_requests(held)
@@ -185,10 +222,9 @@ class Sharing:
     def started(self, request: Request, context: Context | None) -> None:
         """Note that a request no longer waits, and what it took."""
         self._waiting.pop(request.request_id, None)
-        key = self.wanted(request)
-        self._recorder.started(context, key)
-        if key is not None:
-            self._started.append((request.request_id, key))
+        keys = self.wanted(request)
+        self._recorder.started(context, bool(keys))
+        self._started += [(request.request_id, key) for key in keys.values()]
         if context is not None:
             row = len(self._manager.req_to_blocks[request.request_id])
             self._usage.took(request.request_id, context.num_tokens, context.packing, row)
@@ -201,7 +237,7 @@ class Sharing:
         """Note that a request gave its blocks up: it is gone, or waits again."""
         if request is None or request.is_finished():
             self._waiting.pop(request_id, None)
-        elif self.wanted(request) is not None:
+        elif self.wanted(request):
             self._waiting[request_id] = request
 
     def described(self, request_id: str | None = None) -> list[dict[str, Any]]:
@@ -257,19 +293,23 @@ class Sharing:
                     f"{context.blocks}"
                 )
 
-    def _key(self, request: Request, sizes: Sizes) -> bytes | None:
-        """Of a request's context: its tokens (with LoRA, multimodal inputs and salt), and all that
-        its packing depends on. None: it has none, or none that could be shared."""
-        n, budget, pool = sizes.context, sizes.budget, self._manager.block_pool
-        if n is None or not self._on or not sizes.reaches_context:
-            return None
-        if budget.query_stride:
-            return None  # its accumulated statistics are of the request that computed it
-        if n > request.num_tokens or (n == request.num_tokens and sizes.limits.peak_blocks):
-            return None  # what ends there may keep more than half of the peak
-        if len(request.block_hashes) < n // pool.hash_block_size:
-            return None
-        return self._name(request, budget, n)
+    def _repeats(self, request: Request) -> bool:
+        """Whether the context of a request is repeated before it is packed."""
+        return self._planner.sizes(budget_of(request)).budget.exact
+
+    def _keys(self, request: Request, sizes: Sizes) -> dict[int, bytes]:
+        """Of a request's contexts, by tokens: their tokens (with LoRA, multimodal inputs and salt),
+        and all that their packing depends on. Empty: it has none, or none that could be shared."""
+        budget, pool = sizes.budget, self._manager.block_pool
+        if not self._on or budget.query_stride:
+            return {}  # accumulated statistics are of the request that computed them
+        return {
+            n: self._name(request, budget, n)
+            for n in self._planner.marks(sizes, request.num_tokens)
+            # What ends there may keep more than half of the peak.
+            if n < request.num_tokens or (n == request.num_tokens and not sizes.limits.peak_blocks)
+            if len(request.block_hashes) >= n // pool.hash_block_size
+        }
 
     def _name(self, request: Request, budget: RequestBudget, n: int) -> bytes:
         protect = tuple((start, min(end, n)) for start, end in budget.protect if start < n)

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from kvcompress_vllm.integration.engine.admission import budget_of
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.integration.engine.groups import OtherGroups
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, budget_of
+from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import (
@@ -37,8 +38,10 @@ class StepBuilder:
         planner: says who is observed and compressed.
         manager: allocates the packed blocks.
         sharing: offers what is packed for others as well.
+        replays: knows which requests repeat a context.
         echo: says which tokens get echo scores; None: no policy reads any.
         group: whose blocks ``manager`` allocates.
+        others: take blocks of the same pool.
 
     Attributes:
         waits: whether the pool had no room for a compression that was due, in the step that was
@@ -50,11 +53,13 @@ class StepBuilder:
         planner: CompressionPlanner,
         manager: KVCompressManager,
         sharing: Sharing,
+        replays: Replays,
         echo: EchoPlanner | None,
         group: CacheGroup,
+        others: OtherGroups,
     ) -> None:
         self._planner, self._manager, self._echo = planner, manager, echo
-        self._sharing = sharing
+        self._sharing, self._replays, self._others = sharing, replays, others
         self._group = group.index
         self.waits = False
 
@@ -77,6 +82,7 @@ class StepBuilder:
         self,
         plan: StepPlan,
         scheduled: Mapping[str, int],
+        drafted: Mapping[str, Sequence[int]],
         requests: Mapping[str, Request],
         check_integrity: bool,
     ) -> None:
@@ -84,6 +90,7 @@ class StepBuilder:
 
         Args:
             scheduled: tokens that each request computes in this step.
+            drafted: those of them that may be rejected.
             requests: all of the scheduler; the step's tokens count as computed.
             check_integrity: whether the workers shall compare what they know.
         """
@@ -103,11 +110,15 @@ class StepBuilder:
         for request_id, num_tokens in scheduled.items():
             request = requests[request_id]
             first_token = request.num_computed_tokens - num_tokens
+            if request_id in self._replays:
+                plan.replays += self._replays.computes(request_id, first_token, num_tokens)
+                continue
             observation = planner.observe(request_id, first_token, num_tokens)
             if observation is not None:
                 plan.observations.append(observation)
             if self._echo is not None:
-                self._score(plan, request, first_token, first_token + num_tokens)
+                decodes = num_tokens == 1 or request_id in drafted
+                self._score(plan, request, first_token, first_token + num_tokens, decodes)
             if num_tokens > 1 and request_id in manager.packed:
                 plan.packed_prefills.append(request_id)
         if check_integrity:
@@ -163,7 +174,8 @@ class StepBuilder:
         self.waits = False
         planner.watch(computed)
         if planner.config.on_pressure:
-            planner.press(computed, manager.block_pool.get_num_free_blocks())
+            taken = self._others.growth(computed, planner.config.window)
+            planner.press(computed, manager.block_pool.get_num_free_blocks() - taken)
         for tracked in planner.due(computed):
             num_tokens, packing = tracked.due_at, tracked.target()
             if manager.block_pool.get_num_free_blocks() < packing.kept:
@@ -187,10 +199,13 @@ class StepBuilder:
                     protect=tracked.protect(packing.covered),
                     trigger=tracked.trigger,
                     unscored=tracked.unscored.before(packing.covered * manager.block_size),
+                    replayed=tracked.replayed and num_tokens == tracked.sizes.context,
                 )
             )
             freed += old
-            replaced += old if context is not None else []
+            if context is not None:
+                # Not the context that it goes on from: others may do so, too.
+                replaced += old[tracked.kept if tracked.context is not None else 0 :]
             planner.compressed(tracked.request_id, computed[tracked.request_id], context)
         planner.observers.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
@@ -215,6 +230,7 @@ class StepBuilder:
                     floor_pages=tracked.floor(packing.covered),
                     protect=tracked.protect(packing.covered),
                     unscored=tracked.unscored.before(packing.covered * planner.block_size),
+                    replayed=tracked.replayed and tracked.due_at == tracked.sizes.context,
                 )
             )
         return scorings
@@ -230,11 +246,12 @@ class StepBuilder:
         slots = state_slot, tracked.observe_slot
         return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
 
-    def _score(self, plan: StepPlan, request: Request, first: int, end: int) -> None:
-        """Have a step's tokens ``[first, end)`` scored, or note that they are not."""
+    def _score(self, plan: StepPlan, request: Request, first: int, end: int, decodes: bool) -> None:
+        """Have a step's tokens ``[first, end)`` scored, or note that they are not: a generated
+        token and what was drafted behind it are no segment."""
         assert self._echo is not None
         span = None
-        if end - first > 1:  # one token alone is no segment
+        if not decodes:
             policy = self._planner.sizes(budget_of(request)).budget.policy
             span = self._echo.span(request.request_id, policy, first, end)
         if span is not None:

@@ -12,9 +12,13 @@ from typing import Any
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.engine.kv_cache import most_needed
-from kvcompress_vllm.integration.frontend.wish import CONTEXT, KEYS, PREFIX, request_wish
+from kvcompress_vllm.integration.frontend.wish import CONTEXT, EXACT, KEYS, PREFIX, request_wish
+from kvcompress_vllm.integration.sizing import draft_tokens
+from kvcompress_vllm.integration.start.attention_kinds import has_local
+from kvcompress_vllm.integration.start.refusals import exact_problem
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.scheduling.need import blocks_needed
+from kvcompress_vllm.scheduling.replay import ROOM, may_repeat
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes
 
 
@@ -38,12 +42,17 @@ def check_length(
     length = min(longest, prompt + (params.max_tokens or longest))
     cache = vllm_config.cache_config
     sizes = Sizes(budget, Limits.of(config, cache.block_size, longest))
-    needed = blocks_needed(sizes, config.window, length)
+    drafts = draft_tokens(vllm_config)
+    needed = blocks_needed(sizes, config.window, length, drafts)
     # What vLLM made sure of when it started. The front end of several engines knows the sum of
-    # their blocks only.
-    most = most_needed(config, cache.block_size, longest)
+    # their blocks only; and what layers with a window need beside it, the scheduler knows.
+    most = most_needed(config, cache.block_size, longest, drafts)
     blocks = getattr(cache, "num_gpu_blocks", None)
-    if blocks and vllm_config.parallel_config.data_parallel_size == 1:
+    if (
+        blocks
+        and vllm_config.parallel_config.data_parallel_size == 1
+        and not has_local(vllm_config)
+    ):
         most = blocks - 1  # the null block is nobody's
     if needed > most:
         raise ValueError(
@@ -76,6 +85,29 @@ def check_context(config: KVCompressConfig, request: Any) -> None:
             f"{CONTEXT}={wish.context_tokens} is not accepted; it must be an integer >= {least} "
             f"(min_prompt_tokens) and <= {prompt}, the tokens of the prompt"
         )
+
+
+def check_exact(vllm_config: Any, request: Any, budget: RequestBudget) -> None:
+    """Refuse a context that cannot be repeated, though its request or the server wants that.
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``.
+        budget: what :func:`check_request` returned.
+
+    Raises:
+        ValueError: naming why, and the way out.
+    """
+    if not budget.exact:
+        return
+    longest, problem = vllm_config.model_config.max_model_len, exact_problem(vllm_config)
+    if problem is None and not may_repeat(budget.context_tokens or 0, longest):
+        problem = f"{CONTEXT}={budget.context_tokens} must be at most {longest - ROOM}"
+    if problem is None and request.prompt_token_ids is None:
+        problem = "the prompt has embeddings, and what is repeated must be tokens"
+    if problem is None and getattr(request, "mm_features", None):
+        problem = "the prompt has images or the like, and what is repeated must be text"
+    if problem is not None:
+        raise ValueError(f"{EXACT}=kvzip is not accepted: {problem}; {EXACT}=off is")
 
 
 def _prompt_tokens(request: Any) -> int:

@@ -127,7 +127,7 @@ def _stream(stock: Any) -> Any:
     @functools.wraps(stock)
     async def stream_generator(
         request: Any, result_generator: AsyncGenerator[Any, None], *args: Any, **kwargs: Any
-    ) -> AsyncIterator[str]:
+    ) -> AsyncIterator[Any]:
         seen: dict[Any, Any] = {}
         chunks = stock(request, _watch(result_generator, seen), *args, **kwargs)
         async with aclosing(chunks):
@@ -178,14 +178,17 @@ def _messages_full(stock: Any) -> Any:
 def _messages_stream(stock: Any) -> Any:
     @functools.wraps(stock)
     async def message_stream_converter(
-        generator: AsyncGenerator[str, None],
+        generator: AsyncGenerator[Any, None],
     ) -> AsyncIterator[str]:
         found: list[Any] = []
 
-        async def chunks() -> AsyncIterator[str]:
+        async def chunks() -> AsyncIterator[Any]:
             async with aclosing(generator):
                 async for chunk in generator:
-                    if _USAGE_ONLY in chunk:
+                    if not isinstance(chunk, str):
+                        if _carries_usage_only(chunk):
+                            found[:] = [getattr(chunk.usage, FIELD, None)]
+                    elif _USAGE_ONLY in chunk:
                         found[:] = [json.loads(chunk.removeprefix("data: "))["usage"].get(FIELD)]
                     yield chunk
 
@@ -289,12 +292,21 @@ def _set(response: Any, seen: dict[Any, Any]) -> None:
         usage.kv_compress = total(seen.values())
 
 
-def _with_usage(chunk: str, seen: dict[Any, Any]) -> str:
+def _with_usage(chunk: Any, seen: dict[Any, Any]) -> Any:
+    if not isinstance(chunk, str):
+        if _carries_usage_only(chunk):
+            _set(chunk, seen)
+        return chunk
     if _USAGE_ONLY not in chunk:
         return chunk
     message = json.loads(chunk.removeprefix("data: "))
     message["usage"][FIELD] = total(seen.values())
     return f"data: {_dumped(message)}\n\n"
+
+
+def _carries_usage_only(chunk: Any) -> bool:
+    """Of a chunk that vLLM has not yet made text of; an error has no choices, either."""
+    return getattr(chunk, "choices", None) == [] and chunk.usage is not None
 
 
 def _dumped(message: Any) -> str:
@@ -312,6 +324,8 @@ _WRAPPED = (
     # Chat completions beneath, which their converters make messages of.
     ("anthropic_serving_messages", "chat_completion_full_generator", _full),
     ("anthropic_serving_messages", "chat_completion_stream_generator", _stream),
+    # From vLLM 0.33 on the latter's chunks are events of messages already; these are made from it.
+    ("anthropic_serving_messages", "chat_completion_stream_generator_raw", _stream),
     ("anthropic_serving_messages", "messages_full_converter", _messages_full),
     ("anthropic_serving_messages", "message_stream_converter", _messages_stream),
     ("serving_tokens", "serve_tokens_full_generator", _full),

@@ -8,6 +8,8 @@
     kv_compress_policy         like the option policy, where allow_policies is set
     kv_compress_context_tokens compress once so many tokens of the prompt are computed; what follows
                                (a question) reads the compressed context
+    kv_compress_context_stride like the option context_stride
+    kv_compress_exact          like the option exact; kvzip needs a context
     kv_compress_protect        token positions that are never evicted: "0:120" or "0:120,300:340",
                                ends excluded, counted from the start of the prompt
 
@@ -31,8 +33,9 @@ SWITCH, RATIO = PREFIX, f"{PREFIX}_ratio"
 BUDGET, POLICY = f"{PREFIX}_budget_tokens", f"{PREFIX}_policy"
 MASS = f"{PREFIX}_mass"
 CONTEXT, PROTECT = f"{PREFIX}_context_tokens", f"{PREFIX}_protect"
+EXACT, STRIDE = f"{PREFIX}_exact", f"{PREFIX}_context_stride"
 XARGS = "vllm_xargs"
-KEYS = (SWITCH, RATIO, BUDGET, MASS, POLICY, CONTEXT, PROTECT)
+KEYS = (SWITCH, RATIO, BUDGET, MASS, POLICY, CONTEXT, PROTECT, EXACT, STRIDE)
 MOST_RANGES = 64
 """Protected ranges of a request; each takes a little work at every compression."""
 MOST_TEXT = 4096
@@ -87,7 +90,16 @@ def parse(given: Mapping[str, Any]) -> Wish | None:
         return KEEP_ALL
     ratio = asked.get(RATIO)
     ratio = None if ratio is None else float(ratio)
-    wish = Wish(ratio, asked.get(BUDGET), asked.get(POLICY), context, protect, asked.get(MASS))
+    wish = Wish(
+        ratio,
+        asked.get(BUDGET),
+        asked.get(POLICY),
+        context,
+        protect,
+        asked.get(MASS),
+        asked.get(EXACT),
+        asked.get(STRIDE),
+    )
     return None if wish == Wish() else wish
 
 

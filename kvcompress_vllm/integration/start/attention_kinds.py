@@ -7,6 +7,7 @@ text that goes on after the model's name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -19,13 +20,8 @@ logger = init_logger("vllm.kv_compress")
 _FULL = ("full_attention", "attention")
 """Kinds of layers that attend to everything, as configurations spell them."""
 _ALIBI = ("bloom", "mpt", "step1")
-_SINKS = ("gpt_oss", "openai_privacy_filter")
-_SINK_SETTINGS = (
-    "swa_attention_sink_enabled", "add_swa_attention_sink_bias", "add_full_attention_sink_bias",
-    "param_sink_number",
-)  # fmt: skip
-_WINDOW_DECIDES_POSITIONS = ("cohere2", "cohere2_moe", "exaone4")
-"""In vLLM only their layers with a window rotate keys: without the window it is another model."""
+_LOCAL = ("sliding", "chunked")
+"""In the names of kinds of layers that see the latest tokens only."""
 
 
 def layers_without_attention(config: VllmConfig) -> bool | str:
@@ -43,27 +39,51 @@ def layers_without_attention(config: VllmConfig) -> bool | str:
 
 
 def local(config: VllmConfig) -> bool | str:
-    """Windows and chunks: some or all layers attend to the latest tokens only."""
+    """Layers that attend to the latest tokens only, with a window or in chunks, where they cannot
+    be left to vLLM beside others with full attention."""
     model, kinds = config.model_config, _layer_kinds(config)
     window = config.cache_config.sliding_window or model.get_sliding_window()
     others = [index for index, kind in enumerate(kinds) if kind not in _FULL]
     if window is None and all("sliding" in kinds[index] for index in others):
         return False  # vLLM builds them without one
-    if not others:
+    in_all = len(others) == len(kinds)
+    if not others or (in_all and all("sliding" in kind for kind in kinds)):
         return (
             f"has a window of {window} tokens in every layer, and max_model_len is "
             f"{model.max_model_len}; --max-model-len {window} or --disable-sliding-window, which "
             "caps it, serves it with full attention"
         )
     text = f"has {_listed(others, kinds)}"
-    if window is None:
+    if window is not None:
+        text += f" with a window of {window} tokens"
+    if in_all or not all(any(word in kinds[index] for word in _LOCAL) for index in others):
         return text
-    text += f" with a window of {window} tokens"
-    if model.hf_text_config.model_type in _WINDOW_DECIDES_POSITIONS or not all(
-        "sliding" in kinds[index] for index in others
-    ):
-        return text
-    return f"{text}; --disable-sliding-window, which caps max_model_len at {window}, drops it"
+    groups = _full_groups(kinds)
+    if groups > 1:
+        return (
+            f"{text} beside {len(kinds) - len(others)} with full attention, of which vLLM makes "
+            f"{groups} KV cache groups; one group can be compressed"
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return (
+            f"{text}, and vLLM's hybrid KV cache manager is off, without which they keep all "
+            "tokens; leave out --disable-hybrid-kv-cache-manager"
+        )
+    return False
+
+
+def has_local(config: VllmConfig) -> bool:
+    """Whether layers with a window or chunks stand beside those that are compressed."""
+    return any(kind not in _FULL for kind in _layer_kinds(config))
+
+
+def _full_groups(kinds: Sequence[str]) -> int:
+    """How many groups vLLM makes of the layers with full attention: each has as many layers as the
+    fewest that are alike, or as the most, if these are less than half as many again."""
+    counts = Counter("full" if kind in _FULL else kind for kind in kinds).values()
+    fewest, most = min(counts), max(counts)
+    size = most if most < 1.5 * fewest else fewest
+    return -(-sum(kind in _FULL for kind in kinds) // size)
 
 
 def drop_idle_window(config: VllmConfig) -> None:
@@ -92,19 +112,11 @@ def alibi(config: VllmConfig) -> bool | str:
     return "has it in every layer" if wanted else False
 
 
-def soft_cap(config: VllmConfig) -> bool | str:
-    """Scores that are squeezed before the softmax."""
-    cap = getattr(config.model_config.hf_text_config, "attn_logit_softcapping", None)
-    return f"caps them at {cap:g} in every layer" if cap else False
-
-
-def sinks(config: VllmConfig) -> bool | str:
-    """Learnt shares of the softmax that belong to no key."""
-    text = config.model_config.hf_text_config
-    settings = [name for name in _SINK_SETTINGS if getattr(text, name, None)]
-    if settings:
-        return f"has them ({settings[0]}={getattr(text, settings[0])})"
-    return "has them in every layer" if text.model_type in _SINKS else False
+def sink_keys(config: VllmConfig) -> bool | str:
+    """Learnt keys and values before the prompt (openPangu). Learnt logits, which belong to no key
+    (gpt-oss), are no such thing: the kernels know them."""
+    count = getattr(config.model_config.hf_text_config, "param_sink_number", None)
+    return f"has {count} (param_sink_number)" if count else False
 
 
 def not_causal(config: VllmConfig) -> bool | str:

@@ -17,6 +17,7 @@ from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.integration.worker.backend import leave_local_layers
 from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.segments import check_block_size
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes, check_peak
@@ -48,6 +49,13 @@ def _shares_kv(config: VllmConfig) -> bool | str:
     return config.cache_config.kv_sharing_fast_prefill
 
 
+def _drafts_otherwise(config: VllmConfig) -> bool | str:
+    speculative = config.speculative_config
+    if speculative is None or speculative.method == "ngram":
+        return False
+    return f"has method={speculative.method!r}; method='ngram' is accepted"
+
+
 REFUSALS = (
     Refusal(
         "pooling and embedding models",
@@ -59,14 +67,16 @@ REFUSALS = (
     Refusal("hybrid (Mamba, linear attention) models", "the model", kinds.layers_without_attention),
     # Before windows, which may have a way out: these have none.
     Refusal("ALiBi", "the model", kinds.alibi),
-    Refusal("soft caps of attention scores", "the model", kinds.soft_cap),
-    Refusal("attention sinks", "the model", kinds.sinks),
+    Refusal("learnt keys before the prompt", "the model", kinds.sink_keys),
     Refusal("attention to later tokens of the prompt", "the model", kinds.not_causal),
-    Refusal("sliding window or chunked local attention", "the model", kinds.local),
-    Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),
     Refusal(
-        "speculative decoding", "--speculative-config", lambda c: c.speculative_config is not None
+        "sliding window or chunked local attention without full attention beside it",
+        "the model",
+        kinds.local,
     ),
+    Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),
+    # Draft models have keys of their own, and drafts of steps in flight may still be rejected.
+    Refusal("speculative decoding other than n-gram", "--speculative-config", _drafts_otherwise),
     Refusal(
         "KV connectors and KV offloading",
         "--kv-transfer-config, --kv-offloading-size",
@@ -122,8 +132,10 @@ def check(vllm_config: VllmConfig) -> None:
         found = refusal.applies(vllm_config)
         if found:
             raise ValueError(_text(refusal, vllm_config, found))
+    leave_local_layers(vllm_config)
     check_page_dtype(vllm_config)
     check_sizes(vllm_config)
+    check_exact(vllm_config)
     if current_platform.is_cuda():
         check_kernels(vllm_config)
         check_graphs(vllm_config, ops.missing_kernels("cuda"))
@@ -176,6 +188,29 @@ def check_sizes(vllm_config: VllmConfig) -> None:
     check_steps(config, block_size, step_tokens(vllm_config.scheduler_config))
     limits = Limits.of(config, block_size, vllm_config.model_config.max_model_len)
     check_peak(config, Sizes(resolve(config), limits))
+
+
+def exact_problem(vllm_config: VllmConfig) -> str | None:
+    """Why contexts cannot be repeated (``exact=kvzip``) whatever a request asks for; None: they
+    can."""
+    if not vllm_config.cache_config.enable_prefix_caching:
+        return "--no-enable-prefix-caching is given, so that no request shares a context"
+    if vllm_config.scheduler_config.max_num_seqs < 2:
+        return "--max-num-seqs must be 2 at least: a context is repeated beside its request"
+    if vllm_config.model_config.skip_tokenizer_init:
+        return "--skip-tokenizer-init is given; the prompt that asks for it must be tokenised"
+    return None
+
+
+def check_exact(vllm_config: VllmConfig) -> None:
+    """Refuse repetitions that could never take place.
+
+    Raises:
+        ValueError: naming what is in the way.
+    """
+    config, problem = resolved_config(vllm_config), exact_problem(vllm_config)
+    if config is not None and config.exact != "off" and problem is not None:
+        raise ValueError(f"kv_compress: exact={config.exact!r} is not accepted: {problem}")
 
 
 def check_kernels(vllm_config: VllmConfig) -> None:

@@ -29,11 +29,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
 from kvcompress_vllm.cache.page_format import PageFormat
-from kvcompress_vllm.cache.state import PackedState, Tables
+from kvcompress_vllm.cache.state import Logits, PackedState, Tables
 from kvcompress_vllm.cache.transfer import to_device
+from kvcompress_vllm.compression import replay
 from kvcompress_vllm.compression.echo import Rotation
 from kvcompress_vllm.integration.compat.releases import kv_cache_layouts
-from kvcompress_vllm.records.plan import Observation, Span
+from kvcompress_vllm.records.plan import Observation, Replay, Span
 from kvcompress_vllm.scheduling.segments import SEGMENT, segments
 
 
@@ -58,6 +59,8 @@ class StepContext:
     """Packed requests that compute several tokens in the step that is about to run."""
     echoes: list[Span] = field(default_factory=list)
     """Tokens whose keys get echo scores in the step that is about to run."""
+    replays: list[Replay] = field(default_factory=list)
+    """Tokens that repeat a context in the step that is about to run."""
 
 
 @dataclass
@@ -67,6 +70,17 @@ class Echo:
     rows: tuple[Tensor, Tensor, Tensor]
     """``block_table``, ``seq_lens`` and ``state_slot`` of the whole batch."""
     segments: Tensor
+
+
+@dataclass
+class Repeated:
+    """Tokens that repeat a context in a step: arguments of :func:`replay.score`."""
+
+    tokens: slice
+    """Of the batch."""
+    row: Tensor
+    num_context: int
+    first: int
 
 
 @dataclass
@@ -81,6 +95,7 @@ class KVCompressMetadata(AttentionMetadata):
     state_slot: Tensor
     ring_index: Tensor | None
     echo: Echo | None = field(default=None, kw_only=True)
+    repeated: list[Repeated] = field(default_factory=list, kw_only=True)
 
 
 class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
@@ -121,6 +136,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
             state_slot=state_slot,
             ring_index=self.ring_index(common),
             echo=self.echo(common),
+            repeated=self.repeated(common),
         )
 
     def ring_index(self, common: CommonAttentionMetadata) -> Tensor | None:
@@ -164,12 +180,32 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
             to_device(found, torch.int32, self.device),
         )
 
+    def repeated(self, common: CommonAttentionMetadata) -> list[Repeated]:
+        """What repeats a context in this step."""
+        context = self.context
+        if context is None or not context.replays:
+            return []
+        rows, starts = context.request_rows(common), common.query_start_loc_cpu.tolist()
+        found = []
+        for item in context.replays:
+            if item.request_id not in rows:
+                raise RuntimeError(
+                    f"kv_compress: repeating request {item.request_id} is not in the batch"
+                )
+            begin = starts[rows[item.request_id]]
+            blocks = to_device(item.blocks, torch.int64, self.device)
+            tokens = slice(begin, begin + item.end - item.first)
+            found.append(Repeated(tokens, blocks, item.num_context, item.first))
+        return found
+
 
 class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
     """Writes K/V, observes queries and attends, for one layer."""
 
     profiling: ClassVar[bool] = False
     """Whether vLLM measures memory: it then runs batches of nothing before there is a cache."""
+    windows: ClassVar[bool] = False
+    """Whether layers may see a window only; those are never compressed."""
 
     def __init__(
         self,
@@ -183,15 +219,14 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         unsupported = {
             "ALiBi": alibi_slopes is not None,
-            "sliding window attention": sliding_window is not None,
-            "logits soft capping": bool(logits_soft_cap),
+            "sliding window attention": sliding_window is not None and not self.windows,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             f"{attn_type} attention": attn_type != AttentionType.DECODER,
-            "attention sinks": kwargs.get("sinks") is not None,
         }
         for feature, wanted in unsupported.items():
             if wanted:
@@ -201,16 +236,40 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.soft_cap = float(logits_soft_cap or 0.0)
+        self.sinks = sinks
+        """``[H * G]``, a parameter of the model: its weights come later."""
+        if sinks is not None and sinks.shape != (num_heads,):
+            raise ValueError(
+                f"kv_compress: attention sinks of shape {list(sinks.shape)} for {num_heads} heads"
+            )
         self.num_kv_heads = num_kv_heads or num_heads
+        self.window = sliding_window
         self._context: StepContext | None = None
         self._layer = 0
         self._rotation: Rotation | None = None
         self._unpacked: tuple[Tensor, Tensor] | None = None
+        self._logits: Logits | None = None
+
+    @property
+    def logits(self) -> Logits:
+        """How its logits are changed before the softmax; sinks in fp32, as ops take them."""
+        if self._logits is None:
+            sinks = None if self.sinks is None else self.sinks.detach().float().contiguous()
+            self._logits = {"soft_cap": self.soft_cap, "sink_logits": sinks}
+        return self._logits
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Weights that are loaded once more bring other sinks; graphs read where they were."""
+        copy = None if self._logits is None else self._logits["sink_logits"]
+        if copy is not None and self.sinks is not None:
+            copy.copy_(self.sinks.detach())
 
     def bind(self, context: StepContext, layer_name: str) -> None:
         """Attach the rank's state."""
         self._context = context
         self._layer = context.layer_index[layer_name]
+        self._logits = context.state.logits(self._layer)
         if context.rotations:
             self._rotation = context.rotations[self._layer]
 
@@ -250,6 +309,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
                 ops.observe_queries(query, meta.ring_index, ring)
             if meta.echo is not None:
                 self.score(query, meta.echo)
+            self.replay(query, meta.repeated)
         ops.paged_attention(
             query,
             pages,
@@ -261,6 +321,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             self._layer,
             self.scale,
             output.view(-1, self.num_heads, self.head_size),
+            **self.logits,
         )
         return output
 
@@ -281,7 +342,23 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
             rotation.interleaved,
             self.scale,
             context.state.echo,
+            **self.logits,
         )
+
+    def replay(self, query: Tensor, repeated: list[Repeated]) -> None:
+        """Score keys of contexts by what this step's repetition of them pays."""
+        context = self._context
+        assert context is not None
+        for item in repeated:
+            replay.score(
+                context.state,
+                context.pages,
+                self._layer,
+                query[item.tokens],
+                item.row,
+                item.num_context,
+                item.first,
+            )
 
     def _standard(self, kv_cache: Tensor) -> tuple[Tensor, Tables]:
         """vLLM's own per-layer cache as pages of one layer, with empty state tables."""
@@ -309,6 +386,10 @@ class KVCompressBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[KVCompressMetadataBuilder]:
         return KVCompressMetadataBuilder
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
 
     @staticmethod
     def get_supported_kernel_block_sizes(*args: Any, **kwargs: Any) -> list[int | MultipleOf]:

@@ -107,6 +107,7 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
             state_slot=state_slot,
             ring_index=self._fill_ring_index(common),
             echo=self.echo(common),
+            repeated=self.repeated(common),
             num_decode_tokens=decode_tokens,
             prefills=[
                 self._prefill_rows(common, begin, end, packed)
@@ -169,6 +170,11 @@ class KVCompressCudaImpl(KVCompressImpl):
         super().bind(context, layer_name)
         self._ring = context.state.ring[self._layer].flatten(0, 1)
         self._fa_version = fa_utils.get_flash_attn_version(head_size=self.head_size)
+        # FlashAttention 2 knows no sinks, 3 and 4 only those in bfloat16.
+        if self.sinks is not None and (
+            self._fa_version not in (3, 4) or self.sinks.dtype is not torch.bfloat16
+        ):
+            self._fa_version = None
 
     def forward(
         self,
@@ -197,6 +203,7 @@ class KVCompressCudaImpl(KVCompressImpl):
         # Never in a captured graph: those are of steps of one token a request, which have none.
         if meta.echo is not None:
             self.score(query, meta.echo)
+        self.replay(query, meta.repeated)
         if meta.num_decode_tokens:
             ops.paged_attention(
                 query[: meta.num_decode_tokens],
@@ -209,6 +216,7 @@ class KVCompressCudaImpl(KVCompressImpl):
                 self._layer,
                 self.scale,
                 out[: meta.num_decode_tokens],
+                **self.logits,
             )
         for rows in meta.prefills:
             self._prefill(query, kv_cache, rows, out)
@@ -216,7 +224,7 @@ class KVCompressCudaImpl(KVCompressImpl):
 
     def _prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, out: Tensor) -> None:
         span = slice(rows.first_token, rows.first_token + rows.num_tokens)
-        # Without FlashAttention for this GPU our kernel serves all rows, slower.
+        # Where FlashAttention cannot do it, our kernel serves all rows, slower.
         if rows.packed or self._fa_version is None:
             assert self._context is not None
             state = self._context.state
@@ -231,6 +239,7 @@ class KVCompressCudaImpl(KVCompressImpl):
                 self._layer,
                 self.scale,
                 out[span],
+                **self.logits,
             )
             return
         # [N, H, B, 2 * D] -> K and V as [N, B, H, D]
@@ -245,9 +254,11 @@ class KVCompressCudaImpl(KVCompressImpl):
             seqused_k=rows.seq_lens,
             max_seqlen_k=rows.max_seq_len,
             softmax_scale=self.scale,
+            softcap=self.soft_cap,
             causal=True,
             block_table=rows.block_table,
             fa_version=self._fa_version,
+            s_aux=self.sinks,
         )
 
 

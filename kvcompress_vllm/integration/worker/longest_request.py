@@ -8,9 +8,11 @@ import copy
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.worker.gpu_worker import Worker
 
+from kvcompress_vllm.integration.compat.releases import cache_groups
+from kvcompress_vllm.integration.engine.groups import compressed_group
 from kvcompress_vllm.integration.start.flags import KEY
 
 LEAST_PEAK = 256
@@ -23,33 +25,36 @@ class LongestRequestMixin(Worker):
     def determine_available_memory(self) -> int:
         available = super().determine_available_memory()
         if available > 0:  # else vLLM says what to do
-            specs = list(self.get_kv_cache_spec().values())
-            check_longest_request(self.vllm_config, specs, available)
+            groups = cache_groups(self.vllm_config, self.get_kv_cache_spec())
+            check_longest_request(self.vllm_config, groups, available)
         return available
 
 
 def check_longest_request(
-    vllm_config: VllmConfig, specs: list[KVCacheSpec], available: int
+    vllm_config: VllmConfig, groups: list[KVCacheGroupSpec], available: int
 ) -> None:
     """Refuse a KV cache that is smaller than what one request may need.
 
     Args:
-        specs: one per layer, all alike.
+        groups: all of vLLM's cache groups.
         available: bytes.
 
     Raises:
         ValueError: with both numbers in blocks, and what helps.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    blocks = available // sum(spec.page_size_bytes for spec in specs)
+    specs = [group.kv_cache_spec for group in groups]
+    compressed_group(specs)  # else vLLM's numbers mean something else
+    layers = max(len(group.layer_names) for group in groups)
+    blocks = available // (layers * specs[0].page_size_bytes)
     if cache.num_gpu_blocks_override is not None:
         blocks = cache.num_gpu_blocks_override
     if model.original_max_model_len == -1:
         return  # vLLM takes what fits
-    needed = _blocks_needed(vllm_config, specs[0])
+    needed = _blocks_needed(vllm_config, specs)
     if needed <= blocks:
         return
-    peak = _peak_that_fits(vllm_config, specs[0], blocks)
+    peak = _peak_that_fits(vllm_config, specs, blocks)
     raise ValueError(
         f"kv_compress: the KV cache has {blocks} blocks of {cache.block_size} tokens, and a "
         f"request of max_model_len={model.max_model_len} tokens may need {needed}; "
@@ -64,11 +69,13 @@ def check_longest_request(
     )
 
 
-def _blocks_needed(vllm_config: VllmConfig, spec: KVCacheSpec) -> int:
-    return -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+def _blocks_needed(vllm_config: VllmConfig, specs: list[KVCacheSpec]) -> int:
+    return sum(
+        -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs
+    )
 
 
-def _peak_that_fits(vllm_config: VllmConfig, spec: KVCacheSpec, blocks: int) -> int | None:
+def _peak_that_fits(vllm_config: VllmConfig, specs: list[KVCacheSpec], blocks: int) -> int | None:
     """The largest ``prefill_peak_tokens`` with which the longest request fits; None: there is none,
     or another one is set already."""
     options: dict[str, Any] = dict(vllm_config.additional_config[KEY])  # type: ignore[index]
@@ -78,6 +85,6 @@ def _peak_that_fits(vllm_config: VllmConfig, spec: KVCacheSpec, blocks: int) -> 
     trial = copy.copy(vllm_config)
     for peak in range(most, 0, -LEAST_PEAK):
         trial.additional_config = {KEY: {**options, "prefill_peak_tokens": peak}}
-        if _blocks_needed(trial, spec) <= blocks:
+        if _blocks_needed(trial, specs) <= blocks:
             return peak
     return None

@@ -17,10 +17,16 @@ from kvcompress_vllm.integration.worker.attention import KVCompressMetadataBuild
 
 
 class RunnerAdapter(ABC):
-    """What a step needs of the runner."""
+    """What a step needs of the runner.
 
-    def __init__(self, runner: Any) -> None:
+    Args:
+        runner: vLLM's.
+        group: which of its cache groups is compressed; the others have rows of their own.
+    """
+
+    def __init__(self, runner: Any, group: int = 0) -> None:
         self._runner = runner
+        self.group = group
 
     @abstractmethod
     def request_rows(self, common: CommonAttentionMetadata) -> dict[str, int]:
@@ -35,10 +41,9 @@ class RunnerAdapter(ABC):
         """
 
     def metadata_builders(self) -> Iterator[KVCompressMetadataBuilder]:
-        """Every attention metadata builder of the runner."""
-        for groups in self._runner.attn_groups:
-            for group in groups:
-                yield from group.metadata_builders
+        """Every attention metadata builder of the compressed group."""
+        for group in self._runner.attn_groups[self.group]:
+            yield from group.metadata_builders
 
 
 class RunnerV1(RunnerAdapter):
@@ -52,18 +57,19 @@ class RunnerV1(RunnerAdapter):
         # In the batch, and in the state from which a request that skips a step comes back.
         runner = self._runner
         for request_id, blocks in prefixes.items():
-            runner.requests[request_id].block_ids[0][: len(blocks)] = blocks
+            runner.requests[request_id].block_ids[self.group][: len(blocks)] = blocks
             row = runner.input_batch.req_id_to_index.get(request_id)
             if row is not None:
-                runner.input_batch.block_table[0].block_table.np[row, : len(blocks)] = blocks
+                table = runner.input_batch.block_table[self.group].block_table
+                table.np[row, : len(blocks)] = blocks
 
 
 class RunnerV2(RunnerAdapter):
     """``v1/worker/gpu/model_runner.py``, the default on CUDA: for dense models, from 0.29 on for
     all."""
 
-    def __init__(self, runner: Any) -> None:
-        super().__init__(runner)
+    def __init__(self, runner: Any, group: int = 0) -> None:
+        super().__init__(runner, group)
         self._rows: dict[str, int] = {}
         if batch_order_is_told():
             return
@@ -92,7 +98,7 @@ class RunnerV2(RunnerAdapter):
         # staged write per row, and a row that is packed may also grow in the same step.
         if not prefixes:
             return
-        table = self._runner.block_tables.block_tables[0].gpu
+        table = self._runner.block_tables.block_tables[self.group].gpu
         rows, width = self._runner.req_states.req_id_to_index, table.shape[1]
         places = chain.from_iterable(
             range(rows[request_id] * width, rows[request_id] * width + len(blocks))
@@ -103,6 +109,10 @@ class RunnerV2(RunnerAdapter):
         )
 
 
-def adapt(runner: Any) -> RunnerAdapter:
-    """The adapter of a runner; call once per runner."""
-    return RunnerV2(runner) if hasattr(runner, "req_states") else RunnerV1(runner)
+def adapt(runner: Any, group: int = 0) -> RunnerAdapter:
+    """The adapter of a runner; call once per runner.
+
+    Args:
+        group: which of its cache groups is compressed.
+    """
+    return (RunnerV2 if hasattr(runner, "req_states") else RunnerV1)(runner, group)

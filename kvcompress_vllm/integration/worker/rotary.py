@@ -54,8 +54,21 @@ def _rotary_of(owner: Any) -> Any:
     """The rotary module of an attention block; None: it attends without positions (NoPE)."""
     for name in ("rotary_emb", "rotary_pos_emb"):
         if hasattr(owner, name):
-            return getattr(owner, name) if getattr(owner, "use_rope", True) else None
+            return getattr(owner, name) if _rotates(owner) else None
     raise ValueError(f"{type(owner).__name__} has no rotary_emb")
+
+
+_NAMES = ("v1", "apply_rope_all_layers", "force_rope", "is_local_attention")
+"""How vLLM's models call it that a layer rotates keys also without a window: Command-R (not A),
+Exaone 4, Command-A MoE, AFMoE. Others have none of these."""
+
+
+def _rotates(owner: Any) -> bool:
+    """Whether an attention block with a rotary module uses it."""
+    if not getattr(owner, "use_rope", True):
+        return False
+    known = [getattr(owner, name) for name in _NAMES if hasattr(owner, name)]
+    return not known or any(known) or bool(getattr(owner, "sliding_window", None))
 
 
 def _rotation(rope: Any, distance: int, device: torch.device) -> Rotation:

@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, KVCacheTensor
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    KVCacheTensor,
+    SlidingWindowSpec,
+)
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache.page_format import PageFormat
-from kvcompress_vllm.cache.state import PackedState
+from kvcompress_vllm.cache.state import PackedState, stacked_sinks
+from kvcompress_vllm.compression import replay
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.echo import score_heard
 from kvcompress_vllm.compression.pending import PendingReports
@@ -22,8 +30,9 @@ from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat.releases import vllm_places_layers
+from kvcompress_vllm.integration.engine.groups import compressed_group
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
-from kvcompress_vllm.integration.sizing import observe_slots, state_slots
+from kvcompress_vllm.integration.sizing import draft_tokens, observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import backend
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
@@ -36,6 +45,7 @@ from kvcompress_vllm.records.plan import StepPlan
 
 logger = init_logger("vllm.kv_compress")
 backend.register()  # this module is imported by workers, and only where compression is on
+backend.tell_chunks_from_full_attention()
 
 
 class KVCompressWorkerMixin(Worker):
@@ -58,20 +68,32 @@ class KVCompressWorkerMixin(Worker):
         layers: Any = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
         for name, spec in super().get_kv_cache_spec().items():
-            if (
-                type(spec) is not FullAttentionSpec
-                or spec.sliding_window is not None
-                or spec.attention_chunk_size is not None
-                or spec.non_causal
-                or spec.kv_quant_mode.value != 0
-            ):
+            if _is_local(spec):
+                specs[name] = spec  # stays vLLM's
+                continue
+            if not _is_plain(spec):
                 raise ValueError(
                     f"kv_compress: layer {name} needs {spec}; only plain causal full attention "
-                    "with an unquantised KV cache can be compressed"
+                    "with keys as long as values and an unquantised KV cache can be compressed, "
+                    "beside layers with a window or chunks"
                 )
             impl = layers[name].impl
             specs[name] = KVCompressSpec.of(
-                spec, window, impl.num_heads // impl.num_kv_heads, impl.scale, page_format
+                spec,
+                window,
+                impl.num_heads // impl.num_kv_heads,
+                impl.scale,
+                page_format,
+                getattr(impl, "soft_cap", 0.0),
+            )
+        if specs and not any(isinstance(spec, KVCompressSpec) for spec in specs.values()):
+            raise ValueError(
+                "kv_compress: no layer has full attention"
+                + (
+                    ""
+                    if self.parallel_config.pipeline_parallel_size == 1
+                    else " in this stage of the pipeline; use fewer stages"
+                )
             )
         return specs
 
@@ -120,6 +142,7 @@ class KVCompressWorkerMixin(Worker):
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
         context.echoes = plan.echoes
+        context.replays = plan.replays
         return pending
 
     def _end_step(self) -> None:
@@ -127,13 +150,15 @@ class KVCompressWorkerMixin(Worker):
         self.kv_compress_context.observations = []
         self.kv_compress_context.packed_prefills = []
         self.kv_compress_context.echoes = []
+        self.kv_compress_context.replays = []
 
     def _bind(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the state and attach it to every attention layer and metadata builder."""
         assert self.device is not None
-        runner = adapt(self.model_runner)
+        specs = [each.kv_cache_spec for each in kv_cache_config.kv_cache_groups]
+        runner = adapt(self.model_runner, compressed_group(specs))
         layers = self.vllm_config.compilation_config.static_forward_context
-        (found,) = kv_cache_config.kv_cache_groups
+        found = kv_cache_config.kv_cache_groups[runner.group]
         names = found.layer_names
         group = cache_group(found.kv_cache_spec, len(names))
         impls = {name: layers[name].impl for name in names}
@@ -141,6 +166,7 @@ class KVCompressWorkerMixin(Worker):
             if not isinstance(impl, KVCompressImpl):
                 raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
         state = self._state(group, kv_cache_config.num_blocks, self.device)
+        state.sink_logits = stacked_sinks([impl.sinks for impl in impls.values()])
         pages = all_pages(layers[names[0]].kv_cache, group)
         context = StepContext(
             state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
@@ -186,7 +212,7 @@ class KVCompressWorkerMixin(Worker):
             num_blocks=num_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
-            window=self.kv_compress_config.ring,
+            window=self.kv_compress_config.ring(draft_tokens(self.vllm_config)),
             dtype=dtype,
             device=device,
             accumulated=self.kv_compress_config.query_stride > 0,
@@ -195,23 +221,47 @@ class KVCompressWorkerMixin(Worker):
 
     def _extra_bytes(self, available: int) -> int:
         """What we allocate beside a KV cache of up to ``available`` bytes."""
-        specs = list(self.get_kv_cache_spec().values())
+        found = self.get_kv_cache_spec().values()
+        specs = [spec for spec in found if isinstance(spec, KVCompressSpec)]
         group = cache_group(specs[0].merge(specs), len(specs))
-        num_blocks = available // group.block_bytes
+        num_blocks = available // group.block_bytes  # or fewer, where another group has more layers
         state = self._state(group, num_blocks, torch.device("meta"))
         return state.num_bytes() + self._scratch_bytes(state, num_blocks)
 
     def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
-        """What the largest possible compression takes while it runs."""
+        """What the largest possible compression takes while it runs, or a repetition."""
         most = min(self.model_config.max_model_len, num_blocks * state.group.block_size)
+        repeats = self.kv_compress_config.exact != "off"
         return max(
-            scratch_bytes(policy, most, state.group, state.accumulated is not None)
-            for policy in usable_policies(self.kv_compress_config)
+            replay.scratch_bytes(most, state.group) if repeats else 0,
+            *(
+                scratch_bytes(policy, most, state.group, state.accumulated is not None)
+                for policy in usable_policies(self.kv_compress_config)
+            ),
         )
 
 
 class KVCompressWorker(LongestRequestMixin, KVCompressWorkerMixin, Worker):
     """The GPU worker."""
+
+
+def _is_local(spec: KVCacheSpec) -> bool:
+    """Whether a layer sees the latest tokens only, in a cache that nothing is done to."""
+    return (
+        type(spec) in (SlidingWindowSpec, ChunkedLocalAttentionSpec)
+        and spec.kv_quant_mode.value == 0  # type: ignore[attr-defined]
+    )
+
+
+def _is_plain(spec: KVCacheSpec) -> TypeGuard[FullAttentionSpec]:
+    return (
+        type(spec) is FullAttentionSpec
+        and spec.sliding_window is None
+        and spec.attention_chunk_size is None
+        and not spec.non_causal
+        and spec.head_size_v == spec.head_size
+        and spec.kv_quant_mode.value == 0
+    )
 
 
 def _agree(flags: torch.Tensor) -> torch.Tensor:
@@ -222,32 +272,46 @@ def _agree(flags: torch.Tensor) -> torch.Tensor:
 
 
 def packed_config(config: KVCacheConfig) -> KVCacheConfig:
-    """Lay all layers of a block out side by side in one buffer: ``[N, L, H, B, 2 * D]``.
+    """Lay all compressed layers of a block out side by side in one buffer:
+    ``[N, L, H, B, 2 * D]``.
+
+    Layer i of every group lies where that of the compressed one does, as a block belongs to one
+    group at a time; what other groups have more lies in buffers of its own, as vLLM has it.
 
     Raises:
-        ValueError: the layers do not form one uniform group.
+        ValueError: there is not one uniform group to compress, or vLLM leaves gaps.
     """
-    if len(config.kv_cache_groups) != 1:
+    groups = config.kv_cache_groups
+    group = groups[compressed_group([each.kv_cache_spec for each in groups])]
+    shape = cache_group(group.kv_cache_spec, len(group.layer_names))
+    most = max(len(each.layer_names) for each in groups)
+    if not group.layer_names:
         raise ValueError(
-            f"kv_compress: the model needs {len(config.kv_cache_groups)} KV cache "
-            "groups; only models with one kind of attention can be compressed"
+            "kv_compress: no layer of this stage of the pipeline has full attention; use fewer "
+            "stages"
         )
-    (group,) = config.kv_cache_groups
-    if not isinstance(group.kv_cache_spec, KVCompressSpec):
-        raise ValueError(f"kv_compress: cannot compress {group.kv_cache_spec}")
     if vllm_places_layers():
+        if most > shape.layers:
+            raise ValueError(
+                f"kv_compress: this vLLM leaves gaps between the {shape.layers} layers with full "
+                f"attention of a block, as another KV cache group has {most}; 0.28 does not"
+            )
         return config
     layer_bytes = group.kv_cache_spec.page_size_bytes
-    block_bytes = layer_bytes * len(group.layer_names)
-    tensors = [
-        KVCacheTensor(
-            size=block_bytes * config.num_blocks,
-            shared_by=[name],
-            offset=index * layer_bytes,
-            block_stride=block_bytes,
-        )
-        for index, name in enumerate(group.layer_names)
-    ]
+    tensors = []
+    for index in range(most):
+        shared = [each.layer_names[index] for each in groups if index < len(each.layer_names)]
+        if index < shape.layers:
+            tensors.append(
+                KVCacheTensor(
+                    size=shape.block_bytes * config.num_blocks,
+                    shared_by=shared,
+                    offset=index * layer_bytes,
+                    block_stride=shape.block_bytes,
+                )
+            )
+        else:
+            tensors.append(KVCacheTensor(size=layer_bytes * config.num_blocks, shared_by=shared))
     return replace(config, kv_cache_tensors=tensors)
 
 

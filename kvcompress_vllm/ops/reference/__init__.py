@@ -14,14 +14,33 @@ Several ops describe the same rows, always by the same six tensors:
     page_format how packed pages hold keys, see page_format.py: T keys each, m = T / B
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 from kvcompress_vllm.ops.reference.attention import paged_attention
-from kvcompress_vllm.ops.reference.compaction import compact_pages, fit_scales
+from kvcompress_vllm.ops.reference.compaction import compact_pages, empty_scales, fit_scales
 from kvcompress_vllm.ops.reference.echo import echo_scores, rotated
-from kvcompress_vllm.ops.reference.selection import select_pages
-from kvcompress_vllm.ops.reference.statistics import attention_statistics, key_statistics
+from kvcompress_vllm.ops.reference.selection import empty_selection, select_pages
+from kvcompress_vllm.ops.reference.statistics import (
+    attention_statistics,
+    empty_statistics,
+    key_statistics,
+)
 from kvcompress_vllm.ops.reference.writes import observe_queries, write_kv
 
+RESULTS: dict[str, Callable[..., object]] = {
+    "attention_statistics": lambda _, pages, *rest, **_logits: empty_statistics(
+        pages, *rest[-4:-2]
+    ),
+    "key_statistics": lambda pages, *rest: empty_statistics(pages, *rest[-2:]),
+    "select_pages": empty_selection,
+    "fit_scales": empty_scales,
+}
+"""What ops return that return something, by shape: ``torch.compile`` asks with no values."""
+
 __all__ = [
+    "RESULTS",
     "attention_statistics",
     "compact_pages",
     "echo_scores",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress_vllm.ops.reference.rows import State, hidden_keys
+from kvcompress_vllm.ops.reference.rows import State, capped, check_sinks, hidden_keys, with_sinks
 
 
 def paged_attention(
@@ -24,11 +24,22 @@ def paged_attention(
     layer: int,
     scale: float,
     out: Tensor,
+    *,
+    soft_cap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> None:
     """Causal attention of new tokens over their request's pages, prefill and decode alike.
 
     The keys of a head are its packed pages in order, then the tail; the last keys are the new
-    tokens themselves, so query i of n sees all but the last ``n - 1 - i`` keys. Softmax in fp32.
+    tokens themselves, so query i of n sees all but the last ``n - 1 - i`` keys. In fp32, with the
+    keys k and values v that query q of query head h sees::
+
+        x_j = q.k_j * scale                       without a soft cap
+        x_j = c * tanh(q.k_j * scale / c)         with the soft cap c
+        out = sum of exp(x_j) * v_j / (exp(s_h) + sum of exp(x_j))
+
+    ``exp(s_h)`` is there with sinks only: it takes its share and gives nothing. A sink is no key:
+    no cap applies to it, and causality does not hide it.
 
     Args:
         query: ``[>= T, H * G, D]``; query heads of one KV head are adjacent.
@@ -37,7 +48,13 @@ def paged_attention(
         layer: which layer of the state tables.
         scale: factor on the logits.
         out: like ``query``; rows of tokens outside ``[0, T)`` are left alone.
+        soft_cap: c (Gemma 2); 0: none.
+        sink_logits: ``[H * G]`` fp32, s (gpt-oss), -inf for a head without; None: no head has one.
+
+    Raises:
+        RuntimeError: ``soft_cap`` is negative or no number; sinks of another shape or dtype.
     """
+    check_sinks(sink_logits, query.shape[1])
     state = State(num_pages, first_page, covered, page_scales, page_format)
     heads = num_pages.shape[2]
     head_size = query.shape[-1]
@@ -52,6 +69,8 @@ def paged_attention(
             n = keys.shape[0]
             q = query[begin:end, head * group : (head + 1) * group].float()
             logits = torch.einsum("qgd,kd->gqk", q, keys[:, :head_size].float()) * scale
+            logits = capped(logits, soft_cap)
             logits.masked_fill_(hidden_keys(end - begin, n, query.device), float("-inf"))
-            result = torch.einsum("gqk,kd->qgd", logits.softmax(-1), keys[:, head_size:].float())
+            p = with_sinks(logits, sink_logits, head).softmax(-1)[..., :n]
+            result = torch.einsum("gqk,kd->qgd", p, keys[:, head_size:].float())
             out[begin:end, head * group : (head + 1) * group] = result.to(out.dtype)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,13 @@ def fit_scales(
         else:
             scales.copy_(formats.widen(head.scales, fresh.amin(0), fresh.amax(0), page_format))
     return result
+
+
+def empty_scales(pages: Tensor, *rest: Any) -> Tensor:
+    """What :func:`fit_scales` returns, by shape."""
+    page_format, kept_pages = rest[6], rest[7]
+    scales = PageFormat(page_format).scales_shape(pages.shape[2] // 2)
+    return pages.new_empty((*kept_pages.shape, *scales), dtype=formats.SCALE_DTYPE)
 
 
 def compact_pages(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress_vllm.ops.reference.rows import State, hidden_keys
+from kvcompress_vllm.ops.reference.rows import State, capped, check_sinks, hidden_keys, with_sinks
 
 
 def echo_scores(
@@ -28,6 +28,9 @@ def echo_scores(
     interleaved: bool,
     scale: float,
     scores: Tensor,
+    *,
+    soft_cap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> None:
     """What a repetition of the prompt would pay to each of its keys, for one layer.
 
@@ -42,8 +45,9 @@ def echo_scores(
         scores_j = max over i in [a, b) and the KV head's query heads of exp(q2.k_j * scale) / Z_i
 
     S counts where it is inside the segment, too, for the repetition sees it twice; it ends with the
-    segment if that is shorter. ``q2`` is rounded to the dtype of ``query``, as a model's own
-    rotation would; all else is fp32.
+    segment if that is shorter. A soft cap c makes each ``x`` above ``c * tanh(x / c)``; a learnt
+    sink of the query head h adds ``exp(s_h)`` to ``Z_i``, once, for the repetition is one softmax.
+    ``q2`` is rounded to the dtype of ``query``, as a model's own rotation would; all else is fp32.
 
     Args:
         query: ``[>= T, H * G, D]`` after RoPE; query heads of one KV head are adjacent.
@@ -59,7 +63,13 @@ def echo_scores(
         scale: factor on the logits.
         scores: ``[P, T]`` fp32, changed where a segment has a key: by page and key of the page, of
             which those of a tail have B.
+        soft_cap: c; 0: none.
+        sink_logits: ``[H * G]`` fp32, s; None: no head has one. ``num_sinks`` counts keys.
+
+    Raises:
+        RuntimeError: ``soft_cap`` is negative or no number; sinks of another shape or dtype.
     """
+    check_sinks(sink_logits, query.shape[1])
     state = State(num_pages, first_page, covered, page_scales, page_format)
     heads = num_pages.shape[2]
     group, head_size, block_size = query.shape[1] // heads, query.shape[2], pages.shape[1]
@@ -75,10 +85,14 @@ def echo_scores(
             q1 = query[token : token + n, head * group : (head + 1) * group].float()
             q2 = rotated(q1, rotation, interleaved).to(query.dtype).float()
             echo = torch.einsum("qgd,kd->gqk", q2, key) * scale
+            echo = capped(echo, soft_cap)
             sink = torch.einsum("qgd,kd->gqk", q2, sinks) * scale
+            sink = capped(sink, soft_cap)
             past = torch.einsum("qgd,kd->gqk", q1, key) * scale
+            past = capped(past, soft_cap)
             past.masked_fill_(hidden_keys(n, n, query.device), float("-inf"))
-            total = torch.cat([sink, echo, past], dim=-1).logsumexp(-1, keepdim=True)
+            seen = with_sinks(torch.cat([sink, echo, past], dim=-1), sink_logits, head)
+            total = seen.logsumexp(-1, keepdim=True)
             scores[of_head.place(held, block_size)] = (echo - total).exp().amax((0, 1))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -108,6 +109,43 @@ class Head(NamedTuple):
         """The same of everything that it holds, packed pages first."""
         n = self.num_keys(seq_len, pages.shape[1])
         return self.read(pages, torch.arange(n, device=pages.device))
+
+
+def capped(logits: Tensor, soft_cap: float) -> Tensor:
+    """``soft_cap * tanh(x / soft_cap)`` of each logit x, as Gemma 2 squeezes them; 0 leaves all.
+
+    Raises:
+        RuntimeError: it is negative, or no number.
+    """
+    if not 0 <= soft_cap < math.inf:
+        raise RuntimeError(f"soft_cap must be 0 (none) or positive, not {soft_cap}")
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def with_sinks(logits: Tensor, sink_logits: Tensor | None, head: int) -> Tensor:
+    """``[G, Q, n + 1]``: each query head's sink behind its logits ``[G, Q, n]``.
+
+    Args:
+        sink_logits: ``[H * G]``; None leaves the logits as they are.
+    """
+    if sink_logits is None:
+        return logits
+    group, queries, _ = logits.shape
+    of_heads = sink_logits[head * group : (head + 1) * group]
+    return torch.cat([logits, of_heads[:, None, None].expand(-1, queries, 1)], dim=-1)
+
+
+def check_sinks(sink_logits: Tensor | None, *shape: int) -> None:
+    """Refuse sinks that are not ``shape`` in fp32.
+
+    Raises:
+        RuntimeError: what they are.
+    """
+    if sink_logits is None:
+        return
+    if sink_logits.shape != shape or sink_logits.dtype is not torch.float32:
+        found = f"{list(sink_logits.shape)} in {sink_logits.dtype}"
+        raise RuntimeError(f"sink_logits must be {list(shape)} in float32, not {found}")
 
 
 def hidden_keys(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -115,3 +117,12 @@ def select_pages(
     flat_kept = kept_pages.flatten()
     kept_first = (flat_kept.cumsum(0) - flat_kept).to(torch.int32).view_as(kept_pages)
     return kept_pages, kept_first, keys.to(torch.int32).view(num_kept_pages, page_keys)
+
+
+def empty_selection(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`select_pages` returns, by shape."""
+    num_pages, page_format, num_freed, num_kept_pages = rest[2], rest[6], rest[8], rest[-1]
+    page_keys = PageFormat(page_format).keys_per_page(scores.shape[1])
+    heads = scores.new_empty((num_freed.shape[0], *num_pages.shape[1:]), dtype=torch.int32)
+    keys = scores.new_empty((num_kept_pages, page_keys), dtype=torch.int32)
+    return heads, torch.empty_like(heads), keys

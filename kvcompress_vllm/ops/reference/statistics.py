@@ -23,7 +23,7 @@ from kvcompress_vllm.ops.channels import (
     SUM_SQUARES,
     VALUE_NORM,
 )
-from kvcompress_vllm.ops.reference.rows import State
+from kvcompress_vllm.ops.reference.rows import State, capped, check_sinks, with_sinks
 
 
 def attention_statistics(
@@ -45,11 +45,15 @@ def attention_statistics(
     channels: int,
     query_stride: int,
     scale: float,
+    *,
+    soft_cap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """What observed queries of each request paid to each key, over all layers and heads.
 
     With ``p[q, g, k]`` the causal softmax of observed query q of group member g over all keys of
-    the head (tail included), per candidate key:
+    the head (tail included), its logits capped and its sink in the sum as for
+    :func:`~kvcompress_vllm.ops.reference.attention.paged_attention`, per candidate key:
 
         SUM               sum over q, g of p
         SUM_SQUARES       sum over q, g of p^2
@@ -75,20 +79,24 @@ def attention_statistics(
         num_candidate_pages: output pages in all.
         channels: part of the mask :data:`ATTENTION_CHANNELS`; the others are not computed.
         query_stride: tokens from one observed query to the next; 1 observes the last n.
+        soft_cap: of the logits; 0: none.
+        sink_logits: ``[L, H * G]`` fp32, -inf where there is none; None: nowhere. What a sink takes
+            of a query is in no channel: no key can have it.
 
     Returns:
         ``[selected channels, num_candidate_pages, B]`` fp32, channels in ascending order. Zero
         where no request has a candidate.
 
     Raises:
-        RuntimeError: ``channels`` has a bit of no such channel, or ``query_stride`` is not
-            positive.
+        RuntimeError: ``channels`` has a bit of no such channel, ``query_stride`` is not positive,
+            ``soft_cap`` negative or no number; sinks of another shape or dtype.
     """
     layers, _, window, _, head_size = ring.shape
     heads = num_pages.shape[2]
     state = State(num_pages, first_page, covered, page_scales, page_format)
     block_size = pages.shape[1]
     selected = _selected(channels, ATTENTION_CHANNELS)
+    check_sinks(sink_logits, layers, ring.shape[3])
     if query_stride < 1:
         raise RuntimeError(f"query_stride must be at least 1, not {query_stride}")
     result = ring.new_zeros((len(selected), num_candidate_pages, block_size), dtype=torch.float32)
@@ -113,7 +121,9 @@ def attention_statistics(
                 logits = torch.einsum("qgd,kd->gqk", queries[:, head], keys[:, :head_size].float())
                 key = torch.arange(keys.shape[0], device=ring.device)
                 hidden = key >= keys.shape[0] - unseen[:, None]
-                p = (logits * scale).masked_fill_(hidden, float("-inf")).softmax(-1)
+                logits = capped(logits * scale, soft_cap).masked_fill_(hidden, float("-inf"))
+                sinks = None if sink_logits is None else sink_logits[layer]
+                p = with_sinks(logits, sinks, head).softmax(-1)[..., : len(key)]
                 # A query older than every key that the head still has would leave NaN everywhere.
                 p.masked_fill_(hidden, 0.0)
                 place, count = of_head.candidates(start, new_f, block_size)
@@ -189,6 +199,12 @@ def key_statistics(
             for out, of_channel in zip(flat, selected, strict=True):
                 out[place : place + count] = channel[of_channel][:count]
     return result
+
+
+def empty_statistics(pages: Tensor, num_candidate_pages: int, channels: int) -> Tensor:
+    """What both ops return, by shape."""
+    shape = (channels.bit_count(), num_candidate_pages, pages.shape[1])
+    return pages.new_empty(shape, dtype=torch.float32)
 
 
 def _selected(channels: int, known: int) -> list[int]:

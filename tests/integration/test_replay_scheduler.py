@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contexts that are repeated (``exact=kvzip``), on vLLM's real scheduler with a pretend model that
+checks which scores each head holds."""
+
+from __future__ import annotations
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from kvcompress_vllm.scheduling import replay, slots
+from tests.integration.simulation import Simulation
+from tests.integration.test_sharing import OPTIONS, contexts, document, held
+
+EXACT = {**OPTIONS, "policy": "echo", "exact": "kvzip"}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch) -> None:
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
+    monkeypatch.setattr(replay, "PART", 100)
+
+
+def prompt_tokens(sim: Simulation) -> int:
+    sim.scheduler._replays.prepare()
+    return len(sim.scheduler._replays._prompt)
+
+
+def parts(sim: Simulation) -> list:
+    return [r for r in sim.scheduler.requests.values() if r.request_id in sim.scheduler._replays]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("page_dtype", ["auto", "int4"])
+def test_a_context_is_repeated_once_and_then_taken(asynchronous, page_dtype) -> None:
+    sim = Simulation(
+        120, {**EXACT, "page_dtype": page_dtype}, asynchronous=asynchronous, max_model_len=1024,
+        max_num_batched_tokens=600,
+    )  # fmt: skip
+    sim.add("other", document(2, 30), 90)
+    sim.add("first", [*document(1, 320), 5, 6, 7], 4, kv_compress_context_tokens=320)
+    while "first" in sim.live:
+        before = len(sim.outputs["other"])
+        sim.step()
+        # Who decodes goes on beside it.
+        assert len(sim.outputs["other"]) - before == 1 or sim.num_steps < 4
+    # 320 tokens in four parts, and the prompt before each.
+    assert sim.worker.replayed == {"first": 320 + 4 * prompt_tokens(sim)}
+    (context,) = contexts(sim)
+    sim.add("second", [*document(1, 320), 8, 9], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert context.hits == 1 and sim.worker.replayed.keys() == {"first"}
+    assert {name: len(ids) for name, ids in sim.outputs.items()} == {
+        "other": 90, "first": 4, "second": 4,
+    }  # fmt: skip
+    assert sim.pool.get_num_free_blocks() == 119
+    # Nothing of it is in the prefix cache but what is packed: a request that asks for the same text
+    # and no context computes it, and finds no score of a repetition.
+    cached = sim.num_cached_tokens
+    sim.add("plain", [*document(1, 320), 8, 9], 4)
+    sim.run()
+    assert sim.num_cached_tokens == cached
+
+
+def test_a_part_that_takes_all_positions_there_are_ends(monkeypatch) -> None:
+    """vLLM leaves the last position to what is sampled."""
+    sim = Simulation(80, EXACT, max_model_len=600)
+    monkeypatch.setattr(replay, "PART", 10_000)
+    sim.add("r", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.run(300)
+    assert len(sim.outputs["r"]) == 4 and sim.worker.replayed["r"] > 320
+
+
+def test_several_are_repeated_one_after_the_other_where_there_is_no_room_for_two() -> None:
+    """Each waits with half of the pool for room to be repeated in."""
+    sim = Simulation(40, EXACT, max_model_len=600, max_num_seqs=4)
+    for family in range(4):
+        sim.add(f"r{family}", [*document(family, 320), 5], 4, kv_compress_context_tokens=320)
+    while sim.scheduler.has_requests():
+        sim.step()
+        assert len(parts(sim)) <= 1
+        assert sim.num_steps < 500
+    assert all(len(sim.outputs[f"r{family}"]) == 4 for family in range(4))
+    assert len(sim.worker.replayed) == 4 and sim.pool.get_num_free_blocks() == 39
+
+
+@pytest.mark.parametrize("how", ["aborted", "preempted", "reset", "part preempted"])
+def test_whoever_goes_in_the_middle_leaves_nothing_behind(how) -> None:
+    sim = Simulation(120, EXACT, max_model_len=1024)
+    for index in range(2):
+        sim.add(f"r{index}", [*document(1, 320), index + 3], 4, kv_compress_context_tokens=320)
+    while not parts(sim) or parts(sim)[0].num_computed_tokens < 360:
+        sim.step()
+    assert held(sim) > 20
+    scheduler = sim.scheduler
+    if how == "aborted":
+        sim.abort("r0")
+    elif how == "reset":
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+    else:
+        (request,) = parts(sim) if how == "part preempted" else [scheduler.requests["r0"]]
+        scheduler.running.remove(request)
+        scheduler._preempt_request(request, 0.0)
+        assert request.status == RequestStatus.PREEMPTED
+    sim.run()
+    assert [len(sim.outputs[f"r{i}"]) for i in range(2)] == [0 if how == "aborted" else 4, 4]
+    assert len(contexts(sim)) == 1 and sim.num_compressions == 1
+    assert sim.pool.get_num_free_blocks() == 119
+    assert len(scheduler._replays) == 0 and not scheduler._replays._parts
+
+
+def test_a_part_that_ends_otherwise_ends_its_request_with_an_error() -> None:
+    sim = Simulation(120, EXACT, max_model_len=1024)
+    for index in range(2):
+        sim.add(f"r{index}", [*document(1, 320), index + 3], 4, kv_compress_context_tokens=320)
+    while not parts(sim):
+        sim.step()
+    sim.abort(parts(sim)[0].request_id)
+    sim.run()
+    assert sim.failed == {"r0"} and len(sim.outputs["r1"]) == 4
+    assert sim.pool.get_num_free_blocks() == 119
+
+
+def test_whoever_comes_past_the_front_end_ends_with_an_error() -> None:
+    sim = Simulation(120, EXACT, max_model_len=512)
+    sim.pass_by("long", document(1, 500), 4, kv_compress_context_tokens=480)
+    sim.pass_by("none", document(1, 100), 4, kv_compress_exact="kvzip")
+    sim.add("good", [*document(1, 160), 5], 4, kv_compress_context_tokens=160)
+    sim.run()
+    assert sim.failed == {"long", "none"} and len(sim.outputs["good"]) == 4
+
+
+def test_a_context_that_ends_the_prompt_is_packed_while_its_request_decodes() -> None:
+    sim = Simulation(120, EXACT, max_model_len=1024)
+    sim.add("r", document(1, 320), 60, kv_compress_context_tokens=320)
+    sim.run()
+    assert len(sim.outputs["r"]) == 60 and "r" in sim.worker.replayed
+    assert len(contexts(sim)) == 1
+
+
+def test_keys_that_nobody_heard_stay_beside_a_context(monkeypatch) -> None:
+    """Answers behind a shared context, too many to be listened to."""
+    monkeypatch.setattr(slots, "LISTENING_SHARE", 10**9)
+    sim = Simulation(900, {**OPTIONS, "policy": "echo"}, max_num_seqs=12, max_model_len=1024)
+    planner, unheard = sim.scheduler.kv_compress_planner, []
+    for index in range(12):
+        sim.add(f"r{index}", [*document(1, 320), *document(30 + index, 20)],
+                100 if index < 4 else 300, kv_compress_context_tokens=320)  # fmt: skip
+    shared = 0
+    while sim.scheduler.has_requests():
+        sim.step()
+        unheard += [sum(b - a for a, b in t.unheard) for t in planner.packed()]
+        shared = max(shared, *(len(c.users) for c in contexts(sim)), 0)
+    assert shared == 12 and max(unheard) > 64 and min(unheard) == 0
+    assert sim.num_compressions > 4 and sim.pool.get_num_free_blocks() == 899
+    # A context itself never keeps for that: it is packed from what its prompt was scored as.
+    assert all(len(tokens) in (100, 300) for tokens in sim.outputs.values())

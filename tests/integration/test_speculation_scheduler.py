@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculation on vLLM's real scheduler: what is rejected is never packed, never counts, and moves
+no compression. The simulation checks that every kept key is one of an accepted token."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.integration.simulation import Simulation
+
+ECHO = {"policy": "echo", "ratio": 4, "recent": 8, "window": 8, "interval": 4}
+POLICIES = {
+    "echo": ECHO,
+    "kv_compress": {**ECHO, "policy": "kv_compress"},
+    "h2o": {**ECHO, "policy": "h2o", "query_stride": 5},
+    "mass": {**ECHO, "policy": "kv_compress", "ratio": None, "mass": 0.6},
+    "int4": {**ECHO, "page_dtype": "int4"},
+}
+
+
+@pytest.fixture(autouse=True)
+def integrity(monkeypatch):
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(3, 1000) for _ in range(length)]
+
+
+def simulation(options: dict, drafts: int, acceptance: float, blocks: int = 400) -> Simulation:
+    return Simulation(
+        blocks,
+        options,
+        max_num_batched_tokens=300,
+        max_model_len=1024,
+        drafts=drafts,
+        acceptance=acceptance,
+    )
+
+
+def plans_of(sim: Simulation) -> list:
+    """Filled as it runs."""
+    plans, run = [], sim.worker.run
+
+    def recorded(output, tokens):
+        plans.append(output.kv_compress)
+        cached = output.scheduled_cached_reqs
+        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for item in output.kv_compress.compressions:
+            # Whatever comes behind attends to what is kept, as it would without speculation.
+            assert computed[item.request_id] == item.num_tokens
+        run(output, tokens)
+
+    sim.worker.run = recorded
+    return plans
+
+
+@pytest.mark.parametrize(
+    "policy, drafts, acceptance",
+    [
+        ("echo", 4, 0.0),
+        ("echo", 20, 0.9),
+        ("echo", 4, 1.0),
+        ("kv_compress", 1, 0.5),
+        ("h2o", 4, 0.6),
+        ("mass", 4, 0.6),
+        ("int4", 4, 0.6),
+    ],
+)
+def test_answers_and_keys_are_those_of_accepted_tokens(policy, drafts, acceptance):
+    """In a pool so small that some are preempted."""
+    sim = simulation(POLICIES[policy], drafts, acceptance, blocks=90)
+    source, wanted = random.Random(drafts), {}
+    for index in range(12):
+        wanted[str(index)] = source.randrange(1, 200)
+        sim.add(str(index), prompt(index % 5, source.randrange(20, 500)), wanted[str(index)])
+        for _ in range(source.randrange(5)):
+            sim.step()
+    sim.run()
+    assert {name: len(tokens) for name, tokens in sim.outputs.items()} == wanted
+    assert sim.num_compressions > 10 and (sim.num_rejected > 0) == (acceptance < 1)
+    assert sim.pool.get_num_free_blocks() == 89 and sim.state_slots_left == set()
+
+
+@pytest.mark.parametrize(
+    "policy, acceptance", [("echo", 0.0), ("echo", 0.7), ("kv_compress", 1.0), ("h2o", 0.7)]
+)
+def test_compressions_come_where_they_would_without(policy, acceptance):
+    found = []
+    for drafts in (0, 5):
+        sim = simulation(POLICIES[policy], drafts, acceptance)
+        plans = plans_of(sim)
+        for index, length in enumerate([40, 130, 200, 333]):
+            sim.add(str(index), prompt(index, length), 300)
+        sim.run()
+        compressions = [item for plan in plans for item in plan.compressions]
+        found.append(
+            sorted((c.request_id, c.num_tokens, c.covered, c.kept, c.protect) for c in compressions)
+        )
+    assert found[0] == found[1] and len(found[0]) > 12

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who has an observation slot, and what is heard with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.segments import DECODED
+
+B = 16
+
+
+def listening(observe_slots: int, *names: str) -> CompressionPlanner:
+    """Packed requests of 1600 tokens that decode."""
+    config = KVCompressConfig(policy="echo", ratio=None, budget_tokens=128, interval=4, window=8)
+    p = CompressionPlanner(config, B, 8, observe_slots, 10_000)
+    for name in names:
+        p.admit(name, 1600)
+        p.compressed(name, 1600)
+    return p
+
+
+def heard(p: CompressionPlanner, computed: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    return [(t.request_id, begin, end) for t, begin, end in p.observers.heard(computed)]
+
+
+def test_segments_are_heard_once_they_are_whole_or_a_compression_is_due() -> None:
+    p = listening(1, "a")
+    assert p.requests["a"].due_at == 1664
+    p.observers.listen({"a": 1600})
+    assert p.observers.used == 0, "whoever listens would give its slot"
+    seen = p.observe("a", 1600, 1)
+    assert seen is not None and seen.observe_from == 1600
+    assert heard(p, {"a": 1615}) == []
+    assert heard(p, {"a": 1633}) == [("a", 1600, 1616), ("a", 1616, 1632)]
+    p.watch({"a": 1656})
+    assert p.observers.used == 1 and p.requests["a"].listen_slot is not None
+    p.requests["a"].due_at = 1650
+    assert heard(p, {"a": 1650}) == [("a", 1632, 1648), ("a", 1648, 1650)], "up to where it is due"
+
+
+def test_a_single_token_is_not_heard() -> None:
+    p = listening(1, "a")
+    a = p.requests["a"]
+    a.unscored.computed(1600, 1664, False)
+    p.observers.listen({"a": 1615})
+    assert heard(p, {"a": 1632}) == [("a", 1616, 1632)]
+    assert a.listened == 1632 and a.unscored.before(1664) == ((1600, 1616), (1632, 1664))
+
+
+def test_the_last_who_listens_gives_its_slot() -> None:
+    p = listening(2, "a", "b", "c")
+    computed = dict.fromkeys("abc", 1601)
+    p.observers.listen(computed)
+    listeners = [name for name, t in p.requests.items() if t.listen_slot is not None]
+    assert listeners == ["a", "b"] and heard(p, computed | {"c": 1700}) == []
+    p.admit("d", 1600)
+    assert p.observers.used == 1 and p.requests["b"].listen_slot is None
+    assert p.requests["a"].listen_slot is not None
+    p.admit("e", 1600)
+    assert p.observers.used == 2 and not p.newcomers.can_admit(1600)
+    slots = {p.requests[name].observe_slot for name in "de"}
+    assert slots == {0, 1}
+    for name in "de":
+        p.release(name)
+    p.observers.listen(computed | {"c": DECODED})
+    assert [n for n, t in p.requests.items() if t.listen_slot is not None] == ["a", "b"]
+
+
+def test_whoever_reads_its_prompt_does_not_listen() -> None:
+    p = listening(2)
+    p.admit("short", 100)
+    p.admit("long", 1600)
+    p.observers.listen({"short": 99, "long": 1600})
+    assert [t.listen_slot for t in p.requests.values()] == [None, None]
+    p.observers.listen({"short": 100})
+    assert p.requests["short"].listen_slot is not None
+
+
+def test_what_is_observed_of_a_generation_begins_where_it_was_counted_before() -> None:
+    config = KVCompressConfig(policy="h2o", ratio=None, budget_tokens=128, interval=1, window=32)
+    p = CompressionPlanner(config, B, 8, 2, 10_000)
+    p.admit("a", 1600)
+    p.compressed("a", 1600)
+    a = p.requests["a"]
+    seen = p.observed(a, a.due_at)
+    assert a.due_at == 1616 and seen is not None and seen.num_queries == 16
