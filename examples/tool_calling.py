@@ -9,6 +9,7 @@ write nothing but arguments that fit, and the value it finds in the document.
 """
 
 import json
+
 from document import API_KEY, PROMPT, SERVER, show
 from openai import OpenAI
 

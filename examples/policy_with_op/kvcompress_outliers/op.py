@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op: its schema, what it computes (in PyTorch, on every device), and its kernel for the CPU."""
+"""The op: its schema, what it computes (in PyTorch, on every device), its kernel for the CPU."""
 
 from __future__ import annotations
 

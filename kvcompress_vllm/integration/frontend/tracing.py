@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compression did to a request, as attributes of the OpenTelemetry span that vLLM makes for it.
+"""What compression did to a request, as attributes of its OpenTelemetry span.
 
 vLLM makes a span per sequence once it has finished, where ``--otlp-traces-endpoint`` is given, and
 ends it in the same call. The attributes have the names of :class:`Counts` behind ``kv_compress.``.
