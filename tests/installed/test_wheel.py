@@ -54,7 +54,6 @@ def test_it_is_fit_to_run(installed: Environment) -> None:
     assert report["problems"] == [] and all(report["kernels"]["CPU"].values())
     where = installed.run("-c", "import kvcompress_vllm; print(kvcompress_vllm.__file__)")
     assert Path(where.strip()).is_relative_to(installed.packages)
-    installed.run("-m", "pip", "check", "--quiet") if "CI" in installed.variables() else None
 
 
 def test_it_serves(server: Server, spans: Collector) -> None:
