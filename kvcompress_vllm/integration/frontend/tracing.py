@@ -28,7 +28,8 @@ def install() -> None:
     if getattr(OutputProcessor, _PATCHED, False):
         return
     setattr(OutputProcessor, _PATCHED, True)
-    stock_tracing, stock_span = OutputProcessor.do_tracing, output_processor.instrument_manual
+    stock_tracing = OutputProcessor.do_tracing
+    stock_span = output_processor.instrument_manual  # type: ignore[attr-defined]
 
     @functools.wraps(stock_tracing)
     def do_tracing(
@@ -49,4 +50,4 @@ def install() -> None:
         return stock_span(*args, **kwargs)
 
     OutputProcessor.do_tracing = do_tracing  # type: ignore[method-assign]
-    output_processor.instrument_manual = instrument_manual
+    output_processor.instrument_manual = instrument_manual  # type: ignore[attr-defined]
