@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/
 	@command -v c++ >/dev/null || echo "No C++ compiler: the PyTorch references will run. On Debian and Ubuntu: apt install g++"
 	$(PIP) install --quiet --upgrade pip "setuptools>=77,<82" wheel ninja
 	$(PIP) install --quiet --upgrade "vllm$(if $(VLLM),==$(VLLM),$(SUPPORTED))"
-	$(PIP) install --quiet --no-build-isolation --editable ".[test$(RAY)]"
+	$(PIP) install --quiet --no-build-isolation --editable ".[test,langchain$(RAY)]"
 	@touch $@
 
 install: $(VENV)/.installed
