@@ -13,7 +13,13 @@ from kvcompress_vllm import LLM
 
 def main(model: str) -> None:
     # As vllm.LLM, which would take additional_config={"kv_compress": {"ratio": 8}}.
-    llm = LLM(model, kv_compress={"ratio": 8}, max_model_len=2048, enforce_eager=True)
+    llm = LLM(
+        model,
+        kv_compress={"ratio": 8},
+        max_model_len=2048,
+        enforce_eager=True,
+        kv_cache_memory_bytes=64 << 20,  # enough for the bundled model; leave it out for others
+    )
     params = llm.get_default_sampling_params()
     params.temperature, params.max_tokens = 0, 16
     (output,) = llm.chat([{"role": "user", "content": PROMPT}], params)

@@ -130,12 +130,15 @@ def spans() -> Iterator[Collector]:
 def server(
     installed: Environment, spans: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    # Not one of those that the system gives to clients: the server takes it only after a while.
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                break
+    url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("server") / "log"
     command = [installed.python, "-m", "vllm.entrypoints.cli.main", "serve", MODEL,
-               "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", url.split(":")[-1],
+               "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port),
                "--kv-cache-memory-bytes", "64M", "--enforce-eager",
                "--kv-compress", "ratio=8,allow_policies=loudest+outliers",
                "--enable-auto-tool-choice", "--tool-call-parser", "hermes",

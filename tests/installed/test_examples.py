@@ -63,7 +63,7 @@ def test_batch_file(installed: Environment, tmp_path: Path) -> None:
     installed.run(
         "-m", "vllm.entrypoints.cli.main", "run-batch", "-i", requests, "-o", answers,
         "--model", MODEL, "--served-model-name", "tiny", "--kv-compress", "ratio=8",
-        "--enforce-eager",
+        "--enforce-eager", "--kv-cache-memory-bytes", "64M",
     )  # fmt: skip
     printed = installed.run(EXAMPLES / "batch_file.py", "show", answers).splitlines()
     assert sorted(printed) == [f"eight: 4923853 {RATIO_8}", f"two: 4923853 {RATIO_2}"]

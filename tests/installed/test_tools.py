@@ -37,7 +37,8 @@ def test_bench_throughput(installed: Environment, tmp_path: Path) -> None:
     printed = installed.run(
         *VLLM, "bench", "throughput", "--model", MODEL, "--dataset-name", "random",
         "--random-input-len", "600", "--random-output-len", "20", "--num-prompts", "8",
-        "--kv-compress", "ratio=8", "--enforce-eager", "--output-json", result,
+        "--kv-compress", "ratio=8", "--enforce-eager", "--kv-cache-memory-bytes", "64M",
+        "--output-json", result,
     )  # fmt: skip
     assert json.loads(result.read_text())["num_requests"] == 8
     assert "Throughput: " in printed
