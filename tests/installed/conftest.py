@@ -41,6 +41,9 @@ class Environment:
     def __init__(self, folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
         self.python = folder / "bin" / "python"
+        lscpu = shutil.which("lscpu")  # which vLLM asks about the processor
+        if lscpu:
+            (folder / "bin" / "lscpu").symlink_to(lscpu)
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
         (self.packages,) = folder.glob("lib/python*/site-packages")
