@@ -16,17 +16,21 @@ export KVCOMPRESS_BUILD ?= $(if $(shell command -v nvidia-smi),auto,$(if $(shell
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: install serve test engine releases check docs format clean
+# Of wheels for others: compiled for all GPUs where nvcc is, whether or not this machine has one.
+WHEEL_KERNELS ?= $(if $(shell command -v nvcc),cuda,cpu)
+DIST ?= dist
+
+.PHONY: install serve test engine releases wheel distributions check docs format clean
 
 # vLLM brings its own torch, so it comes first; our extension is then built against that torch.
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), "Python 3.10 to 3.13 is needed; set PYTHON="'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "Cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@command -v c++ >/dev/null || echo "No C++ compiler: the PyTorch references will run. On Debian and Ubuntu: apt install g++"
 	$(PIP) install --quiet --upgrade pip "setuptools>=77,<82" wheel ninja
 	$(PIP) install --quiet --upgrade "vllm$(if $(VLLM),==$(VLLM),$(SUPPORTED))"
-	$(PIP) install --quiet --no-build-isolation --editable ".[test$(RAY)]"
+	$(PIP) install --quiet --no-build-isolation --editable ".[test,langchain$(RAY)]"
 	@touch $@
 
 install: $(VENV)/.installed
@@ -47,6 +51,20 @@ engine: install
 # The same with every release that we support: needs 30 GB and an hour. `RELEASES="0.27.1 0.30.0"`.
 releases: install
 	$(VENV)/bin/python -m tests.releases.run $(RELEASES)
+
+# dist/ gets the source distribution and a wheel that runs on other machines (docs/install.md).
+wheel: install
+	$(MAKE) distributions
+
+# What `make wheel` does once its tools are there. auditwheel refuses what older systems do not have.
+distributions:
+	rm -rf build/lib* build/bdist* $(DIST)
+	KVCOMPRESS_BUILD=$(WHEEL_KERNELS) $(VENV)/bin/python -m build --no-isolation --sdist --wheel --outdir $(DIST)/here .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m auditwheel repair --plat manylinux_2_28_$(shell uname -m) \
+		--exclude "libtorch*" --exclude "libc10*" --wheel-dir $(DIST) $(DIST)/here/*.whl
+	mv $(DIST)/here/*.tar.gz $(DIST)
+	rm -r $(DIST)/here
+	@ls -l $(DIST)
 
 check: install
 	$(VENV)/bin/ruff format --check .

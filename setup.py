@@ -112,8 +112,9 @@ def extensions(cpp_extension: Any) -> list[Extension]:
         return []
     headers = [str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*h")]
     common = {"define_macros": MACROS, "depends": headers, "py_limited_api": True}
+    shared = [str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*.cpp")]
     cpu = cpp_extension.CppExtension(
-        "kvcompress_vllm._C", sources("cpu", "cpp"), extra_compile_args=CXX_FLAGS, **common
+        "kvcompress_vllm._C", sources("cpu", "cpp") + shared, extra_compile_args=CXX_FLAGS, **common
     )
     if BUILD == "cpu":
         return [cpu]
@@ -127,7 +128,7 @@ def extensions(cpp_extension: Any) -> list[Extension]:
     # CUDAExtension would link the shared runtime, which a bare toolkit may lack at run time.
     cuda = cpp_extension.CppExtension(
         "kvcompress_vllm._C_cuda",
-        sources("cuda", "cu"),
+        sources("cuda", "cu") + shared,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
         library_dirs=[cudart_folder(cpp_extension)],

@@ -310,3 +310,11 @@ def test_limits_may_be_given_before_the_ratio() -> None:
             KVCompressConfig.from_dict(options)
     with pytest.raises(ValueError, match=r"max_ratio=0.5 is not accepted"):
         check({"max_ratio": 0.5})
+
+
+def test_flags_may_name_the_allowed_policies() -> None:
+    options = parse_spec("ratio=4,allow_policies=snapkv+keydiff")
+    check(options)  # as flags are, one by one
+    assert KVCompressConfig.from_dict(options).allow_policies == ("snapkv", "keydiff")
+    with pytest.raises(ValueError, match="allow_policies='nobody' is not accepted"):
+        check(parse_spec("allow_policies=nobody"))

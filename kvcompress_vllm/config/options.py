@@ -346,6 +346,8 @@ def check_value(name: str, value: Any) -> None:
         ValueError: naming option, value and what is accepted.
     """
     rule = OPTIONS[name].metadata
+    if name == "allow_policies":
+        value = named_policies(value)
     if not (value is None and rule["optional"]) and not rule["accepts"](value):
         raise refusal(name, value, rule["accepted"])
 

@@ -89,11 +89,12 @@ def _patch_engine_config(engine_args: Any) -> None:
 
 def _install_front_end() -> None:
     """In the process in which an engine's client is made, before it is; idempotent."""
-    from kvcompress_vllm.integration.frontend import checks, endpoints, prometheus, usage
+    from kvcompress_vllm.integration.frontend import checks, endpoints, prometheus, tracing, usage
 
     checks.install()
     prometheus.install()
     usage.install()
+    tracing.install()
     endpoints.install()
 
 

@@ -13,6 +13,23 @@ SERVER = "tests/integration/test_server.py"
 COMMANDS = {
     # The environment and what is made in it.
     r"make (install|check|test|engine|docs)": "installs: .ci/run runs it on a fresh clone",
+    r"make wheel": "tests/installed/conftest.py::wheel",
+    r"pip install kvcompress_vllm-\S+\.whl": (
+        "tests/installed/test_wheel.py::test_one_wheel_serves_every_python_and_torch"
+    ),
+    r"pip install --no-build-isolation \./examples/policy": (
+        "tests/installed/test_examples.py::test_policy_of_ones_own"
+    ),
+    r"vllm serve models/tiny --kv-compress ratio=4,allow_policies=loudest": (
+        "tests/installed/test_examples.py::test_policy_of_ones_own"
+    ),
+    r"vllm bench serve --base-url .*": "tests/installed/test_tools.py::test_bench_serve",
+    r"vllm bench throughput --model models/tiny .*": (
+        "tests/installed/test_tools.py::test_bench_throughput"
+    ),
+    r"vllm serve models/tiny --kv-compress ratio=8 --otlp-traces-endpoint \S+": (
+        "tests/installed/test_wheel.py::test_it_serves"
+    ),
     r"make serve": f"{SERVER}::test_needles_and_blocks",
     r"make releases": "long: an hour, 30 GB",
     r"pip install --no-build-isolation \.": (

@@ -63,7 +63,7 @@ def test_a_context_is_repeated_once_and_then_taken(asynchronous, page_dtype) -> 
 
 def test_a_part_that_takes_all_positions_there_are_ends(monkeypatch) -> None:
     """vLLM leaves the last position to what is sampled."""
-    sim = Simulation(80, EXACT, max_model_len=600)
+    sim = Simulation(80, EXACT, max_model_len=320 + replay.ROOM)
     monkeypatch.setattr(replay, "PART", 10_000)
     sim.add("r", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
     sim.run(300)
@@ -72,7 +72,7 @@ def test_a_part_that_takes_all_positions_there_are_ends(monkeypatch) -> None:
 
 def test_several_are_repeated_one_after_the_other_where_there_is_no_room_for_two() -> None:
     """Each waits with half of the pool for room to be repeated in."""
-    sim = Simulation(40, EXACT, max_model_len=600, max_num_seqs=4)
+    sim = Simulation(40, EXACT, max_model_len=320 + replay.ROOM, max_num_seqs=4)
     for family in range(4):
         sim.add(f"r{family}", [*document(family, 320), 5], 4, kv_compress_context_tokens=320)
     while sim.scheduler.has_requests():

@@ -24,6 +24,7 @@ from kvcompress_vllm.reporting.usage import CompressionUsage, Counts, UsageLog
 
 FIELD = "kv_compress"
 _PATCHED = "_kv_compress_patched"
+_COUNTS = "_kv_compress_counts"
 _USAGE_ONLY = '"choices":[]'
 """In the one chunk of a stream that carries nothing but the usage. Generated text cannot look like
 it: JSON would escape its quotes."""
@@ -72,8 +73,9 @@ def install() -> None:
             usage = owner.kv_compress = CompressionUsage()
         if kv_transfer_params is not None and FIELD in kv_transfer_params:
             new = Counts(*kv_transfer_params[FIELD])
-            usage.add(new, getattr(self, "_kv_compress_counts", Counts()))
-            self._kv_compress_counts, kv_transfer_params = new, None
+            usage.add(new, sequence_counts(self))
+            setattr(self, _COUNTS, new)
+            kv_transfer_params = None
         if self.stats is not None and not isinstance(self.stats, RequestStats):
             self.stats = RequestStats(**vars(self.stats), kv_compress=usage)
         output = stock(
@@ -85,6 +87,11 @@ def install() -> None:
         return output
 
     RequestState.make_request_output = make_request_output  # type: ignore[method-assign]
+
+
+def sequence_counts(state: RequestState) -> Counts:
+    """Of one sequence, as far as its engine has told; zeros where it was never compressed."""
+    return getattr(state, _COUNTS, Counts())
 
 
 def report_in_usage(state: Any) -> None:

@@ -26,7 +26,7 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.config.options import BUDGETS, KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
-from kvcompress_vllm.integration.sizing import state_slots
+from kvcompress_vllm.integration.sizing import draft_tokens, state_slots
 from kvcompress_vllm.integration.start.attention_kinds import full_layers
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.records.group import CacheGroup
@@ -306,16 +306,16 @@ def _requests(
 
 def _beside(config: VllmConfig, own: KVCompressConfig, group: CacheGroup, blocks: int) -> int:
     """Bytes that compression allocates beside so many blocks, as the worker does."""
-    scheduler = config.scheduler_config
+    scheduler, drafts = config.scheduler_config, draft_tokens(config)
     slots = num_observe_slots(
-        own, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, blocks, group
+        own, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, blocks, group, drafts
     )
     state = PackedState(
         group,
         num_blocks=blocks,
         state_slots=state_slots(config, blocks),
         observe_slots=slots,
-        window=own.ring,
+        window=own.ring(drafts),
         dtype=_model_dtype(config),
         device=torch.device("meta"),
         accumulated=own.query_stride > 0,

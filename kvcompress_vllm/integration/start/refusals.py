@@ -240,6 +240,7 @@ def check_graphs(vllm_config: VllmConfig, missing: str | None) -> None:
     """
     if missing is not None and not vllm_config.model_config.enforce_eager:
         raise ValueError(
-            f"kv_compress: {missing}. Without them CUDA graphs cannot be captured: build them with "
-            "KVCOMPRESS_BUILD=cuda, or give --enforce-eager to run the references, which are slow"
+            f"kv_compress: {missing}. Without them CUDA graphs cannot be captured: install a wheel "
+            "that has them, build them with KVCOMPRESS_BUILD=cuda, or give --enforce-eager to run "
+            "the references, which are slow"
         )
