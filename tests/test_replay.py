@@ -62,6 +62,33 @@ def test_scores_are_the_highest_probability_of_all_parts(device, dtype, atol, mo
     assert (stored[others] == 0.9).all()
 
 
+def test_soft_caps_and_sinks_are_those_of_attention() -> None:
+    """Against ``softmax`` over the capped logits and one more, which is the sink."""
+    random = torch.Generator().manual_seed(1)
+    group = CacheGroup(layers=L, heads=H, queries_per_head=G, head_size=D, block_size=B,
+                       itemsize=4, scale=0.5, soft_cap=5.0)  # fmt: skip
+    sinks = torch.randn(L, H * G, generator=random) * 3
+    state = PackedState(group, num_blocks=4, state_slots=1, observe_slots=1, window=4,
+                        dtype=torch.float32, device=torch.device("cpu"), echo=True,
+                        sink_logits=sinks)  # fmt: skip
+    assert state.echo is not None
+    pages = torch.randn(4 * L * H, B, 2 * D, generator=random)
+    query, row = torch.randn(5, H * G, D, generator=random), torch.tensor([3, 1, 2])
+    op.clear(state, [3, 1])
+    op.score(state, pages, 1, query, row, 2, 2 * B)
+    keys = pages.view(4, L, H, B, 2 * D)[row, 1].transpose(0, 1).flatten(1, 2)[..., :D]
+    for head in range(H):
+        wanted = torch.zeros(2 * B)
+        for token in range(5):
+            for g in range(G):
+                q = query[token, head * G + g]
+                logits = 5 * torch.tanh(keys[head, : 2 * B + token + 1] @ q * 0.5 / 5)
+                logits = torch.cat([logits, sinks[1, head * G + g].view(1)])
+                wanted = torch.maximum(wanted, logits.softmax(0)[: 2 * B])
+        found = state.echo.view(4, L, H, B)[[3, 1], 1, head].flatten()
+        torch.testing.assert_close(found, wanted)
+
+
 def test_parts_are_the_whole_context_and_fit_behind_it(monkeypatch) -> None:
     monkeypatch.setattr(replay, "PART", 100)
     context, repeat = list(range(1000, 1250)), [1, 2, 3]

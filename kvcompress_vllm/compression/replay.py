@@ -50,7 +50,9 @@ def score(
     behind it pays to them, in one layer.
 
     Of key j it is the maximum over tokens and the KV head's query heads of
-    ``exp(q.k_j * scale) / sum over all keys up to the token of exp(q.k * scale)``.
+    ``exp(z_j) / (sum over all keys up to the token of exp(z) + exp(sink))``, where ``z`` is
+    ``q.k * scale`` within the group's soft cap, and a learnt sink only counts where the query head
+    has one.
 
     Args:
         pages: ``[P, B, 2 * D]``, which hold the keys of all these tokens already.
@@ -71,15 +73,20 @@ def score(
     q = query.view(count, heads, -1, group.head_size).permute(1, 2, 0, 3)
     position = torch.arange(first + count, device=row.device)
     n = num_context * size
+    sinks = state.logits(layer)["sink_logits"]
     best = torch.zeros(heads, n, dtype=torch.float32, device=row.device)
     step = max(1, MOST_LOGITS // (heads * q.shape[1] * (first + count)))
     for begin in range(0, count, step):
         part = q[:, :, begin : begin + step]
         logits = _product(part.flatten(1, 2), keys).mul_(group.scale)
+        if group.soft_cap:
+            logits.div_(group.soft_cap).tanh_().mul_(group.soft_cap)
         logits = logits.view(*part.shape[:3], -1)
         later = position > position[first + begin : first + begin + part.shape[2], None]
         logits.masked_fill_(later, float("-inf"))
         total = logits.logsumexp(-1, keepdim=True)
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks.view(heads, -1, 1, 1))
         found = logits[..., :n].sub_(total).exp_().amax((1, 2))
         best = torch.maximum(best, found)
     of_context = page[:num_context].flatten()

@@ -144,9 +144,9 @@ def _patch_requests() -> None:
         from kvcompress_vllm.integration.frontend.checks import bad_request
         from kvcompress_vllm.integration.frontend.requests import (
             check_context,
-            check_exact,
             check_length,
             check_request,
+            check_sharing,
             send_budget,
         )
 
@@ -156,7 +156,7 @@ def _patch_requests() -> None:
         with bad_request():
             check_length(config, self.vllm_config, request, budget)
             check_context(config, request)
-            check_exact(self.vllm_config, request, budget)
+            check_sharing(self.vllm_config, request, budget)
             send_budget(budget, request.sampling_params)
         return request
 

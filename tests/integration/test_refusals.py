@@ -121,6 +121,24 @@ def test_resolved_settings(part: str, field: str, value: Any, feature: str) -> N
         check(config)
 
 
+@pytest.mark.parametrize(
+    "options", [{"exact": "kvzip"}, {"context_stride": 256}], ids=["exact", "stride"]
+)
+def test_what_is_for_shared_contexts_where_nobody_can_share_one(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    layers = ["sliding_attention", "full_attention"] * 2
+    model = model_like(
+        tmp_path, architectures=["Olmo3ForCausalLM"], model_type="olmo3", num_hidden_layers=4,
+        sliding_window=64, layer_types=layers,
+    )  # fmt: skip
+    (key,) = options
+    with pytest.raises(
+        ValueError, match=rf"kv_compress: {key}=\S+ is not accepted: layers with a w"
+    ):
+        EngineArgs(model, additional_config={"kv_compress": options}).create_engine_config()
+
+
 def test_several_ranks_of_an_external_launcher() -> None:
     """Every rank has a scheduler of its own there, which hears its own rank only."""
     config = engine_config()

@@ -102,7 +102,7 @@ def check(vllm_config: Any, prompt: Any, params: Any) -> None:
             )
             requests.check_length(config, vllm_config, rendered, budget)
             requests.check_context(config, rendered)
-            requests.check_exact(vllm_config, rendered, budget)
+            requests.check_sharing(vllm_config, rendered, budget)
 
 
 def check_bodies(app: FastAPI) -> None:

@@ -12,10 +12,17 @@ from typing import Any
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.engine.kv_cache import most_needed
-from kvcompress_vllm.integration.frontend.wish import CONTEXT, EXACT, KEYS, PREFIX, request_wish
+from kvcompress_vllm.integration.frontend.wish import (
+    CONTEXT,
+    EXACT,
+    KEYS,
+    PREFIX,
+    STRIDE,
+    request_wish,
+)
 from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.integration.start.attention_kinds import has_local
-from kvcompress_vllm.integration.start.refusals import exact_problem
+from kvcompress_vllm.integration.start.refusals import exact_problem, unshared
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.replay import ROOM, may_repeat
@@ -87,8 +94,9 @@ def check_context(config: KVCompressConfig, request: Any) -> None:
         )
 
 
-def check_exact(vllm_config: Any, request: Any, budget: RequestBudget) -> None:
-    """Refuse a context that cannot be repeated, though its request or the server wants that.
+def check_sharing(vllm_config: Any, request: Any, budget: RequestBudget) -> None:
+    """Refuse contexts that nobody could share, and one that cannot be repeated though its request
+    or the server wants that.
 
     Args:
         request: vLLM's ``EngineCoreRequest``.
@@ -97,6 +105,11 @@ def check_exact(vllm_config: Any, request: Any, budget: RequestBudget) -> None:
     Raises:
         ValueError: naming why, and the way out.
     """
+    alone = unshared(vllm_config)
+    if budget.context_stride and alone is not None:
+        raise ValueError(
+            f"{STRIDE}={budget.context_stride} is not accepted: {alone}; {STRIDE}=0 is"
+        )
     if not budget.exact:
         return
     longest, problem = vllm_config.model_config.max_model_len, exact_problem(vllm_config)

@@ -190,6 +190,13 @@ def check_sizes(vllm_config: VllmConfig) -> None:
     check_peak(config, Sizes(resolve(config), limits))
 
 
+def unshared(vllm_config: VllmConfig) -> str | None:
+    """Why the requests of a model do not share contexts; None: they do."""
+    if kinds.has_local(vllm_config):
+        return "layers with a window or chunks keep nothing of a context, so nobody can share it"
+    return None
+
+
 def exact_problem(vllm_config: VllmConfig) -> str | None:
     """Why contexts cannot be repeated (``exact=kvzip``) whatever a request asks for; None: they
     can."""
@@ -199,18 +206,23 @@ def exact_problem(vllm_config: VllmConfig) -> str | None:
         return "--max-num-seqs must be 2 at least: a context is repeated beside its request"
     if vllm_config.model_config.skip_tokenizer_init:
         return "--skip-tokenizer-init is given; the prompt that asks for it must be tokenised"
-    return None
+    return unshared(vllm_config)
 
 
 def check_exact(vllm_config: VllmConfig) -> None:
-    """Refuse repetitions that could never take place.
+    """Refuse repetitions that could never take place, and contexts that nobody could share.
 
     Raises:
         ValueError: naming what is in the way.
     """
     config, problem = resolved_config(vllm_config), exact_problem(vllm_config)
-    if config is not None and config.exact != "off" and problem is not None:
+    if config is None:
+        return
+    if config.exact != "off" and problem is not None:
         raise ValueError(f"kv_compress: exact={config.exact!r} is not accepted: {problem}")
+    stride, problem = config.context_stride, unshared(vllm_config)
+    if stride and problem is not None:
+        raise ValueError(f"kv_compress: context_stride={stride!r} is not accepted: {problem}")
 
 
 def check_kernels(vllm_config: VllmConfig) -> None:
