@@ -69,14 +69,16 @@ def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_model_that_is_not_compressed(tmp_path: Path) -> None:
-    model = model_like(tmp_path, attn_logit_softcapping=50.0)
+    model = model_like(tmp_path, param_sink_number=128)
     report = capacity.examine(model, ["--kv-compress", "ratio=8"], 4 * GIB, None)
     assert not report["compressed"] and report["compressed_layers"] == []
-    assert "soft caps of attention scores is not supported" in report["problems"][0]
+    assert "learnt keys before the prompt is not supported" in report["problems"][0]
     fits = rows(report)
     assert fits[1, "auto"]["requests"] and fits[8, "auto"]["requests"] is None
     text = capacity.render(report)
-    assert "NOT compressed" in text and "-: not compressed" in text and "PROBLEM: soft caps" in text
+    assert (
+        "NOT compressed" in text and "-: not compressed" in text and "PROBLEM: learnt keys" in text
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from vllm.v1.attention.backends import fa_utils
 
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState, stacked_sinks
-from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
+from kvcompress_vllm.integration.worker.attention import KVCompressImpl
 from kvcompress_vllm.integration.worker.cuda_attention import (
     KVCompressCudaImpl,
     KVCompressCudaMetadata,
     PrefillRows,
 )
+from kvcompress_vllm.integration.worker.metadata import StepContext
 from kvcompress_vllm.ops import reference
 from kvcompress_vllm.records.group import CacheGroup
 

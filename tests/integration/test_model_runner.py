@@ -23,12 +23,12 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from kvcompress_vllm.cache.state import PackedState
-from kvcompress_vllm.integration.worker.attention import StepContext
 from kvcompress_vllm.integration.worker.cuda_attention import (
     KVCompressCudaBackend,
     KVCompressCudaMetadata,
     KVCompressCudaMetadataBuilder,
 )
+from kvcompress_vllm.integration.worker.metadata import StepContext
 from kvcompress_vllm.integration.worker.model_runner import RunnerV2
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import Observation

@@ -11,11 +11,8 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionLayer
 
 from kvcompress_vllm.integration.compat.releases import kv_cache_layouts
-from kvcompress_vllm.integration.worker.attention import (
-    KVCompressBackend,
-    KVCompressImpl,
-    KVCompressMetadata,
-)
+from kvcompress_vllm.integration.worker.attention import KVCompressBackend, KVCompressImpl
+from kvcompress_vllm.integration.worker.metadata import KVCompressMetadata
 
 
 class LocalCpuImpl(KVCompressImpl):

@@ -55,5 +55,11 @@ def tell_chunks_from_full_attention() -> None:
 
     module: Any = chunked_local_attention
     stock = module.get_attn_backend
-    if not isinstance(stock, functools.partial):
-        module.get_attn_backend = functools.partial(stock, has_sliding_window=True)
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def get_attn_backend(*args: Any, **kwargs: Any) -> Any:
+        return stock(*args, **{**kwargs, "has_sliding_window": True})
+
+    module.get_attn_backend = get_attn_backend

@@ -26,9 +26,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache import layout
-from kvcompress_vllm.integration.worker.attention import (
-    KVCompressBackend,
-    KVCompressImpl,
+from kvcompress_vllm.integration.worker.attention import KVCompressBackend, KVCompressImpl
+from kvcompress_vllm.integration.worker.metadata import (
     KVCompressMetadata,
     KVCompressMetadataBuilder,
     StepContext,

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvcompress_vllm.cache.transfer import to_device
 from kvcompress_vllm.integration.compat.releases import batch_order_is_told
-from kvcompress_vllm.integration.worker.attention import KVCompressMetadataBuilder
+from kvcompress_vllm.integration.worker.metadata import KVCompressMetadataBuilder
 
 
 class RunnerAdapter(ABC):

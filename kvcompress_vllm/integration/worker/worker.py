@@ -35,8 +35,9 @@ from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_gr
 from kvcompress_vllm.integration.sizing import draft_tokens, observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import backend
-from kvcompress_vllm.integration.worker.attention import KVCompressImpl, StepContext
+from kvcompress_vllm.integration.worker.attention import KVCompressImpl
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
+from kvcompress_vllm.integration.worker.metadata import StepContext
 from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
 from kvcompress_vllm.integration.worker.rotary import rotations
 from kvcompress_vllm.integration.worker.steps import Steps
