@@ -17,6 +17,7 @@ _BACKEND = "kvcompress_vllm.integration.worker.attention.KVCompressBackend"
 _CUDA_BACKEND = "kvcompress_vllm.integration.worker.cuda_attention.KVCompressCudaBackend"
 
 
+_PATCHED = "_kv_compress"
 _LOCAL = "sliding_window"
 """Kind of a layer that sees a part of the context, as vLLM's ``backend_per_kind`` spells it."""
 
@@ -55,11 +56,12 @@ def tell_chunks_from_full_attention() -> None:
 
     module: Any = chunked_local_attention
     stock = module.get_attn_backend
-    if hasattr(stock, "__wrapped__"):
+    if getattr(stock, _PATCHED, False):
         return
 
     @functools.wraps(stock)
     def get_attn_backend(*args: Any, **kwargs: Any) -> Any:
         return stock(*args, **{**kwargs, "has_sliding_window": True})
 
+    setattr(get_attn_backend, _PATCHED, True)
     module.get_attn_backend = get_attn_backend
