@@ -26,6 +26,7 @@ from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
 from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.integration.engine.kv_cache import budget_of, cache_group
+from kvcompress_vllm.integration.engine.recording import Recording
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.integration.engine.step import StepBuilder
@@ -35,11 +36,8 @@ from kvcompress_vllm.integration.frontend.usage import send
 from kvcompress_vllm.integration.sizing import context_slots, observe_slots, step_tokens
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
-from kvcompress_vllm.records.plan import StepPlan
 from kvcompress_vllm.records.report import Scored
-from kvcompress_vllm.reporting.digest import Digest
-from kvcompress_vllm.reporting.metrics import Occupancy, Recorder
-from kvcompress_vllm.reporting.shortage import Shortage
+from kvcompress_vllm.reporting.metrics import Recorder
 from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling.echo import EchoPlanner
 from kvcompress_vllm.scheduling.observation import check_steps
@@ -82,12 +80,13 @@ class _KVCompressMixin(Scheduler):
         layers = max(len(each.layer_names) for each in groups)
         block_bytes = self.kv_compress_group.block_bytes * layers // len(group.layer_names) * ranks
         self._recorder = Recorder(self.log_stats, block_bytes)
-        self._shortage = Shortage()
         self._usage = UsageLog(block_bytes)
+        self._recording = Recording(
+            self, self.kv_compress_planner, others, self._recorder, self._usage
+        )
         self.kv_compress_sharing = Sharing(
             manager, self.kv_compress_planner, self._usage, alone=not others
         )
-        self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
         manager.on_release = self._release
         self._failures: dict[str, str] = {}
         """Why requests that came since the last step cannot be served, by id."""
@@ -152,10 +151,8 @@ class _KVCompressMixin(Scheduler):
             self.requests,
             self._check_integrity,
         )
-        self._count(plan)
+        self._recording.step(plan, output, self._steps.waits)
         output.kv_compress = plan  # type: ignore[attr-defined]
-        if self._recorder.enabled:
-            self._count_preemptions(output)
         if self._check_integrity:
             self.check_integrity()
         return output
@@ -218,23 +215,7 @@ class _KVCompressMixin(Scheduler):
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             return None
-        planner, manager = self.kv_compress_planner, self.kv_compress_manager
-        pool, shared = manager.block_pool, self.kv_compress_sharing.report()
-        report = self._recorder.take(
-            manager.packed,
-            planner.observers.used,
-            planner.observers.count,
-            Occupancy(
-                pool.num_gpu_blocks - 1,
-                pool.get_num_free_blocks(),
-                *self.get_request_counts(),
-                manager.held_by_packed()
-                + sum(map(self.kv_compress_others.held, manager.packed))
-                - shared.saved_blocks,
-                len(pool.cached_block_hash_to_block),
-            ),
-            shared,
-        )
+        report = self._recording.take(self.kv_compress_sharing.report())
         return KVCompressSchedulerStats.of(stats, report)
 
     def check_integrity(self) -> None:
@@ -301,55 +282,16 @@ class _KVCompressMixin(Scheduler):
             may_wait=not request.has_encoder_inputs,
         )
 
-    def _count(self, plan: StepPlan) -> None:
-        """Record what this step compresses."""
-        if self._steps.waits:
-            self._recorder.reserve_wait()
-        for item in plan.compressions:
-            self._recorder.compressed(item)
-            tracked = self.kv_compress_planner.requests[item.request_id]
-            self._shortage.compressed(item, tracked.usual_due)
-            marks = self.kv_compress_planner.marks(tracked.sizes, tracked.prefill_end)
-            self._usage.compressed(item, item.num_tokens if item.num_tokens in marks else None)
-            before = item.old_packing.held(len(item.old_blocks))
-            after = item.packing.held(len(item.old_blocks))
-            if not item.old_kept:  # a long generation is compressed over and over
-                self._digest.add(item.num_tokens, before, after)
-            logger.debug(
-                "kv_compress: %s: %d tokens, %d -> %d blocks",
-                printable(item.request_id),
-                item.num_tokens,
-                before,
-                after,
-            )
-
     def _release(self, request_id: str) -> None:
         """Called when a request gives its blocks up."""
         if request_id in self._replays:
             return
         self.kv_compress_planner.release(request_id)
-        self._recorder.released(request_id)
-        self._shortage.released(request_id)
         request = self.requests.get(request_id)
         self.kv_compress_sharing.released(request, request_id)
         if request is not None and request.is_finished():
             self._admission.finished(request)
-        if request is None or request.is_finished():
-            self._recorder.finished(request_id)
-
-    def _count_preemptions(self, output: SchedulerOutput) -> None:
-        """Record what this step preempted, and what it would have without pressure."""
-        manager, others = self.kv_compress_manager, self.kv_compress_others
-
-        def blocks(request: Request) -> int:
-            return manager.held(request.request_id) + others.held(request.request_id)
-
-        avoided = self._shortage.step(
-            manager.block_pool.get_num_free_blocks(),
-            lambda request_id: self.requests[request_id].num_computed_tokens,
-            ((request.request_id, blocks(request)) for request in reversed(self.running)),
-        )
-        self._recorder.stepped(len(output.preempted_req_ids or ()), avoided)
+        self._recording.released(request_id, ended=request is None or request.is_finished())
 
 
 class KVCompressScheduler(_KVCompressMixin, Scheduler):
