@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -34,7 +35,7 @@ def check(name: str, config: KVCompressConfig) -> None:
     for num_keys, num_kept, packed in LENGTHS:
         made_up = evidence(policy, config, num_keys, num_kept, packed)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _one_thread():
                 scores, _, wrong = judge.scores(policy, made_up)
                 if bool(wrong):
                     raise judge.PolicyError("score or worth returned numbers that are not finite")
@@ -44,6 +45,18 @@ def check(name: str, config: KVCompressConfig) -> None:
                 f"kv_compress: policy={name!r} failed a trial with {num_keys} made-up keys: "
                 f"{error}; correct it (docs/extend.md) or name another policy"
             ) from error
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Start no threads of OpenMP: the engine may be forked from this process, and would wait for
+    ever for threads that a fork leaves behind."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def allowed(config: KVCompressConfig) -> tuple[KVCompressConfig, dict[str, str]]:

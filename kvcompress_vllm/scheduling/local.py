@@ -45,11 +45,13 @@ class LocalLayers(NamedTuple):
     Attributes:
         groups: one for each cache group.
         in_flight: tokens that steps may compute at once of a prompt.
+        drafts: tokens that a step of a generation may compute beyond its next.
     """
 
     groups: Sequence[Local]
     block_size: int
     in_flight: int
+    drafts: int = 0
 
     def most(self, num_tokens: int) -> int:
         """The most blocks of a request that is to have ``num_tokens`` tokens, while its prompt is
@@ -58,7 +60,7 @@ class LocalLayers(NamedTuple):
 
     def decoding(self, num_tokens: int) -> int:
         """The most blocks of one that has ``num_tokens`` tokens, and decodes."""
-        return self._blocks(num_tokens, 2)
+        return self._blocks(num_tokens, 2 + self.drafts)
 
     def growth(self, num_tokens: int, more: int) -> int:
         """By how many blocks a request that decodes will grow at most within ``more`` tokens."""

@@ -101,3 +101,34 @@ def test_compressions_come_where_they_would_without(policy, acceptance):
             sorted((c.request_id, c.num_tokens, c.covered, c.kept, c.protect) for c in compressions)
         )
     assert found[0] == found[1] and len(found[0]) > 12
+
+
+@pytest.mark.parametrize(
+    "options, windows",
+    [
+        ({}, (48, 96)),
+        ({"exact": "kvzip"}, ()),
+        ({"policy": "kv_compress", "prefill_peak_tokens": 256}, ()),
+        ({"context_stride": 256}, ()),
+    ],
+    ids=["windows", "exact", "peak", "stride"],
+)
+def test_beside_what_else_moves_compressions(options, windows):
+    """In a pool that is too small, with requests that share the beginning of their prompts."""
+    sim = Simulation(
+        130, {**ECHO, **options}, max_num_batched_tokens=300, max_model_len=1024, drafts=4,
+        acceptance=0.6, windows=windows,
+    )  # fmt: skip
+    source, wanted = random.Random(1), {}
+    for index in range(9):
+        length = source.randrange(200, 600)
+        context = {"kv_compress_context_tokens": 192} if not options.get("context_stride") else {}
+        wanted[str(index)] = source.randrange(1, 120)
+        asked = context if index % 2 else {}
+        sim.add(str(index), prompt(index % 3, length), wanted[str(index)], **asked)
+        for _ in range(source.randrange(5)):
+            sim.step()
+    sim.run()
+    assert {name: len(tokens) for name, tokens in sim.outputs.items()} == wanted
+    assert sim.num_compressions > 5 and sim.num_rejected > 100 and not sim.failed
+    assert sim.pool.get_num_free_blocks() == 129 and sim.state_slots_left == set()

@@ -7,6 +7,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,24 @@ def test_the_engine_still_ends_on_a_signal(monkeypatch: pytest.MonkeyPatch) -> N
             judge.scores(policy, made_up)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_trial_leaves_a_process_that_can_be_forked() -> None:
+    """As vLLM forks the engine; threads of OpenMP would be missing in it."""
+    script = """
+import os, signal, torch
+from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.policies import trial
+torch.set_num_threads(2)
+for name in ("echo", "cake", "h2o"):
+    trial.check(name, KVCompressConfig.from_dict({"policy": name}))
+assert torch.get_num_threads() == 2
+child = os.fork()
+if not child:
+    signal.alarm(20)  # ends it if it waits
+    print((torch.ones(1000, 1000) @ torch.ones(1000, 1000)).exp().isinf().all().item(), flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

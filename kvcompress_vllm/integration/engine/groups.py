@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, KVCompressSpec
+from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.scheduling.local import Local, LocalLayers
 
 
@@ -93,6 +94,7 @@ class OtherGroups:
             [span_of(manager.kv_cache_spec) for manager in self._others],
             found.block_size,
             config.max_in_flight_tokens,
+            draft_tokens(config),
         )
         stock = coordinator.cache_blocks
 
