@@ -114,7 +114,7 @@ def test_the_forecast_knows_that_compressions_wait_for_observation_slots() -> No
 def test_blocks_of_a_context_count_once_among_those_who_will_not_pack_anew() -> None:
     planner = CompressionPlanner(KVCompressConfig(ratio=4, interval=4), B, 8, 8, 10_000, 2)
     budget = resolve(planner.config, Wish(context_tokens=800))
-    planner.admit("a", 900, budget, wanted=b"key")
+    planner.admit("a", 900, budget, wanted={800: b"key"})
     (a,) = planner.due({"a": 800})
     context = planner.new_context(a)
     assert context is not None and context.packing == (50, 13)

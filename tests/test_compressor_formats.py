@@ -36,7 +36,7 @@ class Request:
         )
         stride = self.config.query_stride
         self.state = PackedState(
-            CacheGroup(L, H, G, D, B, 2, D**-0.5, page_format), num_blocks=BLOCKS,
+            CacheGroup(L, H, G, D, B, 2, D**-0.5, page_format=page_format), num_blocks=BLOCKS,
             state_slots=4, observe_slots=2, window=W, dtype=torch.bfloat16,
             device=torch.device("cpu"), echo=True, accumulated=stride > 0,
         )  # fmt: skip

@@ -137,7 +137,7 @@ def test_nobody_waits_for_a_context_that_is_not_packed(kept: int) -> None:
 def test_others_wait_on_while_a_peak_interrupts_whoever_computes_a_context() -> None:
     config = KVCompressConfig(ratio=8, prefill_peak_tokens=320, window=8)
     p = CompressionPlanner(config, 16, 4, 4, 4096, context_slots=2)
-    p.admit("a", 1000, resolve(config, Wish(context_tokens=480)), wanted=b"key")
+    p.admit("a", 1000, resolve(config, Wish(context_tokens=480)), wanted={480: b"key"})
     (a,) = p.due({"a": 320})
     assert p.new_context(a) is None, "not there yet"
     p.compressed("a", 320)

@@ -482,6 +482,7 @@ def test_the_page(browser: Any, tmp_path: Path) -> None:
 
         def check_totals(requests: int) -> None:
             page.wait(lambda: page.text("compressed_requests") == str(requests))
+            page.wait(lambda: page.numbers("saved_blocks") == [0])  # and it has ended
             ours = server.ours()
             shown = page.numbers("compressed_requests", "prefill", "decode", "pressure",
                                  "freed_blocks")  # fmt: skip

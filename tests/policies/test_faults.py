@@ -166,7 +166,7 @@ def test_ranks_agree_on_what_failed() -> None:
 
 
 def test_the_example_of_the_docs_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "extend.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "my_package.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
