@@ -51,7 +51,7 @@ def test_policy_of_ones_own(
 
 def test_offline(installed: Environment) -> None:
     printed = installed.run(EXAMPLES / "offline.py", MODEL).splitlines()
-    assert [line for line in printed if "blocks of" in line] == [
+    assert [line for line in printed if "blocks of KV cache" in line] == [
         f"4923853 {RATIO_8}",
         f"4923853 {KEPT}",
     ]
