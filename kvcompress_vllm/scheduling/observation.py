@@ -132,10 +132,7 @@ def chunk(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> i
     """How many of ``num_tokens`` tokens from ``first_token`` on the next step may compute of a
     request that is, or would be, observed; see :meth:`CompressionPlanner.chunk`."""
     due_at, block_size = tracked.due_at, tracked.sizes.limits.block_size
-    if not tracked.in_prefill:
-        # Drafted tokens: those after a compression attend to what it keeps, accepted or not.
-        return min(num_tokens, due_at - first_token) if first_token < due_at else num_tokens
-    if tracked.observe_slot is None:
+    if tracked.observe_slot is None or not tracked.in_prefill:
         return num_tokens
     if first_token >= due_at:
         waits = tracked.awaits_curve or tracked.awaits_replay

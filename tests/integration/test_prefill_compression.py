@@ -142,8 +142,9 @@ def test_protected_positions_outlive_every_compression(monkeypatch, seed: int) -
 def test_a_request_that_keeps_all_must_fit_where_prompts_are_bounded() -> None:
     config = KVCompressConfig(ratio=4, prefill_peak_tokens=1024)
     engine = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=8192),
+        model_config=SimpleNamespace(max_model_len=8192, hf_text_config=SimpleNamespace()),
         cache_config=SimpleNamespace(block_size=16),
+        num_speculative_tokens=0,
     )
 
     def check(config, engine, request):
@@ -193,5 +194,5 @@ def test_what_was_observed_of_a_request_that_is_preempted_is_not_added_up() -> N
     plan = scheduler._steps.begin({"r": request.num_computed_tokens})
     assert [item.old_kept > 0 for item in plan.accumulations] == [True]
     scheduler.kv_cache_manager.free(request)
-    scheduler._steps.complete(plan, {}, scheduler.requests, False)
+    scheduler._steps.complete(plan, {}, {}, scheduler.requests, False)
     assert len(plan.released) == 1 and plan.accumulations == []

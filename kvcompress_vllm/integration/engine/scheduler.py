@@ -252,7 +252,8 @@ class _KVCompressMixin(Scheduler):
             return self._replays.chunk(request, first_token, num_new_tokens)
         tracked = planner.requests.get(request.request_id)
         if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
-            # It decodes, and nothing is due that its prompt began.
+            # It decodes, and nothing is due that its prompt began. What is drafted ends where a
+            # compression is due: what comes behind attends to what that keeps, accepted or not.
             return min(num_new_tokens, max(1, tracked.due_at - first_token))
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         context = self._admission.hit(request)
