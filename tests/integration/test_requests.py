@@ -265,3 +265,16 @@ def test_the_budget_travels_to_the_engine() -> None:
     assert nothing.extra_args == {"other": 7} and received_budget(config, nothing) is None
     with pytest.raises(ValueError, match="unknown kv_compress_resolved"):
         check_request(config, params, resumable=False)
+
+
+def test_a_stride_where_nobody_can_share_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "unshared", lambda config: "its layers have a window")
+    params = SamplingParams(extra_args={"kv_compress_context_stride": 256})
+    budget = check_request(KVCompressConfig(), params, resumable=False)
+    message = (
+        "kv_compress_context_stride=256 is not accepted: its layers have a window; leave it out"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        requests.check_sharing(SimpleNamespace(), SimpleNamespace(), budget)
+    monkeypatch.setattr(requests, "unshared", lambda config: None)
+    requests.check_sharing(SimpleNamespace(), SimpleNamespace(), budget)

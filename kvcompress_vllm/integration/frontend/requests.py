@@ -107,9 +107,7 @@ def check_sharing(vllm_config: Any, request: Any, budget: RequestBudget) -> None
     """
     alone = unshared(vllm_config)
     if budget.context_stride and alone is not None:
-        raise ValueError(
-            f"{STRIDE}={budget.context_stride} is not accepted: {alone}; {STRIDE}=0 is"
-        )
+        raise ValueError(f"{STRIDE}={budget.context_stride} is not accepted: {alone}; leave it out")
     if not budget.exact:
         return
     longest, problem = vllm_config.model_config.max_model_len, exact_problem(vllm_config)
