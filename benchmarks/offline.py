@@ -69,9 +69,14 @@ def engine_parser(module: str, description: str | None, engines: str) -> argpars
         type=engine_names,
         default=engines,
         help="comma-separated ratios, 'stock' for vLLM without the flag; separate by ';' instead "
-        "to give options, like 'stock;ratio=8,decode=false'",
+        "to give options, like 'stock;ratio=8,decode=false', and vLLM's own arguments behind a "
+        "colon, like 'stock:kv_cache_dtype=fp8'",
     )
-    parser.add_argument("--kv-tokens", type=int, help="size of the KV cache; default: all memory")
+    parser.add_argument(
+        "--kv-tokens",
+        type=int,
+        help="size of the KV cache in tokens of 16 bits per number; default: all memory",
+    )
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--plot", type=Path, help="draw the results into this file")
     return parser
@@ -91,13 +96,34 @@ def options(name: str) -> dict[str, Any] | None:
     """``kv_compress`` of one engine.
 
     Args:
-        name: "stock", a ratio, or ``key=value`` options joined by commas.
+        name: "stock", a ratio, or ``key=value`` options joined by commas; behind a colon may
+            stand what :func:`arguments` reads.
     """
     from kvcompress_vllm.config.spelling import parse_spec
 
-    if name == STOCK:
+    ours, _, _ = name.partition(":")
+    if ours == STOCK:
         return None
-    return parse_spec(name) if "=" in name else {"ratio": float(name)}
+    return parse_spec(ours) if "=" in ours else {"ratio": float(ours)}
+
+
+def arguments(name: str, kv_tokens: int | None) -> dict[str, Any]:
+    """vLLM's arguments of one engine, of which the name gives some: ``stock:kv_cache_dtype=fp8``.
+
+    Args:
+        name: of the engine.
+        kv_tokens: size of the KV cache in tokens of 16 bits per number; None: all memory. With FP8
+            the same bytes hold twice as many.
+    """
+    import yaml
+
+    _, _, theirs = name.partition(":")
+    pairs = (pair.partition("=") for pair in theirs.split(",") if pair)
+    found: dict[str, Any] = {key: yaml.safe_load(value) for key, _, value in pairs}
+    if kv_tokens is not None:
+        times = 2 if str(found.get("kv_cache_dtype")).startswith("fp8") else 1
+        found["num_gpu_blocks_override"] = pool_blocks(times * kv_tokens)
+    return found
 
 
 def run_alone(module: str, name: str) -> list[str]:
@@ -120,9 +146,6 @@ def build(args: argparse.Namespace, name: str, workloads: list[Workload]) -> Any
     is off because no two prompts share anything."""
     from kvcompress_vllm import LLM
 
-    pool = {}
-    if args.kv_tokens is not None:
-        pool["num_gpu_blocks_override"] = pool_blocks(args.kv_tokens)
     return LLM(
         args.model or str(SHAPE),
         kv_compress=options(name),
@@ -133,7 +156,7 @@ def build(args: argparse.Namespace, name: str, workloads: list[Workload]) -> Any
         enable_prefix_caching=False,
         block_size=BLOCK_SIZE,
         disable_log_stats=False,
-        **pool,
+        **arguments(name, args.kv_tokens),
     )
 
 

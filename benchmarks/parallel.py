@@ -24,9 +24,9 @@ from benchmarks.offline import (
     SHAPE,
     STOCK,
     Workload,
+    arguments,
     engine_parser,
     options,
-    pool_blocks,
     run_alone,
 )
 from benchmarks.throughput import print_table
@@ -100,7 +100,7 @@ async def measure(args: argparse.Namespace, ranks: str, name: str) -> None:
 
     workload: Workload = args.workload
     given = options(name)
-    arguments: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "model": args.model or str(SHAPE),
         "load_format": "auto" if args.model and not dummy(args.model) else "dummy",
         "skip_tokenizer_init": True,
@@ -110,13 +110,12 @@ async def measure(args: argparse.Namespace, ranks: str, name: str) -> None:
         "block_size": BLOCK_SIZE,
         **layout(ranks),
         **args.engine_args,
+        **arguments(name, args.kv_tokens),
     }
-    if args.kv_tokens is not None:
-        arguments["num_gpu_blocks_override"] = pool_blocks(args.kv_tokens)
     if given is not None:
-        arguments["additional_config"] = {"kv_compress": given}
+        chosen["additional_config"] = {"kv_compress": given}
     start = time.perf_counter()
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**chosen))
     ready = time.perf_counter() - start
     choice = random.Random(0)
     try:

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks.batch import write_burstgpt
 from benchmarks.batch_ray import draw, tokens
+from benchmarks.offline import arguments as of_engine
+from benchmarks.offline import options
 from benchmarks.parallel import layout
 
 
@@ -47,3 +49,11 @@ def test_layouts() -> None:
     for wrong in ("tp0", "tp", "xx2", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="is no layout, like tp2"):
             layout(wrong)
+
+
+def test_names_of_engines() -> None:
+    assert options("stock:kv_cache_dtype=fp8") is None and options("8:dtype=half") == {"ratio": 8}
+    given = of_engine("ratio=8,decode=false:kv_cache_dtype=fp8,enforce_eager=true", 1600)
+    expected = {"kv_cache_dtype": "fp8", "enforce_eager": True, "num_gpu_blocks_override": 201}
+    assert given == expected
+    assert of_engine("8", 1600) == {"num_gpu_blocks_override": 101} and of_engine("8", None) == {}
