@@ -65,6 +65,8 @@ def engine_of(choice: Choice, base: str) -> str:
 
 def _started_with(config: KVCompressConfig) -> str:
     """A policy that makes the scheduler observe what this one needs."""
+    if config.exact != "off":
+        return config.policy
     policy = policies.find(config.policy)
     if not (config.query_stride and policy.observes_all):
         return "streaming"

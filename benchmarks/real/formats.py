@@ -189,6 +189,9 @@ FORMATS: dict[str, Format] = {
     "int4_rotated_token": Format(4, rotated(by_token), rotated(by_token)),
     "int4_rotated_v": Format(4, by_channel, rotated(by_channel)),
     "int4_run64": Format(4, by_run(64, by_channel), by_run(64, by_channel)),
+    "int4_run64_clipped": Format(4, by_run(64, THREE), by_run(64, THREE)),
+    "int4_run64_k": Format(4, by_run(64, THREE), PRODUCT),
+    "int4_run64_k_token_v": Format(4, by_run(64, THREE), by_token),
     "int4_run256": Format(4, by_run(256, by_channel), by_run(256, by_channel)),
     "int4_rotated_clipped": Format(4, rotated(SIX), rotated(SIX)),
     "int4_no_sinks": Format(4, without_sinks(by_channel), without_sinks(by_channel)),
@@ -196,5 +199,5 @@ FORMATS: dict[str, Format] = {
     "int4_keys_only": Format(4, by_channel, plain),
     "int4_values_only": Format(4, plain, by_channel),
 }
-"""The last four and ``int4_run64`` are no formats of equal bytes: they say what part of the loss
-comes from where."""
+"""The last four and those of runs of 64 keys are no formats of equal bytes: they say what part of
+the loss comes from where."""

@@ -135,8 +135,9 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
       }
       const float* sinks = p.logits.of_head(slot, group);
       if (merged.y > 0.f) merged.y += sink_weight(sinks, g, merged.x);
-      // A query older than every key that the head still has counts nowhere.
-      merged = merged.y > 0.f ? make_float2(merged.x, 1.f / merged.y) : make_float2(0.f, 0.f);
+      // A query older than every key that the head still has counts nowhere; what is no number
+      // stays that, so that a policy's scores are refused rather than silently wrong.
+      merged = merged.y == 0.f ? make_float2(0.f, 0.f) : make_float2(merged.x, 1.f / merged.y);
     }
     state[i] = merged;
   }

@@ -8,12 +8,14 @@ checked on every step.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.platforms import current_platform
 from vllm.sampling_params import (
     BeamSearchParams,
     RequestOutputKind,
@@ -294,3 +296,12 @@ def test_pause_and_resume(compressing: LLM, compressed: list[float]) -> None:
             core.resume_scheduler()
             steps += 1
     assert [received[f"stream-{i}"] for i in range(3)] == whole
+
+
+def test_no_process_compiles_a_cuda_launcher_in_the_background(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without libcuda it never links, so every start would try again."""
+    monkeypatch.delenv("HUMMING_DISABLE_PARALLEL_BUILD", raising=False)
+    current_platform.import_kernels()
+    assert os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] == "1"

@@ -37,6 +37,9 @@ class KVCompressCpuPlatform(CpuPlatform):
 
     @classmethod
     def import_kernels(cls) -> None:
+        # A library of vLLM's for quantised weights has every process compile its CUDA launcher in
+        # the background, which without libcuda takes a core for a minute and then does not link.
+        os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
         kernels.register()
         newer.claim_no_amx()
         rejection.mend_expand()
