@@ -283,6 +283,38 @@ def test_auto_finds_what_comes_again() -> None:
     assert all(len(tokens) == 4 for tokens in sim.outputs.values())
 
 
+def test_a_context_that_is_the_whole_prompt() -> None:
+    """Others share it, but not one who has nothing behind it to compute; within a peak what ends a
+    prompt is none."""
+    sim = Simulation(80, OPTIONS)
+    for name in ("first", "second"):
+        sim.add(name, document(1, 320), 4, kv_compress_context_tokens=320)
+        sim.run()
+    (context,) = contexts(sim)
+    assert context.hits == 0 and sim.num_compressions == 2
+    sim.add("third", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert context.hits == 1 and sim.num_compressions == 2
+    sim = Simulation(80, {**OPTIONS, "prefill_peak_tokens": 256})
+    sim.add("first", document(1, 320), 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert contexts(sim) == []
+
+
+def test_the_usage_names_the_context() -> None:
+    sim = Simulation(80, OPTIONS)
+    sim.add("packs", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.add("alone", document(2, 320), 4)
+    counts = {}
+    while sim.live:
+        sim.step()
+        counts |= sim.scheduler._usage._counts
+    assert {name: count.context_tokens for name, count in counts.items()} == {
+        "packs": 320, "alone": 0,
+    }  # fmt: skip
+    assert all(count.compressions == 1 for count in counts.values())
+
+
 def test_off_shares_nothing() -> None:
     sim = Simulation(80, {**OPTIONS, "share": "off"})
     for index in range(2):
