@@ -64,8 +64,8 @@ def observe(tracked: Tracked, window: int, first_token: int, num_tokens: int) ->
     if slot is None or first_token >= due_at:
         return None
     observe_from, stride = max(0, due_at - window), 1
-    if tracked.listen_slot is not None:
-        observe_from = min(observe_from, tracked.listened)
+    if tracked.listen_slot is not None and tracked.listened < observe_from:
+        observe_from = tracked.listened
     if due_at <= tracked.prefill_end:
         history = observed_history(tracked.budget)
         if history is not None:

@@ -253,6 +253,8 @@ class _KVCompressMixin(Scheduler):
             if first_token >= tracked.prefill_end:
                 # It decodes, and nothing is due that its prompt began. What is drafted ends where a
                 # compression is due: what comes behind attends to what that keeps, accepted or not.
+                if num_new_tokens <= 1:
+                    return num_new_tokens
                 return min(num_new_tokens, max(1, tracked.due_at - first_token))
         elif request.request_id in self._replays:
             return self._replays.chunk(request, first_token, num_new_tokens)
