@@ -272,11 +272,20 @@ def test_decoded_blocks_are_not_published_after_compression() -> None:
 
 def test_a_prefix_hit_leaves_the_window_to_compute() -> None:
     """Without that, a hit would observe fewer queries and keep other keys than a miss."""
-    sim = Simulation(60, {**OPTIONS, "window": 20})
-    for name in ("miss", "hit"):
-        sim.add(name, prompt(1, 321), 2)
+    for length, hit in ((321, 288), (323, 288), (324, 304)):
+        sim = Simulation(60, {**OPTIONS, "window": 20})
+        for name in ("miss", "hit"):
+            sim.add(name, prompt(1, length), 2)
+            sim.run()
+        assert sim.num_cached_tokens == hit  # at most length - 20, in whole blocks
+
+
+def test_who_judges_by_all_queries_computes_them_all() -> None:
+    sim = Simulation(60, {**OPTIONS, "policy": "h2o", "query_stride": 5})
+    for name in ("first", "second"):
+        sim.add(name, prompt(1, 320), 2)
         sim.run()
-    assert sim.num_cached_tokens == 288  # at most 321 - 20, in whole blocks
+    assert sim.num_cached_tokens == 0 and sim.num_compressions == 2
 
 
 @pytest.mark.parametrize("checked", [False, True])

@@ -283,6 +283,16 @@ def test_auto_finds_what_comes_again() -> None:
     assert all(len(tokens) == 4 for tokens in sim.outputs.values())
 
 
+def test_auto_takes_whole_strides_that_are_alike() -> None:
+    """Of 500 tokens in common 256 are a multiple; and without ``auto`` nobody looks."""
+    for share, found in (("auto", [256]), ("context", [])):
+        sim = Simulation(200, {**OPTIONS, "share": share}, max_model_len=900)
+        for index in range(3):
+            sim.add(f"r{index}", [*document(1, 500), *document(20 + index, 200)], 4)
+            sim.run()
+        assert [context.num_tokens for context in contexts(sim)] == found
+
+
 def test_a_context_that_is_the_whole_prompt() -> None:
     """Others share it, but not one who has nothing behind it to compute; within a peak what ends a
     prompt is none."""
