@@ -114,6 +114,21 @@ def test_those_who_come_at_once_wait_for_one() -> None:
     assert sum(report.shared.waits for report in sim.reports) > 23
 
 
+def test_who_takes_a_context_is_admitted_by_what_it_takes() -> None:
+    """Ten users of 5 packed blocks, where another prompt of 41 would not fit beside five."""
+    sim = Simulation(64, {**OPTIONS, "decode": False}, max_num_seqs=12, max_model_len=800,
+                     max_num_batched_tokens=400)  # fmt: skip
+    sim.add("first", [*document(1, 640), 5], 2, kv_compress_context_tokens=640)
+    sim.run()
+    for index in range(10):
+        sim.add(f"r{index}", [*document(1, 640), *document(100 + index, 9)], 30,
+                kv_compress_context_tokens=640)  # fmt: skip
+    sim.step()
+    assert len(sim.scheduler.running) == 10
+    sim.run()
+    assert sim.num_preemptions == 0
+
+
 def test_a_user_that_grows_packs_into_blocks_of_its_own() -> None:
     """The shared blocks are as before for the other, who is checked with every compression."""
     sim = Simulation(120, OPTIONS)
