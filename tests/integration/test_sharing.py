@@ -116,7 +116,7 @@ def test_those_who_come_at_once_wait_for_one() -> None:
 
 def test_who_takes_a_context_is_admitted_by_what_it_takes() -> None:
     """Ten users of 5 packed blocks, where another prompt of 41 would not fit beside five."""
-    sim = Simulation(64, {**OPTIONS, "decode": False}, max_num_seqs=12, max_model_len=800,
+    sim = Simulation(50, {**OPTIONS, "decode": False}, max_num_seqs=12, max_model_len=800,
                      max_num_batched_tokens=400)  # fmt: skip
     sim.add("first", [*document(1, 640), 5], 2, kv_compress_context_tokens=640)
     sim.run()
