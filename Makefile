@@ -39,9 +39,10 @@ serve: install
 	VLLM_WORKER_MULTIPROC_METHOD=fork $(VENV)/bin/vllm serve $(MODEL) --kv-compress $(KV_COMPRESS) --served-model-name $(notdir $(MODEL)) \
 		--host $(HOST) --port $(PORT) --enforce-eager $(ARGS)
 
-# `make test ARGS="tests/ops -k select"` runs a part of them.
+# `make test ARGS="tests/ops -k select"` runs a part of them, `make test WORKERS=2` two files at a time.
+WORKERS ?=
 test: install
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadgroup) $(ARGS)
 
 # Does compression work with this vLLM? A minute; `make test` is thorough.
 engine: install

@@ -227,7 +227,7 @@ def main() -> None:
     for engine in engines:
         engine.read_prompts(arguments.settle)
         if arguments.profile:
-            engine.profile = cProfile.Profile()
+            engine.profile = cProfile.Profile(time.thread_time)
     gc.collect()
     gc.freeze()
     for _ in range(arguments.steps // TURN):

@@ -99,9 +99,10 @@ def _doctor(arguments: argparse.Namespace, flags: Sequence[str]) -> tuple[dict[s
     if arguments.model:
         doctor.quieten()
         from kvcompress_vllm.integration.start import capacity
+        from kvcompress_vllm.integration.start.capacity_text import render
 
         gpu_bytes = arguments.gpu_memory or doctor.gpu_memory()
         report = capacity.examine(arguments.model, flags, gpu_bytes, arguments.context)
-        return report, capacity.render(report)
+        return report, render(report)
     report = doctor.examine()
     return report, doctor.render(report)

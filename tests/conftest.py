@@ -12,6 +12,15 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n 2 --dist loadgroup`` a file is one process's, as its tests may share an engine. So
+    are the files that build in this folder."""
+    for item in items:
+        name = item.nodeid.partition("::")[0]
+        builds = name.startswith("tests/installed/") or name == "tests/test_build.py"
+        item.add_marker(pytest.mark.xdist_group("builds" if builds else name))
+
+
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
     """A headless browser; skips where there is none."""

@@ -8,20 +8,43 @@ from typing import Any
 from kvcompress_vllm import policies
 from kvcompress_vllm.config.rules import refusal
 
+BUDGETS = ("ratio", "budget_tokens", "mass")
+"""How much is kept; exclude each other."""
 
-def check_limits(
-    least: float | None, ratio: float | None, most: float | None, hint: str = ""
-) -> None:
-    """Refuse a ratio outside the operator's own limits.
+
+def check_budgets(config: Any) -> None:
+    """Refuse more than one way to say how much is kept.
 
     Args:
-        least: the option ``min_ratio``.
-        most: the option ``max_ratio``.
-        hint: where the ratio comes from.
+        config: a ``KVCompressConfig``.
 
     Raises:
-        ValueError: naming both.
+        ValueError: naming those that are given.
     """
+    given = [f"{name}={getattr(config, name)!r}" for name in BUDGETS if getattr(config, name)]
+    if len(given) > 1:
+        raise ValueError(f"kv_compress: {' and '.join(given)} exclude each other; give exactly one")
+
+
+def check_combinations(config: Any, hint: str = "") -> None:
+    """Refuse options that do not go together.
+
+    Args:
+        config: a ``KVCompressConfig``; each of its options is accepted by itself.
+        hint: where its ratio comes from.
+
+    Raises:
+        ValueError: naming both sides.
+    """
+    _check_limits(config.min_ratio, config.ratio, config.max_ratio, hint)
+    _check_query_stride(config)
+    _check_shares(config.shares, config.allocator, config.window)
+    _check_exact(config)
+    _check_stride(config)
+
+
+def _check_limits(least: float | None, ratio: float | None, most: float | None, hint: str) -> None:
+    """Refuse a ratio outside the operator's own limits, ``min_ratio`` and ``max_ratio``."""
     if least is not None and ratio is not None and least > ratio:
         raise refusal("min_ratio", least, f"at most ratio={ratio:g}{hint}")
     if most is not None and ratio is not None and most < ratio:
@@ -30,12 +53,18 @@ def check_limits(
         raise refusal("max_ratio", most, f"at least min_ratio={least:g}")
 
 
-def check_shares(shares: str, allocator: str, window: int) -> None:
-    """Refuse shares that would change nothing.
+def _check_query_stride(config: Any) -> None:
+    """Refuse observation of all queries where no policy would judge by them."""
+    observes_all = policies.find(config.policy).observes_all
+    if config.query_stride and not (observes_all or config.allow_policies):
+        raise ValueError(
+            f"kv_compress: query_stride={config.query_stride!r} is for policies that judge by all "
+            f"queries ({', '.join(policies.observing_all())}); {config.policy!r} does not"
+        )
 
-    Raises:
-        ValueError: naming what they cannot be combined with.
-    """
+
+def _check_shares(shares: str, allocator: str, window: int) -> None:
+    """Refuse shares that would change nothing."""
     for name in policies.shares.named(shares) or ():
         part = policies.shares.find(name)
         needed = ("layer",) if part.of_heads else ("layer", "uniform")
@@ -67,15 +96,8 @@ def check_mass(policy: str, key: str, mass: float) -> None:
         )
 
 
-def check_exact(config: Any) -> None:
-    """Refuse scores of a real repetition where nothing would be judged by them.
-
-    Args:
-        config: a ``KVCompressConfig``.
-
-    Raises:
-        ValueError: naming what they cannot be combined with.
-    """
+def _check_exact(config: Any) -> None:
+    """Refuse scores of a real repetition where nothing would be judged by them."""
     if config.exact == "off":
         return
     if not config.stores_echo:
@@ -95,15 +117,8 @@ def check_exact(config: Any) -> None:
         )
 
 
-def check_stride(config: Any) -> None:
-    """Refuse compressions at every multiple where those would not depend on tokens alone.
-
-    Args:
-        config: a ``KVCompressConfig``.
-
-    Raises:
-        ValueError: naming what they cannot be combined with.
-    """
+def _check_stride(config: Any) -> None:
+    """Refuse compressions at every multiple where those would not depend on tokens alone."""
     for name in ("mass", "prefill_peak_tokens"):
         if config.context_stride is not None and getattr(config, name) is not None:
             raise ValueError(

@@ -15,11 +15,9 @@ from typing import Any
 from kvcompress_vllm import policies
 from kvcompress_vllm.config.auto import AUTO, GENERAL, or_auto, preferred
 from kvcompress_vllm.config.combinations import (
-    check_exact,
-    check_limits,
+    check_budgets,
+    check_combinations,
     check_mass,
-    check_shares,
-    check_stride,
     named_policies,
 )
 from kvcompress_vllm.config.keys import POLICY_OPTIONS, nested
@@ -46,8 +44,6 @@ EXACT = ("off", "kvzip")
 """How contexts are scored that policies judge by echo scores; see ``scheduling/replay.py``."""
 ALLOCATORS = ("global", "layer", "uniform")
 """Which heads compete for pages; see ``compression/allocation.py``."""
-BUDGETS = ("ratio", "budget_tokens", "mass")
-"""How much is kept; exclude each other."""
 
 
 @dataclass(frozen=True)
@@ -221,27 +217,14 @@ class KVCompressConfig:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         for name in OPTIONS:
             check_value(name, getattr(self, name))
-        given = [f"{name}={getattr(self, name)!r}" for name in BUDGETS if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(
-                f"kv_compress: {' and '.join(given)} exclude each other; give exactly one"
-            )
+        check_budgets(self)
         if self.ratio is not None:
             object.__setattr__(self, "ratio", float(self.ratio))
-        hint = " (the default; give another ratio)" if defaulted else ""
-        check_limits(self.min_ratio, self.ratio, self.max_ratio, hint)
-        if self.query_stride and not (policy.observes_all or self.allow_policies):
-            raise ValueError(
-                f"kv_compress: query_stride={self.query_stride!r} is for policies that judge by "
-                f"all queries ({', '.join(policies.observing_all())}); {self.policy!r} does not"
-            )
-        check_shares(self.shares, self.allocator, self.window)
         if policy.keeps_window:
             object.__setattr__(self, "recent", max(self.recent, self.window))
         object.__setattr__(self, POLICY_OPTIONS, dict(self.policy_options))
         self.create_policy()
-        check_exact(self)
-        check_stride(self)
+        check_combinations(self, " (the default; give another ratio)" if defaulted else "")
 
     def allowed_policies(self) -> tuple[str, ...]:
         """What requests may name as their policy; the configured one, always."""

@@ -16,9 +16,9 @@ import yaml
 from kvcompress_vllm import policies
 from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.auto import AUTO, GENERAL
+from kvcompress_vllm.config.combinations import BUDGETS
 from kvcompress_vllm.config.keys import POLICY_OPTIONS, nested
 from kvcompress_vllm.config.options import (
-    BUDGETS,
     DEFAULT_RATIO,
     OPTIONS,
     KVCompressConfig,

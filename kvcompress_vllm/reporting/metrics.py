@@ -219,7 +219,9 @@ class Recorder:
         self._kept_pages: dict[str, NDArray[np.int64]] = {}
         self._sizes: dict[str, tuple[int, int, int]] = {}
         """Of compressions that are not measured yet: blocks before and after, and F."""
-        self._sum: list[list[int]] | None = []
+        self._sum: NDArray[np.int64] = np.zeros((), np.int64)
+        """``[L, H]`` of them all, once there was one."""
+        self._told: list[list[int]] | None = []
 
     def compressed(self, item: Compression) -> None:
         """Note a compression that the workers will carry out."""
@@ -283,13 +285,20 @@ class Recorder:
                 )
             )
         if current:
-            self._kept_pages[report.request_id] = np.array(report.kept_pages)
-            self._sum = None
+            self._replace(report.request_id, np.array(report.kept_pages))
 
     def released(self, request_id: str) -> None:
         """Note that a request gave its blocks up."""
-        if self._kept_pages.pop(request_id, None) is not None:
-            self._sum = None
+        self._replace(request_id, None)
+
+    def _replace(self, request_id: str, pages: NDArray[np.int64] | None) -> None:
+        """Note the kept pages of a request, or that it has none."""
+        old = self._kept_pages.pop(request_id, None)
+        if old is not None:
+            self._sum, self._told = self._sum - old, None
+        if pages is not None:
+            self._sum, self._told = self._sum + pages, None
+            self._kept_pages[request_id] = pages
 
     def finished(self, request_id: str) -> None:
         """Forget a request. A preempted one stays known: it may be compressed a second time."""
@@ -319,8 +328,7 @@ class Recorder:
         report.observation_slots_used, report.observation_slots = slots_used, slots
         report.occupancy, report.block_bytes = occupancy or Occupancy(), self._block_bytes
         report.shared = shared or SharedReport()
-        if self._sum is None:
-            pages = self._kept_pages.values()
-            self._sum = sum(pages, start=np.zeros((), int)).tolist() if pages else []
-        report.kept_pages, report.measured_requests = self._sum, len(self._kept_pages)
+        if self._told is None:
+            self._told = self._sum.tolist() if self._kept_pages else []
+        report.kept_pages, report.measured_requests = self._told, len(self._kept_pages)
         return report

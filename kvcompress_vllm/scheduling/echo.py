@@ -83,29 +83,45 @@ class Unscored:
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int]] = []
+        """All but the last of them."""
+        self._from = self._until = 0
+        """The last: it ends where the request does, and grows with each token that is decoded."""
 
     def computed(self, first: int, end: int, scored: bool) -> None:
         """Note that a step computes tokens ``[first, end)``."""
+        if first == self._until and not scored:  # a token is decoded: on every step of everybody
+            self._until = end
+            return
         # Drafted tokens that were rejected are computed anew.
-        self._ranges = [(a, min(b, first)) for a, b in self._ranges if a < first]
+        known = [(a, min(b, first)) for a, b in self._all() if a < min(b, first)]
         for begin, stop in unscored(first, end) if scored else [(first, end)]:
-            if self._ranges and self._ranges[-1][1] == begin:
-                begin, _ = self._ranges.pop()
-            self._ranges.append((begin, stop))
+            if known and known[-1][1] == begin:
+                begin, _ = known.pop()
+            known.append((begin, stop))
+        self._set(known, end)
 
     def scored(self, first: int, end: int) -> None:
         """Note that ``[first, end)`` have scores now."""
-        self._ranges = [
+        left = [
             (begin, stop)
-            for a, b in self._ranges
+            for a, b in self._all()
             for begin, stop in ((a, min(b, first)), (max(a, end), b))
             if begin < stop
         ]
+        self._set(left, self._until)
 
     def packed(self, end: int) -> None:
         """Forget those before ``end``: a compression gave them scores of 0, which it moved."""
-        self._ranges = [(max(a, end), b) for a, b in self._ranges if b > end]
+        self.scored(0, end)
 
     def before(self, end: int) -> Ranges:
         """Those before ``end``."""
-        return tuple((a, min(b, end)) for a, b in self._ranges if a < end)
+        return tuple((a, min(b, end)) for a, b in self._all() if a < min(b, end))
+
+    def _all(self) -> list[tuple[int, int]]:
+        return [*self._ranges, (self._from, self._until)]
+
+    def _set(self, ranges: list[tuple[int, int]], until: int) -> None:
+        self._ranges, self._from, self._until = ranges, until, until
+        if ranges and ranges[-1][1] == until:
+            self._from, _ = ranges.pop()

@@ -107,7 +107,7 @@ class Newcomers:
         Args:
             num_tokens: prefill length of a request about to be admitted, 0 for none.
         """
-        waiting = [t.target().kept for t in self._requests.values() if t.observe_slot is not None]
+        waiting = [t.target().kept for t in self._observers.observed]
         if num_tokens:
             starting = self.starting("", num_tokens, budget, context)
             if starting.in_prefill:

@@ -58,19 +58,22 @@ def first_observed(budget: RequestBudget, due_at: int, window: int) -> int:
 
 def observe(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> Observation | None:
     """What to observe of ``num_tokens`` tokens from position ``first_token`` on."""
-    slot = tracked.listen_slot if tracked.observe_slot is None else tracked.observe_slot
+    slot, due_at = tracked.observe_slot, tracked.due_at
     if slot is None:
+        slot = tracked.listen_slot
+    if slot is None or first_token >= due_at:
         return None
-    observe_from, stride = max(0, tracked.due_at - window), 1
-    history = observed_history(tracked.budget)
-    if tracked.listen_slot is not None:
-        observe_from = min(observe_from, tracked.listened)
-    if history is not None and tracked.in_prefill:
-        observe_from = max(0, _observed_from(tracked, history))
-        stride = tracked.budget.query_stride
-    if first_token >= tracked.due_at or first_token + num_tokens <= observe_from:
+    observe_from, stride = max(0, due_at - window), 1
+    if tracked.listen_slot is not None and tracked.listened < observe_from:
+        observe_from = tracked.listened
+    if due_at <= tracked.prefill_end:
+        history = observed_history(tracked.budget)
+        if history is not None:
+            observe_from = max(0, _observed_from(tracked, history))
+            stride = tracked.budget.query_stride
+    if first_token + num_tokens <= observe_from:
         return None
-    return Observation(tracked.request_id, slot, first_token, observe_from, stride, tracked.due_at)
+    return Observation(tracked.request_id, slot, first_token, observe_from, stride, due_at)
 
 
 def observed(tracked: Tracked, window: int, num_tokens: int) -> Observed | None:
@@ -113,12 +116,12 @@ def outgrowing(
 
 
 def accumulate(
-    requests: Iterable[Tracked], num_computed: Mapping[str, int], window: int
+    observed_ones: Iterable[Tracked], num_computed: Mapping[str, int], window: int
 ) -> Iterator[tuple[Tracked, Observed]]:
     """See :meth:`CompressionPlanner.accumulate`."""
-    for tracked in requests:
+    for tracked in observed_ones:
         computed = num_computed.get(tracked.request_id, 0)
-        if tracked.observe_slot is None or not tracked.in_prefill:
+        if not tracked.in_prefill:
             continue
         if not tracked.accumulated < computed < tracked.due_at:
             continue

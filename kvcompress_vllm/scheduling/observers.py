@@ -29,6 +29,9 @@ class ObservationSlots:
         self.count = count
         self._slots = Slots(count)
         self._requests = requests
+        self._observed: dict[str, Tracked] = {}
+        self._listening: dict[str, Tracked] = {}
+        """Requests that would give their slot to one that is to be compressed."""
         self._listens = config.listens
         self.reads_echo = cache(config.reads_echo)
         """Whether a policy, by name, judges by echo scores."""
@@ -36,22 +39,28 @@ class ObservationSlots:
     @property
     def available(self) -> int:
         """Slots that are to be had for a compression."""
-        free = len(self._slots)
-        return free + len(self._listeners()) if self._listens else free
+        return len(self._slots) + len(self._listening)
 
     @property
     def used(self) -> int:
         """Slots that are not to be had."""
         return self.count - self.available
 
+    @property
+    def observed(self) -> list[Tracked]:
+        """Requests that are to be compressed, who was admitted first comes first."""
+        return sorted(self._observed.values(), key=_age)
+
     def observe(self, tracked: Tracked) -> None:
         """Give a request one, or let it keep the one that it listens with; ask ``available`` first
         whether there is one."""
         if tracked.listen_slot is None and not self._slots:
-            self.stop(self._listeners()[-1])
+            self.stop(max(self._listening.values(), key=_age))
         tracked.observe_slot = (
             self._slots.take() if tracked.listen_slot is None else tracked.listen_slot
         )
+        self._listening.pop(tracked.request_id, None)
+        self._observed[tracked.request_id] = tracked
 
     def stop(self, tracked: Tracked) -> None:
         """Take back what a request holds, if anything."""
@@ -59,6 +68,8 @@ class ObservationSlots:
         if slot is not None:
             self._slots.give(slot)
         tracked.observe_slot = tracked.listen_slot = None
+        self._observed.pop(tracked.request_id, None)
+        self._listening.pop(tracked.request_id, None)
 
     def listen(self, num_computed: Mapping[str, int]) -> None:
         """Give slots that nobody needs to decoding requests whose policy reads echo scores."""
@@ -73,13 +84,14 @@ class ObservationSlots:
                 and tracked.reads_echo
             ):
                 tracked.listen_slot, tracked.listened = self._slots.take(), computed
+                self._listening[tracked.request_id] = tracked
 
     def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int]]:
         """Whole segments that were decoded since the last call, each ``[begin, end)`` of a request,
         and what there is of one where a compression is due."""
-        for tracked in self._requests.values() if self._listens else ():
-            if tracked.listen_slot is None:
-                continue
+        listening = [t for t in self._observed.values() if t.listen_slot is not None]
+        listening += self._listening.values()
+        for tracked in listening:
             end, due = num_computed.get(tracked.request_id, 0), False
             if tracked.observe_slot is not None and end >= tracked.due_at:
                 end, due = tracked.due_at, True
@@ -93,10 +105,6 @@ class ObservationSlots:
                     tracked.unscored.scored(begin, tracked.listened)
                     yield tracked, begin, tracked.listened
 
-    def _listeners(self) -> list[Tracked]:
-        """Requests that would give their slot to one that is to be compressed."""
-        return [
-            tracked
-            for tracked in self._requests.values()
-            if tracked.listen_slot is not None and tracked.observe_slot is None
-        ]
+
+def _age(tracked: Tracked) -> int:
+    return tracked.number

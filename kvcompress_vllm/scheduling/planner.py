@@ -80,6 +80,7 @@ class CompressionPlanner:
         self.observers = ObservationSlots(config, observe_slots, self.requests)
         self.contexts = Contexts(range(state_slots, state_slots + context_slots))
         self._state_slots = Slots(state_slots)
+        self._admitted = 0
         self._released: list[int] = []
         self._vacated: list[int] = []
         self._budgets = Budgets(resolve(config), self.limits)
@@ -132,7 +133,8 @@ class CompressionPlanner:
                 f"kv_compress: cannot admit {request_id}: tracked={request_id in self.requests}, "
                 f"{len(self._state_slots)} state and {self.observers.available} observation slots"
             )
-        tracked.state_slot = self._state_slots.take()
+        self._admitted += 1
+        tracked.number, tracked.state_slot = self._admitted, self._state_slots.take()
         if tracked.in_prefill:
             self.observers.observe(tracked)
         if context is not None:
@@ -177,11 +179,8 @@ class CompressionPlanner:
             tracked.observe_slot = -1
         return observation.chunk(tracked, self.config.window, first_token, num_tokens)
 
-    def observe(self, request_id: str, first_token: int, num_tokens: int) -> Observation | None:
+    def observe(self, tracked: Tracked, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
-        tracked = self.requests.get(request_id)
-        if tracked is None:
-            return None
         return observation.observe(tracked, self.config.window, first_token, num_tokens)
 
     def observed(self, tracked: Tracked, num_tokens: int) -> Observed | None:
@@ -192,7 +191,7 @@ class CompressionPlanner:
     def accumulate(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, Observed]]:
         """Requests in whose prefill something was observed since the last call, and what; their
         compression is not yet due. ``accumulated`` and the like are of after it."""
-        return observation.accumulate(self.requests.values(), num_computed, self.config.window)
+        return observation.accumulate(self.observers.observed, num_computed, self.config.window)
 
     def watch(self, num_computed: Mapping[str, int]) -> None:
         """Give observation slots to decoding requests that will soon have outgrown their budget."""
@@ -247,7 +246,7 @@ class CompressionPlanner:
     @property
     def replays(self) -> bool:
         """Whether a request computes, or repeats, a context that is to be repeated."""
-        return any(t.awaits_replay for t in self.requests.values())
+        return any(t.awaits_replay for t in self.observers.observed)
 
     def replayed(self, request_id: str) -> None:
         """Note that a context was repeated: its keys have the scores of that."""
@@ -336,8 +335,6 @@ class CompressionPlanner:
 
     def _observed(self, num_computed: Mapping[str, int]) -> Iterator[Tracked]:
         """Requests whose observation is complete."""
-        for request_id, tracked in self.requests.items():
-            if tracked.observe_slot is None:
-                continue
-            if num_computed.get(request_id, 0) >= tracked.due_at:
+        for tracked in self.observers.observed:
+            if num_computed.get(tracked.request_id, 0) >= tracked.due_at:
                 yield tracked

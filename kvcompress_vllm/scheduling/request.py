@@ -26,6 +26,8 @@ class Tracked:
     """Compressed once so many of its tokens are computed."""
     prefill_end: int = 0
     """Tokens that its prefill computes."""
+    number: int = 0
+    """Who was admitted later has a higher one."""
     observe_slot: int | None = None
     """Held from shortly before a compression until it is carried out."""
     packing: Packing = NOTHING

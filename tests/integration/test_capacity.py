@@ -11,6 +11,7 @@ import pytest
 
 from kvcompress_vllm.cli import main
 from kvcompress_vllm.integration.start import capacity
+from kvcompress_vllm.integration.start.capacity_text import render
 from tests.integration.simulation import MODEL
 from tests.integration.test_refusals import model_like
 
@@ -39,7 +40,7 @@ def test_an_8b_model_on_80_gib() -> None:
         bits = {"auto": 1, "fp8": 2, "int4": 4}[page_dtype]
         assert row["keys"] == pytest.approx(min(1, bits / ratio), rel=0.05)
     assert report["configured"] | {"ratio": 4} == fits[4, "auto"]
-    text = capacity.render(report)
+    text = render(report)
     assert "compressed in all 32 layers" in text and "131,072 bytes per token" in text
 
     two = capacity.examine(LLAMA, ["--tensor-parallel-size", "2"], 80 * GIB, 32768)
@@ -75,7 +76,7 @@ def test_a_model_that_is_not_compressed(tmp_path: Path) -> None:
     assert "learnt keys before the prompt is not supported" in report["problems"][0]
     fits = rows(report)
     assert fits[1, "auto"]["requests"] and fits[8, "auto"]["requests"] is None
-    text = capacity.render(report)
+    text = render(report)
     assert (
         "NOT compressed" in text and "-: not compressed" in text and "PROBLEM: learnt keys" in text
     )

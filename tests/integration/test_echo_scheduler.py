@@ -93,6 +93,14 @@ def test_nobody_waits_for_ever_for_room(tokens):
     assert all(len(sim.outputs[str(i)]) == 20 for i in range(8))
 
 
+def test_chunks_end_where_the_next_compression_is_due():
+    """Within a peak several times in a prompt, each time elsewhere than at whole segments."""
+    sim = simulation(tokens=600, options={"prefill_peak_tokens": 288})
+    sim.add("a", prompt(1, 1000), 20)
+    sim.run(100)
+    assert len(sim.outputs["a"]) == 20 and sim.num_compressions > 3
+
+
 def test_prompts_that_share_a_step_are_cut_where_segments_end():
     """Not where the step is full: what is scored does not depend on the neighbours."""
     sim = simulation(tokens=600)

@@ -70,6 +70,25 @@ def test_a_part_that_takes_all_positions_there_are_ends(monkeypatch) -> None:
     assert len(sim.outputs["r"]) == 4 and sim.worker.replayed["r"] > 320
 
 
+def test_parts_are_nobodys_prompts_or_answers() -> None:
+    """Their keys get no scores of their own, and their one token is no guess at how long answers
+    are. Two sequences at a time are enough."""
+    sim = Simulation(80, EXACT, max_model_len=1024, max_num_seqs=2)
+    sim.add("r", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    scored, stock = set(), sim.worker.run
+
+    def run(output, tokens) -> None:
+        scored.update(span.request_id for span in output.kv_compress.echoes)
+        counts = output.num_scheduled_tokens
+        assert all(counts[name] > 1 for name in counts if name != "r"), "a part does not decode"
+        stock(output, tokens)
+
+    sim.worker.run = run
+    sim.run()
+    assert sim.failed == set() and "r" in sim.worker.replayed and scored == {"r"}
+    assert sim.scheduler._admission._output_length.mean == pytest.approx(512 - 0.1 * (512 - 4))
+
+
 def test_several_are_repeated_one_after_the_other_where_there_is_no_room_for_two() -> None:
     """Each waits with half of the pool for room to be repeated in."""
     sim = Simulation(40, EXACT, max_model_len=320 + replay.ROOM, max_num_seqs=4)
@@ -81,6 +100,19 @@ def test_several_are_repeated_one_after_the_other_where_there_is_no_room_for_two
         assert sim.num_steps < 500
     assert all(len(sim.outputs[f"r{family}"]) == 4 for family in range(4))
     assert len(sim.worker.replayed) == 4 and sim.pool.get_num_free_blocks() == 39
+
+
+def test_who_takes_a_packed_context_waits_for_no_repetition() -> None:
+    sim = Simulation(120, EXACT, max_model_len=1024)
+    sim.add("packs", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.run()
+    sim.add("repeated", [*document(2, 320), 5], 4, kv_compress_context_tokens=320)
+    while not parts(sim):
+        sim.step()
+    sim.add("takes", [*document(1, 320), 6], 4, kv_compress_context_tokens=320)
+    sim.step()
+    assert len(sim.outputs["takes"]) == 1 and len(sim.scheduler._replays) == 1
+    sim.run()
 
 
 @pytest.mark.parametrize("how", ["aborted", "preempted", "reset", "part preempted"])

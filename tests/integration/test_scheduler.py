@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from kvcompress_vllm.cache.page_format import PageFormat
+from kvcompress_vllm.integration.engine import banner
 from tests.integration.simulation import B, H, L, Simulation
 
 # Echo has files of its own: its hits are of whole segments, longer than most prompts here.
@@ -271,11 +272,49 @@ def test_decoded_blocks_are_not_published_after_compression() -> None:
 
 def test_a_prefix_hit_leaves_the_window_to_compute() -> None:
     """Without that, a hit would observe fewer queries and keep other keys than a miss."""
-    sim = Simulation(60, {**OPTIONS, "window": 20})
-    for name in ("miss", "hit"):
-        sim.add(name, prompt(1, 321), 2)
+    for length, hit in ((321, 288), (323, 288), (324, 304)):
+        sim = Simulation(60, {**OPTIONS, "window": 20})
+        for name in ("miss", "hit"):
+            sim.add(name, prompt(1, length), 2)
+            sim.run()
+        assert sim.num_cached_tokens == hit  # at most length - 20, in whole blocks
+
+
+def test_who_judges_by_all_queries_computes_them_all() -> None:
+    sim = Simulation(60, {**OPTIONS, "policy": "h2o", "query_stride": 5})
+    for name in ("first", "second"):
+        sim.add(name, prompt(1, 320), 2)
         sim.run()
-    assert sim.num_cached_tokens == 288  # at most 321 - 20, in whole blocks
+    assert sim.num_cached_tokens == 0 and sim.num_compressions == 2
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_rows_travel_only_where_they_are_checked(checked, monkeypatch) -> None:
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", str(int(checked)))
+    sim = Simulation(60, OPTIONS)
+    sim.add("r", prompt(1, 330), 10)
+    sent, stock = [], sim.worker.run
+
+    def run(output, tokens) -> None:
+        sent.extend(output.kv_compress.expected or ())
+        stock(output, tokens)
+
+    sim.worker.run = run
+    sim.run()
+    assert sim.num_compressions == 1 and bool(sent) == checked
+    assert {row.request_id for row in sent} <= {"r"}
+
+
+def test_the_log_says_how_many_fit(monkeypatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(banner.logger, "info", lambda text, *args: lines.append(text % args))
+    Simulation(65, OPTIONS, max_model_len=256)
+    assert "ratio=4.0" in lines[0]
+    assert lines[1] == (
+        "kv_compress: 64 blocks of 16 tokens; a prompt of 256 tokens takes 16 blocks, 4 once "
+        "compressed, with 25% of its keys: room for 16.0 such requests instead of 4.0"
+    )
+    assert len(lines) == 2
 
 
 def test_waiting_for_the_reserve_only_delays_a_compression() -> None:

@@ -114,6 +114,21 @@ def test_those_who_come_at_once_wait_for_one() -> None:
     assert sum(report.shared.waits for report in sim.reports) > 23
 
 
+def test_who_takes_a_context_is_admitted_by_what_it_takes() -> None:
+    """Ten users of 5 packed blocks, where another prompt of 41 would not fit beside five."""
+    sim = Simulation(50, {**OPTIONS, "decode": False}, max_num_seqs=12, max_model_len=800,
+                     max_num_batched_tokens=400)  # fmt: skip
+    sim.add("first", [*document(1, 640), 5], 2, kv_compress_context_tokens=640)
+    sim.run()
+    for index in range(10):
+        sim.add(f"r{index}", [*document(1, 640), *document(100 + index, 9)], 30,
+                kv_compress_context_tokens=640)  # fmt: skip
+    sim.step()
+    assert len(sim.scheduler.running) == 10
+    sim.run()
+    assert sim.num_preemptions == 0
+
+
 def test_a_user_that_grows_packs_into_blocks_of_its_own() -> None:
     """The shared blocks are as before for the other, who is checked with every compression."""
     sim = Simulation(120, OPTIONS)
@@ -281,6 +296,48 @@ def test_auto_finds_what_comes_again() -> None:
     assert context.hits == 2
     assert sorted(c.num_tokens for c in contexts(sim)) == [320, 512]
     assert all(len(tokens) == 4 for tokens in sim.outputs.values())
+
+
+def test_auto_takes_whole_strides_that_are_alike() -> None:
+    """Of 500 tokens in common 256 are a multiple; and without ``auto`` nobody looks."""
+    for share, found in (("auto", [256]), ("context", [])):
+        sim = Simulation(200, {**OPTIONS, "share": share}, max_model_len=900)
+        for index in range(3):
+            sim.add(f"r{index}", [*document(1, 500), *document(20 + index, 200)], 4)
+            sim.run()
+        assert [context.num_tokens for context in contexts(sim)] == found
+
+
+def test_a_context_that_is_the_whole_prompt() -> None:
+    """Others share it, but not one who has nothing behind it to compute; within a peak what ends a
+    prompt is none."""
+    sim = Simulation(80, OPTIONS)
+    for name in ("first", "second"):
+        sim.add(name, document(1, 320), 4, kv_compress_context_tokens=320)
+        sim.run()
+    (context,) = contexts(sim)
+    assert context.hits == 0 and sim.num_compressions == 2
+    sim.add("third", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert context.hits == 1 and sim.num_compressions == 2
+    sim = Simulation(80, {**OPTIONS, "prefill_peak_tokens": 256})
+    sim.add("first", document(1, 320), 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert contexts(sim) == []
+
+
+def test_the_usage_names_the_context() -> None:
+    sim = Simulation(80, OPTIONS)
+    sim.add("packs", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.add("alone", document(2, 320), 4)
+    counts = {}
+    while sim.live:
+        sim.step()
+        counts |= sim.scheduler._usage._counts
+    assert {name: count.context_tokens for name, count in counts.items()} == {
+        "packs": 320, "alone": 0,
+    }  # fmt: skip
+    assert all(count.compressions == 1 for count in counts.values())
 
 
 def test_off_shares_nothing() -> None:

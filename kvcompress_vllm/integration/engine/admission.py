@@ -57,6 +57,7 @@ class Admission:
         self._scheduler, self._planner, self._recorder = scheduler, planner, recorder
         self._sharing, self._replays, self._others = sharing, replays, others
         self._echo = echo
+        self._block_size = planner.block_size
         self._hit: tuple[str, Context] | None = None
         """What vLLM was told last that a request need not compute."""
         self._manager = manager = scheduler.kv_cache_manager
@@ -89,13 +90,13 @@ class Admission:
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """vLLM's allocation, with slots and the reserve as further conditions of admission."""
-        if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-            blocks = self._admit(request, num_new_tokens, *args, **kwargs)
-        else:
+        if request.status is RequestStatus.RUNNING:
             blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
+        else:
+            blocks = self._admit(request, num_new_tokens, *args, **kwargs)
         if blocks is not None and self._echo is not None:
             first = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
-            size, end = self._planner.block_size, first + num_new_tokens
+            size, end = self._block_size, first + num_new_tokens
             # Whoever began a block has said so of it: a decoding request does once in a while.
             if -first % size < num_new_tokens:
                 # Not once the step is planned: the next request may hit these blocks already.

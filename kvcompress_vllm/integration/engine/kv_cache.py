@@ -174,7 +174,8 @@ class KVCompressManager(FullAttentionManager):
 
     def held_by_packed(self) -> int:
         """Blocks that packed requests hold, tails included."""
-        return sum(map(self.held, self.packed))
+        rows = self.req_to_blocks  # not `held` of each: asked on every step
+        return sum(packing.held(len(rows[name])) for name, packing in self.packed.items())
 
     def held(self, request_id: str) -> int:
         """Blocks that a request holds, packed or not."""

@@ -95,7 +95,7 @@ class Recording:
             self._others.manager,
             self._others.manager.block_pool,
         )
-        others = sum(map(self._others.held, manager.packed))
+        others = sum(map(self._others.held, manager.packed)) if self._others else 0
         return self._recorder.take(
             manager.packed,
             planner.observers.used,

@@ -10,7 +10,7 @@ away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm import SamplingParams
@@ -92,8 +92,13 @@ class Replays:
         self._prompt: list[int] | None = None
         self._budget = resolve(planner.config, KEEP_ALL)
 
+    @property
+    def parts(self) -> Collection[str]:
+        """Requests that repeat a context, or did until now."""
+        return self._parts
+
     def __contains__(self, request_id: str) -> bool:
-        """Whether a request repeats a context, or did until now."""
+        """Whether a request is one of the parts."""
         return request_id in self._parts
 
     def __len__(self) -> int:

@@ -248,13 +248,16 @@ class _KVCompressMixin(Scheduler):
         # compression is due.
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
-        if request.request_id in self._replays:
-            return self._replays.chunk(request, first_token, num_new_tokens)
         tracked = planner.requests.get(request.request_id)
-        if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
-            # It decodes, and nothing is due that its prompt began. What is drafted ends where a
-            # compression is due: what comes behind attends to what that keeps, accepted or not.
-            return min(num_new_tokens, max(1, tracked.due_at - first_token))
+        if tracked is not None and tracked.prefill_end < tracked.due_at:
+            if first_token >= tracked.prefill_end:
+                # It decodes, and nothing is due that its prompt began. What is drafted ends where a
+                # compression is due: what comes behind attends to what that keeps, accepted or not.
+                if num_new_tokens <= 1:
+                    return num_new_tokens
+                return min(num_new_tokens, max(1, tracked.due_at - first_token))
+        elif request.request_id in self._replays:
+            return self._replays.chunk(request, first_token, num_new_tokens)
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         context = self._admission.hit(request)
         count = planner.chunk(

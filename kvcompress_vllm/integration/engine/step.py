@@ -107,18 +107,25 @@ class StepBuilder:
         plan.scorings = [c for c in plan.scorings if c.request_id in planner.requests]
         # A request that was compressed and then preempted in the same step owns nothing.
         plan.compressions = [c for c in plan.compressions if c.request_id in manager.packed]
+        parts = self._replays.parts
         for request_id, num_tokens in scheduled.items():
             request = requests[request_id]
             first_token = request.num_computed_tokens - num_tokens
-            if request_id in self._replays:
+            if request_id in parts:
                 plan.replays += self._replays.computes(request_id, first_token, num_tokens)
                 continue
-            observation = planner.observe(request_id, first_token, num_tokens)
-            if observation is not None:
-                plan.observations.append(observation)
+            tracked = planner.requests.get(request_id)
+            if tracked is not None:
+                observation = planner.observe(tracked, first_token, num_tokens)
+                if observation is not None:
+                    plan.observations.append(observation)
             if self._echo is not None:
+                # A generated token, and what was drafted behind it, are no segment.
                 decodes = num_tokens == 1 or request_id in drafted
-                self._score(plan, request, first_token, first_token + num_tokens, decodes)
+                end = first_token + num_tokens
+                scored = not decodes and self._score(plan, request, first_token, end)
+                if tracked is not None:
+                    tracked.unscored.computed(first_token, end, scored)
             if num_tokens > 1 and request_id in manager.packed:
                 plan.packed_prefills.append(request_id)
         if check_integrity:
@@ -246,16 +253,11 @@ class StepBuilder:
         slots = state_slot, tracked.observe_slot
         return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
 
-    def _score(self, plan: StepPlan, request: Request, first: int, end: int, decodes: bool) -> None:
-        """Have a step's tokens ``[first, end)`` scored, or note that they are not: a generated
-        token and what was drafted behind it are no segment."""
+    def _score(self, plan: StepPlan, request: Request, first: int, end: int) -> bool:
+        """Have a step's tokens ``[first, end)`` of a prefill scored; False: nobody reads that."""
         assert self._echo is not None
-        span = None
-        if not decodes:
-            policy = self._planner.sizes(budget_of(request)).budget.policy
-            span = self._echo.span(request.request_id, policy, first, end)
+        policy = self._planner.sizes(budget_of(request)).budget.policy
+        span = self._echo.span(request.request_id, policy, first, end)
         if span is not None:
             plan.echoes.append(span)
-        tracked = self._planner.requests.get(request.request_id)
-        if tracked is not None:
-            tracked.unscored.computed(first, end, span is not None)
+        return span is not None

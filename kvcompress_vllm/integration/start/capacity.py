@@ -8,11 +8,9 @@ startup, activations and CUDA graphs, is :data:`OVERHEAD`, a guess.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -24,11 +22,14 @@ from kvcompress_vllm import ops
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
-from kvcompress_vllm.config.options import BUDGETS, KVCompressConfig
+from kvcompress_vllm.config.combinations import BUDGETS
+from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.sizing import draft_tokens, state_slots
 from kvcompress_vllm.integration.start.attention_kinds import full_layers
+from kvcompress_vllm.integration.start.capacity_text import gib
 from kvcompress_vllm.integration.start.flags import resolved_config
+from kvcompress_vllm.integration.start.weights import weights
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.scheduling.sizes import Limits, Sizes
 from kvcompress_vllm.scheduling.slots import num_observe_slots
@@ -36,16 +37,6 @@ from kvcompress_vllm.scheduling.slots import num_observe_slots
 RATIOS = (1, 2, 4, 8)
 OVERHEAD = 2 << 30
 """Bytes that vLLM takes beside weights and KV cache."""
-GIB = 1 << 30
-_SAFETENSORS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
-"""Bytes of a number by its name in safetensors; of others one."""
-
-
-class Weights(NamedTuple):
-    """Bytes of all weights, and how that is known."""
-
-    num_bytes: int
-    source: str
 
 
 def examine(
@@ -202,8 +193,8 @@ def _fit(
     report["fits"] = []
     if left <= 0:
         report["problems"].append(
-            f"nothing is left for the KV cache: {_gib(held)} of weights and about "
-            f"{_gib(OVERHEAD)} for vLLM, of {_gib(gpu_bytes)} x {share}"
+            f"nothing is left for the KV cache: {gib(held)} of weights and about "
+            f"{gib(OVERHEAD)} for vLLM, of {gib(gpu_bytes)} x {share}"
         )
         return
     configured = resolved_config(config)
@@ -326,139 +317,3 @@ def _beside(config: VllmConfig, own: KVCompressConfig, group: CacheGroup, blocks
         scratch_bytes(policy, longest, group, state.accumulated is not None)
         for policy in usable_policies(own)
     )
-
-
-def weights(model: str, text: Any) -> Weights:
-    """Bytes of a model's weights, from the index or the headers of its files where it has any.
-
-    Args:
-        text: the configuration of its language model.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            total = json.loads(index.read_text()).get("metadata", {}).get("total_size")
-            if total:
-                return Weights(int(total), "the index of its safetensors files")
-        files = sorted(folder.glob("*.safetensors"))
-        if files:
-            return Weights(sum(map(_tensors, files)), "the headers of its safetensors files")
-    else:
-        try:
-            from huggingface_hub import get_safetensors_metadata
-
-            counts = get_safetensors_metadata(model).parameter_count
-            total = sum(count * _SAFETENSORS.get(name, 1) for name, count in counts.items())
-            return Weights(total, "the headers of its safetensors files")
-        except Exception:  # offline, or none there: the configuration will do
-            pass
-    return Weights(_estimated(text), "estimated from its configuration")
-
-
-def _tensors(path: Path) -> int:
-    """Bytes of the tensors of a safetensors file; only its header is read."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return max((entry["data_offsets"][1] for entry in header.values()), default=0)
-
-
-def _estimated(text: Any) -> int:
-    """Of a decoder with gated MLPs, as most are."""
-
-    def first(*names: str, default: int) -> int:
-        return next((int(v) for n in names if (v := getattr(text, n, None))), default)
-
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    heads = text.num_attention_heads
-    size = first("head_dim", default=hidden // heads)
-    kv = first("num_key_value_heads", default=heads)
-    experts = first("num_local_experts", "num_experts", "n_routed_experts", default=1)
-    wide = first("intermediate_size", "ffn_dim", "n_inner", default=4 * hidden)
-    if experts > 1:
-        wide = first("moe_intermediate_size", default=wide)
-    embeddings = text.vocab_size * hidden * (1 if text.tie_word_embeddings else 2)
-    inner = layers * (2 * hidden * size * (heads + kv) + 3 * hidden * wide * experts)
-    quantised = getattr(text, "quantization_config", None) or {}
-    if not isinstance(quantised, dict):
-        quantised = quantised.to_dict()
-    bits = quantised.get("bits") or (8 if quantised else 16)
-    return int(2 * embeddings + inner * int(bits) // 8)
-
-
-def _gib(num_bytes: float) -> str:
-    if abs(num_bytes) < GIB:
-        return f"{num_bytes / (1 << 20):.1f} MiB"
-    return f"{num_bytes / GIB:.1f} GiB"
-
-
-def render(report: dict[str, Any]) -> str:
-    """What :func:`examine` found, for people."""
-    kept = report["compressed_layers"]
-    if report["compressed"]:
-        all_of = len(kept) in (0, report["layers"])
-        which = f"all {report['layers']} layers" if all_of else _ranges(kept, report["layers"])
-        what = f"compressed in {which}"
-    else:
-        what = "NOT compressed"
-    lines = [
-        f"{report['model']} ({report['architecture']}): {what}",
-        f"KV cache: {report['bytes_per_token']:,} bytes per token ({report['kv_heads']} KV heads "
-        f"of {report['head_size']}, {report['cache_dtype']}), blocks of {report['block_size']}",
-        f"weights: {_gib(report['weights']['bytes'])}, {report['weights']['source']}",
-    ]
-    if "options" in report:
-        lines.append(f"options: {report['options']}")
-    memory = report.get("memory")
-    if memory is not None:
-        per = f" on each of {report['gpus']} GPUs" if report["gpus"] > 1 else ""
-        lines.append(
-            f"memory{per}: {_gib(memory['gpu_bytes'])} x {memory['utilization']} - "
-            f"{_gib(memory['weights_bytes'])} of weights - {_gib(memory['overhead_bytes'])} for "
-            f"vLLM itself (a guess; its log says it) = {_gib(memory['cache_bytes'])}"
-            + (
-                f", {_gib(memory['beside_bytes'])} of it for compression"
-                if "beside_bytes" in memory
-                else ""
-            )
-        )
-        if report["fits"]:
-            lines += ["", *_table(report)]
-    lines += [f"warning: {text}" for text in report["warnings"]]
-    lines += [f"PROBLEM: {text}" for text in report["problems"]]
-    return "\n".join(lines)
-
-
-def _ranges(layers: Sequence[int], count: int) -> str:
-    return f"{len(layers)} of {count} layers ({', '.join(map(str, layers))})"
-
-
-def _table(report: dict[str, Any]) -> list[str]:
-    rows = {(row["ratio"], row["page_dtype"]): row for row in report["fits"]}
-    names = {"auto": report["cache_dtype"], "fp8": "fp8", "int4": "int4"}
-    lines = [
-        f"requests of {report['context']:,} tokens that fit, the latest while it is read (and the "
-        "share of the keys that compression keeps):",
-        "  ratio" + "".join(f"{name:>16}" for name in names.values()),
-    ]
-    for ratio in RATIOS:
-        cells = [
-            "-"
-            if (row := rows[ratio, name])["requests"] is None
-            else f"{row['requests']:,} ({row['keys']:.0%})"
-            for name in names
-        ]
-        lines.append(f"  {ratio:>5}" + "".join(f"{cell:>16}" for cell in cells))
-    lines += [
-        f"  -: {text}"
-        for text in dict.fromkeys(row["why"] for row in report["fits"] if row["requests"] is None)
-    ]
-    own = report.get("configured")
-    if own is not None:
-        lines.append(
-            f"with the options above: {own['requests']:,} ({own['blocks_packed']:,} blocks instead "
-            f"of {own['blocks_full']:,} each, of {own['blocks']:,})"
-        )
-    return lines
