@@ -115,7 +115,8 @@ class StepBuilder:
                 continue
             observation = planner.observe(request_id, first_token, num_tokens)
             if observation is not None:
-                plan.observations.append(observation)
+                late = planner.unverified[request_id]
+                plan.observations.append(observation._replace(unverified=late))
             if self._echo is not None:
                 decodes = num_tokens == 1 or request_id in drafted
                 self._score(plan, request, first_token, first_token + num_tokens, decodes)
@@ -207,7 +208,7 @@ class StepBuilder:
                 # Not the context that it goes on from: others may do so, too.
                 replaced += old[tracked.kept if tracked.context is not None else 0 :]
             planner.compressed(tracked.request_id, computed[tracked.request_id], context)
-        planner.observers.listen(computed)
+        planner.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
         self._sharing.replaced(replaced)

@@ -118,17 +118,26 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
         self, common: CommonAttentionMetadata, begin: int, end: int
     ) -> list[tuple[int, int, bool]]:
         """Neighbouring rows of ``[begin, end)`` that are packed alike: (first, end, packed)."""
+        packed_rows = self._packed_rows(common)
         if begin == end:
             return []
-        packed_rows: set[int] = set()
-        if self.context is not None and self.context.packed_prefills:
-            rows = self.context.request_rows(common)
-            packed_rows = {rows[request_id] for request_id in self.context.packed_prefills}
         runs: list[tuple[int, int, bool]] = []
         for packed, group in groupby(range(begin, end), key=packed_rows.__contains__):
             run = list(group)
             runs.append((run[0], run[-1] + 1, packed))
         return runs
+
+    def _packed_rows(self, common: CommonAttentionMetadata) -> frozenset[int]:
+        """Packed rows with several tokens. What a draft model computes comes after the step, whose
+        plan is done with by then; its rows are those of the step."""
+        context = self.context
+        if context is None:
+            return frozenset()
+        if not self.drafts:
+            names = context.packed_prefills
+            rows = context.request_rows(common) if names else {}
+            context.packed_rows = frozenset(rows[request_id] for request_id in names)
+        return context.packed_rows
 
     def _prefill_rows(
         self, common: CommonAttentionMetadata, begin: int, end: int, packed: bool
@@ -167,7 +176,7 @@ class KVCompressCudaImpl(KVCompressImpl):
 
     def bind(self, context: StepContext, layer_name: str) -> None:
         super().bind(context, layer_name)
-        self._ring = context.state.ring[self._layer].flatten(0, 1)
+        self._ring = context.state.ring[self._layer].flatten(0, 1)  # a draft layer writes nothing
         self._fa_version = fa_utils.get_flash_attn_version(head_size=self.head_size)
         # FlashAttention 2 knows no sinks, 3 and 4 only those in bfloat16.
         if self.sinks is not None and (
@@ -198,9 +207,10 @@ class KVCompressCudaImpl(KVCompressImpl):
         assert isinstance(meta, KVCompressCudaMetadata) and meta.ring_index is not None
         query = query.view(-1, self.num_heads, self.head_size)
         out = output.view(-1, self.num_heads, self.head_size)
-        ops.observe_queries(query, meta.ring_index, self._ring)
+        if not self.of_draft:
+            ops.observe_queries(query, meta.ring_index, self._ring)
         # Never in a captured graph: those are of steps of one token a request, which have none.
-        if meta.echo is not None:
+        if meta.echo is not None and not self.of_draft:
             self.score(query, meta.echo)
         self.replay(query, meta.repeated)
         if meta.num_decode_tokens:
