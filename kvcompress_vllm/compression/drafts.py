@@ -22,7 +22,9 @@ Kept = tuple[Tensor, Tensor, Tensor]
 """``kept_pages``, ``kept_first`` and ``kept_keys`` of ``ops.select_pages``."""
 
 
-def target_rows(rank: Rank, state_slot: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, int]:
+def target_rows(
+    rank: Rank, state_slot: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, int]:
     """State slots and tables of some requests without their draft layers, for the selection.
 
     Candidates of draft layers come last of a request, so that nothing else changes.

@@ -235,9 +235,7 @@ class PretendWorker:
             index = torch.full((count,), -1, dtype=torch.int32)
             if observation.unverified:
                 seq_lens = torch.tensor([0, first + count])
-                observe_unverified(
-                    index, [(observation, 1, 0, count)], seq_lens, self.state.window
-                )
+                observe_unverified(index, [(observation, 1, 0, count)], seq_lens, self.state.window)
             else:
                 for position in observation.positions(count, self.state.window):
                     index[position - first] = observation.place(position, self.state.window)
@@ -324,8 +322,14 @@ class Simulation:
             enable_prefix_caching=prefix_caching,
             enforce_eager=True,
             dtype=str(dtype).removeprefix("torch."),
-            speculative_config=None if not drafts else ngram(drafts) if head is None else {
-                "method": "eagle", "model": head, "num_speculative_tokens": drafts,
+            speculative_config=None
+            if not drafts
+            else ngram(drafts)
+            if head is None
+            else {
+                "method": "eagle",
+                "model": head,
+                "num_speculative_tokens": drafts,
             },
         )
         self._drafts, self._acceptance, self._random = drafts, acceptance, Random(0)

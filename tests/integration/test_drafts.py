@@ -105,9 +105,7 @@ def test_all_or_nothing_is_accepted(
     """At every border: where a compression is due, where a block and the window begin. The head
     drafts as ever, so that its keys are what it makes of them; what it says is replaced."""
     tokenizer = speculative.get_tokenizer()
-    texts = [
-        tokenizer.encode(p) + e for p, e in zip(PROMPTS, expected["compressed"], strict=True)
-    ]
+    texts = [tokenizer.encode(p) + e for p, e in zip(PROMPTS, expected["compressed"], strict=True)]
 
     def say(tokens: list[int]) -> list[int]:
         (text,) = (t for t in texts if t[: len(tokens)] == tokens[: len(t)])
