@@ -182,6 +182,7 @@ class _KVCompressMixin(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         drafted = scheduler_output.scheduled_spec_decode_tokens
         self.kv_compress_planner.unverified.verified(drafted)
+        self._recording.verified(scheduler_output, model_runner_output)
         failures, self._failures = self._failures, {}
         for report in reports_of(model_runner_output):
             if report.failure is not None:
