@@ -26,6 +26,7 @@ def save_head(path: Path, method: str = "eagle", **changes: int) -> str:
     config |= {
         "architectures": ["LlamaForCausalLM" if method == "eagle" else "LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,
+        "eagle_aux_hidden_state_layer_ids": [1, 3, 5],  # what an EAGLE-3 head is told
         "torch_dtype": "float32",
         **changes,
     }

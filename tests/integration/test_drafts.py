@@ -60,7 +60,10 @@ def worker(llm: Any) -> Any:
 
 
 def test_answers_are_the_same(speculative: Any, expected: dict[str, list[list[int]]]) -> None:
-    state = worker(speculative).kv_compress_context.state
+    (group,) = worker(speculative).model_runner.drafter.draft_attn_groups
+    builder = group.get_metadata_builder()
+    assert builder.drafts and builder.context is worker(speculative).kv_compress_context
+    state = builder.context.state
     assert state.group.draft_layers == 1 and state.group.layers == 7
     assert greedy(speculative, PROMPTS, LENGTH, ignore_eos=True) == expected["compressed"]
     again = greedy(speculative, PROMPTS[:2], LENGTH, ignore_eos=True)  # prefix hits
@@ -134,6 +137,29 @@ def test_all_or_nothing_is_accepted(
         assert more["accepted_tokens"] > 0.9 * more["draft_tokens"]
     else:
         assert more["accepted_tokens"] == 0
+
+
+def test_preempted_requests(
+    expected: dict[str, list[list[int]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a cache for two of them; they start anew, and nobody is compressed for it."""
+    options = {**OPTIONS, "ratio": 1, "on_pressure": False}
+    with engine(
+        options,
+        speculative_config=speculating(tmp_path),
+        num_gpu_blocks_override=90,
+        max_model_len=1024,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+    ) as llm:
+        assert greedy(llm, PROMPTS, LENGTH, ignore_eos=True) == expected["exact"]
+        found = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+        assert found["vllm:num_preemptions"] > 0
+        budget = {"kv_compress_ratio": 8}
+        packed = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, extra_args=budget)
+        assert all(len(tokens) == LENGTH for tokens in packed)
+        assert scheduler(llm).kv_compress_manager.packed == {}
+    assert "1 of 7 layers are the draft model's" in caplog.text
 
 
 def test_draft_models_that_do_not_fit(tmp_path: Path) -> None:

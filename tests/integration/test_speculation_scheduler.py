@@ -153,6 +153,21 @@ def test_beside_what_else_moves_compressions(options, windows, speculates):
     assert sim.pool.get_num_free_blocks() == blocks - 1 and sim.state_slots_left == set()
 
 
+def test_a_prompt_starts_beside_those_that_speculate():
+    """They leave less than a segment of each step; it does not wait until they are done."""
+    sim = Simulation(600, ECHO, max_num_batched_tokens=300, max_num_seqs=9, max_model_len=1024,
+                     drafts=20, acceptance=0.0)  # fmt: skip
+    for index in range(8):
+        sim.add(str(index), prompt(index, 30), 120)
+    for _ in range(6):
+        sim.step()
+    sim.add("late", prompt(9, 400), 5)
+    for _ in range(12):
+        sim.step()
+    assert sim.worker.rows.get("late") and len(sim.scheduler.running) == 9
+    sim.run()
+
+
 def test_a_last_token_that_is_filled_up(speculates):
     """vLLM makes the last token of a prompt, if it comes alone beside generations, as long as their
     steps are. That is not cut where a compression is due, nor is it observed."""

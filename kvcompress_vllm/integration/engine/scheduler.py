@@ -104,7 +104,7 @@ class _KVCompressMixin(Scheduler):
                 blocks,
                 step_tokens(scheduler_config),
             )
-            warn_of_small_steps(scheduler_config)
+            warn_of_small_steps(scheduler_config, self.num_spec_tokens)
         planner, sharing = self.kv_compress_planner, self.kv_compress_sharing
         self._replays = Replays(self, planner, manager)
         if config.exact != "off":
@@ -306,7 +306,7 @@ class _KVCompressMixin(Scheduler):
             count,
             tracked.prefill_end,
             tracked.due_at,
-            len(self.running) - (not waits),
+            (len(self.running) - (not waits)) * (1 + self.num_spec_tokens),
             # vLLM may have cut this chunk for the sake of encoder inputs, and only its going on
             # makes room for those.
             may_wait=not request.has_encoder_inputs,
