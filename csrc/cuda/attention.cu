@@ -58,8 +58,7 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   p.aligned_pages = heads % 4 == 0 && is_aligned(rows.num_pages, 16);
   // As 32-bit numbers: no row has more tokens than the batch.
   const int64_t together = std::min(decode_query_len, tokens);
-  const bool decode_all =
-      tokens <= requests * together || pages.scalar_type() == ScalarType::Float;
+  const bool decode_all = tokens <= requests * together || pages.scalar_type() == ScalarType::Float;
   p.width = static_cast<int32_t>(together);
   p.most_tokens = decode_all ? INT_MAX : p.width;
   dispatch_dtype(pages.scalar_type(), [&](auto type) {

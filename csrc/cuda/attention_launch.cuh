@@ -58,8 +58,7 @@ void launch_decode_shape(const Launch& launch, const Tensor& like, DecodeParams 
   KVC_CHECK(p.num_requests * sizeof(int) <= static_cast<size_t>(shared),
             "too many requests in a batch: ", p.num_requests);
   const Tensor scratch = torch::stable::new_empty(
-      like, {blocks * 4 + (workers + blocks) * 2 * p.columns * (2 + kHeadSize)},
-      ScalarType::Float);
+      like, {blocks * 4 + (workers + blocks) * 2 * p.columns * (2 + kHeadSize)}, ScalarType::Float);
   p.cut = static_cast<int4*>(scratch.mutable_data_ptr());
   float* place = reinterpret_cast<float*>(p.cut + blocks);  // 16-byte aligned, as cut is
   place = place_partials(place, workers, p.columns, kHeadSize, &p.of_workers);

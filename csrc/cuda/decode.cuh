@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of single query tokens, or of the few of a request that speculates, over paged keys.
-// Reads every key of a head once for all its G query heads, and for several tokens. A warp streams its stretch of units (decode_work.cuh) through a ring of its own in
-// shared memory; warps never wait for each other before all of them are done.
+// Reads every key of a head once for all its G query heads, and for several tokens. A warp streams
+// its stretch of units (decode_work.cuh) through a ring of its own in shared memory; warps never
+// wait for each other before all of them are done.
 #pragma once
 
 #include "decode_codes.cuh"

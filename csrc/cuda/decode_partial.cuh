@@ -107,9 +107,8 @@ __device__ __forceinline__ void merge_chain(const DecodeParams& p, const Stretch
   }
   const StretchEnds last = ends[warp];
   if (kind == 1 && goes_on && lane == 0) {
-    p.cut[blockIdx.x] =
-        make_int4(last.query_row, last.head, ceil_div(ends[end - 1].behind, block_units),
-                  last.tokens);
+    p.cut[blockIdx.x] = make_int4(last.query_row, last.head,
+                                  ceil_div(ends[end - 1].behind, block_units), last.tokens);
   }
   for (int first = 0; first < p.columns; first += Sum::kHeads) {
     const int count = min(p.columns - first, Sum::kHeads);

@@ -2,7 +2,8 @@
 // How decode work is shared. All keys of all (request, pass, KV head) form one line of 16-key
 // units; every warp of the grid takes an equal stretch of it, whatever the lengths of the heads
 // are. A pass is what reads the keys of a head once: for one query token, or for several at once of
-// a request that speculates. Its columns are (token, query head) pairs. What is left of heads that are cut by a border: decode_partial.cuh.
+// a request that speculates. Its columns are (token, query head) pairs. What is left of heads that
+// are cut by a border: decode_partial.cuh.
 #pragma once
 
 #include "../paged_layout.h"

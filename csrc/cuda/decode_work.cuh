@@ -52,8 +52,7 @@ __device__ __forceinline__ void copy_query(const DecodeParams& p, int query_row,
   } else {
     for (int i = threadIdx.x % kWarp; i < columns * kHeadSize / 2; i += kWarp) {
       const int d = i % (kHeadSize / 2) * 2;
-      const int64_t at =
-          column_offset(p, i / (kHeadSize / 2), p.query_stride_t, p.query_stride_h);
+      const int64_t at = column_offset(p, i / (kHeadSize / 2), p.query_stride_t, p.query_stride_h);
       asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared + i * 4),
                    "r"(load_pair(rows + at + d, false))
                    : "memory");
@@ -150,12 +149,11 @@ class WorkCursor {
     const bool last = unit_ + 1 == end_;
     if (lane == 0) {
       // In the padding of the first key: it travels with the stage and needs no room of its own.
-      asm volatile(
-          "st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(stage + kPair),
-          "r"(query_row()), "r"(h_), "r"(num_keys_ - (tokens_ - 1 - token_) - first),
-          "r"((unit_ == begin_ ? kFirst : 0) | (last ? kLast : 0) | (codes ? kCodes : 0) |
-              stretch_ | tokens(p) << kTokensShift)
-          : "memory");
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(stage + kPair),
+                   "r"(query_row()), "r"(h_), "r"(num_keys_ - (tokens_ - 1 - token_) - first),
+                   "r"((unit_ == begin_ ? kFirst : 0) | (last ? kLast : 0) | (codes ? kCodes : 0) |
+                       stretch_ | tokens(p) << kTokensShift)
+                   : "memory");
     }
     --left_;
     ++unit_;
@@ -297,7 +295,7 @@ class WorkCursor {
   HeadPages pages_;       // of the head at hand
   PageIds ids_;
   uint64_t policy_;
-  int next_ids_;  // first page ids of the head behind the one at hand
+  int next_ids_;                 // first page ids of the head behind the one at hand
   int h_, token_, tokens_;       // first token of the pass at hand, and tokens of the row
   int num_keys_, units_, unit_;  // of the head at hand
   int begin_, end_, stretch_;    // of this warp's stretch of it

@@ -18,6 +18,7 @@ POLICIES = {
     "h2o": {**ECHO, "policy": "h2o", "query_stride": 5},
     "mass": {**ECHO, "policy": "kv_compress", "ratio": None, "mass": 0.6},
     "int4": {**ECHO, "page_dtype": "int4"},
+    "one query": {**ECHO, "policy": "kv_compress", "window": 1, "interval": 2},
 }
 
 
@@ -86,6 +87,7 @@ def plans_of(sim: Simulation) -> list:
         ("h2o", 4, 0.6),
         ("mass", 4, 0.6),
         ("int4", 4, 0.6),
+        ("one query", 5, 0.6),
     ],
 )
 def test_answers_and_keys_are_those_of_accepted_tokens(policy, drafts, acceptance, speculates):

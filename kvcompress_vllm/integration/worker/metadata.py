@@ -231,7 +231,10 @@ def observe_unverified(
         for token in range(begin, end)
     ]
     token, row, behind, slot, first, until = to_device(tokens, torch.int64, seq_lens.device).T
-    position = seq_lens[row].long() - behind
+    length = seq_lens[row].long()
+    position = length - behind
+    # Of a step that is longer than the window only its last queries have room.
+    first = torch.maximum(first, torch.minimum(length, until) - window)
     place = slot + position % window
     place = torch.where((position >= first) & (position < until), place, -1)
     ring_index[token] = place.to(ring_index.dtype)
