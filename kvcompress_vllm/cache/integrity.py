@@ -145,6 +145,12 @@ def check_state(state: PackedState, expected: Sequence[PackedRow]) -> None:
                     f"kv_compress: {printable(row.request_id)} has scales from "
                     f"{float(scales.min())} to {float(scales.max())}"
                 )
+        of_drafts = state.num_pages[row.state_slot, state.group.target_layers :]
+        if not bool((of_drafts == len(row.packed_blocks)).all()):
+            raise RuntimeError(
+                f"kv_compress: draft layers of {printable(row.request_id)} have "
+                f"{of_drafts.tolist()} packed pages in {len(row.packed_blocks)} blocks"
+            )
         first = layout.exclusive_cumsum(state.num_pages[row.state_slot])
         if not first.equal(state.first_page[row.state_slot]):
             raise RuntimeError(

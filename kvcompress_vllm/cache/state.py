@@ -59,7 +59,7 @@ class PackedState:
         covered: ``[U]`` int32.
         page_scales: ``[U, L, H, A, S]`` bf16, their scales; None where they have none.
         owner: ``[N]`` int32, state slot of the request whose row starts with this block, or -1.
-        ring: ``[L, O, W, H * G, D]`` observed queries.
+        ring: ``[L, O, W, H * G, D]`` observed queries; zeros in draft layers.
         accumulated: ``[P, T, 4]`` fp32 or None: per key, for policies that judge by all queries,
             the sums so far of their channels (at most three) and, last, how many queries were
             counted. Written for pages of one request only: it computed them itself, and nobody who

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvcompress_vllm import ops
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.cache.transfer import Stopwatch, to_device
-from kvcompress_vllm.compression import allocation, batch, loss, statistics
+from kvcompress_vllm.compression import allocation, batch, drafts, loss, statistics
 from kvcompress_vllm.compression.batch import Batch, Rank
 from kvcompress_vllm.compression.evidence import Rectangle, evidence_of
 from kvcompress_vllm.compression.failures import Agree, Failures
@@ -48,9 +48,10 @@ class Selection(NamedTuple):
     which: list[int]
     """Their places in the batch."""
     part: Batch[Compression]
-    kept_pages: Tensor
-    kept_first: Tensor
-    kept_keys: Tensor
+    chosen: drafts.Kept
+    """By the scores."""
+    kept: drafts.Kept
+    """With what draft layers keep."""
 
 
 class Compressor:
@@ -78,7 +79,8 @@ class Compressor:
         self._lengths: dict[int, PendingLengths] = {}
         """By state slot, since its latest compression."""
         self.record: dict[str, list[Tensor]] | None = None
-        """For tests, when not None: by request id, the kept key indices of every (layer, head)."""
+        """For tests, when not None: by request id, the kept key indices of every (layer, head)
+        but those of draft layers."""
 
     @property
     def state(self) -> PackedState:
@@ -147,7 +149,7 @@ class Compressor:
         found = statistics.measure(self.rank, due, ops.channel_mask(due.policy.channels))
         scores, freed, lost = self._judge(due, found, points, failures, not score_only)
         if score_only:
-            nothing = self.state.num_pages[:0]
+            nothing = self.state.num_pages[:0, : self.group.target_layers]
             return PendingReports(due.items, points, lost, nothing, watch, failures)
         carried_out = cast("Batch[Compression]", due)
         chosen = self._select(carried_out, scores, freed)
@@ -173,8 +175,9 @@ class Compressor:
             store: whether the accumulated statistics become those sums, too.
 
         Returns:
-            ``[units, B]`` scores of all candidates; ``[A]`` int32 pages to free in every group of
-            heads, by request; ``[sum of points]`` share of the score mass lost at each.
+            ``[units, B]`` scores of all candidates but those of draft layers; ``[A]`` int32 pages
+            to free in every group of heads, by request; ``[sum of points]`` share of the score mass
+            lost at each.
         """
         scores = torch.empty(found.shape[1:], dtype=torch.float32, device=found.device)
         summed = (ops.channel_mask(due.policy.channels) & ops.ATTENTION_CHANNELS).bit_count()
@@ -185,6 +188,9 @@ class Compressor:
                 row = due.rows[index]
                 counts = statistics.add_up(self.rank, item, row, own[:summed], store)
             rectangle = Rectangle.of(self.rank, item, self._width(item))
+            end = begin + rectangle.units  # what draft layers have comes last
+            own = own[:, : rectangle.units]
+            counts = None if counts is None else counts[: rectangle.units]
             known = evidence_of(self.rank, due, index, rectangle, own, counts)
             verdict = self._verdict(due, index, known, rectangle, points[index], failures)
             scores[begin:end] = rectangle.gathered(verdict.scores.reshape(-1, found.shape[2]))
@@ -254,26 +260,32 @@ class Compressor:
         for groups in dict.fromkeys(row.shape[0] for row in freed):
             which = [i for i, row in enumerate(freed) if row.shape[0] == groups]
             part = due.part(which)
-            kept_pages, kept_first, kept_keys = ops.select_pages(
+            tables = part.state_slot, *self.state.tables
+            if self.group.draft_layers:
+                tables = drafts.target_rows(self.rank, part.state_slot)
+            found = ops.select_pages(
                 scores,
                 part.unit_start,
-                part.state_slot,
-                *self.state.tables,
+                *tables,
                 part.covered,
                 torch.stack([freed[i] for i in which]),
                 to_device(part.recent, torch.int32, scores.device),
                 due.config.sinks,
                 due.floor_pages,
-                sum(item.kept for item in part.items) * self.rank.group.pages_per_block,
+                sum(item.kept for item in part.items) * self.group.target_heads,
             )
-            chosen.append(Selection(which, part, kept_pages, kept_first, kept_keys))
+            kept = found
+            if self.group.draft_layers:
+                kept = drafts.with_draft_layers(self.rank, part, found)
+            chosen.append(Selection(which, part, found, kept))
         return chosen
 
     def _compact(self, due: Batch[Compression], chosen: list[Selection]) -> Tensor:
         """Move what is kept into the new blocks, and describe it in the state tables.
 
         Returns:
-            ``[R, L, H]`` int32, pages that every head of every request keeps.
+            ``[R, L, H]`` int32, pages that every head of every request keeps, draft layers left
+            out.
         """
         state = self.state
         moved = []
@@ -281,10 +293,9 @@ class Compressor:
             moved.append(state.accumulated)
         if state.echo is not None and ops.ECHO in due.policy.channels:
             moved.append(state.echo.unsqueeze(-1))
-        for _, part, kept_pages, kept_first, kept_keys in chosen:
+        for _, part, (kept_pages, _, kept_keys), kept in chosen:
             new_blocks = batch.padded_rows([item.new_blocks for item in part.items], self.device)
             before = part.rows, part.state_slot, *state.tables
-            kept = kept_pages, kept_first, kept_keys
             new_scales = None
             if state.page_scales is not None:
                 new_scales = ops.fit_scales(self.pages, *before, *kept)
@@ -296,19 +307,19 @@ class Compressor:
                 [item.state_slot for item in part.items],
                 [item.new_blocks for item in part.items],
                 [item.covered for item in part.items],
-                kept_pages,
+                kept[0],
                 new_scales,
             )
         if len(chosen) == 1:
-            return chosen[0].kept_pages
+            return chosen[0].chosen[0]
         order = to_device([i for c in chosen for i in c.which], torch.int64, self.device)
-        return torch.cat([c.kept_pages for c in chosen])[order.argsort()]
+        return torch.cat([c.chosen[0] for c in chosen])[order.argsort()]
 
     def _note(self, part: Batch[Compression], kept_pages: Tensor, kept_keys: Tensor) -> None:
         """Follow protected ranges, and record what is kept."""
         begin = 0
         for index, item in enumerate(part.items):
-            end = begin + item.kept * self.rank.group.pages_per_block
+            end = begin + item.kept * self.group.target_heads
             if item.protect:
                 self._protected.moved(item, kept_keys[begin:end], kept_pages[index])
             if self.record is not None:

@@ -31,7 +31,7 @@ class Rectangle(NamedTuple):
     width: int
     """Units of B keys of every head."""
     units: int
-    """Candidate units of the request."""
+    """Candidate units of the request, those of draft layers left out."""
     lengths: Tensor | None = None
     """``[L, H]`` int32, candidate units of each head; None: all heads are as long as it is wide."""
     place: Tensor | None = None
@@ -42,15 +42,16 @@ class Rectangle(NamedTuple):
     @classmethod
     def of(cls, rank: Rank, item: Judged, width: int) -> Rectangle:
         """Args: width: units of the longest head, or more."""
-        heads, m = rank.group.pages_per_block, rank.group.blocks_per_page
+        group = rank.group
+        layers, heads, m = group.target_layers, group.target_heads, group.blocks_per_page
         units = rank.candidate_units(item) * heads
         if not item.old_kept:
             return cls(width, units)
         state, device = rank.state, rank.pages.device
         fresh = item.covered - item.old_covered
-        lengths = state.num_pages[item.packed_slot] * m + fresh
+        lengths = state.num_pages[item.packed_slot, :layers] * m + fresh
         first = layout.first_candidate(
-            state.first_page[item.packed_slot].view(heads, 1),
+            state.first_page[item.packed_slot, :layers].view(heads, 1),
             torch.arange(heads, device=device).unsqueeze(1),
             fresh,
             m,
@@ -86,12 +87,13 @@ def evidence_of(
     """What is known of one request of a batch.
 
     Args:
-        statistics: ``[channels, units, B]`` of this request; heads may differ in length.
+        statistics: ``[channels, units, B]`` of this request; heads may differ in length. Of draft
+            layers there are none.
         counts: ``[units, B]`` queries that saw each key, or None.
     """
     item, config, state = batch.items[index], batch.config, rank.state
     group = rank.group
-    heads, block_size = group.pages_per_block, group.block_size
+    heads, block_size = group.target_heads, group.block_size
     left_out = (item.covered - rectangle.width) * block_size
     window = min(config.window, item.num_tokens)
     absent = rectangle.absent
@@ -110,7 +112,7 @@ def evidence_of(
     )
     by_channel = [part.reshape(heads, -1) for part in statistics]
     return Evidence(
-        layers=group.layers,
+        layers=group.target_layers,
         heads=group.heads,
         group=group.queries_per_head,
         num_keys=rectangle.width * block_size,

@@ -47,7 +47,8 @@ class Protected:
         """Note where the ranges are after a compression; call before it is installed.
 
         Args:
-            kept_keys: ``[C * L * H, T]`` int32 from the selection op, of this request.
+            kept_keys: ``[C * L * H, T]`` int32 from the selection op, of this request; L is without
+                draft layers, which protect nothing.
             kept_pages: ``[L, H]`` int32.
         """
         pages = kept_keys.shape[0]
@@ -76,7 +77,8 @@ class Protected:
 
     def _indent(self, item: Judged) -> Tensor:
         """``[L * H]`` int64: tokens whose key a head has lost, up to its packed part's end."""
-        pages = self._state.num_pages[item.packed_slot].flatten().long()
+        layers = self._state.group.target_layers
+        pages = self._state.num_pages[item.packed_slot, :layers].flatten().long()
         if not item.old_kept:
             return torch.zeros_like(pages)
         m = self._state.group.blocks_per_page

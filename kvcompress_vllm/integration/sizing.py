@@ -26,9 +26,16 @@ def observe_slots(vllm_config: VllmConfig, group: CacheGroup, num_blocks: int) -
 
 
 def draft_tokens(vllm_config: VllmConfig) -> int:
-    """Tokens of a generation that a step may compute beyond its next."""
+    """Tokens of a generation beyond its next that may be computed, or that vLLM keeps room for,
+    while it is not known whether they are accepted."""
     drafts: int = vllm_config.num_speculative_tokens
-    return drafts
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return drafts
+    # Those of a step; where a draft model writes keys of those of the next; those that a step in
+    # flight may still reject.
+    parts = 1 + speculative.use_eagle() + bool(vllm_config.scheduler_config.async_scheduling)
+    return parts * drafts
 
 
 def context_slots(vllm_config: VllmConfig, num_blocks: int) -> int:

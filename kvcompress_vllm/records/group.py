@@ -18,6 +18,7 @@ class CacheGroup:
         page    | B keys and their values: B * 2 * D numbers                           |
 
     All layers with full attention are one group, with blocks, rows and packed pages of its own;
+    those of a draft model come last in it, and no policy judges them (``compression/drafts.py``).
     records of a step name the group that they are about by its :attr:`index`. Layers with a window
     are in other groups of vLLM's, which this does not describe. How packed pages hold keys is a
     matter of the group, too: T keys each, of m blocks, in the bytes of B.
@@ -41,6 +42,8 @@ class CacheGroup:
     """Of the attention logits; 0: none."""
     page_format: PageFormat = PageFormat.AUTO
     """How packed pages hold keys."""
+    draft_layers: int = 0
+    """The last so many of its layers are those of a draft model."""
     index: int = 0
     """Which of the engine's groups it is."""
 
@@ -48,6 +51,16 @@ class CacheGroup:
     def shape(self) -> tuple[int, int]:
         """L, H: of what is known per head."""
         return self.layers, self.heads
+
+    @property
+    def target_layers(self) -> int:
+        """Layers of the model that is served; they come first."""
+        return self.layers - self.draft_layers
+
+    @property
+    def target_heads(self) -> int:
+        """KV heads of these."""
+        return self.target_layers * self.heads
 
     @property
     def pages_per_block(self) -> int:

@@ -176,6 +176,9 @@ class Observation(NamedTuple):
     stride: int = 1
     observe_until: int = 1 << 62
     """Queries from here on are not observed: the compression is due before them."""
+    unverified: int = 0
+    """The first token may come by so many positions earlier: where steps before this one still
+    have drafted tokens to verify. Where, only the device knows."""
 
     def positions(self, num_tokens: int, window: int) -> range:
         """Observed positions among ``num_tokens`` tokens, last first; at most ``window``."""

@@ -53,7 +53,7 @@ class EchoPlanner:
         Args:
             prefill_end: tokens that the prefill computes.
             due_at: where the next compression is due.
-            others: running requests beside it, which may take a token of each step.
+            others: tokens that running requests beside it may take of each step.
             may_wait: False: it must go on now, whatever that cuts.
         """
         if first >= prefill_end or not self.scores(budget.policy) or budget.query_stride:

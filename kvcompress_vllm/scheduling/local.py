@@ -32,11 +32,15 @@ class Local(NamedTuple):
         seen = -(-min(num_tokens, self.span + in_flight) // block_size)
         return min(-(-num_tokens // block_size), seen + (not self.aligned))
 
-    def held(self, num_tokens: int, block_size: int) -> int:
-        """Blocks of a request that decodes, and whose latest token is the ``num_tokens``-th."""
+    def held(self, num_tokens: int, block_size: int, drafts: int = 0) -> int:
+        """Blocks of a request that decodes, and whose latest token is the ``num_tokens``-th.
+
+        Args:
+            drafts: tokens behind that, which may be rejected: until then they pass nothing.
+        """
         before = num_tokens - 1
         passed = before // self.span * self.span if self.aligned else max(0, before - self.span)
-        return -(-num_tokens // block_size) - passed // block_size
+        return -(-(num_tokens + drafts) // block_size) - passed // block_size
 
 
 class LocalLayers(NamedTuple):
@@ -65,14 +69,11 @@ class LocalLayers(NamedTuple):
     def growth(self, num_tokens: int, more: int) -> int:
         """By how many blocks a request that decodes will grow at most within ``more`` tokens."""
         # A row grows where a block begins, and gives blocks back in between.
-        later = range(
-            -(-num_tokens // self.block_size) * self.block_size + 1,
-            num_tokens + more + 1,
-            self.block_size,
-        )
+        size, end = self.block_size, num_tokens + self.drafts
+        later = range(-(-end // size) * size + 1 - self.drafts, num_tokens + more + 1, size)
         return sum(
-            max(group.held(n, self.block_size) for n in (num_tokens, *later))
-            - group.held(num_tokens, self.block_size)
+            max(group.held(n, size, self.drafts) for n in (num_tokens, *later))
+            - group.held(num_tokens, size)
             for group in self.groups
         )
 

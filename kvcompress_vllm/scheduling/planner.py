@@ -39,6 +39,7 @@ from kvcompress_vllm.scheduling.observers import ObservationSlots
 from kvcompress_vllm.scheduling.request import Tracked
 from kvcompress_vllm.scheduling.sizes import NEVER, Budgets, Limits, Sizes, check_peak
 from kvcompress_vllm.scheduling.slots import Slots
+from kvcompress_vllm.scheduling.unverified import Unverified
 
 
 class CompressionPlanner:
@@ -61,6 +62,7 @@ class CompressionPlanner:
         contexts: packed prefixes that requests share.
         newcomers: what a request would take that starts now.
         feedback: is told what workers report.
+        unverified: what is drafted in steps in flight. ``num_computed`` is without.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class CompressionPlanner:
     ) -> None:
         self.config = config
         self._drafts = drafts
+        self.unverified = Unverified()
         self.limits = Limits.of(config, block_size, max_tokens)
         self.requests: dict[str, Tracked] = {}
         self.observers = ObservationSlots(config, observe_slots, self.requests)
@@ -203,7 +206,8 @@ class CompressionPlanner:
             if not self.observers.available:
                 return
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
-            due_at = max(tracked.due_at, computed + self.config.window)
+            counted = computed + self.unverified[tracked.request_id]
+            due_at = max(tracked.due_at, counted + self.config.window)
             later = tracked.outgrown_at(due_at)
             if later > due_at:
                 tracked.due_at = later  # it was not heard meanwhile, so it would keep more
@@ -221,7 +225,7 @@ class CompressionPlanner:
         """
         early = pressure.early(
             self.requests.values(),
-            num_computed,
+            self._counted(num_computed),
             num_free,
             self.limits,
             self.config.window,
@@ -234,6 +238,10 @@ class CompressionPlanner:
             tracked.usual_due = tracked.due_at
             self._course.prepare(tracked, item.due_at)
             tracked.ratio, tracked.trigger = item.ratio, "pressure"
+
+    def listen(self, num_computed: Mapping[str, int]) -> None:
+        """Give observation slots that nobody needs to decoding requests, see ``observers``."""
+        self.observers.listen(self._counted(num_computed))
 
     def due(self, num_computed: Mapping[str, int]) -> list[Tracked]:
         """Requests whose observation is complete, oldest first."""
@@ -316,7 +324,8 @@ class CompressionPlanner:
         if now < num_computed:
             # What was computed while it waited was not observed: a whole window from now on.
             tracked.accumulated = num_computed
-            due_at = max(due_at, num_computed + self.config.window)
+            counted = num_computed + self.unverified[request_id]
+            due_at = max(due_at, counted + self.config.window)
         self._course.go_on(tracked, due_at)
 
     def take_released(self) -> list[int]:
@@ -332,6 +341,10 @@ class CompressionPlanner:
     def packed(self) -> Iterable[Tracked]:
         """Requests that are packed now."""
         return (t for t in self.requests.values() if t.kept)
+
+    def _counted(self, num_computed: Mapping[str, int]) -> Mapping[str, int]:
+        """With what steps in flight drafted: what is observed from now on begins behind it."""
+        return {name: n + self.unverified[name] for name, n in num_computed.items()}
 
     def _observed(self, num_computed: Mapping[str, int]) -> Iterator[Tracked]:
         """Requests whose observation is complete."""

@@ -158,7 +158,10 @@ class Tracked:
         if not self.reads_echo or self.budget.mass is not None:
             return ()
         block_size = self.sizes.limits.block_size
-        found = self.unscored.before(covered * block_size)
+        end = covered * block_size
+        if self.listen_slot is not None:
+            end = min(end, self.listened)  # what comes behind will be heard by then
+        found = self.unscored.before(end)
         return found if sum(end - start for start, end in found) >= block_size else ()
 
     def protect(self, covered: int) -> Ranges:

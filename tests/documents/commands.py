@@ -74,6 +74,7 @@ COMMANDS = {
     r"python -m benchmarks\.(batch|batch_ray) .*": "GPU: tests/test_batch_benchmarks.py has parts",
     r"python -m benchmarks\.ops": "GPU: kernels",
     r"python -m benchmarks\.soak .*": "long: tests/test_soak.py has its parts",
+    r"python -m benchmarks\.speculation .*": "long: minutes; tests/integration/test_speculation.py",
     r"python -m benchmarks\.scheduler_step": "long: minutes on a quiet machine",
     r"python -m benchmarks\.quality .*": "tests/integration/test_quality.py::test_measured_cells",
     r"python -m benchmarks\.quality\.reference": "long: the reference answers token by token",

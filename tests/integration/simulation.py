@@ -42,10 +42,11 @@ from kvcompress_vllm.integration.frontend.requests import (
     check_request,
     send_budget,
 )
-from kvcompress_vllm.integration.sizing import observe_slots, state_slots
+from kvcompress_vllm.integration.sizing import draft_tokens, observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import reports
 from kvcompress_vllm.integration.worker.longest_request import check_longest_request
+from kvcompress_vllm.integration.worker.metadata import observe_unverified
 from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.budget import Ranges
 from kvcompress_vllm.records.plan import Replay, StepPlan
@@ -121,7 +122,10 @@ class PretendWorker:
                     row += more
         observed = {item.request_id: item for item in plan.observations}
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, told in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            # With steps in flight the scheduler may count what is rejected by now.
+            drafted = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            computed[request_id] = min(told, len(tokens[request_id]) - drafted - 1)
         fresh = [new.req_id for new in output.scheduled_new_reqs] + list(cached.resumed_req_ids)
         for request_id in fresh if self.state.echo is not None else ():
             # What it found in the prefix cache must be there as if it had computed it.
@@ -227,12 +231,17 @@ class PretendWorker:
         value[..., :D] *= 1 + 2 * slot[:, None]  # so that heads differ in what they attend to
         self.pages[target, (positions % B)[:, None]] = value.to(self.pages.dtype)
         if observation is not None:
-            assert observation.first_token == first
+            assert 0 <= observation.first_token - first <= observation.unverified
             index = torch.full((count,), -1, dtype=torch.int32)
-            for position in observation.positions(count, self.state.window):
-                place = observation.place(position, self.state.window)
-                index[position - first] = place
-                self.observed[place] = request_id, int(tags[position - first])
+            if observation.unverified:
+                seq_lens = torch.tensor([0, first + count])
+                observe_unverified(index, [(observation, 1, 0, count)], seq_lens, self.state.window)
+            else:
+                for position in observation.positions(count, self.state.window):
+                    index[position - first] = observation.place(position, self.state.window)
+            for token, place in enumerate(index.tolist()):
+                if place >= 0:
+                    self.observed[place] = request_id, int(tags[token])
             for layer in range(L):
                 query = torch.randn(count, H * G, D, generator=self.random)
                 query = query.to(self.state.ring.dtype)
@@ -293,11 +302,13 @@ class Simulation:
         drafts: int = 0,
         acceptance: float = 0.5,
         windows: tuple[int, ...] = (),
+        head: str | None = None,
     ) -> None:
         """
         Args:
             drafts: tokens that are speculated of each generation in a step.
             acceptance: share of them that the pretend model says, too.
+            head: folder of an EAGLE head that speculates; None: n-grams do.
         """
         page_format = PageFormat.of(options.get("page_dtype", "auto"))
         dtype = torch.float32 if page_format is PageFormat.AUTO else torch.bfloat16
@@ -311,11 +322,21 @@ class Simulation:
             enable_prefix_caching=prefix_caching,
             enforce_eager=True,
             dtype=str(dtype).removeprefix("torch."),
-            speculative_config=ngram(drafts) if drafts else None,
+            speculative_config=None
+            if not drafts
+            else ngram(drafts)
+            if head is None
+            else {
+                "method": "eagle",
+                "model": head,
+                "num_speculative_tokens": drafts,
+            },
         )
         self._drafts, self._acceptance, self._random = drafts, acceptance, Random(0)
         self._drafted: dict[str, list[int]] = {}
         """What the worker computes beyond ``_tokens`` in this step."""
+        self._scheduled: set[str] = set()
+        """Who computes something in this step."""
         self.num_rejected = 0
         self.vllm_config = args.create_engine_config()
         # The CPU platform turns it off; the scheduler does not mind.
@@ -361,7 +382,7 @@ class Simulation:
             group,
             num_blocks=num_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
-            window=config.ring(drafts),
+            window=config.ring(draft_tokens(self.vllm_config)),
             dtype=dtype,
             echo=config.stores_echo,
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
@@ -443,9 +464,12 @@ class Simulation:
     def step(self) -> None:
         output = self.scheduler.schedule(False)
         scheduled, cached = output.num_scheduled_tokens, output.scheduled_cached_reqs
+        self._scheduled = set(scheduled)
         for rid in [*(new.req_id for new in output.scheduled_new_reqs), *cached.resumed_req_ids]:
             self._tokens[rid] = list(self.scheduler.requests[rid]._all_token_ids)
         self._drafted = dict(output.scheduled_spec_decode_tokens)
+        if self._depth > 1:  # of which the scheduler knows the number only
+            self._drafted = {r: self._draft(r)[: len(t)] for r, t in self._drafted.items()}
         self.worker.run(output, {rid: self._computed(rid) for rid in self._tokens})
         self.num_steps += 1
         if output.kv_compress.compressions or output.preempted_req_ids or self.num_steps % 8 == 0:
@@ -466,6 +490,11 @@ class Simulation:
         self._in_flight.append((output, reports.attach(result, self.worker.pending)))
         if len(self._in_flight) == self._depth or not scheduled:
             self._update(*self._in_flight.popleft())
+
+    def _computed_end(self, request_id: str) -> int:
+        """Tokens of a request that decodes with a key by now."""
+        uncomputed = request_id not in self._scheduled
+        return len(self._computed(request_id)) - uncomputed
 
     def _computed(self, request_id: str) -> list[int]:
         return self._tokens[request_id] + self._drafted.get(request_id, [])
@@ -490,7 +519,7 @@ class Simulation:
 
     def _update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
         answers = self.scheduler.update_from_output(output, result)
-        if self._drafts:
+        if self._drafts and self._depth == 1:
             ids = [rid for rid in result.req_ids if rid in self.scheduler.requests]
             self.scheduler.update_draft_token_ids(DraftTokenIds(ids, list(map(self._draft, ids))))
         for outputs in answers.values():
@@ -531,7 +560,8 @@ class Simulation:
         in order, and all of the tail."""
         manager = self.scheduler.kv_compress_manager
         for request in self.scheduler.running:
-            rid, n = request.request_id, request.num_computed_tokens
+            rid = request.request_id
+            n = min(request.num_computed_tokens, self._computed_end(rid))
             if n == 0 or rid not in self.worker.rows:
                 continue
             ids = manager.row(rid, len(manager.req_to_blocks[rid]))

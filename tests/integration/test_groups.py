@@ -106,14 +106,15 @@ def test_pressure_counts_what_windows_will_take(monkeypatch: pytest.MonkeyPatch)
     sim.run()
 
 
+@pytest.mark.parametrize("drafts", [0, 5])
 @pytest.mark.parametrize("spec", [SLIDING, CHUNKED], ids=["window", "chunks"])
-def test_growth_is_what_comes(spec: Any) -> None:
+def test_growth_is_what_comes(spec: Any, drafts: int) -> None:
     """Counted token by token."""
-    layers = LocalLayers([span_of(spec)], B, in_flight=128)
+    layers = LocalLayers([span_of(spec)], B, in_flight=128, drafts=drafts)
     local = layers.groups[0]
     for now in range(1, 200):
-        ahead = [local.held(now + more, B) for more in range(31)]
-        assert layers.growth(now, 30) == max(ahead) - ahead[0]
+        ahead = [local.held(now + more, B, drafts) for more in range(31)]
+        assert layers.growth(now, 30) == max(ahead) - local.held(now, B)
         assert max(ahead) <= layers.decoding(now + 30)
 
 

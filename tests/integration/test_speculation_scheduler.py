@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from tests.integration.heads import save_head
 from tests.integration.simulation import Simulation
 
 ECHO = {"policy": "echo", "ratio": 4, "recent": 8, "window": 8, "interval": 4}
@@ -17,6 +18,7 @@ POLICIES = {
     "h2o": {**ECHO, "policy": "h2o", "query_stride": 5},
     "mass": {**ECHO, "policy": "kv_compress", "ratio": None, "mass": 0.6},
     "int4": {**ECHO, "page_dtype": "int4"},
+    "one query": {**ECHO, "policy": "kv_compress", "window": 1, "interval": 2},
 }
 
 
@@ -30,7 +32,23 @@ def prompt(seed: int, length: int) -> list[int]:
     return [source.randrange(3, 1000) for _ in range(length)]
 
 
-def simulation(options: dict, drafts: int, acceptance: float, blocks: int = 400) -> Simulation:
+@pytest.fixture(scope="module")
+def head(tmp_path_factory) -> str:
+    return save_head(tmp_path_factory.mktemp("head"))
+
+
+@pytest.fixture(params=["n-gram", "draft model", "draft model, steps in flight"])
+def speculates(request) -> dict:
+    """Who drafts, and whether a step is planned while the one before runs."""
+    if request.param == "n-gram":
+        return {}
+    asynchronous = request.param.endswith("flight")
+    return {"head": request.getfixturevalue("head"), "asynchronous": asynchronous}
+
+
+def simulation(
+    options: dict, drafts: int, acceptance: float, blocks: int = 400, **speculates
+) -> Simulation:
     return Simulation(
         blocks,
         options,
@@ -38,6 +56,7 @@ def simulation(options: dict, drafts: int, acceptance: float, blocks: int = 400)
         max_model_len=1024,
         drafts=drafts,
         acceptance=acceptance,
+        **(speculates if drafts else {}),
     )
 
 
@@ -68,11 +87,12 @@ def plans_of(sim: Simulation) -> list:
         ("h2o", 4, 0.6),
         ("mass", 4, 0.6),
         ("int4", 4, 0.6),
+        ("one query", 5, 0.6),
     ],
 )
-def test_answers_and_keys_are_those_of_accepted_tokens(policy, drafts, acceptance):
+def test_answers_and_keys_are_those_of_accepted_tokens(policy, drafts, acceptance, speculates):
     """In a pool so small that some are preempted."""
-    sim = simulation(POLICIES[policy], drafts, acceptance, blocks=90)
+    sim = simulation(POLICIES[policy], drafts, acceptance, blocks=90, **speculates)
     source, wanted = random.Random(drafts), {}
     for index in range(12):
         wanted[str(index)] = source.randrange(1, 200)
@@ -88,10 +108,10 @@ def test_answers_and_keys_are_those_of_accepted_tokens(policy, drafts, acceptanc
 @pytest.mark.parametrize(
     "policy, acceptance", [("echo", 0.0), ("echo", 0.7), ("kv_compress", 1.0), ("h2o", 0.7)]
 )
-def test_compressions_come_where_they_would_without(policy, acceptance):
+def test_compressions_come_where_they_would_without(policy, acceptance, speculates):
     found = []
     for drafts in (0, 5):
-        sim = simulation(POLICIES[policy], drafts, acceptance)
+        sim = simulation(POLICIES[policy], drafts, acceptance, **speculates)
         plans = plans_of(sim)
         for index, length in enumerate([40, 130, 200, 333]):
             sim.add(str(index), prompt(index, length), 300)
@@ -113,11 +133,12 @@ def test_compressions_come_where_they_would_without(policy, acceptance):
     ],
     ids=["windows", "exact", "peak", "stride"],
 )
-def test_beside_what_else_moves_compressions(options, windows):
+def test_beside_what_else_moves_compressions(options, windows, speculates):
     """In a pool that is too small, with requests that share the beginning of their prompts."""
+    blocks = 170 if windows else 130
     sim = Simulation(
-        130, {**ECHO, **options}, max_num_batched_tokens=300, max_model_len=1024, drafts=4,
-        acceptance=0.6, windows=windows,
+        blocks, {**ECHO, **options}, max_num_batched_tokens=300, max_model_len=1024, drafts=4,
+        acceptance=0.6, windows=windows, **speculates,
     )  # fmt: skip
     source, wanted = random.Random(1), {}
     for index in range(9):
@@ -131,4 +152,47 @@ def test_beside_what_else_moves_compressions(options, windows):
     sim.run()
     assert {name: len(tokens) for name, tokens in sim.outputs.items()} == wanted
     assert sim.num_compressions > 5 and sim.num_rejected > 100 and not sim.failed
-    assert sim.pool.get_num_free_blocks() == 129 and sim.state_slots_left == set()
+    assert sim.pool.get_num_free_blocks() == blocks - 1 and sim.state_slots_left == set()
+
+
+def test_a_prompt_starts_beside_those_that_speculate():
+    """They leave less than a segment of each step; it does not wait until they are done."""
+    sim = Simulation(600, ECHO, max_num_batched_tokens=300, max_num_seqs=9, max_model_len=1024,
+                     drafts=20, acceptance=0.0)  # fmt: skip
+    for index in range(8):
+        sim.add(str(index), prompt(index, 30), 120)
+    for _ in range(6):
+        sim.step()
+    sim.add("late", prompt(9, 400), 5)
+    for _ in range(12):
+        sim.step()
+    assert sim.outputs["late"] and all(len(sim.outputs[str(index)]) < 120 for index in range(8))
+    sim.run()
+
+
+def test_a_last_token_that_is_filled_up(speculates):
+    """vLLM makes the last token of a prompt, if it comes alone beside generations, as long as their
+    steps are. That is not cut where a compression is due, nor is it observed."""
+    sim = simulation({"policy": "kv_compress", "ratio": 4, "window": 1, "recent": 8}, 4, 0.5,
+                     **speculates)  # fmt: skip
+    shared = prompt(1, 16 * 16)
+    sim.add("a", [*shared, 5], 80)
+    for _ in range(3):
+        sim.step()
+    sim.add("b", [*shared, 6], 40)
+    filled = []
+    run = sim.worker.run
+
+    def recorded(output, tokens):
+        filled.extend(
+            output.num_scheduled_tokens[new.req_id]
+            for new in output.scheduled_new_reqs
+            if new.req_id in output.scheduled_spec_decode_tokens
+        )
+        run(output, tokens)
+
+    sim.worker.run = recorded
+    sim.run()
+    assert len(sim.outputs["a"]) == 80 and len(sim.outputs["b"]) == 40 and not sim.failed
+    if "head" not in speculates:  # with a draft model the last block of a hit is computed anew
+        assert filled == [5]

@@ -16,6 +16,7 @@ from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, budget_of
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
+from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.metrics import Recorder
 from kvcompress_vllm.scheduling import admission
@@ -80,7 +81,7 @@ class Admission:
     def too_large(self, request: Request, budget: RequestBudget | None) -> str | None:
         """Why a request can never finish; the front end refuses such ones, unless passed by."""
         length = min(self._scheduler.max_model_len, request.num_tokens + request.max_tokens)
-        drafts = self._scheduler.num_spec_tokens
+        drafts = draft_tokens(self._scheduler.vllm_config)
         sizes, window = self._planner.sizes(budget), self._planner.config.window
         needed = blocks_needed(sizes, window, length, drafts) + self._others.most(length)
         most = self._manager.block_pool.num_gpu_blocks - 1

@@ -51,6 +51,14 @@ def log_banner(
         blocks / max(1, packed),
         blocks / full,
     )
+    drafts = getattr(groups[others.index].kv_cache_spec, "draft_layers", 0)
+    if drafts:
+        logger.info(
+            "kv_compress: %d of %d layers are the draft model's: they keep the first keys and the "
+            "latest",
+            drafts,
+            len(groups[others.index].layer_names),
+        )
     if others:
         layers = [len(group.layer_names) for group in groups]
         logger.info(
@@ -62,16 +70,21 @@ def log_banner(
         )
 
 
-def warn_of_small_steps(config: SchedulerConfig) -> None:
-    """Warn where steps may not have room for the tokens that get echo scores at once."""
+def warn_of_small_steps(config: SchedulerConfig, drafts: int = 0) -> None:
+    """Warn where steps may not have room for the tokens that get echo scores at once.
+
+    Args:
+        drafts: tokens that a step computes of a generation beyond its next.
+    """
     tokens, requests = step_tokens(config), config.max_num_seqs
-    if tokens - requests < SEGMENT:
+    if tokens - requests * (1 + drafts) < SEGMENT:
         logger.warning(
-            "kv_compress: steps of %d tokens with up to %d requests may not have room for "
-            "the %d tokens that are scored at once: what is kept then depends on how "
+            "kv_compress: steps of %d tokens with up to %d requests of %d tokens may not have room "
+            "for the %d tokens that are scored at once: what is kept then depends on how "
             "prompts are cut, and the prefix cache is used less; raise "
             "--max-num-batched-tokens",
             tokens,
             requests,
+            1 + drafts,
             SEGMENT,
         )

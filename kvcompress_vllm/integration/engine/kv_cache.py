@@ -9,7 +9,7 @@ vLLM's public registry, which is also what unpickling a spec in the engine core 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -46,6 +46,7 @@ class KVCompressSpec(FullAttentionSpec):
         scale: factor on the attention logits.
         soft_cap: of the attention logits; 0: none.
         page_format: how packed pages hold keys.
+        draft_layers: of these layers, those of a draft model. Not compared: all go into one group.
     """
 
     window: int = 1
@@ -53,6 +54,7 @@ class KVCompressSpec(FullAttentionSpec):
     scale: float = 1.0
     soft_cap: float = 0.0
     page_format: PageFormat = PageFormat.AUTO
+    draft_layers: int = field(default=0, compare=False)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         # What vLLM demands of the pool, so that the longest request fits alone.
@@ -73,6 +75,7 @@ class KVCompressSpec(FullAttentionSpec):
         scale: float,
         page_format: PageFormat = PageFormat.AUTO,
         soft_cap: float = 0.0,
+        draft_layers: int = 0,
     ) -> KVCompressSpec:
         """The spec of a layer that vLLM describes as plain full attention."""
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
@@ -83,13 +86,16 @@ class KVCompressSpec(FullAttentionSpec):
             scale=scale,
             soft_cap=soft_cap,
             page_format=page_format,
+            draft_layers=draft_layers,
         )
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
         # How vLLM asks whether all layers are alike.
         assert all(isinstance(spec, cls) for spec in specs), "not all layers have full attention"
-        alike = {(spec.queries_per_head, spec.scale, spec.soft_cap) for spec in specs}
+        # Nobody observes the queries of draft layers.
+        targets = [spec for spec in specs if not spec.draft_layers] or specs
+        alike = {(spec.queries_per_head, spec.scale, spec.soft_cap) for spec in targets}
         if len(alike) != 1:
             found = ", ".join(
                 f"{scale:g} and {count} per KV head" + (f", capped at {cap:g}" if cap else "")
@@ -109,6 +115,7 @@ class KVCompressSpec(FullAttentionSpec):
             scale=scale,
             soft_cap=soft_cap,
             page_format=specs[0].page_format,
+            draft_layers=sum(spec.draft_layers for spec in specs),
         )
 
 
@@ -140,6 +147,7 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
         scale=spec.scale,
         soft_cap=spec.soft_cap,
         page_format=spec.page_format,
+        draft_layers=spec.draft_layers,
     )
 
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.records.plan import StepPlan
+from kvcompress_vllm.reporting.acceptance import Acceptance
 from kvcompress_vllm.reporting.digest import Digest
 from kvcompress_vllm.reporting.metrics import Occupancy, Recorder, StepReport
 from kvcompress_vllm.reporting.shared import SharedReport
@@ -44,6 +46,7 @@ class Recording:
         self._recorder, self._usage = recorder, usage
         self._shortage = Shortage()
         self._digest = Digest(lambda line: logger.info("kv_compress: %s", line))
+        self._acceptance = Acceptance(lambda line: logger.warning("kv_compress: %s", line))
 
     def step(self, plan: StepPlan, output: SchedulerOutput, waits: bool) -> None:
         """Record a step that was planned.
@@ -72,6 +75,17 @@ class Recording:
             )
         if self._recorder.enabled:
             self._count_preemptions(output)
+
+    def verified(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
+        """Note what became of the drafted tokens of a step that is back."""
+        invalid = output.num_invalid_spec_tokens or {}
+        for request_id, drafted in output.scheduled_spec_decode_tokens.items():
+            row = result.req_id_to_index.get(request_id)
+            sampled = result.sampled_token_ids[row] if row is not None else ()
+            if len(sampled):  # what is drafted of a prompt, to fill it up, is not verified
+                count = len(drafted) - invalid.get(request_id, 0)
+                packed = request_id in self._others.manager.packed
+                self._acceptance.verified(packed, count, min(count, len(sampled) - 1))
 
     def released(self, request_id: str, ended: bool) -> None:
         """Note that a request gave its blocks up.

@@ -33,7 +33,12 @@ from kvcompress_vllm.integration.engine.step import StepBuilder
 from kvcompress_vllm.integration.frontend.requests import received_budget
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
-from kvcompress_vllm.integration.sizing import context_slots, observe_slots, step_tokens
+from kvcompress_vllm.integration.sizing import (
+    context_slots,
+    draft_tokens,
+    observe_slots,
+    step_tokens,
+)
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
 from kvcompress_vllm.records.report import Scored
@@ -73,7 +78,7 @@ class _KVCompressMixin(Scheduler):
             observe_slots=observe_slots(self.vllm_config, self.kv_compress_group, blocks),
             max_tokens=self.max_model_len,
             context_slots=context_slots(self.vllm_config, blocks),
-            drafts=self.num_spec_tokens,
+            drafts=draft_tokens(self.vllm_config),
         )
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         # A block has room for a layer more where another group has one.
@@ -99,7 +104,7 @@ class _KVCompressMixin(Scheduler):
                 blocks,
                 step_tokens(scheduler_config),
             )
-            warn_of_small_steps(scheduler_config)
+            warn_of_small_steps(scheduler_config, self.num_spec_tokens)
         planner, sharing = self.kv_compress_planner, self.kv_compress_sharing
         self._replays = Replays(self, planner, manager)
         if config.exact != "off":
@@ -138,7 +143,11 @@ class _KVCompressMixin(Scheduler):
             self._failures[request.request_id] = problem
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        computed = {r.request_id: r.num_computed_tokens for r in self.running}
+        unverified = self.kv_compress_planner.unverified
+        computed = {
+            r.request_id: unverified.certain(r.request_id, r.num_computed_tokens)
+            for r in self.running
+        }
         self._failures |= self._replays.advance(computed)
         plan = self._steps.begin(computed)
         held = self.kv_compress_sharing.hold_back(self)
@@ -151,6 +160,7 @@ class _KVCompressMixin(Scheduler):
             self.requests,
             self._check_integrity,
         )
+        unverified.sent(output.scheduled_spec_decode_tokens)
         self._recording.step(plan, output, self._steps.waits)
         output.kv_compress = plan  # type: ignore[attr-defined]
         if self._check_integrity:
@@ -170,6 +180,9 @@ class _KVCompressMixin(Scheduler):
         *args: Any,
         **kwargs: Any,
     ) -> dict[int, EngineCoreOutputs]:
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        self.kv_compress_planner.unverified.verified(drafted)
+        self._recording.verified(scheduler_output, model_runner_output)
         failures, self._failures = self._failures, {}
         for report in reports_of(model_runner_output):
             if report.failure is not None:
@@ -249,15 +262,30 @@ class _KVCompressMixin(Scheduler):
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
         tracked = planner.requests.get(request.request_id)
-        if tracked is not None and tracked.prefill_end < tracked.due_at:
-            if first_token >= tracked.prefill_end:
-                # It decodes, and nothing is due that its prompt began. What is drafted ends where a
-                # compression is due: what comes behind attends to what that keeps, accepted or not.
-                if num_new_tokens <= 1:
-                    return num_new_tokens
-                return min(num_new_tokens, max(1, tracked.due_at - first_token))
-        elif request.request_id in self._replays:
+        if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
+            # It decodes, and nothing is due that its prompt began. What is drafted ends where a
+            # compression is due: what comes behind attends to what that keeps, accepted or not.
+            if not self.num_spec_tokens:
+                return num_new_tokens
+            left = tracked.due_at - first_token
+            certain = planner.unverified.certain(request.request_id, first_token)
+            if left <= 0 and certain < tracked.due_at:
+                return 0  # a step in flight says whether it has come so far
+            return min(num_new_tokens, max(1, left))
+        if request.request_id in self._replays:
             return self._replays.chunk(request, first_token, num_new_tokens)
+        waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        # Beside generations vLLM fills up a last token with what is sure to be rejected. That may
+        # lie behind a compression, and must not be cut: it says so to the worker all the same.
+        real = request.num_tokens - first_token
+        if waits and self.num_spec_tokens and num_new_tokens > real == 1:
+            return num_new_tokens * self._chunk(request, first_token, 1)
+        return self._chunk(request, first_token, num_new_tokens)
+
+    def _chunk(self, request: Request, first_token: int, num_new_tokens: int) -> int:
+        """How many tokens of a prompt the next step computes."""
+        planner = self.kv_compress_planner
+        tracked = planner.requests.get(request.request_id)
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         context = self._admission.hit(request)
         count = planner.chunk(
@@ -280,7 +308,7 @@ class _KVCompressMixin(Scheduler):
             count,
             tracked.prefill_end,
             tracked.due_at,
-            len(self.running) - (not waits),
+            (len(self.running) - (not waits)) * (1 + self.num_spec_tokens),
             # vLLM may have cut this chunk for the sake of encoder inputs, and only its going on
             # makes room for those.
             may_wait=not request.has_encoder_inputs,

@@ -118,7 +118,8 @@ class StepBuilder:
             if tracked is not None:
                 observation = planner.observe(tracked, first_token, num_tokens)
                 if observation is not None:
-                    plan.observations.append(observation)
+                    late = planner.unverified[request_id]
+                    plan.observations.append(observation._replace(unverified=late))
             if self._echo is not None:
                 # A generated token, and what was drafted behind it, are no segment.
                 decodes = num_tokens == 1 or request_id in drafted
@@ -214,7 +215,7 @@ class StepBuilder:
                 # Not the context that it goes on from: others may do so, too.
                 replaced += old[tracked.kept if tracked.context is not None else 0 :]
             planner.compressed(tracked.request_id, computed[tracked.request_id], context)
-        planner.observers.listen(computed)
+        planner.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
         self._sharing.replaced(replaced)

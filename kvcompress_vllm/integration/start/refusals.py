@@ -49,11 +49,35 @@ def _shares_kv(config: VllmConfig) -> bool | str:
     return config.cache_config.kv_sharing_fast_prefill
 
 
+_DRAFTERS = ("ngram", "eagle", "eagle3", "mtp")
+"""Methods of ``--speculative-config``."""
+
+
 def _drafts_otherwise(config: VllmConfig) -> bool | str:
     speculative = config.speculative_config
     if speculative is None or speculative.method == "ngram":
         return False
-    return f"has method={speculative.method!r}; method='ngram' is accepted"
+    method = speculative.method
+    if method not in _DRAFTERS:
+        return f"has method={method!r}; {', '.join(_DRAFTERS)} are accepted"
+    if speculative.parallel_drafting:
+        return f"has method={method!r} with parallel_drafting; without it is accepted"
+    if config.parallel_config.pipeline_parallel_size > 1:
+        return f"has method={method!r} on several pipeline stages; method='ngram' is accepted"
+    target, draft = (
+        (model.get_num_kv_heads(parallel), model.get_head_size())
+        for model, parallel in (
+            (config.model_config, config.parallel_config),
+            (speculative.draft_model_config, speculative.draft_parallel_config),
+        )
+    )
+    if target != draft:
+        return (
+            f"has a draft model with {draft[0]} KV heads of size {draft[1]} on a rank, and the "
+            f"model has {target[0]} of size {target[1]}: their keys share blocks, so they must be "
+            "alike; method='ngram' is accepted"
+        )
+    return False
 
 
 REFUSALS = (
@@ -75,8 +99,7 @@ REFUSALS = (
         kinds.local,
     ),
     Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),
-    # Draft models have keys of their own, and drafts of steps in flight may still be rejected.
-    Refusal("speculative decoding other than n-gram", "--speculative-config", _drafts_otherwise),
+    Refusal("this speculative decoding", "--speculative-config", _drafts_otherwise),
     Refusal(
         "KV connectors and KV offloading",
         "--kv-transfer-config, --kv-offloading-size",

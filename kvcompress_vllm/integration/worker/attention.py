@@ -83,6 +83,8 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         self.window = sliding_window
         self._context: StepContext | None = None
         self._layer = 0
+        self.of_draft = False
+        """Whether it is a layer of a draft model: nothing of it is observed or scored."""
         self._rotation: Rotation | None = None
         self._unpacked: tuple[Tensor, Tensor] | None = None
         self._logits: Logits | None = None
@@ -105,6 +107,9 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         """Attach the rank's state."""
         self._context = context
         self._layer = context.layer_index[layer_name]
+        self.of_draft = self._layer >= context.state.group.target_layers
+        if self.of_draft:
+            return  # its scale, soft cap and sinks are its own
         self._logits = context.state.logits(self._layer)
         if context.rotations:
             self._rotation = context.rotations[self._layer]
@@ -140,10 +145,10 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         else:
             state, pages = context.state, context.pages
             tables = state.tables
-            if meta.ring_index is not None:
+            if meta.ring_index is not None and not self.of_draft:
                 ring = state.ring[self._layer].flatten(0, 1)
                 ops.observe_queries(query, meta.ring_index, ring)
-            if meta.echo is not None:
+            if meta.echo is not None and not self.of_draft:
                 self.score(query, meta.echo)
             self.replay(query, meta.repeated)
         ops.paged_attention(
@@ -185,7 +190,7 @@ class KVCompressImpl(AttentionImpl[KVCompressMetadata]):
         """Score keys of contexts by what this step's repetition of them pays."""
         context = self._context
         assert context is not None
-        for item in repeated:
+        for item in () if self.of_draft else repeated:
             replay.score(
                 context.state,
                 context.pages,

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention backend on CUDA: our kernel for decode rows, FlashAttention for prefill rows.
 
-vLLM puts decode rows (one new token) first. They may be packed, and run on ``ops.paged_attention``,
-whose launch shapes are static and which therefore sits inside full CUDA graphs. The other rows are
-prefills. They run on vLLM's FlashAttention over the layer's own view, except for those that were
-compressed in the middle of their prompt: these run on our kernel, too.
+vLLM puts decode rows first: those of one new token, and of what is drafted behind it. They may be
+packed, and run on ``ops.paged_attention``, whose launch shapes are static and which therefore sits
+inside full CUDA graphs. The other rows are prefills. They run on vLLM's FlashAttention over the
+layer's own view, except for those that were compressed in the middle of their prompt: these run on
+our kernel, too.
 
 Everything a decode graph reads lives in persistent buffers that ``build`` refills.
 """
@@ -54,15 +55,15 @@ class KVCompressCudaMetadata(KVCompressMetadata):
     """One step's batch, split into decode rows (the base fields) and prefill rows."""
 
     num_decode_tokens: int = 0
+    decode_query_len: int = 1
+    """Tokens of a decode row at most."""
     prefills: list[PrefillRows] = field(default_factory=list)
 
 
 class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
     """Splits the batch and keeps what graphs read at fixed addresses."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,
@@ -72,7 +73,9 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        assert self.reorder_batch_threshold is not None
+        self._decode_query_len = self.reorder_batch_threshold
         scheduler = vllm_config.scheduler_config
         self._state_slot = torch.full(
             (scheduler.max_num_seqs,), layout.NOT_PACKED, dtype=torch.int32, device=device
@@ -91,7 +94,9 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
         fast_build: bool = False,
     ) -> KVCompressCudaMetadata:
         common = common_attn_metadata
-        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, 1)
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(
+            common, self._decode_query_len
+        )
         block_table = common.block_table_tensor
         state_slot = self._state_slot[:decodes]
         if self.context is not None and decodes:
@@ -108,6 +113,7 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
             echo=self.echo(common),
             repeated=self.repeated(common),
             num_decode_tokens=decode_tokens,
+            decode_query_len=self._decode_query_len,
             prefills=[
                 self._prefill_rows(common, begin, end, packed)
                 for begin, end, packed in self._runs(common, decodes, decodes + prefills)
@@ -118,17 +124,26 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
         self, common: CommonAttentionMetadata, begin: int, end: int
     ) -> list[tuple[int, int, bool]]:
         """Neighbouring rows of ``[begin, end)`` that are packed alike: (first, end, packed)."""
+        packed_rows = self._packed_rows(common)
         if begin == end:
             return []
-        packed_rows: set[int] = set()
-        if self.context is not None and self.context.packed_prefills:
-            rows = self.context.request_rows(common)
-            packed_rows = {rows[request_id] for request_id in self.context.packed_prefills}
         runs: list[tuple[int, int, bool]] = []
         for packed, group in groupby(range(begin, end), key=packed_rows.__contains__):
             run = list(group)
             runs.append((run[0], run[-1] + 1, packed))
         return runs
+
+    def _packed_rows(self, common: CommonAttentionMetadata) -> frozenset[int]:
+        """Packed rows with several tokens. What a draft model computes comes after the step, whose
+        plan is done with by then; its rows are those of the step."""
+        context = self.context
+        if context is None:
+            return frozenset()
+        if not self.drafts:
+            names = context.packed_prefills
+            rows = context.request_rows(common) if names else {}
+            context.packed_rows = frozenset(rows[request_id] for request_id in names)
+        return context.packed_rows
 
     def _prefill_rows(
         self, common: CommonAttentionMetadata, begin: int, end: int, packed: bool
@@ -167,7 +182,7 @@ class KVCompressCudaImpl(KVCompressImpl):
 
     def bind(self, context: StepContext, layer_name: str) -> None:
         super().bind(context, layer_name)
-        self._ring = context.state.ring[self._layer].flatten(0, 1)
+        self._ring = context.state.ring[self._layer].flatten(0, 1)  # a draft layer writes nothing
         self._fa_version = fa_utils.get_flash_attn_version(head_size=self.head_size)
         # FlashAttention 2 knows no sinks, 3 and 4 only those in bfloat16.
         if self.sinks is not None and (
@@ -198,9 +213,10 @@ class KVCompressCudaImpl(KVCompressImpl):
         assert isinstance(meta, KVCompressCudaMetadata) and meta.ring_index is not None
         query = query.view(-1, self.num_heads, self.head_size)
         out = output.view(-1, self.num_heads, self.head_size)
-        ops.observe_queries(query, meta.ring_index, self._ring)
-        # Never in a captured graph: those are of steps of one token a request, which have none.
-        if meta.echo is not None:
+        if not self.of_draft:
+            ops.observe_queries(query, meta.ring_index, self._ring)
+        # Never in a captured graph: what is scored runs in none (StepContext.scores_prompts).
+        if meta.echo is not None and not self.of_draft:
             self.score(query, meta.echo)
         self.replay(query, meta.repeated)
         if meta.num_decode_tokens:
@@ -216,6 +232,7 @@ class KVCompressCudaImpl(KVCompressImpl):
                 self.scale,
                 out[: meta.num_decode_tokens],
                 **self.logits,
+                decode_query_len=meta.decode_query_len,
             )
         for rows in meta.prefills:
             self._prefill(query, kv_cache, rows, out)

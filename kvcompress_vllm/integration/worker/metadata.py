@@ -6,7 +6,7 @@ Letters as in ``layout.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,10 +46,19 @@ class StepContext:
     """Of the step that is about to run."""
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in the step that is about to run."""
+    packed_rows: frozenset[int] = frozenset()
+    """Their rows in the batch whose metadata was built last; the draft model's steps that follow
+    are of the same rows."""
     echoes: list[Span] = field(default_factory=list)
     """Tokens whose keys get echo scores in the step that is about to run."""
     replays: list[Replay] = field(default_factory=list)
     """Tokens that repeat a context in the step that is about to run."""
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the step that is about to run scores keys outside of what a graph would do: a
+        chunk of a prompt may be as long as a step of speculation, and then looks like one."""
+        return bool(self.echoes or self.replays)
 
 
 @dataclass
@@ -99,10 +108,15 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.context: StepContext | None = None
+        self.drafts = False
 
-    def bind(self, context: StepContext) -> None:
-        """Attach the rank's state; without it no row is packed."""
-        self.context = context
+    def bind(self, context: StepContext, drafts: bool = False) -> None:
+        """Attach the rank's state; without it no row is packed.
+
+        Args:
+            drafts: it builds for a draft model's steps, of which nothing is observed or scored.
+        """
+        self.context, self.drafts = context, drafts
 
     def build(
         self,
@@ -130,26 +144,34 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
 
     def ring_index(self, common: CommonAttentionMetadata) -> Tensor | None:
         """``[T]`` int32 place of every token's query in the ring, -1 for none; None: no query."""
-        if self.context is None or not self.context.observations:
+        if self.context is None or self.drafts or not self.context.observations:
             return None
         window = self.context.state.window
         rows = self.context.request_rows(common)
         starts = common.query_start_loc_cpu.tolist()
         index = [-1] * common.num_actual_tokens
+        unverified: list[tuple[Observation, int, int, int]] = []
         for item in self.context.observations:
             if item.request_id not in rows:
                 raise RuntimeError(
                     f"kv_compress: observed request {item.request_id} is not in the batch"
                 )
-            begin, end = starts[rows[item.request_id]], starts[rows[item.request_id] + 1]
+            row = rows[item.request_id]
+            begin, end = starts[row], starts[row + 1]
+            if item.unverified:
+                unverified.append((item, row, begin, end))
+                continue
             for position in item.positions(end - begin, window):
                 index[begin + position - item.first_token] = item.place(position, window)
-        return to_device(index, torch.int32, self.device)
+        found = to_device(index, torch.int32, self.device)
+        if unverified:
+            observe_unverified(found, unverified, common.seq_lens, window)
+        return found
 
     def echo(self, common: CommonAttentionMetadata) -> Echo | None:
         """What gets echo scores in this step; None: nothing."""
         context = self.context
-        if context is None or not context.echoes:
+        if context is None or self.drafts or not context.echoes:
             return None
         rows, starts = context.request_rows(common), common.query_start_loc_cpu.tolist()
         found = []
@@ -172,7 +194,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
     def repeated(self, common: CommonAttentionMetadata) -> list[Repeated]:
         """What repeats a context in this step."""
         context = self.context
-        if context is None or not context.replays:
+        if context is None or self.drafts or not context.replays:
             return []
         rows, starts = context.request_rows(common), common.query_start_loc_cpu.tolist()
         found = []
@@ -186,3 +208,33 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
             tokens = slice(begin, begin + item.end - item.first)
             found.append(Repeated(tokens, blocks, item.num_context, item.first))
         return found
+
+
+def observe_unverified(
+    ring_index: Tensor,
+    observed: Sequence[tuple[Observation, int, int, int]],
+    seq_lens: Tensor,
+    window: int,
+) -> None:
+    """Fill in places of queries whose positions only the device knows. Waits for nothing.
+
+    Args:
+        ring_index: ``[T]`` int32, changed.
+        observed: each with its row, and its tokens ``[begin, end)`` of the batch; one query after
+            the other is observed.
+        seq_lens: ``[R]`` int32, tokens of each row with those of the step.
+        window: W.
+    """
+    tokens = [
+        [token, row, end - token, item.observe_slot * window, item.observe_from, item.observe_until]
+        for item, row, begin, end in observed
+        for token in range(begin, end)
+    ]
+    token, row, behind, slot, first, until = to_device(tokens, torch.int64, seq_lens.device).T
+    length = seq_lens[row].long()
+    position = length - behind
+    # Of a step that is longer than the window only its last queries have room.
+    first = torch.maximum(first, torch.minimum(length, until) - window)
+    place = slot + position % window
+    place = torch.where((position >= first) & (position < until), place, -1)
+    ring_index[token] = place.to(ring_index.dtype)

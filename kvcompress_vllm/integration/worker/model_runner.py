@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -45,6 +45,22 @@ class RunnerAdapter(ABC):
         for group in self._runner.attn_groups[self.group]:
             yield from group.metadata_builders
 
+    def draft_builders(self) -> Iterator[KVCompressMetadataBuilder]:
+        """Those that a draft model has beside them, for its own steps."""
+        for group in chain.from_iterable(self._draft_groups()):
+            for builder in group.metadata_builders:
+                # A draft model may have layers with a window, which are vLLM's.
+                if isinstance(builder, KVCompressMetadataBuilder):
+                    yield builder
+
+    @abstractmethod
+    def keep_out_of_full_graphs(self, scores_prompts: Callable[[], bool]) -> None:
+        """Have steps of equal rows run in no full CUDA graph where ``scores_prompts`` says so."""
+
+    @abstractmethod
+    def _draft_groups(self) -> Iterable[Iterable[Any]]:
+        """Attention groups of the draft model; empty where there is none."""
+
 
 class RunnerV1(RunnerAdapter):
     """``v1/worker/gpu_model_runner.py``, which also runs on CPU."""
@@ -62,6 +78,21 @@ class RunnerV1(RunnerAdapter):
             if row is not None:
                 table = runner.input_batch.block_table[self.group].block_table
                 table.np[row, : len(blocks)] = blocks
+
+    def keep_out_of_full_graphs(self, scores_prompts: Callable[[], bool]) -> None:
+        dispatcher = self._runner.cudagraph_dispatcher
+        stock = dispatcher.dispatch
+
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
+            if scores_prompts():
+                # vLLM names it.
+                kwargs["uniform_decode"] = False
+            return stock(*args, **kwargs)
+
+        dispatcher.dispatch = dispatch
+
+    def _draft_groups(self) -> Iterable[Iterable[Any]]:
+        return [getattr(getattr(self._runner, "drafter", None), "draft_attn_groups", ())]
 
 
 class RunnerV2(RunnerAdapter):
@@ -107,6 +138,37 @@ class RunnerV2(RunnerAdapter):
         table.view(-1)[to_device(list(places), torch.int64, table.device)] = to_device(
             list(chain.from_iterable(prefixes.values())), table.dtype, table.device
         )
+
+    def keep_out_of_full_graphs(self, scores_prompts: Callable[[], bool]) -> None:
+        manager = self._runner.cudagraph_manager
+        stock = manager.dispatch
+
+        def dispatch(
+            num_reqs: int,
+            num_tokens: int,
+            uniform_token_count: int | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            uniform = None if scores_prompts() else uniform_token_count
+            return stock(num_reqs, num_tokens, uniform, *args, **kwargs)
+
+        manager.dispatch = dispatch
+
+    def _draft_groups(self) -> Iterable[Iterable[Any]]:
+        groups: Iterable[Iterable[Any]] = getattr(self._runner.speculator, "attn_groups", ())
+        return groups
+
+
+def draft_layers(runner: Any) -> Collection[str]:
+    """Names of the attention layers of a runner's draft model; empty where there is none."""
+    found: Collection[str]
+    if hasattr(runner, "req_states"):
+        found = getattr(runner.speculator, "draft_attn_layer_names", ())
+    else:
+        drafter = getattr(runner, "drafter", None)
+        found = getattr(drafter, "_draft_attn_layer_names", ())
+    return found
 
 
 def adapt(runner: Any, group: int = 0) -> RunnerAdapter:

@@ -38,7 +38,7 @@ from kvcompress_vllm.integration.worker import backend
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.metadata import StepContext
-from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
+from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt, draft_layers
 from kvcompress_vllm.integration.worker.rotary import rotations
 from kvcompress_vllm.integration.worker.steps import Steps
 from kvcompress_vllm.records.group import CacheGroup
@@ -68,7 +68,10 @@ class KVCompressWorkerMixin(Worker):
         page_format = PageFormat.of(self.kv_compress_config.page_dtype)
         layers: Any = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
-        for name, spec in super().get_kv_cache_spec().items():
+        drafts = draft_layers(self.model_runner)
+        found = super().get_kv_cache_spec()
+        for name in sorted(found, key=drafts.__contains__):  # a draft model's come last
+            spec = found[name]
             if _is_local(spec):
                 specs[name] = spec  # stays vLLM's
                 continue
@@ -86,6 +89,7 @@ class KVCompressWorkerMixin(Worker):
                 impl.scale,
                 page_format,
                 getattr(impl, "soft_cap", 0.0),
+                draft_layers=int(name in drafts),
             )
         if specs and not any(isinstance(spec, KVCompressSpec) for spec in specs.values()):
             raise ValueError(
@@ -163,11 +167,16 @@ class KVCompressWorkerMixin(Worker):
         names = found.layer_names
         group = cache_group(found.kv_cache_spec, len(names))
         impls = {name: layers[name].impl for name in names}
+        targets = names[: group.target_layers]
+        if set(targets) & set(draft_layers(self.model_runner)):
+            raise RuntimeError(f"kv_compress: of {names} the last {group.draft_layers} draft")
         for impl in impls.values():
             if not isinstance(impl, KVCompressImpl):
                 raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
         state = self._state(group, kv_cache_config.num_blocks, self.device)
-        state.sink_logits = stacked_sinks([impl.sinks for impl in impls.values()])
+        state.sink_logits = stacked_sinks(
+            [impl.sinks if name in targets else None for name, impl in impls.items()]
+        )
         pages = all_pages(layers[names[0]].kv_cache, group)
         context = StepContext(
             state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
@@ -177,7 +186,7 @@ class KVCompressWorkerMixin(Worker):
             context.num_sinks = config.sinks
             context.rotations = rotations(
                 self.model_runner.get_model(),
-                {name: layers[name] for name in names},
+                {name: layers[name] for name in targets},
                 config.echo_distance,
                 self.device,
             )
@@ -185,6 +194,10 @@ class KVCompressWorkerMixin(Worker):
             layer_impl.bind(context, name)
         for builder in runner.metadata_builders():
             builder.bind(context)
+        for builder in runner.draft_builders():
+            builder.bind(context, drafts=True)
+        if self.vllm_config.num_speculative_tokens:
+            runner.keep_out_of_full_graphs(lambda: context.scores_prompts)
         self.kv_compress_context = context
         self.kv_compress_runner = runner
         agree = _agree if self.parallel_config.tensor_parallel_size > 1 else None

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft models (EAGLE heads) on the real engine: the same answers with them and without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from kvcompress_vllm import LLM
+from tests.integration.engines import engine, greedy, scheduler
+from tests.integration.heads import save_head
+from tests.integration.simulation import MODEL
+from tests.integration.test_speculation import DRAFTS, LENGTH, MEMORY, PROMPTS, counted
+
+OPTIONS = {"ratio": 8, "min_prompt_tokens": 64, "interval": 2, "recent": 16, "max_ratio": 32}
+
+
+def speculating(folder: Path, method: str = "eagle", **changes: int) -> dict[str, Any]:
+    return {
+        "method": method,
+        "model": save_head(folder, method, **changes),
+        "num_speculative_tokens": DRAFTS,
+    }
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[list[int]]]:
+    """Without speculation, at the engine's ratio and uncompressed; and what is kept."""
+    with engine(OPTIONS, kv_cache_memory_bytes=MEMORY) as llm:
+        compressed = greedy(llm, PROMPTS, LENGTH, ignore_eos=True)
+        exact = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, extra_args={"kv_compress_ratio": 1})
+        worker(llm).kv_compress_record()
+        greedy(llm, PROMPTS[1:2], LENGTH, ignore_eos=True)
+        kept = worker(llm).kv_compress_record(on=False)
+    return {"compressed": compressed, "exact": exact, "kept": list(kept.values())[-1]}
+
+
+@pytest.fixture(scope="module", params=["eagle", "eagle3"])
+def speculative(
+    request: pytest.FixtureRequest,
+    expected: dict[str, list[list[int]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Any]:
+    with engine(
+        OPTIONS,
+        kv_cache_memory_bytes=MEMORY,
+        speculative_config=speculating(tmp_path_factory.mktemp("head"), request.param),
+        disable_log_stats=False,
+    ) as llm:
+        yield llm
+
+
+def worker(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker
+
+
+def test_answers_are_the_same(speculative: Any, expected: dict[str, list[list[int]]]) -> None:
+    (group,) = worker(speculative).model_runner.drafter.draft_attn_groups
+    builder = group.get_metadata_builder()
+    assert builder.drafts and builder.context is worker(speculative).kv_compress_context
+    state = builder.context.state
+    assert state.group.draft_layers == 1 and state.group.layers == 7
+    assert greedy(speculative, PROMPTS, LENGTH, ignore_eos=True) == expected["compressed"]
+    again = greedy(speculative, PROMPTS[:2], LENGTH, ignore_eos=True)  # prefix hits
+    assert again == expected["compressed"][:2]
+    exact = greedy(
+        speculative, PROMPTS, LENGTH, ignore_eos=True, extra_args={"kv_compress_ratio": 1}
+    )
+    assert exact == expected["exact"]
+    assert counted(speculative)["drafts"] > 100
+    assert scheduler(speculative).kv_compress_manager.packed == {}
+
+
+def test_the_model_keeps_what_it_would_without(
+    speculative: Any, expected: dict[str, list[list[int]]]
+) -> None:
+    worker(speculative).kv_compress_record()
+    greedy(speculative, PROMPTS[1:2], LENGTH, ignore_eos=True)
+    kept = worker(speculative).kv_compress_record(on=False)
+    assert list(kept.values())[-1] == expected["kept"] and len(expected["kept"]) == 12
+
+
+def test_others_than_greedy_requests(speculative: Any) -> None:
+    """Sampled ones, and one whose drafts a grammar may forbid."""
+    grammar = StructuredOutputsParams(choice=["red", "green"])
+    params = [
+        SamplingParams(temperature=1, seed=7, max_tokens=60, ignore_eos=True),
+        SamplingParams(temperature=0, max_tokens=20, structured_outputs=grammar),
+    ]
+    outputs = speculative.generate(PROMPTS[:2], params, use_tqdm=False)
+    assert len(outputs[0].outputs[0].token_ids) == 60
+    assert outputs[1].outputs[0].text in ("red", "green")
+    assert not scheduler(speculative).kv_compress_planner.requests
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_all_or_nothing_is_accepted(
+    speculative: Any,
+    expected: dict[str, list[list[int]]],
+    right: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At every border: where a compression is due, where a block and the window begin. The head
+    drafts as ever, so that its keys are what it makes of them; what it says is replaced."""
+    tokenizer = speculative.get_tokenizer()
+    texts = [tokenizer.encode(p) + e for p, e in zip(PROMPTS, expected["compressed"], strict=True)]
+
+    def say(tokens: list[int]) -> list[int]:
+        (text,) = (t for t in texts if t[: len(tokens)] == tokens[: len(t)])
+        found = text[len(tokens) : len(tokens) + DRAFTS]
+        found += [3] * (DRAFTS - len(found))
+        return found if right else [(token + 1) % 1000 for token in found]
+
+    runner = worker(speculative).model_runner
+    stock = runner.take_draft_token_ids
+
+    def take() -> Any:
+        found = stock()
+        for name, drafted in zip(found.req_ids, found.draft_token_ids, strict=True):
+            request = runner.requests[name]
+            tokens = [*request.prompt_token_ids, *request.output_token_ids]
+            drafted[:] = say(tokens)[: len(drafted)]
+        return found
+
+    monkeypatch.setattr(runner, "take_draft_token_ids", take)
+    before = counted(speculative)
+    answers = greedy(speculative, PROMPTS, LENGTH, ignore_eos=True)
+    assert answers == expected["compressed"]
+    more = {name: value - before[name] for name, value in counted(speculative).items()}
+    assert more["drafts"] > 100
+    if right:
+        assert more["accepted_tokens"] > 0.9 * more["draft_tokens"]
+    else:
+        assert more["accepted_tokens"] == 0
+
+
+def test_preempted_requests(
+    expected: dict[str, list[list[int]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a cache for two of them; they start anew, and nobody is compressed for it."""
+    options = {**OPTIONS, "ratio": 1, "on_pressure": False}
+    with engine(
+        options,
+        speculative_config=speculating(tmp_path),
+        num_gpu_blocks_override=90,
+        max_model_len=1024,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+    ) as llm:
+        assert greedy(llm, PROMPTS, LENGTH, ignore_eos=True) == expected["exact"]
+        found = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+        assert found["vllm:num_preemptions"] > 0
+        budget = {"kv_compress_ratio": 8}
+        packed = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, extra_args=budget)
+        assert all(len(tokens) == LENGTH for tokens in packed)
+        assert scheduler(llm).kv_compress_manager.packed == {}
+    assert "1 of 7 layers are the draft model's" in caplog.text
+
+
+def test_draft_models_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"4 KV heads of size 64 .* has 2 of size 64.*ngram"):
+        LLM(str(MODEL), kv_compress=OPTIONS,
+            speculative_config=speculating(tmp_path, num_key_value_heads=4))  # fmt: skip
