@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvcompress_vllm.integration.cpu.attention import attend
 from tests.families import FAMILIES, examine
 
-ALWAYS = ("padded group", "Exaone 4", "Llama 4")
-"""Windows, without positions in the layers that are compressed, and chunks."""
+ALWAYS = ("padded group", "Exaone 4", "Llama 4", "LFM 2", "Granite 4")
+"""Windows, without positions in the layers that are compressed, chunks, and states."""
 
 
 @pytest.mark.parametrize(

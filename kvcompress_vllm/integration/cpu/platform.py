@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from kvcompress_vllm.integration.cpu import kernels, newer, rejection
+from kvcompress_vllm.integration.cpu import kernels, mamba, newer, rejection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,6 +50,7 @@ class KVCompressCpuPlatform(CpuPlatform):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
     ) -> str:
+        mamba.install()  # by now the model's module is there
         # Compression selects our backend, as on any platform.
         if getattr(selected_backend, "name", None) != "CUSTOM":
             return _PLAIN_BACKEND

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheSpec,
     KVCacheTensor,
+    MambaSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.worker.gpu_worker import Worker
@@ -34,7 +35,7 @@ from kvcompress_vllm.integration.engine.groups import compressed_group
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
 from kvcompress_vllm.integration.sizing import draft_tokens, observe_slots, state_slots
 from kvcompress_vllm.integration.start.flags import resolved_config
-from kvcompress_vllm.integration.worker import backend
+from kvcompress_vllm.integration.worker import backend, states
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.metadata import StepContext
@@ -42,6 +43,7 @@ from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
 from kvcompress_vllm.integration.worker.rotary import rotations
 from kvcompress_vllm.integration.worker.steps import Steps
 from kvcompress_vllm.records.group import CacheGroup
+from kvcompress_vllm.records.kernel_blocks import in_kernel_blocks
 from kvcompress_vllm.records.plan import StepPlan
 
 logger = init_logger("vllm.kv_compress")
@@ -68,15 +70,18 @@ class KVCompressWorkerMixin(Worker):
         page_format = PageFormat.of(self.kv_compress_config.page_dtype)
         layers: Any = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
-        for name, spec in super().get_kv_cache_spec().items():
-            if _is_local(spec):
+        stock = super().get_kv_cache_spec()
+        has_states = any(isinstance(spec, MambaSpec) for spec in stock.values())
+        kernel_block_size = states.KERNEL_BLOCK_SIZE if has_states else None
+        for name, spec in stock.items():
+            if _is_local(spec) or isinstance(spec, MambaSpec):
                 specs[name] = spec  # stays vLLM's
                 continue
             if not _is_plain(spec):
                 raise ValueError(
                     f"kv_compress: layer {name} needs {spec}; only plain causal full attention "
                     "with keys as long as values and an unquantised KV cache can be compressed, "
-                    "beside layers with a window or chunks"
+                    "beside layers with a window, chunks, or a state in the place of keys"
                 )
             impl = layers[name].impl
             specs[name] = KVCompressSpec.of(
@@ -86,6 +91,7 @@ class KVCompressWorkerMixin(Worker):
                 impl.scale,
                 page_format,
                 getattr(impl, "soft_cap", 0.0),
+                kernel_block_size,
             )
         if specs and not any(isinstance(spec, KVCompressSpec) for spec in specs.values()):
             raise ValueError(
@@ -133,13 +139,13 @@ class KVCompressWorkerMixin(Worker):
         assert self.kv_compress_context is not None and self.kv_compressor is not None
         assert self.kv_compress_runner is not None
         context = self.kv_compress_context
+        prefixes = {item.request_id: item.row_prefix for item in plan.compressions}
+        plan = in_kernel_blocks(plan, self.kv_compressor.rank.group.kernel_blocks)
         score_heard(
             self.kv_compressor.rank, context.rotations, context.num_sinks, plan.heard
         )  # while rows are what they were
         pending = start_step(plan, [self.kv_compressor])
-        self.kv_compress_runner.write_row_prefixes(
-            {item.request_id: item.row_prefix for item in plan.compressions}
-        )
+        self.kv_compress_runner.write_row_prefixes(prefixes)
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
         context.echoes = plan.echoes
@@ -166,9 +172,13 @@ class KVCompressWorkerMixin(Worker):
         for impl in impls.values():
             if not isinstance(impl, KVCompressImpl):
                 raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
+        if kv_cache_config.has_mamba_layers:
+            states.lay_out(layers, kv_cache_config)
         state = self._state(group, kv_cache_config.num_blocks, self.device)
         state.sink_logits = stacked_sinks([impl.sinks for impl in impls.values()])
         pages = all_pages(layers[names[0]].kv_cache, group)
+        if kv_cache_config.needs_kv_cache_zeroing:
+            states.zero_blocks_of(self.model_runner, pages, group)
         context = StepContext(
             state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
         )
@@ -210,7 +220,7 @@ class KVCompressWorkerMixin(Worker):
         dtype: Any = self.model_config.dtype
         return PackedState(
             group,
-            num_blocks=num_blocks,
+            num_blocks=num_blocks * group.kernel_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
             window=self.kv_compress_config.ring(draft_tokens(self.vllm_config)),
@@ -231,7 +241,8 @@ class KVCompressWorkerMixin(Worker):
 
     def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
         """What the largest possible compression takes while it runs, or a repetition."""
-        most = min(self.model_config.max_model_len, num_blocks * state.group.block_size)
+        tokens = num_blocks * state.group.kernel_blocks * state.group.block_size
+        most = min(self.model_config.max_model_len, tokens)
         repeats = self.kv_compress_config.exact != "off"
         return max(
             replay.scratch_bytes(most, state.group) if repeats else 0,
