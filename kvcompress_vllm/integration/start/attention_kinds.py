@@ -8,7 +8,7 @@ text that goes on after the model's name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,9 @@ from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 
 logger = init_logger("vllm.kv_compress")
 
-_FULL = ("full_attention", "attention")
+COMPRESSED = "full_attention"
+"""Of :func:`counted`: layers that attend to everything."""
+_FULL = (COMPRESSED, "attention")
 """Kinds of layers that attend to everything, as configurations spell them."""
 _ALIBI = ("bloom", "mpt", "step1")
 _BOTH = ("hybrid",)
@@ -115,15 +117,42 @@ def has_others(config: VllmConfig) -> bool:
     return has_states(config) or any(kind not in _FULL for kind in _layer_kinds(config))
 
 
+def counted(config: VllmConfig) -> dict[str, int]:
+    """Layers of each kind that have a cache; those that are compressed are one kind, and those
+    that also keep a state count as two."""
+    text: Any = config.model_config.hf_text_config
+    kinds = _layer_kinds(config)
+    if getattr(text, "sliding_window", None) is None:  # vLLM builds them without one
+        kinds = [COMPRESSED if "sliding" in kind else kind for kind in kinds]
+    found = _counts(kinds)
+    if not kinds:
+        found[COMPRESSED] = config.model_config.get_total_num_hidden_layers()
+        if config.model_config.is_hybrid:
+            found["state"] = found[COMPRESSED]
+    return found
+
+
+def group_size(counts: Mapping[str, int]) -> int:
+    """How many layers vLLM puts into a group: as many as the fewest that are alike, or as the most,
+    if these are less than half as many again."""
+    fewest, most = min(counts.values()), max(counts.values())
+    return most if most < 1.5 * fewest else fewest
+
+
+def _counts(kinds: Sequence[str]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for kind in kinds:
+        if kind in (*_FULL, *_BOTH):
+            found[COMPRESSED] += 1
+        if kind not in (*_FULL, *_WITHOUT_CACHE):
+            found["state" if kind in _BOTH else kind] += 1
+    return found
+
+
 def _full_groups(kinds: Sequence[str]) -> int:
-    """How many groups vLLM makes of the layers with full attention: each has as many layers as the
-    fewest that are alike, or as the most, if these are less than half as many again."""
-    counts = Counter(
-        "full" if kind in _FULL else kind for kind in kinds if kind not in _WITHOUT_CACHE
-    ).values()
-    fewest, most = min(counts), max(counts)
-    size = most if most < 1.5 * fewest else fewest
-    return -(-sum(kind in _FULL for kind in kinds) // size)
+    """How many groups vLLM makes of the layers with full attention."""
+    counts = _counts(kinds)
+    return -(-counts[COMPRESSED] // group_size(counts))
 
 
 def drop_idle_window(config: VllmConfig) -> None:

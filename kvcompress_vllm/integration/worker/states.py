@@ -26,9 +26,6 @@ from kvcompress_vllm.integration.engine.groups import compressed_group
 from kvcompress_vllm.integration.engine.kv_cache import cache_group
 from kvcompress_vllm.records.group import CacheGroup
 
-KERNEL_BLOCK_SIZE = 16
-"""Tokens of a page where a block has hundreds; vLLM makes blocks a multiple of it."""
-
 
 def lay_out(layers: dict[str, Any], config: KVCacheConfig) -> None:
     """View the cache of a model with states as drawn above: rebinds ``kv_cache`` of its layers.

@@ -34,6 +34,7 @@ from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.groups import compressed_group
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
 from kvcompress_vllm.integration.sizing import draft_tokens, observe_slots, state_slots
+from kvcompress_vllm.integration.start.beside import KERNEL_BLOCK_SIZE
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker import backend, states
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl
@@ -72,7 +73,7 @@ class KVCompressWorkerMixin(Worker):
         specs: dict[str, KVCacheSpec] = {}
         stock = super().get_kv_cache_spec()
         has_states = any(isinstance(spec, MambaSpec) for spec in stock.values())
-        kernel_block_size = states.KERNEL_BLOCK_SIZE if has_states else None
+        kernel_block_size = KERNEL_BLOCK_SIZE if has_states else None
         for name, spec in stock.items():
             if _is_local(spec) or isinstance(spec, MambaSpec):
                 specs[name] = spec  # stays vLLM's
