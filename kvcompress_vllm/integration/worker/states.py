@@ -109,8 +109,8 @@ def _states(
 
 
 class BlockZeroer:
-    """In the place of vLLM's, which before 0.29 takes the distance between blocks for the size of a
-    layer's part, and zeroes what lies in the next block.
+    """In the place of runner V1's, which takes the distance between blocks for the size of a part,
+    and would zero what lies in the next block; on CPU it would take kernel blocks for blocks.
 
     Args:
         pages: ``[P, B, 2 * D]``, all of them.
@@ -129,7 +129,7 @@ class BlockZeroer:
 
 
 def zero_blocks_of(runner: Any, pages: Tensor, group: CacheGroup) -> None:
-    """Have a runner zero what it begins to use."""
-    zeroer = BlockZeroer(pages, group)
-    runner.kv_block_zeroer = zeroer  # V2
-    runner._zero_block_ids = zeroer.zero_block_ids  # V1
+    """Have runner V1 zero whole blocks of ours. V2, which has states from 0.29 on, looked for its
+    addresses before :func:`lay_out`, and at the distance between blocks."""
+    if hasattr(runner, "_zero_block_ids"):
+        runner._zero_block_ids = BlockZeroer(pages, group).zero_block_ids
