@@ -22,11 +22,12 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.groups import compressed_group, span_of
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
 from kvcompress_vllm.integration.worker import states
 from kvcompress_vllm.integration.worker.metadata import KVCompressMetadataBuilder
-from kvcompress_vllm.integration.worker.worker import all_pages, packed_config
+from kvcompress_vllm.integration.worker.placement import all_pages, packed_config
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.kernel_blocks import in_kernel_blocks, split
 from kvcompress_vllm.records.plan import (
@@ -205,6 +206,7 @@ def test_the_spec_and_the_group_know_kernel_blocks() -> None:
     assert cache_group(FULL.copy_with_new_block_size(B), 2).kernel_blocks == 1
 
 
+@pytest.mark.skipif(vllm_places_layers(), reason="this vLLM views states right itself")
 def test_states_and_pages_lie_in_one_buffer() -> None:
     """Every byte of a block is a page's or a state's of one layer at most, whoever has the block;
     and nothing reaches into the next block."""
@@ -271,6 +273,7 @@ def test_states_and_pages_lie_in_one_buffer() -> None:
     assert buffer[: 2 * block_bytes].any() and buffer[3 * block_bytes :].any()
 
 
+@pytest.mark.skipif(vllm_places_layers(), reason="tensors of another kind")
 def test_windows_beside_states_are_refused() -> None:
     sliding = SlidingWindowSpec(**SHAPE, block_size=K * B, sliding_window=40)
     config = packed_config(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -14,7 +13,6 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
-    KVCacheTensor,
     MambaSpec,
     SlidingWindowSpec,
 )
@@ -30,7 +28,6 @@ from kvcompress_vllm.compression.pending import PendingReports
 from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.groups import compressed_group
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
 from kvcompress_vllm.integration.sizing import draft_tokens, observe_slots, state_slots
@@ -41,6 +38,7 @@ from kvcompress_vllm.integration.worker.attention import KVCompressImpl
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.metadata import StepContext
 from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt
+from kvcompress_vllm.integration.worker.placement import all_pages, packed_config
 from kvcompress_vllm.integration.worker.rotary import rotations
 from kvcompress_vllm.integration.worker.steps import Steps
 from kvcompress_vllm.records.group import CacheGroup
@@ -282,68 +280,3 @@ def _agree(flags: torch.Tensor) -> torch.Tensor:
     fail on the heads of another."""
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, get_tp_group().device_group)
     return flags
-
-
-def packed_config(config: KVCacheConfig) -> KVCacheConfig:
-    """Lay all compressed layers of a block out side by side in one buffer:
-    ``[N, L, H, B, 2 * D]``.
-
-    Layer i of every group lies where that of the compressed one does, as a block belongs to one
-    group at a time; what other groups have more lies in buffers of its own, as vLLM has it.
-
-    Raises:
-        ValueError: there is not one uniform group to compress, or vLLM leaves gaps.
-    """
-    groups = config.kv_cache_groups
-    group = groups[compressed_group([each.kv_cache_spec for each in groups])]
-    shape = cache_group(group.kv_cache_spec, len(group.layer_names))
-    most = max(len(each.layer_names) for each in groups)
-    if not group.layer_names:
-        raise ValueError(
-            "kv_compress: no layer of this stage of the pipeline has full attention; use fewer "
-            "stages"
-        )
-    if vllm_places_layers():
-        if most > shape.layers:
-            raise ValueError(
-                f"kv_compress: this vLLM leaves gaps between the {shape.layers} layers with full "
-                f"attention of a block, as another KV cache group has {most}; 0.28 does not"
-            )
-        return config
-    layer_bytes = group.kv_cache_spec.page_size_bytes
-    tensors = []
-    for index in range(most):
-        shared = [each.layer_names[index] for each in groups if index < len(each.layer_names)]
-        if index < shape.layers:
-            tensors.append(
-                KVCacheTensor(
-                    size=shape.block_bytes * config.num_blocks,
-                    shared_by=shared,
-                    offset=index * layer_bytes,
-                    block_stride=shape.block_bytes,
-                )
-            )
-        else:
-            tensors.append(KVCacheTensor(size=layer_bytes * config.num_blocks, shared_by=shared))
-    return replace(config, kv_cache_tensors=tensors)
-
-
-def all_pages(first_layer: torch.Tensor, group: CacheGroup) -> torch.Tensor:
-    """``[P, B, 2 * D]`` over the buffer that ``first_layer`` ``[N, H, B, 2 * D]`` is a view of.
-
-    Raises:
-        RuntimeError: vLLM did not lay the layers out side by side.
-    """
-    blocks, (keys, width) = first_layer.shape[0], group.page_shape
-    page = keys * width
-    shape, strides = (
-        (blocks, group.heads, keys, width),
-        (group.pages_per_block * page, page, width, 1),
-    )
-    found = tuple(first_layer.shape), first_layer.stride(), first_layer.storage_offset()
-    if found != (shape, strides, 0):
-        raise RuntimeError(
-            f"kv_compress: a layer of the KV cache has shape, strides and offset {found}, expected "
-            f"{(shape, strides, 0)}"
-        )
-    return first_layer.as_strided((group.num_pages(blocks), keys, width), (page, width, 1), 0)
