@@ -88,6 +88,9 @@ def test_images_are_compressed_like_text(folder: Path, monkeypatch: pytest.Monke
     settings = {
         "model": str(folder), "max_model_len": 1024, "max_num_batched_tokens": 320,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
+        # With its cache vLLM 0.26 hands the processor text without images, which transformers 5.24
+        # no longer takes.
+        "mm_processor_cache_gb": 0,
     }  # fmt: skip
     asked = [prompt(seed) for seed in range(2)]
     with engine(None, **settings) as llm:
@@ -103,7 +106,7 @@ def test_images_are_compressed_like_text(folder: Path, monkeypatch: pytest.Monke
             usage: Any = output.kv_compress
             assert (usage.blocks_before, usage.blocks_after) == (18, 6)
         # The image is at tokens 41 to 160: with it all protected, no more than its keys stay.
-        kept = generate(llm, asked, kv_compress_ratio=4, kv_compress_protect=[[41, 161]])
+        kept = generate(llm, asked, kv_compress_ratio=4, kv_compress_protect="41:161")
         assert {output.kv_compress.blocks_after for output in kept} > {6}
         # Another image with the same words is another prefix, and is not taken for it.
         (other,) = generate(llm, [{**asked[0], "multi_modal_data": asked[1]["multi_modal_data"]}])

@@ -147,7 +147,7 @@ def test_policies_of_all_kinds(policy: str, mass: bool) -> None:
             st.sampled_from(
                 [{}, {}, {"kv_compress": False}, {"kv_compress_ratio": 1.5},
                  {"kv_compress_context_tokens": 160}, {"kv_compress_budget_tokens": 100},
-                 {"kv_compress_protect": [[20, 90]]}]
+                 {"kv_compress_protect": "20:90"}]
             ),
         ),
         min_size=1,

@@ -50,11 +50,15 @@ class KVCompressCpuPlatform(CpuPlatform):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
     ) -> str:
-        mamba.install()  # by now the model's module is there
         # Compression selects our backend, as on any platform.
         if getattr(selected_backend, "name", None) != "CUSTOM":
             return _PLAIN_BACKEND
         return _LOCAL_BACKEND if attn_selector_config.has_sliding_window else _BACKEND
+
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
+        mamba.install()  # the model is built by now, and nothing has run
+        super().update_block_size_for_backend(vllm_config)
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
