@@ -12,7 +12,17 @@ from torch import Tensor
 
 from benchmarks.lm_eval.scoring import process_results
 from benchmarks.masking_study import Llama, Setting, kept_keys
-from benchmarks.real import calibration, decoded, formats, policies, report, samples, scores, study
+from benchmarks.real import (
+    calibration,
+    decoded,
+    engine,
+    formats,
+    policies,
+    report,
+    samples,
+    scores,
+    study,
+)
 from benchmarks.real.__main__ import parser
 from benchmarks.real.masks import Shields, count, keep
 from benchmarks.real.model import Model
@@ -357,3 +367,13 @@ def test_layers_with_a_window_can_be_compressed_like_the_others(gemma):
     x = torch.randn(2, 16)
     assert torch.equal(every.rotation(1)(x, 7.0), every.rotate(x, 7.0))
     assert not torch.allclose(every.rotation(0)(x, 7.0), every.rotate(x, 7.0))
+
+
+def test_an_allocator_is_an_option_of_a_policy_like_others():
+    """It once was left out, and what was measured was the default's."""
+    full, given, plain = engine.choices(["echo:allocator=layer;pool=7", "echo"], [4.0], ["hidden"])
+    assert (given.allocator, given.options) == ("layer", "pool=7")
+    assert (plain.allocator, plain.options) == ("auto", "")
+    sample = samples.Sample("toy", 1, 0, [1], [])
+    names = [engine._line(sample, each, Shields())["policy"] for each in (full, given, plain)]
+    assert names == ["full", "echo:pool=7,allocator=layer", "echo"]
