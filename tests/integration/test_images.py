@@ -107,7 +107,7 @@ def test_images_are_compressed_like_text(folder: Path, monkeypatch: pytest.Monke
             assert (usage.blocks_before, usage.blocks_after) == (18, 6)
         # The image is at tokens 41 to 160: with it all protected, no more than its keys stay.
         kept = generate(llm, asked, kv_compress_ratio=4, kv_compress_protect="41:161")
-        assert {output.kv_compress.blocks_after for output in kept} > {6}
+        assert min(output.kv_compress.blocks_after for output in kept) > 6
         # Another image with the same words is another prefix, and is not taken for it.
         (other,) = generate(llm, [{**asked[0], "multi_modal_data": asked[1]["multi_modal_data"]}])
         assert other.num_cached_tokens < 48
