@@ -128,15 +128,6 @@ FAMILIES = {
          "n_groups": 2, "chunk_size": 64},
         local=3, caches=False,
     ),
-    # A shared block of attention before some of the layers with a state.
-    "Zamba 2": Family(
-        "Zamba2Config",
-        {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "mamba"],
-         "mamba_d_state": 16, "mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1,
-         "chunk_size": 64, "num_mem_blocks": 1, "attention_head_dim": 32, "head_dim": 32,
-         "attention_hidden_size": 128, "adapter_rank": 8, "tie_word_embeddings": True},
-        local=4, caches=False,
-    ),
     # On a GPU only: vLLM's kernels for CPUs are not in its CUDA wheel.
     "Qwen3-Next": Family(
         "Qwen3NextConfig",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 
 _MIXER = "vllm.model_executor.layers.mamba.mamba_mixer2"
 
@@ -120,14 +120,22 @@ def convolution(
     activation: str | None = "silu",
     **ignored: Any,
 ) -> Tensor:
-    """``causal_conv1d_fn``, by vLLM's own in PyTorch."""
-    from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import causal_conv1d_torch
+    """``causal_conv1d_fn``: each channel of ``x`` ``[channels, T]``, request by request.
 
-    found: Tensor = causal_conv1d_torch(
-        x, weight, bias, conv_states, query_start_loc, cache_indices.flatten(),
-        has_initial_state, activation,
-    )  # fmt: skip
-    return found
+    Args:
+        weight: ``[channels, width]``.
+        conv_states: ``[N, channels, width - 1]``, the latest tokens of requests; updated.
+    """
+    out = torch.empty_like(x)
+    width = weight.shape[1]
+    for row, (begin, end) in enumerate(pairwise(query_start_loc.tolist())):
+        state = conv_states[int(cache_indices.flatten()[row])]
+        before = state if bool(has_initial_state[row]) else torch.zeros_like(state)
+        seen = torch.cat([before.to(x.dtype), x[:, begin:end]], -1)
+        found = (seen.unfold(-1, width, 1) * weight[:, None]).sum(-1)
+        out[:, begin:end] = _activated(found, bias, activation, -1)
+        state.copy_(seen[:, 1 - width :])
+    return out
 
 
 def convolution_update(
@@ -140,14 +148,17 @@ def convolution_update(
     conv_state_indices: Tensor,
     **ignored: Any,
 ) -> Tensor:
-    """``causal_conv1d_update``, by vLLM's own in PyTorch."""
-    from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import causal_conv1d_update_torch
-
+    """``causal_conv1d_update``: one token of each request, ``[R, channels]``."""
     index = conv_state_indices.flatten().long()
-    states = conv_state[index]
-    found: Tensor = causal_conv1d_update_torch(x[..., None], states, weight, bias, activation)
-    conv_state[index] = states
-    return found[..., 0]
+    seen = torch.cat([conv_state[index].to(x.dtype), x[..., None]], -1)
+    conv_state[index] = seen[..., 1:].to(conv_state.dtype)
+    return _activated((seen * weight).sum(-1), bias, activation, 0)
+
+
+def _activated(x: Tensor, bias: Tensor | None, activation: str | None, dim: int) -> Tensor:
+    if bias is not None:
+        x = x + (bias[:, None] if dim else bias)
+    return silu(x) if activation in ("silu", "swish") else x
 
 
 def install() -> None:
