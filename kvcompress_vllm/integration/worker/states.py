@@ -21,7 +21,6 @@ from torch import Tensor
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 
 from kvcompress_vllm.cache.transfer import to_device
-from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.groups import compressed_group
 from kvcompress_vllm.integration.engine.kv_cache import cache_group
 from kvcompress_vllm.records.group import CacheGroup
@@ -60,9 +59,9 @@ def lay_out(layers: dict[str, Any], config: KVCacheConfig) -> None:
             raise RuntimeError(
                 f"kv_compress: {each.kv_cache_spec} cannot lie beside states and pages"
             )
-        # What is beyond lies in buffers of its own. From 0.29 on vLLM knows how far apart blocks
-        # are; before it takes the size of a state for that.
-        inside = each.layer_names[: 0 if vllm_places_layers() else shape.layers]
+        # What is beyond lies in buffers of its own, where vLLM is right that blocks are as far
+        # apart as a state is large.
+        inside = each.layer_names[: shape.layers]
         for place, name in enumerate(inside):
             layers[name].kv_cache = _states(
                 each.kv_cache_spec,
@@ -129,7 +128,5 @@ class BlockZeroer:
 
 
 def zero_blocks_of(runner: Any, pages: Tensor, group: CacheGroup) -> None:
-    """Have runner V1 zero whole blocks of ours. V2, which has states from 0.29 on, looked for its
-    addresses before :func:`lay_out`, and at the distance between blocks."""
-    if hasattr(runner, "_zero_block_ids"):
-        runner._zero_block_ids = BlockZeroer(pages, group).zero_block_ids
+    """Have runner V1 zero whole blocks of ours."""
+    runner._zero_block_ids = BlockZeroer(pages, group).zero_block_ids
