@@ -63,7 +63,11 @@ def engine_parser(module: str, description: str | None, engines: str) -> argpars
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", help="default: random weights of the Llama-3.1-8B shape")
+    parser.add_argument(
+        "--model",
+        help="a folder with a configuration alone gets random weights; default: the Llama-3.1-8B "
+        "shape",
+    )
     parser.add_argument(
         "--engines",
         type=engine_names,
@@ -141,6 +145,14 @@ def run_alone(module: str, name: str) -> list[str]:
     return lines
 
 
+def has_weights(model: str | None) -> bool:
+    """Whether a model is more than a configuration; of a name vLLM will find out."""
+    if model is None:
+        return False
+    folder = Path(model)
+    return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
 def build(args: argparse.Namespace, name: str, workloads: list[Workload]) -> Any:
     """The engine, with vLLM's defaults except for the size of the cache and prefix caching, which
     is off because no two prompts share anything."""
@@ -149,7 +161,7 @@ def build(args: argparse.Namespace, name: str, workloads: list[Workload]) -> Any
     return LLM(
         args.model or str(SHAPE),
         kv_compress=options(name),
-        load_format="auto" if args.model else "dummy",
+        load_format="auto" if has_weights(args.model) else "dummy",
         skip_tokenizer_init=True,
         max_model_len=max(w.input_len + w.output_len for w in workloads) + BLOCK_SIZE,
         max_num_seqs=args.max_num_seqs,

@@ -47,12 +47,14 @@ class Family(NamedTuple):
     Attributes:
         config: its class in ``transformers``.
         changes: what differs from :data:`SMALL`.
-        local: layers that see a part of the context.
+        local: layers that are not compressed: they see a part of the context, or keep a state.
+        caches: whether requests find blocks of others; not where layers keep a state.
     """
 
     config: str
     changes: dict[str, Any]
     local: int = 0
+    caches: bool = True
 
 
 FAMILIES = {
@@ -101,6 +103,47 @@ FAMILIES = {
     "Starcoder 2": Family("Starcoder2Config", {"sliding_window": None}),
     "SmolLM 3": Family("SmolLM3Config", {"num_hidden_layers": 4}),
     "Seed-OSS": Family("SeedOssConfig", {}),
+    # Layers with a state in the place of keys, for which vLLM's blocks are longer than 16 tokens.
+    "LFM 2": Family(
+        "Lfm2Config",
+        {"num_hidden_layers": 6, "layer_types": ["conv", "conv", FULL] * 2, "conv_L_cache": 45,
+         "conv_bias": False, "conv_dim": 64, "conv_dim_out": 64, "block_dim": 64,
+         "block_ff_dim": 96, "block_multiple_of": 1, "block_auto_adjust_ff_dim": False,
+         "block_norm_eps": 1e-5, "norm_eps": 1e-5},
+        local=4, caches=False,
+    ),
+    "Granite 4": Family(
+        "GraniteMoeHybridConfig",
+        {"num_hidden_layers": 4, "layer_types": ["mamba", "mamba", "mamba", "attention"],
+         "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1,
+         "mamba_chunk_size": 64, "num_local_experts": 0, "shared_intermediate_size": 96,
+         "position_embedding_type": "nope"},
+        local=3, caches=False,
+    ),
+    "Nemotron-H": Family(
+        "NemotronHConfig",
+        {"num_hidden_layers": 6,
+         "layers_block_type": ["mamba", "mlp", "mamba", "attention", "mamba", "mlp"],
+         "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16,
+         "n_groups": 2, "chunk_size": 64},
+        local=3, caches=False,
+    ),
+    # On a GPU only: vLLM's kernels for CPUs are not in its CUDA wheel.
+    "Qwen3-Next": Family(
+        "Qwen3NextConfig",
+        {**EXPERTS, "num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + [FULL],
+         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+         "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32,
+         "partial_rotary_factor": 0.5},
+        local=3, caches=False,
+    ),
+    # A state and keys in every layer.
+    "Falcon-H1": Family(
+        "FalconH1Config",
+        {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
+         "mamba_n_groups": 1, "mamba_chunk_size": 64},
+        local=2, caches=False,
+    ),
     # 3 layers with full attention and 4 without: vLLM pads their group.
     "padded group": Family(
         "Gemma3TextConfig",
@@ -202,6 +245,8 @@ def examine(name: str, folder: Path) -> Row:
         "model": str(folder), "skip_tokenizer_init": True, "max_model_len": 512,
         "max_num_batched_tokens": 272,  # prompts in two steps; echo scores come 256 at a time
     }  # fmt: skip
+    if not family.caches:
+        settings["enable_prefix_caching"] = False
     save(family, folder)
     asked = prompts()
     try:
@@ -239,8 +284,8 @@ def run(llm: LLM, family: Family, asked: list[list[int]], stock: list[list[int]]
     )
     usage: Any = output.kv_compress
     row.compressed = f"{usage.blocks_before} -> {usage.blocks_after}"
-    row.hit = str(output.num_cached_tokens)
-    if not output.num_cached_tokens:
+    row.hit = str(output.num_cached_tokens) if family.caches else "-"
+    if family.caches and not output.num_cached_tokens:
         row.problems.append("no prefix cache hit")
     if list(output.outputs[0].token_ids) != compressed[0]:
         row.problems.append("another answer after a prefix cache hit")

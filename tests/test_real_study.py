@@ -12,7 +12,17 @@ from torch import Tensor
 
 from benchmarks.lm_eval.scoring import process_results
 from benchmarks.masking_study import Llama, Setting, kept_keys
-from benchmarks.real import calibration, decoded, formats, policies, report, samples, scores, study
+from benchmarks.real import (
+    calibration,
+    decoded,
+    engine,
+    formats,
+    policies,
+    report,
+    samples,
+    scores,
+    study,
+)
 from benchmarks.real.__main__ import parser
 from benchmarks.real.masks import Shields, count, keep
 from benchmarks.real.model import Model
@@ -280,8 +290,9 @@ def test_tables_say_what_share_of_the_full_caches_answers_is_left(tmp_path, caps
     assert report.interval(len(two.right), 0) == (0.0, 1.0)
 
 
-def test_gemma_is_that_of_transformers(tmp_path):
-    """Sliding windows, norms of queries and keys, two rotations; on random weights."""
+@pytest.fixture
+def gemma(tmp_path):
+    """One of ``transformers`` with random weights, and where it is."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     config = Gemma3TextConfig(
@@ -300,7 +311,13 @@ def test_gemma_is_that_of_transformers(tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())
     written |= {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
     (tmp_path / "config.json").write_text(json.dumps(written))
-    mine = Model(tmp_path, "cpu", torch.float32)
+    return theirs, tmp_path
+
+
+def test_gemma_is_that_of_transformers(gemma):
+    """Sliding windows, norms of queries and keys, two rotations; on random weights."""
+    theirs, folder = gemma
+    mine = Model(folder, "cpu", torch.float32)
     assert mine.layers == [1]
     tokens = torch.randint(64, (1, 40))
     with torch.inference_mode():
@@ -311,3 +328,52 @@ def test_gemma_is_that_of_transformers(tmp_path):
         context.keys, context.values, None, tokens[None, :, 24:], 24, torch.arange(16)[None, None]
     )
     torch.testing.assert_close(after[:, 0, 0], expected[:, 24:], rtol=1e-3, atol=1e-3)
+
+
+def test_layers_with_a_window_can_be_compressed_like_the_others(gemma):
+    theirs, folder = gemma
+    usual = Model(folder, "cpu", torch.float32)
+    every = Model(folder, "cpu", torch.float32, every_layer=True)
+    assert every.layers == [0, 1, 2]
+    assert [every.window(i) for i in range(3)] == [8, None, 8]
+    tokens, wanted = torch.randint(64, (1, 40)), torch.arange(16)[None, None]
+    context = every.prefill(tokens[:, :24], details=True)
+    evidence = policies.Evidence(every, context, tokens[:, :24], [5], Shields())
+
+    def after(model: Model, kept: Tensor) -> Tensor:
+        logits, _ = model.follow(
+            context.keys, context.values, kept, tokens[None, :, 24:], 24, wanted
+        )
+        return logits[0, 0, 0]
+
+    everything = torch.ones(1, 1, 3, 1, 24, dtype=torch.bool)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            after(every, everything), theirs(tokens).logits[0, 24:], rtol=1e-3, atol=1e-3
+        )
+    # What a window has passed matters to nobody; what it has not does.
+    far, near = everything.clone(), everything.clone()
+    far[0, 0, [0, 2], :, :16] = False
+    near[0, 0, 0, :, 20] = False
+    torch.testing.assert_close(after(every, far), after(every, everything))
+    assert not torch.allclose(after(every, near), after(every, everything))
+    # In the layer without a window both models mask the same.
+    full = everything.clone()
+    full[0, 0, 1, :, 3:9] = False
+    torch.testing.assert_close(after(every, full), after(usual, full[:, :, [1]]))
+    # Scores know what a layer sees, and how it rotates.
+    assert (evidence.window(4, "max")[[0, 2], :, :13] == 0).all()
+    assert (evidence.window(4, "max")[1] > 0).all()
+    x = torch.randn(2, 16)
+    assert torch.equal(every.rotation(1)(x, 7.0), every.rotate(x, 7.0))
+    assert not torch.allclose(every.rotation(0)(x, 7.0), every.rotate(x, 7.0))
+
+
+def test_an_allocator_is_an_option_of_a_policy_like_others():
+    """It once was left out, and what was measured was the default's."""
+    full, given, plain = engine.choices(["echo:allocator=layer;pool=7", "echo"], [4.0], ["hidden"])
+    assert (given.allocator, given.options) == ("layer", "pool=7")
+    assert (plain.allocator, plain.options) == ("auto", "")
+    sample = samples.Sample("toy", 1, 0, [1], [])
+    names = [engine._line(sample, each, Shields())["policy"] for each in (full, given, plain)]
+    assert names == ["full", "echo:pool=7,allocator=layer", "echo"]

@@ -4,7 +4,7 @@
     python -m benchmarks.models smollm2 models/smollm2; python -m benchmarks.models text texts
     python -m benchmarks.real prepare models/smollm2 texts samples.jsonl --lengths 1000,2000
     python -m benchmarks.real run models/smollm2 samples.jsonl --output r.jsonl
-    python -m benchmarks.real engine models/smollm2 samples.jsonl --policies auto --output e.jsonl
+    python -m benchmarks.real engine models/smollm2 samples.jsonl --policies echo --output e.jsonl
     python -m benchmarks.real table r.jsonl --modes hidden
 
 ``prepare`` writes token ids, so that ``run`` needs PyTorch and safetensors only, on any device. A
@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     begun = time.monotonic()
-    model = Model(args.model, args.device, getattr(torch, args.dtype))
+    if args.every_layer and study.DECODED in args.modes:
+        raise SystemExit("--every-layer: contexts that are generated leave windows alone")
+    model = Model(args.model, args.device, getattr(torch, args.dtype), args.every_layer)
     repeat = json.loads(args.samples.with_suffix(".repeat.json").read_text())
     shields = [
         Shields(page=page, recent=recent, floor=args.floor, min_budget=least)
@@ -230,6 +232,8 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--pages", type=integers, default=[16], help="keys freed together")
     measure.add_argument("--recent", type=integers, default=[32])
     measure.add_argument("--min-budget", type=integers, default=[0])
+    measure.add_argument("--every-layer", action="store_true",
+                         help="compress layers with a window, too, like the others")  # fmt: skip
     measure.add_argument("--device", default="cpu")
     measure.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     measure.add_argument("--threads", type=int, default=1)
@@ -240,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--minutes", type=float, help="begin no sample after so long")
     ask = commands.add_parser("engine", parents=[both], help="the same through vLLM")
     ask.set_defaults(action=through_engine)
-    ask.add_argument("--policies", type=words, default=["auto"], help="NAME or NAME:KEY=VALUE;...")
+    ask.add_argument("--policies", type=words, default=["echo"], help="NAME or NAME:KEY=VALUE;...")
     ask.add_argument("--recent", type=int, default=32)
     ask.add_argument("--min-budget", type=int, default=0)
     ask.add_argument("--llm", type=json.loads, default={}, metavar="JSON",

@@ -21,7 +21,11 @@ def choices(
     yield Choice(FULL)
     for mode, ratio, policy in product(modes, ratios, policies):
         name, _, options = policy.partition(":")
-        yield Choice(name, "auto", ratio, mode, options.replace(";", ","))
+        parts = [part for part in options.split(";") if part]
+        allocators = [part for part in parts if part.startswith("allocator=")]
+        others = ",".join(part for part in parts if part not in allocators)
+        allocator = allocators[-1].partition("=")[2] if allocators else "auto"
+        yield Choice(name, allocator, ratio, mode, others)
 
 
 def prompts(sample: Sample) -> Iterator[tuple[Question | None, Prompt]]:
@@ -79,7 +83,10 @@ def run(
 
 
 def _line(sample: Sample, choice: Choice, shields: Shields) -> dict[str, Any]:
-    name = f"{choice.policy}:{choice.options}" if choice.options else choice.policy
+    options = [choice.options] if choice.options else []
+    if choice.allocator != "auto" and choice.policy != FULL:
+        options.append(f"allocator={choice.allocator}")
+    name = ":".join([choice.policy, *filter(None, [",".join(options)])])
     return {
         "source": sample.source, "length": sample.length, "seed": sample.seed, "policy": name,
         "ratio": choice.ratio, "page": measure.BLOCK_SIZE, "recent": shields.recent,

@@ -2,7 +2,7 @@
 """Llama and Gemma 3 in plain PyTorch, with every key, value and query at hand, on any device.
 
 B contexts, K ways to mask each of them, M continuations of each. Layers whose window slides are
-never compressed, and masks and scores leave them out.
+not compressed, and masks and scores leave them out, unless all are to be compressed alike.
 
     L layers that can be compressed    H KV heads    G query heads per KV head    D head size
     P tokens of the context            T tokens that follow
@@ -11,7 +11,9 @@ never compressed, and masks and scores leave them out.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,18 @@ class Model:
     Args:
         directory: with ``config.json`` and ``model.safetensors``.
         dtype: of weights and activations; softmax and norms are fp32.
+        every_layer: whether layers whose window slides can be compressed, too.
+
+    Attributes:
+        layers: indices of those that can be compressed.
 
     Raises:
         ValueError: another architecture.
     """
 
-    def __init__(self, directory: Path, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, device: str, dtype: torch.dtype, every_layer: bool = False
+    ) -> None:
         config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         kind = config["architectures"][0]
         if kind not in ("LlamaForCausalLM", "Gemma3ForCausalLM"):
@@ -66,7 +74,8 @@ class Model:
         self._eps: float = config["rms_norm_eps"]
         self._gemma = kind.startswith("Gemma")
         kinds = config.get("layer_types") or ["full_attention"] * self.num_layers
-        self.layers = [i for i, name in enumerate(kinds) if name == "full_attention"]
+        self._full = {i for i, name in enumerate(kinds) if name == "full_attention"}
+        self.layers = [i for i in range(self.num_layers) if every_layer or i in self._full]
         self._sliding: int = config.get("sliding_window") or 0
         self.scale = (config.get("query_pre_attn_scalar") or self.head_dim) ** -0.5
         exponent = torch.arange(0, self.head_dim, 2, device=self.device) / self.head_dim
@@ -86,6 +95,17 @@ class Model:
         left, right = x.chunk(2, -1)
         return x * cos + torch.cat([-right, left], -1) * sin
 
+    def rotation(self, index: int) -> Callable[..., Tensor]:
+        """:meth:`rotate` as the ``index``-th of :attr:`layers` does it."""
+        return partial(self.rotate, frequency=self._frequency_of(self.layers[index]))
+
+    def window(self, index: int) -> int | None:
+        """Tokens that the ``index``-th of :attr:`layers` sees; None: all."""
+        return None if self.layers[index] in self._full else self._sliding
+
+    def _frequency_of(self, layer: int) -> Tensor:
+        return self.frequency if layer in self._full else self._local
+
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, details: bool = False) -> Context:
         """Read ``[B, P]`` with full attention.
@@ -101,7 +121,7 @@ class Model:
                 norms.append(x.float().norm(dim=-1))
             q, k, v = self._qkv(layer, x, 0)
             mask = None
-            if layer not in self.layers:
+            if layer not in self._full:
                 place = torch.arange(length, device=self.device)
                 gap = place[:, None] - place
                 mask = (gap >= 0) & (gap < self._sliding)
@@ -165,7 +185,7 @@ class Model:
         place = torch.arange(t, device=self.device)
         future = (place[:, None] < place).repeat(self.group, 1)  # [G * T, T]
         slides = far = None
-        if len(self.layers) < self.num_layers:
+        if len(self._full) < self.num_layers:
             slides = future | (place[:, None] - place >= self._sliding).repeat(self.group, 1)
             gap = place[:, None] + position - torch.arange(past, device=self.device)
             far = (gap >= self._sliding).repeat(m * self.group, 1)  # [M * G * T, P]
@@ -173,7 +193,7 @@ class Model:
         every: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             q, k, v = self._qkv(layer, x, position)  # [B * K * M, H, (G,) T, D]
-            full = layer in self.layers
+            full = layer in self._full
             new = ((q.flatten(2, 3) * self.scale) @ k.mT).float()  # [B * K * M, H, G * T, T]
             new.masked_fill_(future if full or slides is None else slides, -torch.inf)
             ahead = (q * self.scale).reshape(b, ways, m, self.heads, -1, self.head_dim)
@@ -181,7 +201,7 @@ class Model:
             old = (ahead @ keys[:, layer].mT).float().view(b, self.heads, ways, -1, past)
             if not full and far is not None:
                 old.masked_fill_(far, -torch.inf)
-            elif kept is not None:
+            if kept is not None and layer in self.layers:
                 mask = kept[:, :, self.layers.index(layer)]  # [B, K, H, P]
                 old.masked_fill_(~mask.transpose(1, 2)[:, :, :, None], -torch.inf)
             lse_old = old.logsumexp(-1, keepdim=True)  # [B, H, K, M * G * T, 1]
@@ -196,7 +216,7 @@ class Model:
             attended = attended.reshape(-1, self.heads * self.group, t, self.head_dim)
             x = self._rest(layer, x, attended.transpose(1, 2).flatten(2))
             if cache:
-                every.append((k, v, q) if full else (k, v))
+                every.append((k, v, q) if layer in self.layers else (k, v))
         logits = None
         if wanted is not None:
             x = x.view(b, ways, m, t, -1)
@@ -252,7 +272,7 @@ class Model:
             q = self._norm(q, f"layers.{layer}.self_attn.q_norm")
             k = self._norm(k, f"layers.{layer}.self_attn.k_norm")
         place = torch.arange(position, position + x.shape[1], device=self.device)
-        frequency = self.frequency if layer in self.layers else self._local
+        frequency = self._frequency_of(layer)
         q, k = self.rotate(q, place, frequency), self.rotate(k, place, frequency)
         return q.unflatten(1, (self.heads, self.group)), k, v
 

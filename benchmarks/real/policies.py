@@ -58,7 +58,7 @@ class Evidence:
         if key not in self._echoes:
             self._echoes[key] = self._by_layer(
                 lambda i: scores.echo(
-                    self.keys[i], self.queries[i], self.model.rotate, self.model.scale,
+                    self.keys[i], self.queries[i], self.model.rotation(i), self.model.scale,
                     segment or self.length, delta, first, stride or None,
                 )
             )  # fmt: skip
@@ -76,8 +76,9 @@ class Evidence:
 
         def score(i: int) -> Tensor:
             p = scores.probabilities(
-                self.keys[i], self.queries[i][..., -size:, :], self.model.scale
-            )
+                self.keys[i], self.queries[i][..., -size:, :], self.model.scale,
+                sliding=self.model.window(i),
+            )  # fmt: skip
             if how == "max":
                 return p.amax((-2, -3))
             return p.square().sum((-2, -3)) if how == "squares" else p.mean((-2, -3))
@@ -183,7 +184,11 @@ class Evidence:
         """See :func:`scores.expected_attention`."""
         return self._by_layer(
             lambda i: scores.expected_attention(
-                self.keys[i], self.values[i], self.queries[i], self.model.rotate, self.model.scale
+                self.keys[i],
+                self.values[i],
+                self.queries[i],
+                self.model.rotation(i),
+                self.model.scale,
             )
         )
 
@@ -193,7 +198,7 @@ class Evidence:
         place = torch.arange(self.length, device=self.keys.device)
         return self._by_layer(
             lambda i: scores.triattention(
-                self.keys[i], self.queries[i], self.model.rotate, place, self.length,
+                self.keys[i], self.queries[i], self.model.rotation(i), place, self.length,
                 self.model.scale,
             )
         )  # fmt: skip
@@ -279,6 +284,10 @@ POLICIES: dict[str, Policy] = {
     ),
     "vnorm_window_w15_half": _max(
         lambda e: e.echo() * e.value_size, lambda e: 0.5 * e.pooled(e.window(8, "max"), 15)
+    ),
+    "vnorm_window_w15_half_layer": Policy(
+        lambda e, _: torch.maximum(e.echo() * e.value_size, 0.5 * e.pooled(e.window(8, "max"), 15)),
+        "layer",
     ),
     "vnorm_window_w15_square": _max(
         lambda e: e.echo() * e.value_size, lambda e: e.pooled(e.window(8, "max") ** 2, 15)

@@ -24,12 +24,19 @@ SINKS = 4
 
 
 def probabilities(
-    keys: Tensor, queries: Tensor, scale: float, present: Tensor | None = None
+    keys: Tensor,
+    queries: Tensor,
+    scale: float,
+    present: Tensor | None = None,
+    sliding: int | None = None,
 ) -> Tensor:
-    """``[*, H, G, Q, P]``: attention of the last Q tokens."""
+    """``[*, H, G, Q, P]``: attention of the last Q tokens, which see ``sliding`` tokens each, or
+    all."""
     q, p = queries.shape[-2], keys.shape[-2]
     logits = ((queries * scale) @ keys.unsqueeze(-3).mT).float()
     hidden = torch.ones(q, p, dtype=torch.bool, device=keys.device).triu(p - q + 1)
+    if sliding is not None:
+        hidden |= torch.ones_like(hidden).tril(p - q - sliding)
     logits.masked_fill_(hidden, -torch.inf)
     if present is not None:
         logits.masked_fill_(~present[..., None, None, :], -torch.inf)

@@ -11,7 +11,7 @@ from kvcompress_vllm.scheduling.slots import num_context_slots, num_observe_slot
 
 
 def observe_slots(vllm_config: VllmConfig, group: CacheGroup, num_blocks: int) -> int:
-    """Observation slots of an engine whose KV cache has ``num_blocks`` blocks."""
+    """Observation slots of an engine whose pool has ``num_blocks`` blocks."""
     config = resolved_config(vllm_config)
     assert config is not None
     scheduler = vllm_config.scheduler_config
@@ -19,7 +19,7 @@ def observe_slots(vllm_config: VllmConfig, group: CacheGroup, num_blocks: int) -
         config,
         scheduler.max_num_batched_tokens,
         scheduler.max_num_seqs,
-        num_blocks,
+        num_blocks * group.kernel_blocks,
         group,
         draft_tokens(vllm_config),
     )

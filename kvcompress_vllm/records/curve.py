@@ -30,6 +30,13 @@ class LossCurve(NamedTuple):
         part = (high - blocks) / (high - low)
         return self.lost[above] + part * (self.lost[above - 1] - self.lost[above])
 
+    def in_blocks_of(self, kernel_blocks: int) -> LossCurve:
+        """A curve over kernel blocks over blocks of so many of them."""
+        if kernel_blocks == 1:
+            return self
+        blocks = sorted({-(-count // kernel_blocks) for count in self.blocks})
+        return LossCurve(blocks, [self.lost_at(count * kernel_blocks) for count in blocks])
+
     def fewest_blocks(self, mass: float) -> int:
         """The fewest blocks that keep the share ``mass``, on the curve's lines."""
         allowed = max(1 - mass + 1e-9, self.lost[-1])  # 1 - 0.9 is not quite 0.1

@@ -33,7 +33,7 @@ class CacheGroup:
     head_size: int
     """D."""
     block_size: int
-    """B."""
+    """B, of a page; in most models also of a block of vLLM's pool."""
     itemsize: int
     """Bytes of one number of a key or value in a page."""
     scale: float
@@ -46,6 +46,10 @@ class CacheGroup:
     """The last so many of its layers are those of a draft model."""
     index: int = 0
     """Which of the engine's groups it is."""
+    kernel_blocks: int = 1
+    """Kernel blocks of a block of vLLM's pool. Beside states (Mamba, linear attention) vLLM makes
+    its blocks as long as a state is large, hundreds of tokens; pages stay short. Workers know
+    kernel blocks only, and call them blocks."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,9 +94,9 @@ class CacheGroup:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return self.pages_per_block * self.page_bytes
+        """Bytes of a block of vLLM's pool."""
+        return self.kernel_blocks * self.pages_per_block * self.page_bytes
 
     def num_pages(self, num_blocks: int) -> int:
-        """P, pages of a pool of so many blocks."""
+        """P, pages of so many kernel blocks."""
         return num_blocks * self.pages_per_block

@@ -21,15 +21,18 @@ class EchoPlanner:
 
     Args:
         config: the resolved options; a policy that may be used reads echo scores.
-        block_size: tokens per block.
+        block_size: tokens per block; None: nobody gets blocks of others, so that any will do.
         num_blocks: blocks of the pool.
         step_tokens: tokens that a step computes of one request at most.
+
+    Attributes:
+        blocks: whose scores others may use; None: nobody.
     """
 
     def __init__(
-        self, config: KVCompressConfig, block_size: int, num_blocks: int, step_tokens: int
+        self, config: KVCompressConfig, block_size: int | None, num_blocks: int, step_tokens: int
     ) -> None:
-        self.blocks = WholeBlocks(num_blocks, block_size)
+        self.blocks = None if block_size is None else WholeBlocks(num_blocks, block_size)
         self.reads = cache(config.reads_echo)
         self._step_tokens = step_tokens
 
@@ -69,7 +72,8 @@ class EchoPlanner:
         Args:
             row: block ids from that of token ``first`` on.
         """
-        self.blocks.computed(row, first, end, self.scores(policy))
+        if self.blocks is not None:
+            self.blocks.computed(row, first, end, self.scores(policy))
 
     def span(self, request_id: str, policy: str, first: int, end: int) -> Span | None:
         """What a step that computes tokens ``[first, end)`` scores; None: nothing."""

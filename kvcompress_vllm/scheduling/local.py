@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What layers hold of a request that see only its latest tokens: with a window, or in chunks.
+"""What layers hold of a request that keep a bounded part of it: with a window, in chunks, or with a
+state in the place of keys (Mamba, linear attention).
 
 vLLM gives back what lies before, so beside a long request it is little, and about the same whatever
 the request's length. No vLLM types.
@@ -43,6 +44,24 @@ class Local(NamedTuple):
         return -(-(num_tokens + drafts) // block_size) - passed // block_size
 
 
+class State(NamedTuple):
+    """Layers of one cache group that keep a state of a request and no keys.
+
+    Attributes:
+        states: of a request, a block each.
+    """
+
+    states: int = 1
+
+    def blocks(self, num_tokens: int, in_flight: int, block_size: int) -> int:
+        """As of :class:`Local`."""
+        return self.states
+
+    def held(self, num_tokens: int, block_size: int) -> int:
+        """As of :class:`Local`."""
+        return self.states
+
+
 class LocalLayers(NamedTuple):
     """All of a model's.
 
@@ -52,7 +71,7 @@ class LocalLayers(NamedTuple):
         drafts: tokens that a step of a generation may compute beyond its next.
     """
 
-    groups: Sequence[Local]
+    groups: Sequence[Local | State]
     block_size: int
     in_flight: int
     drafts: int = 0

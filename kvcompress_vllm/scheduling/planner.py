@@ -56,6 +56,7 @@ class CompressionPlanner:
         max_tokens: longest possible request, prompt and output.
         context_slots: how many packed prefixes can be held for others.
         drafts: tokens that a step of a generation may compute beyond its next, some to be rejected.
+        kernel_blocks: kernel blocks of a block.
 
     Attributes:
         observers: who is observed.
@@ -74,11 +75,12 @@ class CompressionPlanner:
         max_tokens: int,
         context_slots: int = 0,
         drafts: int = 0,
+        kernel_blocks: int = 1,
     ) -> None:
         self.config = config
         self._drafts = drafts
         self.unverified = Unverified()
-        self.limits = Limits.of(config, block_size, max_tokens)
+        self.limits = Limits.of(config, block_size, max_tokens, kernel_blocks)
         self.requests: dict[str, Tracked] = {}
         self.observers = ObservationSlots(config, observe_slots, self.requests)
         self.contexts = Contexts(range(state_slots, state_slots + context_slots))

@@ -192,8 +192,9 @@ class Tracked:
 
     def floor(self, covered: int) -> int:
         """Packed pages that every head keeps of ``covered`` blocks."""
-        pages = -(-self.whole(covered) // self.sizes.blocks_per_page)
-        return min(self.sizes.floor(covered) + pages, self._all_kept(covered))
+        k = self.sizes.limits.kernel_blocks
+        pages = -(-self.whole(covered) * k // self.sizes.blocks_per_page)
+        return min(self.sizes.floor_pages(covered) + pages, self._all_kept(covered) * k)
 
     def _all_kept(self, covered: int) -> int:
         return self.packing.all_kept(covered, self.sizes.blocks_per_page)

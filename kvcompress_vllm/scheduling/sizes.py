@@ -35,13 +35,18 @@ class Limits(NamedTuple):
     """Whether generations are compressed."""
     peak_blocks: int | None
     """Blocks that a request may hold during its prefill; None: all of them."""
+    kernel_blocks: int = 1
+    """Kernel blocks of a block, each a page of every head."""
 
     @classmethod
-    def of(cls, config: KVCompressConfig, block_size: int, max_tokens: int) -> Limits:
-        """Those of a configuration."""
+    def of(
+        cls, config: KVCompressConfig, block_size: int, max_tokens: int, kernel_blocks: int = 1
+    ) -> Limits:
+        """Those of a configuration; its ``interval`` is in kernel blocks."""
         peak = config.prefill_peak_tokens
         blocks = None if peak is None else peak // block_size
-        return cls(block_size, max_tokens, config.interval, config.decode, blocks)
+        interval = -(-config.interval // kernel_blocks)
+        return cls(block_size, max_tokens, interval, config.decode, blocks, kernel_blocks)
 
 
 class Sizes:
@@ -126,8 +131,14 @@ class Sizes:
         return Packing(covered, self._allowed[key])
 
     def floor(self, covered: int = 0) -> int:
-        """Packed pages that every head keeps of ``covered`` blocks, if it has as many."""
+        """Blocks that hold what every head keeps of ``covered`` blocks, if it has as many."""
         return self.budget.floor_pages(self.limits.block_size, covered)
+
+    def floor_pages(self, covered: int = 0) -> int:
+        """The same in packed pages of a head: more of them, of a part of a block each, where blocks
+        have several kernel blocks."""
+        k = self.limits.kernel_blocks
+        return self.budget.floor_pages(self.limits.block_size // k, covered * k)
 
     def packed_at(self, due_at: int, prefill_end: int, ratio: float | None = None) -> Packing:
         """As ``packed``; of a compression that interrupts the prefill, within half of the peak."""

@@ -24,7 +24,12 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.engine import FinishReason
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -49,6 +54,7 @@ from kvcompress_vllm.integration.worker.longest_request import check_longest_req
 from kvcompress_vllm.integration.worker.metadata import observe_unverified
 from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.budget import Ranges
+from kvcompress_vllm.records.kernel_blocks import in_kernel_blocks, split
 from kvcompress_vllm.records.plan import Replay, StepPlan
 from kvcompress_vllm.reporting.metrics import StepReport
 from kvcompress_vllm.scheduling.segments import DECODED, segments
@@ -87,9 +93,15 @@ class PretendWorker:
     others' than those of a prefix that was not compressed."""
     behind: set[str] = field(default_factory=set)
     """Requests that are packed."""
+    kernel_blocks: int = 1
+    """Of a block; rows here are of kernel blocks."""
+    state_tags: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """``[N]``: of what tokens a block holds the state; -1: it holds pages, or nothing."""
 
     def run(self, output, tokens: dict[str, list[int]]) -> None:
         plan: StepPlan = output.kv_compress
+        prefixes = {item.request_id: item.row_prefix for item in plan.compressions}
+        plan = in_kernel_blocks(plan, self.kernel_blocks)
         for heard in plan.heard:
             assert heard.blocks == self.rows[heard.request_id][: len(heard.blocks)]
             assert heard.first // DECODED == (heard.end - 1) // DECODED
@@ -102,7 +114,8 @@ class PretendWorker:
         self.pending = start_step(plan, [self.compressor])
         for item in plan.compressions:
             row = self.rows[item.request_id]
-            row[: item.covered] = item.row_prefix
+            row[: item.covered] = split(prefixes[item.request_id], self.kernel_blocks)
+            self._take(item.new_blocks)
             if self.state.echo is not None:
                 self.packed[row[0]] = self.echoes[item.request_id][: item.num_tokens].clone()
             self.behind.add(item.request_id)
@@ -111,13 +124,16 @@ class PretendWorker:
             self.behind.discard(request_id)
         for new in output.scheduled_new_reqs:
             self._new_rows(new.req_id, new.block_ids)
+            self._begin(new.block_ids[-1], output)
         cached = output.scheduled_cached_reqs
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
                 self._new_rows(request_id, blocks)
+                self._begin(blocks[-1], output)
             elif blocks is not None:
                 *others, ours = blocks
-                self.rows[request_id] += ours
+                self.rows[request_id] += split(ours, self.kernel_blocks)
+                self._begin(ours, output)
                 for row, more in zip(self.window_rows[request_id], others, strict=True):
                     row += more
         observed = {item.request_id: item for item in plan.observations}
@@ -187,11 +203,34 @@ class PretendWorker:
 
     def _new_rows(self, request_id, blocks) -> None:
         *others, ours = blocks
-        self.rows[request_id] = list(ours)
+        self.rows[request_id] = split(ours, self.kernel_blocks)
         self.window_rows[request_id] = [list(row) for row in others]
         self.behind.discard(request_id)
 
+    def _begin(self, blocks, output) -> None:
+        """Zero what a step begins to use of our blocks, where states may have been."""
+        if len(self.state_tags):
+            assert set(blocks) <= set(output.new_block_ids_to_zero), (blocks, output)
+            self.pages.view(len(self.state_tags), -1)[blocks] = 0
+
+    def _take(self, kernel_blocks) -> None:
+        """Write pages: whatever state was there is gone."""
+        if len(self.state_tags):
+            self.state_tags[torch.tensor(kernel_blocks) // self.kernel_blocks] = -1
+
+    def _update_states(self, request_id, tokens, first, count) -> None:
+        """The state of the tokens before is there; what lay beside it in the block is no more."""
+        tags = prefix_tags(tokens)
+        for (block,) in self.window_rows[request_id][len(self.windows) :]:
+            if first:
+                assert self.state_tags[block] == tags[first - 1], (request_id, first, block)
+            self.state_tags[block] = tags[first + count - 1]
+            self.pages.view(len(self.state_tags), -1)[block] = float("nan")
+
     def _compute_windows(self, request_id, tokens, first, count) -> None:
+        self._update_states(request_id, tokens, first, count)
+        if not self.windows:
+            return
         self._check_windows(request_id, first)
         tags = torch.tensor(prefix_tags(tokens))
         if request_id in self.behind:
@@ -199,12 +238,12 @@ class PretendWorker:
         wanted = torch.cat([self.window_wanted[request_id][:first], tags[first : first + count]])
         self.window_wanted[request_id] = wanted
         positions = torch.arange(first, first + count)
-        for row in self.window_rows[request_id]:
+        for row in self.window_rows[request_id][: len(self.windows)]:
             self.window_tags[torch.tensor(row)[positions // B], positions % B] = wanted[positions]
 
     def _check_windows(self, request_id, end) -> None:
         """What the query of token ``end`` sees through its windows is all there."""
-        for window, row in zip(self.windows, self.window_rows[request_id], strict=True):
+        for window, row in zip(self.windows, self.window_rows[request_id], strict=False):
             positions = torch.arange(max(0, end - window + 1), end)
             blocks = torch.tensor(row)[positions // B] if end else positions
             assert (blocks > 0).all(), (request_id, end, row)
@@ -230,6 +269,7 @@ class PretendWorker:
         value = torch.cat([digits(tags), digits(positions)], -1)[:, None].repeat(1, L * H, 1)
         value[..., :D] *= 1 + 2 * slot[:, None]  # so that heads differ in what they attend to
         self.pages[target, (positions % B)[:, None]] = value.to(self.pages.dtype)
+        self._take(row[positions // B].tolist())
         if observation is not None:
             assert 0 <= observation.first_token - first <= observation.unverified
             index = torch.full((count,), -1, dtype=torch.int32)
@@ -303,9 +343,13 @@ class Simulation:
         acceptance: float = 0.5,
         windows: tuple[int, ...] = (),
         head: str | None = None,
+        states: int = 0,
+        kernel_blocks: int = 1,
     ) -> None:
         """
         Args:
+            states: cache groups of layers with a state in the place of keys.
+            kernel_blocks: of a block, each of B tokens.
             drafts: tokens that are speculated of each generation in a step.
             acceptance: share of them that the pretend model says, too.
             head: folder of an EAGLE head that speculates; None: n-grams do.
@@ -343,7 +387,8 @@ class Simulation:
         self.vllm_config.scheduler_config.async_scheduling = asynchronous
         self.config = config = resolved_config(self.vllm_config)
         spec = KVCompressSpec(
-            block_size=B,
+            block_size=B * kernel_blocks,
+            kernel_block_size=B,
             num_kv_heads=H,
             head_size=D,
             dtype=dtype,
@@ -363,8 +408,19 @@ class Simulation:
             )
             for window in windows
         ]
+        page = spec.page_size_bytes
+        groups += [
+            KVCacheGroupSpec(
+                [f"state{group}a", f"state{group}b"],
+                MambaSpec(
+                    block_size=max_model_len, shapes=((page // 8,),), dtypes=(torch.float32,),
+                    page_size_padded=page,
+                ),
+            )
+            for group in range(states)
+        ]  # fmt: skip
         groups.append(KVCacheGroupSpec(["a", "b"], spec))
-        if windows:
+        if windows or states:
             self.vllm_config.model_config.hf_text_config.layer_types = [
                 "sliding_attention", "full_attention"
             ]  # fmt: skip
@@ -373,14 +429,14 @@ class Simulation:
         self.scheduler = self.vllm_config.scheduler_config.get_scheduler_cls()(
             vllm_config=self.vllm_config,
             kv_cache_config=cache,
-            block_size=B,
+            block_size=B * kernel_blocks if not states else max_model_len * B * kernel_blocks,
             structured_output_manager=StructuredOutputManager(self.vllm_config),
             log_stats=log_stats,
         )
         group = self.scheduler.kv_compress_group
         state = PackedState(
             group,
-            num_blocks=num_blocks,
+            num_blocks=num_blocks * kernel_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
             window=config.ring(draft_tokens(self.vllm_config)),
             dtype=dtype,
@@ -389,7 +445,8 @@ class Simulation:
             accumulated=config.query_stride > 0,
             device=torch.device("cpu"),
         )
-        pages = torch.full((num_blocks * L * H, B, 2 * D), float("nan"), dtype=dtype)
+        num_pages = num_blocks * kernel_blocks * L * H
+        pages = torch.full((num_pages, B, 2 * D), float("nan"), dtype=dtype)
         self.worker = PretendWorker(
             state,
             pages,
@@ -397,6 +454,8 @@ class Simulation:
             config.window,
             windows=windows,
             window_tags=torch.zeros(num_blocks, B, dtype=torch.int64),
+            kernel_blocks=kernel_blocks,
+            state_tags=torch.full((num_blocks if states else 0,), -1),
         )
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
@@ -564,7 +623,9 @@ class Simulation:
             n = min(request.num_computed_tokens, self._computed_end(rid))
             if n == 0 or rid not in self.worker.rows:
                 continue
-            ids = manager.row(rid, len(manager.req_to_blocks[rid]))
+            ids = split(
+                manager.row(rid, len(manager.req_to_blocks[rid])), self.worker.kernel_blocks
+            )
             assert self.worker.rows[rid] == ids, (rid, self.worker.rows[rid], ids)
             row = torch.tensor(ids)
             slot = self.worker.state.slot_of(ids)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from kvcompress_vllm.cli import main
+from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.start import capacity
 from kvcompress_vllm.integration.start.capacity_text import render
 from tests.integration.simulation import MODEL
@@ -67,6 +69,73 @@ def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["context"] == 2048
     assert main(command) == 0
     assert f"{MODEL} (LlamaForCausalLM): compressed in all 6 layers" in capsys.readouterr().out
+
+
+def config_of(name: str, folder: Path, **changes: Any) -> str:
+    """The configuration of a model of ``transformers``, without weights."""
+    config = getattr(transformers, name)(**changes)
+    config.architectures = [name.replace("Config", "ForCausalLM").replace("Text", "")]
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def test_windows_hold_blocks_of_every_request(tmp_path: Path) -> None:
+    """Gemma 3 27B: 10 layers of 62, and 6 groups with a window of 1,024 tokens."""
+    model = config_of(
+        "Gemma3TextConfig", tmp_path, num_hidden_layers=62, hidden_size=5376, head_dim=128,
+        intermediate_size=21504, num_attention_heads=32, num_key_value_heads=16,
+        sliding_window=1024, max_position_embeddings=131072,
+    )  # fmt: skip
+    report = capacity.examine(model, ["--kv-compress", "ratio=8"], 80 * GIB, 32768)
+    assert len(report["compressed_layers"]) == 10 and report["problems"] == []
+    per_group = (1023 + 2 + 15) // 16 + 1
+    assert report["other_blocks"] == 6 * per_group
+    own = rows(report)[8, "auto"]
+    assert own["blocks_full"] == 2048 + 6 * per_group
+    assert own["blocks_packed"] == 256 + 6 * per_group
+    # A block has the bytes of 10 layers, also where a window has it.
+    layer = 16 * 2 * 128 * 2 * 16
+    assert own["blocks"] == (report["memory"]["cache_bytes"] - own["beside_bytes"]) // (10 * layer)
+    assert f"{6 * per_group} blocks belong to layers that do not" in capacity.render(report)
+
+
+@pytest.mark.skipif(vllm_places_layers(), reason="states are refused with this vLLM")
+@pytest.mark.parametrize(
+    ("name", "changes", "layers", "block_size", "groups"),
+    [
+        ("GraniteMoeHybridConfig",
+         {"num_hidden_layers": 40, "hidden_size": 4096, "num_attention_heads": 32,
+          "num_key_value_heads": 8, "mamba_n_heads": 128, "mamba_d_head": 64,
+          "mamba_d_state": 128, "mamba_n_groups": 1, "num_local_experts": 0,
+          "intermediate_size": 4096,
+          "layer_types": (["mamba"] * 9 + ["attention"]) * 4},
+         4, 528, 9),
+        ("FalconH1Config",
+         {"num_hidden_layers": 8, "hidden_size": 2048, "num_attention_heads": 8,
+          "num_key_value_heads": 2, "head_dim": 128, "mamba_d_ssm": 3072, "mamba_n_heads": 48,
+          "mamba_d_head": 64, "mamba_d_state": 256},
+         8, None, 1),
+    ],
+    ids=["Granite 4 H Small", "Falcon-H1"],
+)  # fmt: skip
+def test_states_make_blocks_long(
+    name: str, changes: dict[str, Any], layers: int, block_size: int | None, groups: int,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    model = config_of(name, tmp_path, max_position_embeddings=131072, **changes)
+    flags = ["--kv-compress", "ratio=8", "--no-enable-prefix-caching"]
+    report = capacity.examine(model, flags, 80 * GIB, 32768)
+    assert report["problems"] == [] and len(report["compressed_layers"]) == layers
+    size = report["block_size"]
+    assert size % 16 == 0 and size == (block_size or size) and size > 256
+    assert report["other_blocks"] == groups
+    own = rows(report)[8, "auto"]
+    full = -(-32768 // size)
+    assert own["blocks_full"] == full + groups
+    covered = 32768 // size
+    assert own["blocks_packed"] == -(-covered // 8) + full - covered + groups
+    assert rows(report)[8, "int4"]["requests"] is None
 
 
 def test_a_model_that_is_not_compressed(tmp_path: Path) -> None:

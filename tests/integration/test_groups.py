@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, example, given, reject, settings
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
+    CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
-    MambaSpec,
+    KVCacheTensor,
     SlidingWindowSpec,
 )
 
@@ -27,7 +28,7 @@ from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.groups import compressed_group, span_of
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.worker.model_runner import RunnerV1, RunnerV2
-from kvcompress_vllm.integration.worker.worker import packed_config
+from kvcompress_vllm.integration.worker.placement import packed_config
 from kvcompress_vllm.scheduling.local import Local, LocalLayers
 from tests.integration.simulation import B, Simulation
 
@@ -272,9 +273,35 @@ def test_blocks_of_all_groups_are_the_same_bytes(counts: tuple[int, int]) -> Non
 
 
 @pytest.mark.skipif(not vllm_places_layers(), reason="this vLLM has the worker place layers")
-def test_gaps_between_blocks_are_refused() -> None:
-    with pytest.raises(ValueError, match="gaps between the 2 layers"):
-        packed_config(KVCacheConfig(5, [], groups((SLIDING, 3), (FULL, 2))))
+@pytest.mark.parametrize("counts", [(2, 2), (2, 3), (3, 2)], ids=["alike", "more", "fewer"])
+def test_layers_beyond_the_compressed_ones_lie_behind_all_blocks(counts: tuple[int, int]) -> None:
+    """The same where vLLM places layers by distances, and would leave a gap in ours."""
+    full, local = counts
+    layer_bytes, blocks = FULL.page_size_bytes, 5
+    size = blocks * layer_bytes * max(counts)
+    whole: Any = {"layers": [], "layer_stride": 0, "block_stride": 0}
+    found = groups((SLIDING, local), (FULL, full))
+    config = packed_config(KVCacheConfig(blocks, [KVCacheTensor(size=size, **whole)], found))
+    owners: dict[str, dict[int, tuple[int, int]]] = {}
+    for tensor in config.kv_cache_tensors:
+        assert tensor.size == size
+        for place, name in enumerate(tensor.layers):
+            begins = [
+                tensor.offset + place * tensor.layer_stride + block * tensor.block_stride
+                for block in range(blocks)
+            ]
+            assert max(begins) + layer_bytes <= size
+            owners[name] = {begin: (int(name[2:]), block) for block, begin in enumerate(begins)}
+    assert sorted(owners) == sorted(name for group in found for name in group.layer_names)
+    # Of a place in memory all groups say the same: which layer of which block.
+    said: dict[int, tuple[int, int]] = {}
+    for places in owners.values():
+        assert all(said.setdefault(begin, owner) == owner for begin, owner in places.items())
+    assert len(said) == blocks * max(counts)
+    for block in range(blocks):  # pages side by side: what our kernels need
+        assert [said[(block * full + i) * layer_bytes] for i in range(full)] == [
+            (i, block) for i in range(full)
+        ]
 
 
 def test_a_stage_without_full_attention_is_refused() -> None:
@@ -311,9 +338,8 @@ def test_rows_of_the_compressed_group_are_rewritten() -> None:
 def test_what_layers_see() -> None:
     assert span_of(SLIDING) == Local(39)
     assert span_of(CHUNKED) == Local(64, aligned=True)
-    mamba = MambaSpec(block_size=B, shapes=((4,),), dtypes=(torch.float32,))
     with pytest.raises(ValueError, match="cannot stand beside"):
-        span_of(mamba)
+        span_of(CrossAttentionSpec(**SHAPE))
 
 
 @pytest.mark.parametrize("spec", [SLIDING, SlidingWindowSpec(**SHAPE, sliding_window=33)])

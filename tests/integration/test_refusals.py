@@ -16,10 +16,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.cpu.attention import LocalCpuBackend
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
-from kvcompress_vllm.integration.start import refusals
-from kvcompress_vllm.integration.start.refusals import REFUSALS, check, check_kernels
+from kvcompress_vllm.integration.start import attention_kinds, refusals
+from kvcompress_vllm.integration.start.refusals import REFUSALS, check, check_kernels, unshared
 from kvcompress_vllm.integration.worker.backend import leave_local_layers
 from kvcompress_vllm.integration.worker.longest_request import check_longest_request
 from tests.integration.simulation import MODEL
@@ -63,10 +64,9 @@ def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], feature: st
 @pytest.mark.parametrize(
     ("changes", "feature"),
     [
-        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, r"hybrid \(Mamba"),
-        ({"architectures": ["JambaForCausalLM"], "model_type": "jamba"}, r"hybrid \(Mamba"),
+        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, r"a state in .* \(Mamba"),
     ],
-    ids=["mamba", "jamba"],
+    ids=["mamba"],
 )  # fmt: skip
 def test_unsupported_models_that_vllm_imports_slowly(
     tmp_path: Path, changes: dict[str, Any], feature: str
@@ -287,21 +287,105 @@ def test_the_models_own_quantised_cache_names_the_way_out() -> None:
         check(config)
 
 
+def hybrid(monkeypatch: pytest.MonkeyPatch, kinds: list[str]) -> VllmConfig:
+    config = with_model({"layer_types": kinds})
+    monkeypatch.setattr(type(config.model_config), "is_hybrid", property(lambda self: True))
+    config.cache_config.enable_prefix_caching = False
+    return config
+
+
 def test_a_hybrid_without_other_layers_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Granite 4 dense: the code of a hybrid, and every layer attention."""
-    dense = with_model({"layer_types": [FULL] * 4})
-    hybrid = with_model({"layer_types": [FULL, "mamba", FULL, "mamba"]})
-    monkeypatch.setattr(type(dense.model_config), "is_hybrid", property(lambda self: True))
-    check(dense)
-    with pytest.raises(ValueError, match=r"hybrid .*has 2 of 4 layers \(1, 3\) of mamba"):
-        check(hybrid)
+    config = hybrid(monkeypatch, [FULL] * 4)
+    config.cache_config.enable_prefix_caching = True
+    check(config)
+    assert not attention_kinds.has_states(config)
 
 
-@pytest.mark.parametrize("name", ["is_hybrid", "is_attention_free"])
-def test_resolved_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+states_are_refused = pytest.mark.skipif(
+    vllm_places_layers(), reason="states are refused with this vLLM, whatever stands beside them"
+)
+
+
+@states_are_refused
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["mamba", "mamba", FULL, "mamba"],
+        ["linear_attention", FULL] * 2,
+        # Layers that keep nothing (Nemotron-H) are in no group.
+        ["mamba", "mlp", "mlp", FULL, "mlp", "mamba"],
+        ["mamba", FULL, FULL, FULL, "mamba", "mamba"],
+    ],
+)
+def test_states_beside_full_attention_are_served(
+    kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = hybrid(monkeypatch, kinds)
+    check(config)
+    assert attention_kinds.full_layers(config) == [i for i, k in enumerate(kinds) if k == FULL]
+    assert unshared(config) is not None
+
+
+@states_are_refused
+@pytest.mark.parametrize(
+    ("kinds", "changes", "message"),
+    [
+        (["mamba", FULL], {"cache_config.enable_prefix_caching": True},
+         "has 1 of 2 layers (0) of mamba; with prefix caching .*; give --no-enable-prefix-caching"),
+        (["mamba", FULL], {"parallel_config.pipeline_parallel_size": 2},
+         "leave out --pipeline-parallel-size"),
+        (["mamba", FULL, SLIDING], {}, "windows beside states cannot be laid out"),
+        (["mamba", FULL, FULL, FULL, FULL], {},
+         "beside 4 with full attention, of which vLLM makes 4 KV cache groups"),
+        ([], {"cache_config.enable_prefix_caching": True}, "has such layers; with prefix caching"),
+    ],
+)  # fmt: skip
+def test_states_are_refused_by_name(
+    kinds: list[str],
+    changes: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = hybrid(monkeypatch, kinds)
+    for path, value in changes.items():
+        part, _, name = path.partition(".")
+        setattr(getattr(config, part), name, value)
+    wanted = ".*".join(re.escape(part) for part in message.split(".*"))
+    with pytest.raises(ValueError, match=rf"a state in the place of keys .*{wanted}"):
+        check(config)
+
+
+@states_are_refused
+def test_packed_pages_of_fewer_bits_have_no_place_beside_states(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = hybrid(monkeypatch, ["mamba", FULL])
+    config.additional_config["kv_compress"] = {"page_dtype": "int4"}
+    config.model_config.dtype = torch.bfloat16
+    with pytest.raises(ValueError, match="page_dtype='int4' is not accepted with layers that keep"):
+        check(config)
+
+
+@pytest.mark.skipif(not vllm_places_layers(), reason="states are served with this vLLM")
+def test_states_are_refused_where_vllm_places_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"has 1 of 2 layers \(0\) of mamba, .* 0.26 to 0.28 only"):
+        check(hybrid(monkeypatch, ["mamba", FULL]))
+
+
+def test_a_model_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     config = engine_config()
-    monkeypatch.setattr(type(config.model_config), name, property(lambda self: True))
-    with pytest.raises(ValueError, match=r"kv_compress: hybrid \(Mamba"):
+    monkeypatch.setattr(type(config.model_config), "is_attention_free", property(lambda self: True))
+    with pytest.raises(
+        ValueError, match=r"a state in the place of keys \(Mamba.* has no attention"
+    ):
+        check(config)
+
+
+def test_latents_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_model({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
+    monkeypatch.setattr(type(config.model_config), "use_mla", property(lambda self: True))
+    with pytest.raises(ValueError, match=r"\(MLA\).* one latent of 576 numbers per token"):
         check(config)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from kvcompress_vllm.integration.cpu import kernels, newer, rejection
+from kvcompress_vllm.integration.cpu import kernels, mamba, newer, rejection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -57,6 +57,11 @@ class KVCompressCpuPlatform(CpuPlatform):
         if getattr(selected_backend, "name", None) != "CUSTOM":
             return _PLAIN_BACKEND
         return _LOCAL_BACKEND if attn_selector_config.has_sliding_window else _BACKEND
+
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
+        mamba.install()  # the model is built by now, and nothing has run
+        super().update_block_size_for_backend(vllm_config)
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:

@@ -95,7 +95,7 @@ class Admission:
             blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         else:
             blocks = self._admit(request, num_new_tokens, *args, **kwargs)
-        if blocks is not None and self._echo is not None:
+        if blocks is not None and self._echo is not None and self._echo.blocks is not None:
             first = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
             size, end = self._block_size, first + num_new_tokens
             # Whoever began a block has said so of it: a decoding request does once in a while.
@@ -202,7 +202,7 @@ class Admission:
 
     def _scored(self, hit: Sequence[KVCacheBlock]) -> list[KVCacheBlock]:
         """What of a hit was scored in whole segments, in the blocks in which it was."""
-        assert self._echo is not None
+        assert self._echo is not None and self._echo.blocks is not None
         pool = self._manager.block_pool.blocks
         found = self._echo.blocks.usable(
             [block.block_id for block in hit],

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache groups beside the one that is compressed: layers with a window or chunks (decision 026).
+"""Cache groups beside the one that is compressed: layers with a window or chunks (decision 026), or
+with a state in the place of keys (decision 033).
 
 They stay vLLM's, with rows and managers of their own, in the same pool. What of a request's blocks
 they hold, and will hold, counts wherever blocks are counted; and where its layers with full
@@ -15,12 +16,12 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, KVCompressSpec
 from kvcompress_vllm.integration.sizing import draft_tokens
-from kvcompress_vllm.scheduling.local import Local, LocalLayers
+from kvcompress_vllm.scheduling.local import Local, LocalLayers, State
 
 
 def compressed_group(specs: Sequence[KVCacheSpec]) -> int:
@@ -40,7 +41,8 @@ def compressed_group(specs: Sequence[KVCacheSpec]) -> int:
             f"groups, beside {len(specs) - len(ours)} of other layers; exactly one group can be "
             "compressed"
         )
-    sizes = sorted({spec.block_size for spec in specs})
+    # A state takes a block, whatever vLLM says of how many tokens it is.
+    sizes = sorted({spec.block_size for spec in specs if not isinstance(spec, MambaSpec)})
     if len(sizes) > 1:
         raise ValueError(
             f"kv_compress: the KV cache groups have blocks of {sizes} tokens; models can be "
@@ -49,12 +51,20 @@ def compressed_group(specs: Sequence[KVCacheSpec]) -> int:
     return ours[0]
 
 
-def span_of(spec: KVCacheSpec) -> Local:
-    """What a layer sees that compression leaves alone.
+def span_of(spec: KVCacheSpec) -> Local | State:
+    """What a layer keeps that compression leaves alone.
 
     Raises:
         ValueError: it is of a kind that cannot stand beside compressed ones.
     """
+    if isinstance(spec, MambaSpec):
+        if spec.mamba_cache_mode != "none":
+            raise ValueError(
+                f"kv_compress: states are cached by mamba_cache_mode={spec.mamba_cache_mode!r}, "
+                "which is not supported together with --kv-compress; 'none' is, without prefix "
+                "caching"
+            )
+        return State(1 + spec.num_speculative_blocks)
     other: Any = spec
     window = getattr(other, "sliding_window", None)
     if window is not None:

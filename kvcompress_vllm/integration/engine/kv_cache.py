@@ -47,6 +47,7 @@ class KVCompressSpec(FullAttentionSpec):
         soft_cap: of the attention logits; 0: none.
         page_format: how packed pages hold keys.
         draft_layers: of these layers, those of a draft model. Not compared: all go into one group.
+        kernel_block_size: tokens of a page, where a block has more; None: as many.
     """
 
     window: int = 1
@@ -55,6 +56,12 @@ class KVCompressSpec(FullAttentionSpec):
     soft_cap: float = 0.0
     page_format: PageFormat = PageFormat.AUTO
     draft_layers: int = field(default=0, compare=False)
+    kernel_block_size: int | None = None
+
+    @property
+    def kernel_blocks(self) -> int:
+        """Kernel blocks of a block."""
+        return self.block_size // (self.kernel_block_size or self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         # What vLLM demands of the pool, so that the longest request fits alone.
@@ -64,7 +71,8 @@ class KVCompressSpec(FullAttentionSpec):
             return stock
         # The null block is in the pool, too, and no request can have it.
         drafts = draft_tokens(vllm_config)
-        return (most_needed(config, self.block_size, longest, drafts) + 1) * self.page_size_bytes
+        needed = most_needed(config, self.block_size, longest, drafts, self.kernel_blocks)
+        return (needed + 1) * self.page_size_bytes
 
     @classmethod
     def of(
@@ -76,6 +84,7 @@ class KVCompressSpec(FullAttentionSpec):
         page_format: PageFormat = PageFormat.AUTO,
         soft_cap: float = 0.0,
         draft_layers: int = 0,
+        kernel_block_size: int | None = None,
     ) -> KVCompressSpec:
         """The spec of a layer that vLLM describes as plain full attention."""
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
@@ -87,6 +96,7 @@ class KVCompressSpec(FullAttentionSpec):
             soft_cap=soft_cap,
             page_format=page_format,
             draft_layers=draft_layers,
+            kernel_block_size=kernel_block_size,
         )
 
     @classmethod
@@ -116,6 +126,7 @@ class KVCompressSpec(FullAttentionSpec):
             soft_cap=soft_cap,
             page_format=specs[0].page_format,
             draft_layers=sum(spec.draft_layers for spec in specs),
+            kernel_block_size=specs[0].kernel_block_size,
         )
 
 
@@ -142,18 +153,21 @@ def cache_group(spec: KVCacheSpec, layers: int) -> CacheGroup:
         heads=spec.num_kv_heads,
         queries_per_head=spec.queries_per_head,
         head_size=spec.head_size,
-        block_size=spec.block_size,
+        block_size=spec.kernel_block_size or spec.block_size,
         itemsize=spec.dtype.itemsize,
         scale=spec.scale,
         soft_cap=spec.soft_cap,
         page_format=spec.page_format,
         draft_layers=spec.draft_layers,
+        kernel_blocks=spec.kernel_blocks,
     )
 
 
-def most_needed(config: KVCompressConfig, block_size: int, longest: int, drafts: int) -> int:
+def most_needed(
+    config: KVCompressConfig, block_size: int, longest: int, drafts: int, kernel_blocks: int = 1
+) -> int:
     """Blocks that a request of ``longest`` tokens needs that asks for nothing of its own."""
-    sizes = Sizes(resolve(config), Limits.of(config, block_size, longest))
+    sizes = Sizes(resolve(config), Limits.of(config, block_size, longest, kernel_blocks))
     return blocks_needed(sizes, config.window, longest, drafts)
 
 
@@ -173,6 +187,9 @@ class KVCompressManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # vLLM asks for exactly its own specs. What states leave in a block may be no numbers at
+        # all, and a kernel may multiply what it masks by 0.
+        self._record_new_block_ids = bool(kwargs.get("needs_kv_cache_zeroing"))
         self.packed: dict[str, Packing] = {}
         self.on_release: Callable[[str], None] = lambda request_id: None
 

@@ -79,6 +79,7 @@ class _KVCompressMixin(Scheduler):
             max_tokens=self.max_model_len,
             context_slots=context_slots(self.vllm_config, blocks),
             drafts=draft_tokens(self.vllm_config),
+            kernel_blocks=self.kv_compress_group.kernel_blocks,
         )
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         # A block has room for a layer more where another group has one.
@@ -100,7 +101,7 @@ class _KVCompressMixin(Scheduler):
         if config.stores_echo:
             self._echo = EchoPlanner(
                 config,
-                manager.block_size,
+                manager.block_size if self.cache_config.enable_prefix_caching else None,
                 blocks,
                 step_tokens(scheduler_config),
             )
@@ -184,7 +185,10 @@ class _KVCompressMixin(Scheduler):
         self.kv_compress_planner.unverified.verified(drafted)
         self._recording.verified(scheduler_output, model_runner_output)
         failures, self._failures = self._failures, {}
-        for report in reports_of(model_runner_output):
+        for told in reports_of(model_runner_output):
+            report = told._replace(
+                curve=told.curve.in_blocks_of(self.kv_compress_group.kernel_blocks)
+            )
             if report.failure is not None:
                 failures[report.request_id] = report.failure
                 users = self.kv_compress_planner.feedback.spoiled(report)

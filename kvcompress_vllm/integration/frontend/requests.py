@@ -21,7 +21,7 @@ from kvcompress_vllm.integration.frontend.wish import (
     request_wish,
 )
 from kvcompress_vllm.integration.sizing import draft_tokens
-from kvcompress_vllm.integration.start.attention_kinds import has_local
+from kvcompress_vllm.integration.start.attention_kinds import has_others
 from kvcompress_vllm.integration.start.refusals import exact_problem, unshared
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.scheduling.need import blocks_needed
@@ -58,7 +58,7 @@ def check_length(
     if (
         blocks
         and vllm_config.parallel_config.data_parallel_size == 1
-        and not has_local(vllm_config)
+        and not has_others(vllm_config)
     ):
         most = blocks - 1  # the null block is nobody's
     if needed > most:

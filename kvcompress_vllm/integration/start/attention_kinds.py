@@ -8,40 +8,82 @@ text that goes on after the model's name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from kvcompress_vllm.integration.compat.releases import vllm_places_layers
+
 logger = init_logger("vllm.kv_compress")
 
-_FULL = ("full_attention", "attention")
+COMPRESSED = "full_attention"
+"""Of :func:`counted`: layers that attend to everything."""
+_FULL = (COMPRESSED, "attention")
 """Kinds of layers that attend to everything, as configurations spell them."""
 _ALIBI = ("bloom", "mpt", "step1")
+_BOTH = ("hybrid",)
+"""Kinds of layers that have a state as well (Falcon-H1)."""
+_WITHOUT_CACHE = ("mlp", "moe")
+"""Kinds of layers that keep nothing (Nemotron-H)."""
 _LOCAL = ("sliding", "chunked")
 """In the names of kinds of layers that see the latest tokens only."""
 
 
-def layers_without_attention(config: VllmConfig) -> bool | str:
-    """Mamba, linear attention and other layers with a state in the place of keys."""
-    model = config.model_config
-    if model.is_attention_free:
+def has_states(config: VllmConfig) -> bool:
+    """Whether some layers keep a state in the place of keys: Mamba, linear attention,
+    convolutions."""
+    kinds = _layer_kinds(config)
+    # Some are built from a hybrid's code without being one, such as Granite 4 dense.
+    return config.model_config.is_hybrid and not (kinds and all(kind in _FULL for kind in kinds))
+
+
+def states(config: VllmConfig) -> bool | str:
+    """Layers with a state in the place of keys, where they cannot stand beside those that are
+    compressed."""
+    if config.model_config.is_attention_free:
         return "has no attention"
-    if not model.is_hybrid:
+    if not has_states(config):
         return False
     kinds = _layer_kinds(config)
-    others = [index for index, kind in enumerate(kinds) if kind not in _FULL]
-    if kinds and not others:
-        return False  # built from a hybrid's code, such as Granite 4 dense
-    return f"has {_listed(others, kinds)}" if kinds else "is one"
+    own = (*_FULL, *_WITHOUT_CACHE)
+    others = [index for index, kind in enumerate(kinds) if kind not in own]
+    text = f"has {_listed(others, kinds)}" if kinds else "has such layers"
+    if any(word in kind for kind in kinds for word in _LOCAL):
+        return f"{text}, and windows beside states cannot be laid out"
+    groups = _full_groups(kinds) if kinds else 1
+    if groups > 1:
+        return (
+            f"{text} beside {len(full_layers(config))} with full attention, of which vLLM makes "
+            f"{groups} KV cache groups; one group can be compressed"
+        )
+    if vllm_places_layers():
+        return f"{text}, which are right beside pages with vLLM 0.26 to 0.28 only"
+    problems = {
+        "with prefix caching states are cached, too, block by block; give "
+        "--no-enable-prefix-caching": config.cache_config.enable_prefix_caching,
+        "states of drafted tokens are not rewound; leave out --speculative-config": (
+            config.speculative_config is not None
+        ),
+        "this vLLM has them on model runner V1; leave out VLLM_USE_V2_MODEL_RUNNER": (
+            config.use_v2_model_runner
+        ),
+        "every stage would need a layout of its own; leave out --pipeline-parallel-size": (
+            config.parallel_config.pipeline_parallel_size > 1
+        ),
+    }
+    found = next((problem for problem, applies in problems.items() if applies), None)
+    return False if found is None else f"{text}; {found}"
 
 
 def local(config: VllmConfig) -> bool | str:
     """Layers that attend to the latest tokens only, with a window or in chunks, where they cannot
     be left to vLLM beside others with full attention."""
     model, kinds = config.model_config, _layer_kinds(config)
+    if has_states(config):
+        return False
     window = config.cache_config.sliding_window or model.get_sliding_window()
     others = [index for index, kind in enumerate(kinds) if kind not in _FULL]
     if window is None and all("sliding" in kinds[index] for index in others):
@@ -72,18 +114,47 @@ def local(config: VllmConfig) -> bool | str:
     return False
 
 
-def has_local(config: VllmConfig) -> bool:
-    """Whether layers with a window or chunks stand beside those that are compressed."""
-    return any(kind not in _FULL for kind in _layer_kinds(config))
+def has_others(config: VllmConfig) -> bool:
+    """Whether layers with a window, chunks or states stand beside those that are compressed."""
+    return has_states(config) or any(kind not in _FULL for kind in _layer_kinds(config))
+
+
+def counted(config: VllmConfig) -> dict[str, int]:
+    """Layers of each kind that have a cache; those that are compressed are one kind, and those
+    that also keep a state count as two."""
+    text: Any = config.model_config.hf_text_config
+    kinds = _layer_kinds(config)
+    if getattr(text, "sliding_window", None) is None:  # vLLM builds them without one
+        kinds = [COMPRESSED if "sliding" in kind else kind for kind in kinds]
+    found = _counts(kinds)
+    if not kinds:
+        found[COMPRESSED] = config.model_config.get_total_num_hidden_layers()
+        if config.model_config.is_hybrid:
+            found["state"] = found[COMPRESSED]
+    return found
+
+
+def group_size(counts: Mapping[str, int]) -> int:
+    """How many layers vLLM puts into a group: as many as the fewest that are alike, or as the most,
+    if these are less than half as many again."""
+    fewest, most = min(counts.values()), max(counts.values())
+    return most if most < 1.5 * fewest else fewest
+
+
+def _counts(kinds: Sequence[str]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for kind in kinds:
+        if kind in (*_FULL, *_BOTH):
+            found[COMPRESSED] += 1
+        if kind not in (*_FULL, *_WITHOUT_CACHE):
+            found["state" if kind in _BOTH else kind] += 1
+    return found
 
 
 def _full_groups(kinds: Sequence[str]) -> int:
-    """How many groups vLLM makes of the layers with full attention: each has as many layers as the
-    fewest that are alike, or as the most, if these are less than half as many again."""
-    counts = Counter("full" if kind in _FULL else kind for kind in kinds).values()
-    fewest, most = min(counts), max(counts)
-    size = most if most < 1.5 * fewest else fewest
-    return -(-sum(kind in _FULL for kind in kinds) // size)
+    """How many groups vLLM makes of the layers with full attention."""
+    counts = _counts(kinds)
+    return -(-counts[COMPRESSED] // group_size(counts))
 
 
 def drop_idle_window(config: VllmConfig) -> None:
@@ -103,6 +174,20 @@ def drop_idle_window(config: VllmConfig) -> None:
     )
     model.hf_text_config.sliding_window = None
     cache.sliding_window = None
+
+
+def latent(config: VllmConfig) -> bool | str:
+    """Multi-head latent attention: no keys of heads, but a latent of each token (decision 032)."""
+    model = config.model_config
+    if not model.use_mla:
+        return False
+    text: Any = model.hf_text_config
+    size = getattr(text, "kv_lora_rank", 0) + getattr(text, "qk_rope_head_dim", 0)
+    heads = getattr(text, "num_attention_heads", 0)
+    return (
+        f"keeps one latent of {size} numbers per token and layer for all {heads} heads, so that no "
+        "head can keep less than another, and ours are kernels over keys and values of heads"
+    )
 
 
 def alibi(config: VllmConfig) -> bool | str:
@@ -132,7 +217,7 @@ def full_layers(config: VllmConfig) -> list[int]:
     kinds = _layer_kinds(config)
     if not kinds:
         return list(range(config.model_config.get_total_num_hidden_layers()))
-    return [index for index, kind in enumerate(kinds) if kind in _FULL]
+    return [index for index, kind in enumerate(kinds) if kind in (*_FULL, *_BOTH)]
 
 
 def _layer_kinds(config: VllmConfig) -> Sequence[str]:

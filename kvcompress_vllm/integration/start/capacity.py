@@ -26,7 +26,8 @@ from kvcompress_vllm.config.combinations import BUDGETS
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.sizing import draft_tokens, state_slots
-from kvcompress_vllm.integration.start.attention_kinds import full_layers
+from kvcompress_vllm.integration.start.attention_kinds import full_layers, has_states
+from kvcompress_vllm.integration.start.beside import Beside, beside
 from kvcompress_vllm.integration.start.capacity_text import gib
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.start.weights import weights
@@ -135,14 +136,17 @@ def _report(
         "problems": [],
         "warnings": [],
     }
-    others = report["layers"] - len(layers)
-    if layers and others:
-        report["warnings"].append(
-            f"{others} layers that do not attend to everything are not counted: they hold what "
-            "fits their window or state, compressed or not"
-        )
     token = report["kv_heads"] * report["head_size"] * 2 * stored.itemsize
     report["bytes_per_token"] = token * (len(layers) or report["layers"])
+    if refusal is None:
+        around = _around(config)
+        report["block_size"] = around.block_size
+        report["other_blocks"] = around.others.decoding(model.max_model_len)
+        if around.others.groups:
+            report["warnings"].append(
+                f"of each request, {report['other_blocks']:,} blocks belong to layers that do not "
+                "attend to everything: what fits their window or state, compressed or not"
+            )
     found = weights(model.model, model.hf_text_config)
     report["weights"] = {"bytes": found.num_bytes, "source": found.source}
     if refusal is None:
@@ -151,7 +155,7 @@ def _report(
         problem = ops.cuda_problem(
             report["head_size"],
             model.get_num_attention_heads(parallel) // group,
-            report["block_size"],
+            around.block_size // around.kernel_blocks,
         )
         if problem is not None:
             report["problems"].append(f"{problem} is not supported on a GPU")
@@ -201,6 +205,8 @@ def _fit(
     for page_dtype in ("auto", "fp8", "int4"):
         dtype = _cache_dtype(config)
         problem = PageFormat.of(page_dtype).problem(report["head_size"], dtype)
+        if page_dtype != "auto" and has_states(config):
+            problem = "page_dtype is not accepted beside layers that keep a state"
         for ratio in RATIOS:
             row: dict[str, Any] = {"ratio": ratio, "page_dtype": page_dtype, "requests": None}
             report["fits"].append(row)
@@ -258,29 +264,34 @@ def _requests(
         free = {*BUDGETS, "min_ratio", "max_ratio"}
         options = {key: value for key, value in own.to_dict().items() if key not in free}
         own = KVCompressConfig.from_dict({**options, "ratio": ratio, "page_dtype": page_dtype})
-    heads, block_size = model.get_num_kv_heads(parallel), config.cache_config.block_size or 16
-    layers = len(full_layers(config)) or model.get_total_num_hidden_layers()
+    heads, around = model.get_num_kv_heads(parallel), _around(config)
+    layers, block_size = len(full_layers(config)), around.block_size
     group = CacheGroup(
         layers=-(-layers // parallel.pipeline_parallel_size),
         heads=heads,
         queries_per_head=model.get_num_attention_heads(parallel) // heads,
         head_size=model.get_head_size(),
-        block_size=block_size,
+        block_size=block_size // around.kernel_blocks,
+        kernel_blocks=around.kernel_blocks,
         itemsize=_cache_dtype(config).itemsize,
         scale=1.0,
         page_format=PageFormat.of(page_dtype),
     )
-    beside = 0
+    # A block has room for a layer more where another group has one.
+    block_bytes = group.block_bytes * around.layers // layers
+    kept_beside = 0
     if configured is not None and shared:
-        beside = _beside(config, own, group, available // group.block_bytes)
-    blocks = max(0, available - beside) // group.block_bytes
+        kept_beside = _kept_beside(config, own, group, available // block_bytes)
+    blocks = max(0, available - kept_beside) // block_bytes
     length = model.max_model_len
-    sizes = Sizes(resolve(own), Limits.of(own, block_size, length))
-    full = -(-length // block_size)
+    sizes = Sizes(resolve(own), Limits.of(own, block_size, length, around.kernel_blocks))
+    whole, others = -(-length // block_size), around.others.decoding(length)
     packing = sizes.packed(length)
+    full = whole + others
     packed = packing.held(full) if packing.gains else full
     peak = sizes.limits.peak_blocks
-    reading = full if peak is None or not packing.gains else min(full, peak)
+    reading = whole if peak is None or not packing.gains else min(whole, peak)
+    reading += around.others.most(length)
     count = 0 if blocks < reading else (blocks - reading) // packed + 1
     return {
         "ratio": ratio,
@@ -291,19 +302,28 @@ def _requests(
         "blocks_full": full,
         "blocks_packed": packed,
         "reading": reading,
-        "beside_bytes": beside,
+        "beside_bytes": kept_beside,
     }
 
 
-def _beside(config: VllmConfig, own: KVCompressConfig, group: CacheGroup, blocks: int) -> int:
+def _around(config: VllmConfig) -> Beside:
+    """What stands beside the compressed layers."""
+    model = config.model_config
+    heads = model.get_num_kv_heads(config.parallel_config)
+    token_bytes = heads * 2 * model.get_head_size() * _cache_dtype(config).itemsize
+    return beside(config, token_bytes)
+
+
+def _kept_beside(config: VllmConfig, own: KVCompressConfig, group: CacheGroup, blocks: int) -> int:
     """Bytes that compression allocates beside so many blocks, as the worker does."""
     scheduler, drafts = config.scheduler_config, draft_tokens(config)
+    kernel_blocks = blocks * group.kernel_blocks
     slots = num_observe_slots(
-        own, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, blocks, group, drafts
+        own, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, kernel_blocks, group, drafts
     )
     state = PackedState(
         group,
-        num_blocks=blocks,
+        num_blocks=kernel_blocks,
         state_slots=state_slots(config, blocks),
         observe_slots=slots,
         window=own.ring(drafts),
@@ -312,7 +332,7 @@ def _beside(config: VllmConfig, own: KVCompressConfig, group: CacheGroup, blocks
         accumulated=own.query_stride > 0,
         echo=own.stores_echo,
     )
-    longest = min(config.model_config.max_model_len, blocks * group.block_size)
+    longest = min(config.model_config.max_model_len, kernel_blocks * group.block_size)
     return state.num_bytes() + max(
         scratch_bytes(policy, longest, group, state.accumulated is not None)
         for policy in usable_policies(own)

@@ -87,8 +87,8 @@ REFUSALS = (
         lambda c: c.model_config.runner_type != "generate",
     ),
     Refusal("encoder-decoder models", "the model", lambda c: c.model_config.is_encoder_decoder),
-    Refusal("multi-head latent attention (MLA)", "the model", lambda c: c.model_config.use_mla),
-    Refusal("hybrid (Mamba, linear attention) models", "the model", kinds.layers_without_attention),
+    Refusal("multi-head latent attention (MLA)", "the model", kinds.latent),
+    Refusal("a state in the place of keys (Mamba, linear attention)", "the model", kinds.states),
     # Before windows, which may have a way out: these have none.
     Refusal("ALiBi", "the model", kinds.alibi),
     Refusal("learnt keys before the prompt", "the model", kinds.sink_keys),
@@ -190,6 +190,11 @@ def check_page_dtype(vllm_config: VllmConfig) -> None:
     given = vllm_config.cache_config.cache_dtype
     dtype: Any = model.dtype if given == "auto" else getattr(torch, given)
     problem = PageFormat.of(config.page_dtype).problem(model.get_head_size(), dtype)
+    if config.page_dtype != "auto" and kinds.has_states(vllm_config):
+        problem = (
+            f"page_dtype={config.page_dtype!r} is not accepted with layers that keep a state in "
+            "the place of keys"
+        )
     if problem is not None:
         raise ValueError(f"kv_compress: {problem}; page_dtype=auto works with every model")
 
@@ -215,8 +220,11 @@ def check_sizes(vllm_config: VllmConfig) -> None:
 
 def unshared(vllm_config: VllmConfig) -> str | None:
     """Why the requests of a model do not share contexts; None: they do."""
-    if kinds.has_local(vllm_config):
-        return "layers with a window or chunks keep nothing of a context, so nobody can share it"
+    if kinds.has_others(vllm_config):
+        return (
+            "layers with a window, chunks or a state keep nothing of a context, so nobody can "
+            "share it"
+        )
     return None
 
 

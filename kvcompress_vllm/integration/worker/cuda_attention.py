@@ -83,6 +83,7 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
             (scheduler.max_num_batched_tokens,), -1, dtype=torch.int32, device=device
         )
         self._ring_in_use = 0
+        self._table: Tensor | None = None
 
     def build(
         self,
@@ -92,16 +93,16 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
     ) -> KVCompressCudaMetadata:
         common = common_attn_metadata
         decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, 1)
-        block_table = common.block_table_tensor
+        block_table = self._decode_table(common.block_table_tensor[:decodes])
         state_slot = self._state_slot[:decodes]
         if self.context is not None and decodes:
             owner = self.context.state.owner
-            torch.index_select(owner, 0, block_table[:decodes, 0], out=state_slot)
+            torch.index_select(owner, 0, block_table[:, 0], out=state_slot)
         return KVCompressCudaMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start=common.query_start_loc[: decodes + 1],
             seq_lens=common.seq_lens[:decodes],
-            block_table=block_table[:decodes],
+            block_table=block_table,
             slot_mapping=common.slot_mapping,
             state_slot=state_slot,
             ring_index=self._fill_ring_index(common),
@@ -113,6 +114,15 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
                 for begin, end, packed in self._runs(common, decodes, decodes + prefills)
             ],
         )
+
+    def _decode_table(self, blocks: Tensor) -> Tensor:
+        """Rows of kernel blocks, where graphs read them."""
+        if self.kernel_blocks == 1:
+            return blocks
+        if self._table is None:
+            shape = self._state_slot.shape[0], blocks.shape[1] * self.kernel_blocks
+            self._table = torch.zeros(shape, dtype=blocks.dtype, device=blocks.device)
+        return self.table(blocks, self._table[: blocks.shape[0]])
 
     def _runs(
         self, common: CommonAttentionMetadata, begin: int, end: int
@@ -142,7 +152,8 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
     def _prefill_rows(
         self, common: CommonAttentionMetadata, begin: int, end: int, packed: bool
     ) -> PrefillRows:
-        starts, block_table = common.query_start_loc_cpu, common.block_table_tensor[begin:end]
+        starts = common.query_start_loc_cpu
+        block_table = self.table(common.block_table_tensor[begin:end])
         first, last = int(starts[begin]), int(starts[end])
         if packed:
             assert self.context is not None

@@ -103,6 +103,8 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.context: StepContext | None = None
         self.drafts = False
+        self.kernel_blocks: int = getattr(kv_cache_spec, "kernel_blocks", 1)
+        self._parts = torch.arange(self.kernel_blocks, dtype=torch.int32, device=device)
 
     def bind(self, context: StepContext, drafts: bool = False) -> None:
         """Attach the rank's state; without it no row is packed.
@@ -112,6 +114,20 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
         """
         self.context, self.drafts = context, drafts
 
+    def table(self, blocks: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows of kernel blocks, ``[R, M * k]`` int32, of rows of vLLM's blocks ``[R, M]``.
+
+        Args:
+            out: where to write them; None: ``blocks`` itself where k is 1, else a new tensor.
+        """
+        k = self.kernel_blocks
+        if k == 1 and out is None:
+            return blocks
+        if out is None:
+            out = blocks.new_empty(blocks.shape[0], blocks.shape[1] * k)
+        torch.add(blocks[..., None] * k, self._parts, out=out.unflatten(1, (-1, k)))
+        return out
+
     def build(
         self,
         common_prefix_len: int,
@@ -119,7 +135,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
         fast_build: bool = False,
     ) -> KVCompressMetadata:
         common = common_attn_metadata
-        block_table = common.block_table_tensor
+        block_table = self.table(common.block_table_tensor)
         if self.context is None:
             state_slot = torch.full_like(common.seq_lens, layout.NOT_PACKED)
         else:
@@ -179,7 +195,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
                 found.append([row, begin, end, starts[row] + begin - item.first])
         if not found:
             return None
-        table = common.block_table_tensor
+        table = self.table(common.block_table_tensor)
         return Echo(
             (table, common.seq_lens, context.state.state_slots(table)),
             to_device(found, torch.int32, self.device),

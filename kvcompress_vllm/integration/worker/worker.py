@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -14,7 +13,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
-    KVCacheTensor,
+    MambaSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.worker.gpu_worker import Worker
@@ -29,19 +28,21 @@ from kvcompress_vllm.compression.pending import PendingReports
 from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.compression.step import start_step
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.engine.groups import compressed_group
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec, cache_group
 from kvcompress_vllm.integration.sizing import draft_tokens, observe_slots, state_slots
+from kvcompress_vllm.integration.start.beside import KERNEL_BLOCK_SIZE
 from kvcompress_vllm.integration.start.flags import resolved_config
-from kvcompress_vllm.integration.worker import backend
+from kvcompress_vllm.integration.worker import backend, states
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.metadata import StepContext
 from kvcompress_vllm.integration.worker.model_runner import RunnerAdapter, adapt, draft_layers
+from kvcompress_vllm.integration.worker.placement import all_pages, packed_config
 from kvcompress_vllm.integration.worker.rotary import rotations
 from kvcompress_vllm.integration.worker.steps import Steps
 from kvcompress_vllm.records.group import CacheGroup
+from kvcompress_vllm.records.kernel_blocks import in_kernel_blocks
 from kvcompress_vllm.records.plan import StepPlan
 
 logger = init_logger("vllm.kv_compress")
@@ -69,17 +70,19 @@ class KVCompressWorkerMixin(Worker):
         layers: Any = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
         drafts = draft_layers(self.model_runner)
-        found = super().get_kv_cache_spec()
-        for name in sorted(found, key=drafts.__contains__):  # a draft model's come last
-            spec = found[name]
-            if _is_local(spec):
+        stock = super().get_kv_cache_spec()
+        has_states = any(isinstance(spec, MambaSpec) for spec in stock.values())
+        kernel_block_size = KERNEL_BLOCK_SIZE if has_states else None
+        for name in sorted(stock, key=drafts.__contains__):  # a draft model's come last
+            spec = stock[name]
+            if _is_local(spec) or isinstance(spec, MambaSpec):
                 specs[name] = spec  # stays vLLM's
                 continue
             if not _is_plain(spec):
                 raise ValueError(
                     f"kv_compress: layer {name} needs {spec}; only plain causal full attention "
                     "with keys as long as values and an unquantised KV cache can be compressed, "
-                    "beside layers with a window or chunks"
+                    "beside layers with a window, chunks, or a state in the place of keys"
                 )
             impl = layers[name].impl
             specs[name] = KVCompressSpec.of(
@@ -90,6 +93,7 @@ class KVCompressWorkerMixin(Worker):
                 page_format,
                 getattr(impl, "soft_cap", 0.0),
                 draft_layers=int(name in drafts),
+                kernel_block_size=kernel_block_size,
             )
         if specs and not any(isinstance(spec, KVCompressSpec) for spec in specs.values()):
             raise ValueError(
@@ -137,13 +141,13 @@ class KVCompressWorkerMixin(Worker):
         assert self.kv_compress_context is not None and self.kv_compressor is not None
         assert self.kv_compress_runner is not None
         context = self.kv_compress_context
+        prefixes = {item.request_id: item.row_prefix for item in plan.compressions}
+        plan = in_kernel_blocks(plan, self.kv_compressor.rank.group.kernel_blocks)
         score_heard(
             self.kv_compressor.rank, context.rotations, context.num_sinks, plan.heard
         )  # while rows are what they were
         pending = start_step(plan, [self.kv_compressor])
-        self.kv_compress_runner.write_row_prefixes(
-            {item.request_id: item.row_prefix for item in plan.compressions}
-        )
+        self.kv_compress_runner.write_row_prefixes(prefixes)
         context.observations = plan.observations
         context.packed_prefills = plan.packed_prefills
         context.echoes = plan.echoes
@@ -173,11 +177,15 @@ class KVCompressWorkerMixin(Worker):
         for impl in impls.values():
             if not isinstance(impl, KVCompressImpl):
                 raise RuntimeError(f"kv_compress: attention runs on {type(impl).__name__}")
+        if kv_cache_config.has_mamba_layers:
+            states.lay_out(layers, kv_cache_config)
         state = self._state(group, kv_cache_config.num_blocks, self.device)
         state.sink_logits = stacked_sinks(
             [impl.sinks if name in targets else None for name, impl in impls.items()]
         )
         pages = all_pages(layers[names[0]].kv_cache, group)
+        if kv_cache_config.needs_kv_cache_zeroing:
+            states.zero_blocks_of(self.model_runner, pages, group)
         context = StepContext(
             state, pages, {name: i for i, name in enumerate(names)}, runner.request_rows
         )
@@ -221,7 +229,7 @@ class KVCompressWorkerMixin(Worker):
         dtype: Any = self.model_config.dtype
         return PackedState(
             group,
-            num_blocks=num_blocks,
+            num_blocks=num_blocks * group.kernel_blocks,
             state_slots=state_slots(self.vllm_config, num_blocks),
             observe_slots=observe_slots(self.vllm_config, group, num_blocks),
             window=self.kv_compress_config.ring(draft_tokens(self.vllm_config)),
@@ -242,7 +250,8 @@ class KVCompressWorkerMixin(Worker):
 
     def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
         """What the largest possible compression takes while it runs, or a repetition."""
-        most = min(self.model_config.max_model_len, num_blocks * state.group.block_size)
+        tokens = num_blocks * state.group.kernel_blocks * state.group.block_size
+        most = min(self.model_config.max_model_len, tokens)
         repeats = self.kv_compress_config.exact != "off"
         return max(
             replay.scratch_bytes(most, state.group) if repeats else 0,
@@ -281,68 +290,3 @@ def _agree(flags: torch.Tensor) -> torch.Tensor:
     fail on the heads of another."""
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, get_tp_group().device_group)
     return flags
-
-
-def packed_config(config: KVCacheConfig) -> KVCacheConfig:
-    """Lay all compressed layers of a block out side by side in one buffer:
-    ``[N, L, H, B, 2 * D]``.
-
-    Layer i of every group lies where that of the compressed one does, as a block belongs to one
-    group at a time; what other groups have more lies in buffers of its own, as vLLM has it.
-
-    Raises:
-        ValueError: there is not one uniform group to compress, or vLLM leaves gaps.
-    """
-    groups = config.kv_cache_groups
-    group = groups[compressed_group([each.kv_cache_spec for each in groups])]
-    shape = cache_group(group.kv_cache_spec, len(group.layer_names))
-    most = max(len(each.layer_names) for each in groups)
-    if not group.layer_names:
-        raise ValueError(
-            "kv_compress: no layer of this stage of the pipeline has full attention; use fewer "
-            "stages"
-        )
-    if vllm_places_layers():
-        if most > shape.layers:
-            raise ValueError(
-                f"kv_compress: this vLLM leaves gaps between the {shape.layers} layers with full "
-                f"attention of a block, as another KV cache group has {most}; 0.28 does not"
-            )
-        return config
-    layer_bytes = group.kv_cache_spec.page_size_bytes
-    tensors = []
-    for index in range(most):
-        shared = [each.layer_names[index] for each in groups if index < len(each.layer_names)]
-        if index < shape.layers:
-            tensors.append(
-                KVCacheTensor(
-                    size=shape.block_bytes * config.num_blocks,
-                    shared_by=shared,
-                    offset=index * layer_bytes,
-                    block_stride=shape.block_bytes,
-                )
-            )
-        else:
-            tensors.append(KVCacheTensor(size=layer_bytes * config.num_blocks, shared_by=shared))
-    return replace(config, kv_cache_tensors=tensors)
-
-
-def all_pages(first_layer: torch.Tensor, group: CacheGroup) -> torch.Tensor:
-    """``[P, B, 2 * D]`` over the buffer that ``first_layer`` ``[N, H, B, 2 * D]`` is a view of.
-
-    Raises:
-        RuntimeError: vLLM did not lay the layers out side by side.
-    """
-    blocks, (keys, width) = first_layer.shape[0], group.page_shape
-    page = keys * width
-    shape, strides = (
-        (blocks, group.heads, keys, width),
-        (group.pages_per_block * page, page, width, 1),
-    )
-    found = tuple(first_layer.shape), first_layer.stride(), first_layer.storage_offset()
-    if found != (shape, strides, 0):
-        raise RuntimeError(
-            f"kv_compress: a layer of the KV cache has shape, strides and offset {found}, expected "
-            f"{(shape, strides, 0)}"
-        )
-    return first_layer.as_strided((group.num_pages(blocks), keys, width), (page, width, 1), 0)
