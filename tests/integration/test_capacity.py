@@ -11,7 +11,6 @@ import pytest
 import transformers
 
 from kvcompress_vllm.cli import main
-from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.start import capacity
 from kvcompress_vllm.integration.start.capacity_text import render
 from tests.integration.simulation import MODEL
@@ -100,7 +99,6 @@ def test_windows_hold_blocks_of_every_request(tmp_path: Path) -> None:
     assert f"{6 * per_group} blocks belong to layers that do not" in capacity.render(report)
 
 
-@pytest.mark.skipif(vllm_places_layers(), reason="states are refused with this vLLM")
 @pytest.mark.parametrize(
     ("name", "changes", "layers", "block_size", "groups"),
     [

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.cpu.attention import attend
 from tests.families import FAMILIES, examine
 
@@ -22,8 +21,6 @@ ALWAYS = ("padded group", "Exaone 4", "Llama 4", "LFM 2", "Granite 4")
     "name", [pytest.param(n, marks=[] if n in ALWAYS else pytest.mark.slow) for n in FAMILIES]
 )
 def test_family(name: str, tmp_path: Path) -> None:
-    if not FAMILIES[name].caches and vllm_places_layers():
-        pytest.skip("states are refused with this vLLM")
     row = examine(name, tmp_path)
     if row.stock == "no":
         pytest.skip(row.problems[0])

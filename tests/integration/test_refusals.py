@@ -16,7 +16,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.integration.compat.releases import vllm_places_layers
 from kvcompress_vllm.integration.cpu.attention import LocalCpuBackend
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.start import attention_kinds, refusals
@@ -302,12 +301,6 @@ def test_a_hybrid_without_other_layers_is_served(monkeypatch: pytest.MonkeyPatch
     assert not attention_kinds.has_states(config)
 
 
-states_are_refused = pytest.mark.skipif(
-    vllm_places_layers(), reason="states are refused with this vLLM, whatever stands beside them"
-)
-
-
-@states_are_refused
 @pytest.mark.parametrize(
     "kinds",
     [
@@ -327,7 +320,6 @@ def test_states_beside_full_attention_are_served(
     assert unshared(config) is not None
 
 
-@states_are_refused
 @pytest.mark.parametrize(
     ("kinds", "changes", "message"),
     [
@@ -356,7 +348,6 @@ def test_states_are_refused_by_name(
         check(config)
 
 
-@states_are_refused
 def test_packed_pages_of_fewer_bits_have_no_place_beside_states(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -365,12 +356,6 @@ def test_packed_pages_of_fewer_bits_have_no_place_beside_states(
     config.model_config.dtype = torch.bfloat16
     with pytest.raises(ValueError, match="page_dtype='int4' is not accepted with layers that keep"):
         check(config)
-
-
-@pytest.mark.skipif(not vllm_places_layers(), reason="states are served with this vLLM")
-def test_states_are_refused_where_vllm_places_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"has 1 of 2 layers \(0\) of mamba, .* 0.26 to 0.28 only"):
-        check(hybrid(monkeypatch, ["mamba", FULL]))
 
 
 def test_a_model_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:

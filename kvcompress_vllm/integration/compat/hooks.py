@@ -48,6 +48,8 @@ _VALIDATE = "vLLM lets general plugins validate requests"
 _BACKEND = "vllm.v1.attention.backend:AttentionBackend"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_MAMBA = "vllm.model_executor.layers.mamba.ops"
+_ON_CPU = "Mamba 2 on CPU, in PyTorch; replaced where its layers' module has imported it"
 
 HOOKS = (
     Hook(f"{_ARGS}.add_cli_args", ("parser",), "adds the --kv-compress flags",
@@ -291,6 +293,11 @@ HOOKS = (
          "vLLM has a field for plugins"),
     Hook(f"{_RUNNER}.initialize_kv_cache", ("self", "kv_cache_config"),
          "fills attn_groups, requests and input_batch, which RunnerAdapter reads", "never"),
+    Hook(f"{_RUNNER}._zero_block_ids", ("self", "block_ids"),
+         "zeroes whole blocks where states were; replaced on the runner's instance",
+         "vLLM's takes packed layouts for what they are"),
+    Hook("vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing", (),
+         "says where states were", "never"),
     Hook(f"{_RUNNER}._sample", ("self", "logits", "spec_decode_metadata"),
          "on CPU, takes back what a seeded request drew after a chunk of its prompt; replaced on "
          "the runner's instance", "vLLM's CPU runner can rewind seeds", patched=True),
@@ -341,6 +348,21 @@ HOOKS = (
          "vLLM 0.30 is no longer supported", until="0.31"),
     Hook("vllm.v1.worker.block_table:ComputeSlotMappingKernel.kernel", (),
          "says what the kernel takes", "vLLM 0.32 is no longer supported", since="0.31"),
+    Hook(f"{_MAMBA}.causal_conv1d:causal_conv1d_fn",
+         ("x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices",
+          "has_initial_state", "activation"),
+         _ON_CPU, "vLLM's wheel runs on CPU", patched=True),
+    Hook(f"{_MAMBA}.causal_conv1d:causal_conv1d_update",
+         ("x", "conv_state", "weight", "bias", "activation", "conv_state_indices"),
+         _ON_CPU, "vLLM's wheel runs on CPU", patched=True),
+    Hook(f"{_MAMBA}.ssd_combined:mamba_chunk_scan_combined_varlen",
+         ("x", "dt", "A", "B", "C", "cu_seqlens", "out", "D", "dt_bias", "initial_states",
+          "dt_softplus", "state_dtype"),
+         _ON_CPU, "vLLM's wheel runs on CPU", patched=True),
+    Hook(f"{_MAMBA}.ssu_dispatch:selective_state_update",
+         ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus",
+          "state_batch_indices", "out"),
+         _ON_CPU, "vLLM's wheel runs on CPU", patched=True),
     Hook("vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model", ("self",),
          "skipped: nothing is compiled", "vLLM's wheel runs on CPU"),
     Hook("vllm.platforms.cpu:CpuPlatform.import_kernels", (), "supplies a few ops",

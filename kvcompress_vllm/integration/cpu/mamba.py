@@ -54,6 +54,8 @@ def chunk_scan(
     initial_states: Tensor | None = None,
     dt_softplus: bool = False,
     state_dtype: torch.dtype | None = None,
+    final_states_out: Tensor | None = None,
+    final_state_indices: Tensor | None = None,
     **ignored: Any,
 ) -> Tensor:
     """``mamba_chunk_scan_combined_varlen``: whole prompts, or chunks of them. Chunks of the kernel,
@@ -77,7 +79,10 @@ def chunk_scan(
             state, y = _step(state, xs[t], step[t], decay, b[t], c[t], skip)
             out[t] = y
         states.append(state)
-    return torch.stack(states).to(state_dtype or x.dtype)
+    found = torch.stack(states).to(state_dtype or x.dtype)
+    if final_states_out is not None and final_state_indices is not None:  # newer releases
+        final_states_out[final_state_indices.long()] = found
+    return found
 
 
 def state_update(

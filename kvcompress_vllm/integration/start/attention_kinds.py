@@ -59,8 +59,6 @@ def states(config: VllmConfig) -> bool | str:
             f"{text} beside {len(full_layers(config))} with full attention, of which vLLM makes "
             f"{groups} KV cache groups; one group can be compressed"
         )
-    if vllm_places_layers():
-        return f"{text}, which are right beside pages with vLLM 0.26 to 0.28 only"
     problems = {
         "with prefix caching states are cached, too, block by block; give "
         "--no-enable-prefix-caching": config.cache_config.enable_prefix_caching,
@@ -68,7 +66,7 @@ def states(config: VllmConfig) -> bool | str:
             config.speculative_config is not None
         ),
         "this vLLM has them on model runner V1; leave out VLLM_USE_V2_MODEL_RUNNER": (
-            config.use_v2_model_runner
+            config.use_v2_model_runner and not vllm_places_layers()
         ),
         "every stage would need a layout of its own; leave out --pipeline-parallel-size": (
             config.parallel_config.pipeline_parallel_size > 1
