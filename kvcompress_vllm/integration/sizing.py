@@ -32,6 +32,7 @@ def draft_tokens(vllm_config: VllmConfig) -> int:
     if not drafts:
         return 0
     speculative = vllm_config.speculative_config
+    assert speculative is not None
     # Those of a step; where a draft model writes keys of those of the next; those that a step in
     # flight may still reject.
     parts = 1 + speculative.use_eagle() + bool(vllm_config.scheduler_config.async_scheduling)
