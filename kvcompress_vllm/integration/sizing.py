@@ -29,9 +29,10 @@ def draft_tokens(vllm_config: VllmConfig) -> int:
     """Tokens of a generation beyond its next that may be computed, or that vLLM keeps room for,
     while it is not known whether they are accepted."""
     drafts: int = vllm_config.num_speculative_tokens
+    if not drafts:
+        return 0
     speculative = vllm_config.speculative_config
-    if speculative is None:
-        return drafts
+    assert speculative is not None
     # Those of a step; where a draft model writes keys of those of the next; those that a step in
     # flight may still reject.
     parts = 1 + speculative.use_eagle() + bool(vllm_config.scheduler_config.async_scheduling)

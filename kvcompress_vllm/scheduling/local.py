@@ -97,4 +97,5 @@ class LocalLayers(NamedTuple):
         )
 
     def _blocks(self, num_tokens: int, in_flight: int) -> int:
-        return sum(group.blocks(num_tokens, in_flight, self.block_size) for group in self.groups)
+        end = num_tokens + self.drafts
+        return sum(group.blocks(end, in_flight, self.block_size) for group in self.groups)

@@ -139,27 +139,30 @@ def test_all_or_nothing_is_accepted(
         assert more["accepted_tokens"] == 0
 
 
-def test_preempted_requests(
-    expected: dict[str, list[list[int]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """In a cache for two of them; they start anew, and nobody is compressed for it."""
-    options = {**OPTIONS, "ratio": 1, "on_pressure": False}
-    with engine(
-        options,
-        speculative_config=speculating(tmp_path),
-        num_gpu_blocks_override=90,
-        max_model_len=1024,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-    ) as llm:
-        assert greedy(llm, PROMPTS, LENGTH, ignore_eos=True) == expected["exact"]
-        found = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
-        assert found["vllm:num_preemptions"] > 0
-        budget = {"kv_compress_ratio": 8}
-        packed = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, extra_args=budget)
-        assert all(len(tokens) == LENGTH for tokens in packed)
-        assert scheduler(llm).kv_compress_manager.packed == {}
-    assert "1 of 7 layers are the draft model's" in caplog.text
+def test_preempted_requests(speculative: Any, expected: dict[str, list[list[int]]]) -> None:
+    """In their prompts, and while they decode with something drafted: they start anew."""
+    inner = speculative.llm_engine
+    for ratio in (1, 8):
+        params = SamplingParams(
+            temperature=0, max_tokens=LENGTH, ignore_eos=True,
+            extra_args={"kv_compress_ratio": ratio},
+        )  # fmt: skip
+        for index, prompt in enumerate(PROMPTS):
+            inner.add_request(f"{ratio}-{index}", prompt, params)
+        found: dict[str, list[int]] = {}
+        steps = 0
+        while inner.has_unfinished_requests():
+            for output in inner.step():
+                if output.finished:
+                    found[output.request_id] = list(output.outputs[0].token_ids)
+            steps += 1
+            if steps in (1, 8, 40):
+                assert scheduler(speculative).reset_prefix_cache(reset_running_requests=True)
+        answers = [found[f"{ratio}-{index}"] for index in range(len(PROMPTS))]
+        if ratio == 1:
+            assert answers == expected["exact"]
+        assert all(len(tokens) == LENGTH for tokens in answers) and steps > 40
+    assert scheduler(speculative).kv_compress_manager.packed == {}
 
 
 def test_draft_models_that_do_not_fit(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_unsupported_models_that_vllm_imports_slowly(
         ({"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
         ({"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2,
                                  "prompt_lookup_max": 3}},
-         "speculative decoding other than n-gram"),
+         "this speculative decoding"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
          "KV connectors"),
         ({"kv_offloading_size": 1.0}, "KV connectors and KV offloading"),
