@@ -57,7 +57,7 @@ class State(NamedTuple):
         """As of :class:`Local`."""
         return self.states
 
-    def held(self, num_tokens: int, block_size: int, behind: int = 0) -> int:
+    def held(self, num_tokens: int, block_size: int, drafts: int = 0) -> int:
         """As of :class:`Local`."""
         return self.states
 
