@@ -50,7 +50,7 @@ from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.budget import Ranges
 from kvcompress_vllm.records.plan import Replay, StepPlan
 from kvcompress_vllm.reporting.metrics import StepReport
-from kvcompress_vllm.scheduling.segments import DECODED, segments
+from kvcompress_vllm.scheduling.segments import DECODED, SEGMENT, segments
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
 L, H, G, D, B = 2, 2, 2, 32, 16
@@ -66,7 +66,6 @@ class PretendWorker:
     window: int
     rows: dict[str, list[int]] = field(default_factory=dict)
     pending: list[PendingReports] = field(default_factory=list)
-    random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     echoes: dict[str, torch.Tensor] = field(default_factory=dict)
     """By request, where echo scores are stored: those that its keys should have."""
     observed: dict[int, tuple[str, int]] = field(default_factory=dict)
@@ -91,7 +90,8 @@ class PretendWorker:
         plan: StepPlan = output.kv_compress
         for heard in plan.heard:
             assert heard.blocks == self.rows[heard.request_id][: len(heard.blocks)]
-            assert heard.first // DECODED == (heard.end - 1) // DECODED
+            segment = SEGMENT if self.state.window >= SEGMENT else DECODED
+            assert heard.first // segment == (heard.end - 1) // segment
             self._check_ring(heard, range(heard.first, heard.end), tokens[heard.request_id])
             self._score(heard.request_id, tokens[heard.request_id], heard.first, heard.end)
         for item in plan.compressions:
@@ -229,14 +229,17 @@ class PretendWorker:
         if observation is not None:
             assert observation.first_token == first
             index = torch.full((count,), -1, dtype=torch.int32)
+            query = torch.zeros(L, count, H * G, D, dtype=self.state.ring.dtype)
             for position in observation.positions(count, self.state.window):
                 place = observation.place(position, self.state.window)
                 index[position - first] = place
-                self.observed[place] = request_id, int(tags[position - first])
+                tag = int(tags[position - first])
+                self.observed[place] = request_id, tag
+                # Like K, a query follows from the tokens up to its own.
+                source = torch.Generator().manual_seed(tag)
+                query[:, position - first] = torch.randn(L, H * G, D, generator=source)
             for layer in range(L):
-                query = torch.randn(count, H * G, D, generator=self.random)
-                query = query.to(self.state.ring.dtype)
-                ops.observe_queries(query, index, self.state.ring[layer].flatten(0, 1))
+                ops.observe_queries(query[layer], index, self.state.ring[layer].flatten(0, 1))
 
 
 def digits(numbers: torch.Tensor) -> torch.Tensor:

@@ -85,9 +85,10 @@ class _KVCompressMixin(Scheduler):
             self, self.kv_compress_planner, others, self._recorder, self._usage
         )
         self.kv_compress_sharing = Sharing(
-            manager, self.kv_compress_planner, self._usage, alone=not others
+            manager, self.kv_compress_planner, self._usage, self.requests, alone=not others
         )
         manager.on_release = self._release
+        others.on_packed = self.kv_compress_sharing.computed
         self._failures: dict[str, str] = {}
         """Why requests that came since the last step cannot be served, by id."""
         self._check_integrity = integrity.enabled()
