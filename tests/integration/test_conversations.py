@@ -67,6 +67,9 @@ def test_a_turn_finds_all_that_was_computed_before(asynchronous: bool) -> None:
         assert known - (B if asynchronous else 0) <= cached <= known
     assert [context.num_tokens for context in contexts(sim)] == list(range(256, 1281, 256))
     assert sim.num_compressions == 5, "nobody packs what is held"
+    shared = [report.shared for report in sim.reports]
+    assert sum(report.hits for report in shared) == 2
+    assert sum(report.tokens for report in shared) == sum(cached for *_, cached in found)
     assert sim.pool.get_num_free_blocks() == 399
 
 

@@ -133,8 +133,8 @@ class Admission:
         if blocks is not None:
             wanted = self._sharing.wanted(request)
             planner.admit(request.request_id, request.num_tokens, budget, context, wanted)
-            self._sharing.started(request, context)
             found = kwargs.get("num_new_computed_tokens", 0)
+            self._sharing.started(request, context, found)
             self._sharing.computed(request, request.num_computed_tokens + found + num_new_tokens)
         elif context is not None:
             self._sharing.leave(request.request_id)

@@ -242,11 +242,12 @@ class Sharing:
         for request in reversed(held):
             first.prepend_request(request)
 
-    def started(self, request: Request, context: Context | None) -> None:
-        """Note that a request no longer waits, and what it took."""
+    def started(self, request: Request, context: Context | None, found: int) -> None:
+        """Note that a request no longer waits, and what it took: with what it found behind the
+        context, ``found`` tokens."""
         self._waiting.pop(request.request_id, None)
         keys = self.wanted(request)
-        self._recorder.started(context, bool(keys))
+        self._recorder.started(found if context is not None else 0, bool(keys))
         self._started += [(request.request_id, key) for key in keys.values()]
         if context is not None:
             row = len(self._manager.req_to_blocks[request.request_id])
