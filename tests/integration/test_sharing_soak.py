@@ -17,15 +17,15 @@ from tests.integration.test_hard_use import environment, soaked
 __all__ = ["environment"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_soak_with_sharing_and_kill_9(tmp_path: Path) -> None:
     report = soaked(
-        tmp_path, requests=100, concurrency=20, max_model_len=700, kv_tokens=1600, documents=4,
+        tmp_path, requests=60, concurrency=20, max_model_len=600, kv_tokens=1400, documents=4,
         kill=True,
     )  # fmt: skip
-    assert 25 <= report["outcomes"].total() <= 50, "what the first engine did not answer"
-    assert report["kv_compress:shared_hits_total"] >= 10
-    assert len(report["by_kind"]) >= 6
+    assert 10 <= report["outcomes"].total() <= 30, "what the first engine did not answer"
+    assert report["kv_compress:shared_hits_total"] >= 5
+    assert len(report["by_kind"]) >= 4
 
 
 def test_what_is_wrong_after_a_kill_is_seen() -> None:

@@ -105,15 +105,15 @@ class OtherGroups:
         )
         stock = coordinator.cache_blocks
 
-        def cache_blocks(request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        def cache_blocks(request: Request, num_computed_tokens: int) -> None:
             # Behind a compression every layer computes from fewer keys than the hash says, also
             # one whose own are all there. A hit takes blocks of all groups, so none may have any.
             if request.request_id in found.packed:
-                self.on_packed(request, num_tokens)
+                self.on_packed(request, num_computed_tokens)
             elif not hasattr(request, PRIVATE):
-                stock(request, num_tokens, *args, **kwargs)
+                stock(request, num_computed_tokens)
 
-        coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign, assignment]
+        coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]
 
     def __bool__(self) -> bool:
         return bool(self._others)
