@@ -135,8 +135,8 @@ class PretendWorker:
                 self.echoes[request_id][: len(found)] = found
         for request_id in fresh:
             # What it found in the prefix cache must be as if nobody had been compressed.
+            # It may be computed in this very step, before the request itself.
             self.window_wanted[request_id] = torch.tensor(prefix_tags(tokens[request_id]))
-            self._check_windows(request_id, computed[request_id])
         spans = {item.request_id: item for item in plan.echoes}
         for request_id, count in output.num_scheduled_tokens.items():
             first = computed[request_id]

@@ -56,8 +56,9 @@ class Tails:
         if tracked.prefix is None:
             return
         manager, size = self._manager, self._manager.block_size
-        # What was drafted may be rejected, and behind its next mark it would attend to fewer keys.
-        known = min(num_tokens, request.num_tokens, tracked.due_at)
+        # What was drafted may be rejected. Nobody looks for what is behind the next mark: whoever
+        # has as many tokens is compressed there first.
+        known = min(num_tokens, request.num_tokens)
         first = max(tracked.cached // size, tracked.covered)
         row = manager.req_to_blocks[request.request_id]
         for index in range(first, known // size):
