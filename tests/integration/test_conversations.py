@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from kvcompress_vllm.ops.reference.rows import State
+from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.report import Report
 from tests.integration.simulation import B, H, L, Simulation, numbers
 from tests.integration.test_sharing import OPTIONS, contexts, document
 
@@ -143,6 +145,29 @@ def test_a_prompt_that_ends_just_before_a_mark_is_observed_from_there() -> None:
         sim.add(f"{length}", document(length, length), 20)
         sim.run()
     assert sorted(context.num_tokens for context in contexts(sim)) == [256] * 4 + [512] * 4
+
+
+def test_what_was_computed_behind_a_failed_policy_is_not_found(monkeypatch) -> None:
+    sim = simulation(STRIDE)
+    sim.add("first", document(1, 300), 100)
+    while not sim.outputs["first"]:
+        sim.step()
+    (context,) = contexts(sim)
+    failed = Report("first", context.slot, 256, "prefill", [], 0.0, 0.0, LossCurve([1], [0.0]), "x")
+    for _ in range(40):
+        sim.step()
+    with monkeypatch.context() as patch:
+        place = "kvcompress_vllm.integration.engine.scheduler.reports_of"
+        patch.setattr(place, lambda output: [failed])
+        sim.step()
+    sim.run()
+    assert sim.failed == {"first"} and contexts(sim) == []
+    sim.add("again", document(1, 262), 1)  # packs the same context
+    sim.run()
+    before = sim.num_cached_tokens
+    sim.add("later", [*document(1, 300), *sim.outputs["first"], 5], 5)
+    sim.run()
+    assert sim.num_cached_tokens - before == 256
 
 
 def test_without_decoding_only_prompts_are_packed() -> None:

@@ -177,6 +177,7 @@ class _KVCompressMixin(Scheduler):
                 failures[report.request_id] = report.failure
                 users = self.kv_compress_planner.feedback.spoiled(report)
                 failures.update(dict.fromkeys(users, report.failure))
+                self.kv_compress_sharing.tails.forget()
             elif isinstance(report, Scored):
                 self.kv_compress_planner.feedback.scored(report)
             else:

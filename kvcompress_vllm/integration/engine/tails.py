@@ -28,6 +28,12 @@ class Tails:
 
     def __init__(self, manager: KVCompressManager) -> None:
         self._manager = manager
+        self._forgotten = 0
+
+    def forget(self) -> None:
+        """Offer nothing of what there is: a policy failed, so that what was computed behind its
+        contexts is not what others would compute."""
+        self._forgotten += 1
 
     def found(self, request: Request, context: Context, end: int) -> list[KVCacheBlock]:
         """The blocks right behind a context that hold what a request has there.
@@ -79,4 +85,5 @@ class Tails:
         place = (index + 1) * size // self._manager.block_pool.hash_block_size - 1
         if place >= len(known):
             return None
-        return BlockHash(hashlib.sha256(prefix + known[place]).digest())
+        since = self._forgotten.to_bytes(8, "big")
+        return BlockHash(hashlib.sha256(prefix + since + known[place]).digest())
