@@ -8,6 +8,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from kvcompress_vllm.scheduling.replay import ROOM
+
 TOKENS = range(1000, 4000)
 """Plain words in the bundled vocabulary and in every larger one."""
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -261,7 +263,7 @@ class SharedCases:
     def __init__(self, documents: int, seed: int, max_model_len: int, compressing: bool) -> None:
         self.seed, self.compressing = seed, compressing
         choice = random.Random(seed)
-        most = max_model_len - _QUESTION - _ANSWER
+        most = max_model_len - max(_QUESTION + _ANSWER, ROOM)
         self._documents = [
             choice.choices(TOKENS, k=choice.randint(most // 4, most)) for _ in range(documents)
         ]
@@ -281,7 +283,11 @@ class SharedCases:
         kind = "on a document"
         if self.compressing:
             kind, asked = choice.choice(_ASKED)
-            named = {"kv_compress_context_tokens": choice.choice([len(document), 150])}
+            named = {
+                "kv_compress_context_tokens": choice.choice(
+                    [len(document), min(150, len(document))]
+                )
+            }
             body["vllm_xargs"] = asked if "stride" in kind or "opted" in kind else asked | named
         leaves = None
         if choice.random() < 0.5:
