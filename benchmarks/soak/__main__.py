@@ -80,6 +80,7 @@ def soak(args: Namespace, name: str) -> dict[str, Any]:
 
     Raises:
         RuntimeError: the server did not start.
+        subprocess.TimeoutExpired: it did not end although its engine was killed.
     """
     known = args.seed, args.max_model_len, name != STOCK
     cases = SharedCases(args.documents, *known) if args.documents else Cases(*known)
@@ -95,8 +96,7 @@ def soak(args: Namespace, name: str) -> dict[str, Any]:
             half = len(all_cases) // 2
             gone = load_and_kill(server, all_cases, args.concurrency, half, load)
             problems, done = after_kill(asyncio.run(gone), len(all_cases))
-            if server.process.wait(60) == 0:
-                problems.append("the server ended with status 0 though its engine was killed")
+            server.process.wait(60)
         all_cases = all_cases[done:]
         args = Namespace(**{**vars(args), "requests": len(all_cases)})
     with serve(
