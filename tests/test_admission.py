@@ -111,6 +111,18 @@ def test_the_forecast_knows_that_compressions_wait_for_observation_slots() -> No
     assert among_many == alone._replace(most=alone.most + 12, interval=16)
 
 
+def test_with_a_stride_a_request_falls_at_its_marks_and_nowhere_else() -> None:
+    config = KVCompressConfig(ratio=4, interval=4, context_stride=512)
+    planner = CompressionPlanner(config, B, 8, 8, max_tokens=10_000)
+    # 1,200 tokens are packed at 1,024: 16 of 64 blocks, and 11 behind. At 1,536 it holds 48.
+    one = load(planner.newcomers, None, 0, 1200, 500, 2048)
+    assert one == Load(1, 75, 16 + 11, 16 + 32, 48 - 24, 500)
+    planner.admit("a", 1200)
+    assert load(planner.newcomers, planner.requests["a"], 0, 1200, 500, 2048) == one
+    short = load(planner.newcomers, None, 0, 100, 500, 2048)
+    assert short == Load(1, 7, 7, 32, 32 - 8, 500)
+
+
 def test_blocks_of_a_context_count_once_among_those_who_will_not_pack_anew() -> None:
     planner = CompressionPlanner(KVCompressConfig(ratio=4, interval=4), B, 8, 8, 10_000, 2)
     budget = resolve(planner.config, Wish(context_tokens=800))

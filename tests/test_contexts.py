@@ -178,11 +178,11 @@ def test_the_report_lists_contexts_when_others_are_held() -> None:
     assert recorder.take([], []) == SharedReport()
     one = held(contexts, b"one", 1, 2)
     contexts.join(one, "second")
-    recorder.started(None, b"one")
-    recorder.started(one, b"one")
+    recorder.started(0, True)
+    recorder.started(64 + 32, True)
     recorder.waited(3)
     report = recorder.take(list(contexts), contexts.described)
-    assert (report.hits, report.misses, report.tokens, report.waits) == (1, 1, 64, 3)
+    assert (report.hits, report.misses, report.tokens, report.waits) == (1, 1, 96, 3)
     assert (report.contexts, report.blocks, report.saved_blocks) == (1, 2, 2)
     assert report.held == [(one.name, 64, 2, 4, 1)]
     contexts.join(one, "third")  # soon after: not worth a list

@@ -212,3 +212,55 @@ def test_a_prompt_that_is_over_is_decoded_until_its_curve_is_back() -> None:
     p.admit("a", 1000)
     (a,) = p.to_score({"a": 1000})
     assert a.awaits_curve and p.chunk("a", 1000, 1) == 1
+
+
+def test_a_stride_marks_the_multiples_at_which_blocks_come_back() -> None:
+    assert sizes(ratio=4, context_stride=512).marks == (512, 1024, 1536, 2048)
+    assert sizes(ratio=None, budget_tokens=600, context_stride=256).marks == tuple(
+        range(768, 2049, 256)
+    )
+    # 64 blocks keep 63, and 128 of them 126: in between nothing would come back.
+    assert sizes(ratio=1.02, context_stride=512).marks == (1024, 2048)
+    assert sizes(ratio=1, context_stride=512).marks == ()
+    assert sizes(ratio=4, min_prompt_tokens=600, context_stride=512).marks == (1024, 1536, 2048)
+    assert sizes(ratio=4).marks == ()
+
+
+def test_with_a_stride_a_request_is_due_at_its_marks_in_prompt_and_answer() -> None:
+    config = KVCompressConfig(ratio=4, context_stride=512, window=16, policy="snapkv")
+    p = CompressionPlanner(config, B, 4, 4, 2048)
+    for prompt, due_at, observed in ((100, 512, False), (496, 512, False), (497, 512, True),
+                                     (512, 512, True), (600, 512, True)):  # fmt: skip
+        p.admit("a", prompt)
+        assert p.requests["a"].due_at == due_at
+        assert (p.requests["a"].observe_slot is not None) == observed
+        p.release("a")
+    p.admit("a", 600)
+    p.at_mark(p.requests["a"], 512, b"key")
+    p.compressed("a", 512)
+    assert p.requests["a"].due_at == 1024 and p.requests["a"].prefix == b"key"
+    p.watch({"a": 1007})
+    assert p.requests["a"].observe_slot is None
+    p.watch({"a": 1008})
+    assert p.requests["a"].observe_slot is not None and p.requests["a"].due_at == 1024
+
+
+def test_who_misses_a_mark_has_no_stride_any_more() -> None:
+    """Late for want of a slot, or of room: what it computes from then on is its own."""
+    config = KVCompressConfig(ratio=4, context_stride=512, window=16, interval=4, policy="snapkv")
+    p = CompressionPlanner(config, B, 4, 1, 2048)
+    p.admit("a", 600)
+    p.at_mark(p.requests["a"], 512, b"key")
+    p.compressed("a", 512)
+    p.admit("b", 1000)  # takes the only slot
+    p.watch({"a": 1008, "b": 0})
+    assert p.requests["a"].sizes.stride == 512
+    p.release("b")
+    p.watch({"a": 1012})
+    a = p.requests["a"]
+    assert (a.sizes.stride, a.prefix, a.due_at) == (0, None, 1028)
+    p.at_mark(a, 1028, b"another")
+    assert a.prefix is None and a.wanted == {}
+    p.compressed("a", 1028)
+    # 64 blocks keep 16: 4 more than a quarter after 22 of its own.
+    assert a.due_at == a.sizes.outgrown_at(a.packing) < 1536

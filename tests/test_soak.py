@@ -15,8 +15,9 @@ from aiohttp import ClientSession, test_utils, web
 
 from benchmarks.soak import client
 from benchmarks.soak.__main__ import describe
-from benchmarks.soak.cases import COMPLETIONS, Case, Cases
+from benchmarks.soak.cases import COMPLETIONS, Case, Cases, SharedCases
 from benchmarks.soak.client import ANSWERED, LEFT, REFUSED, Ending, send
+from kvcompress_vllm.scheduling.replay import ROOM
 
 BODY = {"model": "model", "prompt": [5], "max_tokens": 3}
 STREAM = BODY | {"stream": True}
@@ -129,3 +130,20 @@ def test_cases_are_many_kinds_and_the_same_every_time() -> None:
     bodies = [stock.case(number).body for number in range(1000)]
     assert not any(isinstance(body, dict) and isinstance(body.get("vllm_xargs"), dict)
                    for body in bodies)  # fmt: skip
+
+
+def test_requests_on_documents_share_them() -> None:
+    cases = SharedCases(4, 1, 700, compressing=True)
+    first = [cases.case(number) for number in range(200)]
+    again = SharedCases(4, 1, 700, compressing=True)
+    assert [again.case(number) for number in range(200)] == first
+    assert len({case.kind for case in first}) == 8
+    assert len({tuple(case.body["prompt"][:100]) for case in first}) == 4
+    for case in first:
+        assert cases.prompt_tokens(case) + case.body["max_tokens"] <= 700
+        named = case.body["vllm_xargs"].get("kv_compress_context_tokens", 0)
+        assert named < cases.prompt_tokens(case)
+        assert bool(named) == case.kind.startswith("on a context")
+        assert named + ROOM <= 700, "else it cannot be repeated"
+    stock = SharedCases(4, 1, 700, compressing=False)
+    assert "vllm_xargs" not in stock.case(0).body

@@ -10,6 +10,10 @@ holds a tenth of the requests in flight. What must be true at the end: every req
 complete answer or a clear error, none hangs, the integrity checks that ran on every step found
 nothing, all blocks are back, and the server's memory does not grow between the second and the last
 quarter. Else the status is 1.
+
+With ``--documents 6`` all requests are about so many documents, and share them packed. With
+``--kill`` the engine is killed (``kill -9``) when half are answered: requests in flight must end
+with an error, and another server answers the others.
 """
 
 from __future__ import annotations
@@ -30,8 +34,9 @@ from tqdm import tqdm
 
 from benchmarks.offline import BLOCK_SIZE, STOCK, engine_parser
 from benchmarks.server import TOKENIZER, Server, serve
-from benchmarks.soak.cases import Case, Cases
+from benchmarks.soak.cases import Case, Cases, SharedCases
 from benchmarks.soak.client import ANSWERED, LEFT, REFUSED, Ending, send
+from benchmarks.soak.kill import load_and_kill
 
 ENGINE = "ratio=8,allow_policies=true"
 USAGE = ("vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting")
@@ -49,6 +54,8 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=200, help="requests in flight")
     parser.add_argument("--max-model-len", type=int, default=2048, help="tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--documents", type=int, default=0, help="that all are about; 0: none")
+    parser.add_argument("--kill", action="store_true", help="kill the engine halfway")
     parser.add_argument("--server-log", type=Path, help="write the server's log into this file")
     parser.add_argument("serve_args", nargs="*", help="after --, further flags of vllm serve")
     args = parser.parse_args()
@@ -73,12 +80,25 @@ def soak(args: Namespace, name: str) -> dict[str, Any]:
 
     Raises:
         RuntimeError: the server did not start.
+        subprocess.TimeoutExpired: it did not end although its engine was killed.
     """
-    cases = Cases(args.seed, args.max_model_len, compressing=name != STOCK)
+    known = args.seed, args.max_model_len, name != STOCK
+    cases = SharedCases(args.documents, *known) if args.documents else Cases(*known)
     all_cases = [cases.case(number) for number in range(args.requests)]
     kv_tokens = args.kv_tokens or pool_tokens(args, cases, all_cases)
     environment = {"KVCOMPRESS_CHECK_INTEGRITY": "1"}
     flags = ["--max-num-seqs", str(args.concurrency), *args.serve_args]
+    problems: list[str] = []
+    if args.kill:
+        with serve(
+            args.model, name, args.max_model_len, kv_tokens, flags, environment=environment
+        ) as server:
+            half = len(all_cases) // 2
+            gone = load_and_kill(server, all_cases, args.concurrency, half, load)
+            problems, done = after_kill(asyncio.run(gone), len(all_cases))
+            server.process.wait(60)
+        all_cases = all_cases[done:]
+        args = Namespace(**{**vars(args), "requests": len(all_cases)})
     with serve(
         args.model, name, args.max_model_len, kv_tokens, flags, environment=environment
     ) as server:
@@ -89,10 +109,23 @@ def soak(args: Namespace, name: str) -> dict[str, Any]:
         log = server.log()
         if args.server_log:
             args.server_log.write_text(log)
-    return describe(name, args, kv_tokens, seconds, endings, memory, left, metrics, log)
+    report = describe(name, args, kv_tokens, seconds, endings, memory, left, metrics, log)
+    report["problems"] += problems
+    return report
 
 
-def pool_tokens(args: Namespace, cases: Cases, all_cases: list[Case]) -> int:
+def after_kill(endings: list[Ending], requests: int) -> tuple[list[str], int]:
+    """What is wrong with how requests ended whose engine was killed, and how many were good."""
+    good = sum(ending.ok for ending in endings)
+    problems = [f"after the kill: {e.kind}: {e.outcome}" for e in endings if "hangs" in e.outcome]
+    if len(endings) != requests:
+        problems.append(f"after the kill: {len(endings)} of {requests} requests ended")
+    if not requests // 2 <= good < requests:
+        problems.append(f"the engine was killed after half, and {good} of {requests} were good")
+    return problems, good
+
+
+def pool_tokens(args: Namespace, cases: Cases | SharedCases, all_cases: list[Case]) -> int:
     """A tenth of what the requests in flight hold when nothing is compressed; at least what vLLM
     demands, one request of the greatest length."""
     mean = statistics.mean(cases.prompt_tokens(case) for case in all_cases)

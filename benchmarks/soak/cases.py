@@ -8,6 +8,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from kvcompress_vllm.scheduling.replay import ROOM
+
 TOKENS = range(1000, 4000)
 """Plain words in the bundled vocabulary and in every larger one."""
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -247,3 +249,68 @@ class Cases:
             ]
         )
         return Case("bad body", COMPLETIONS, body, refused=refused)
+
+
+class SharedCases:
+    """Requests about few documents, most of which name theirs as their context; others leave it to
+    the server's stride, chat, or opt out. Some clients leave.
+
+    Args:
+        documents: how many there are.
+        seed, max_model_len, compressing: as of :class:`Cases`.
+    """
+
+    def __init__(self, documents: int, seed: int, max_model_len: int, compressing: bool) -> None:
+        self.seed, self.compressing = seed, compressing
+        choice = random.Random(seed)
+        most = max_model_len - max(_QUESTION + _ANSWER, ROOM)
+        self._documents = [
+            choice.choices(TOKENS, k=choice.randint(most // 4, most)) for _ in range(documents)
+        ]
+
+    def case(self, number: int) -> Case:
+        """Request ``number``."""
+        choice = random.Random(self.seed * 1_000_003 + number)
+        rank = int(choice.paretovariate(1)) - 1  # the first ones are asked about most
+        document = self._documents[min(rank, len(self._documents) - 1)]
+        tokens = choice.choice([1, 8, 32, _ANSWER])
+        body: dict[str, Any] = {
+            "model": "model",
+            "prompt": [*document, *choice.choices(TOKENS, k=choice.randint(1, _QUESTION))],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+        }
+        kind = "on a document"
+        if self.compressing:
+            kind, asked = choice.choice(_ASKED)
+            named = {
+                "kv_compress_context_tokens": choice.choice(
+                    [len(document), min(150, len(document))]
+                )
+            }
+            body["vllm_xargs"] = asked if "stride" in kind or "opted" in kind else asked | named
+        leaves = None
+        if choice.random() < 0.5:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+            leaves = choice.randint(0, 6) if choice.random() < 0.2 else None
+        return Case(kind, COMPLETIONS, body, tokens, leaves)
+
+    def prompt_tokens(self, case: Case) -> int:
+        """How many tokens of prompt a case has."""
+        assert isinstance(case.body, dict)
+        return len(case.body["prompt"])
+
+
+_QUESTION, _ANSWER = 80, 100
+_ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("on a context", {}),
+    ("on a context", {}),
+    ("on a context, own budget", {"kv_compress_ratio": 4}),
+    ("on a context, protected", {"kv_compress_protect": "0:40"}),
+    ("on a context, own policy", {"kv_compress_policy": "snapkv"}),
+    ("on a context, repeated", {"kv_compress_exact": "kvzip"}),
+    ("with a stride", {"kv_compress_context_stride": 256}),
+    ("with a stride, own policy",
+     {"kv_compress_context_stride": 256, "kv_compress_policy": "diverse"}),
+    ("opted out", {"kv_compress": False}),
+]  # fmt: skip

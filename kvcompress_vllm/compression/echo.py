@@ -16,7 +16,7 @@ from kvcompress_vllm import ops
 from kvcompress_vllm.cache.transfer import to_device
 from kvcompress_vllm.compression.batch import Rank, padded_rows
 from kvcompress_vllm.records.plan import Heard
-from kvcompress_vllm.scheduling.segments import DECODED
+from kvcompress_vllm.scheduling.segments import DECODED, SEGMENT
 
 
 class Rotation(NamedTuple):
@@ -34,7 +34,7 @@ def score_heard(
 
     Args:
         rotations: by layer.
-        heard: neither crosses a multiple of :data:`DECODED`.
+        heard: neither crosses a multiple of :data:`SEGMENT`.
     """
     state, device = rank.state, rank.pages.device
     if not heard or state.echo is None:
@@ -51,6 +51,7 @@ def score_heard(
         torch.int32,
         device,
     )
+    longest = max(item.end - item.first for item in heard)
     for layer, rotation in enumerate(rotations):
         ops.echo_scores(
             state.ring[layer].flatten(0, 1),
@@ -62,7 +63,7 @@ def score_heard(
             segments,
             rotation.angles,
             layer,
-            DECODED,
+            DECODED if longest <= DECODED else SEGMENT,
             num_sinks,
             rotation.interleaved,
             rank.group.scale,

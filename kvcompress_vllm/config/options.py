@@ -33,7 +33,7 @@ from kvcompress_vllm.config.rules import (
 )
 from kvcompress_vllm.ops.channels import ECHO
 from kvcompress_vllm.scheduling.repeated import STRIDE
-from kvcompress_vllm.scheduling.segments import DECODED
+from kvcompress_vllm.scheduling.segments import DECODED, SEGMENT
 
 DEFAULT_RATIO = 2.0
 """What keeps 95% of the answers of real models whether or not the question is known yet; see
@@ -152,8 +152,9 @@ class KVCompressConfig:
     )
     context_stride: int | None = option(
         None,
-        "compress prompts at every multiple of so many tokens, and hold each of these for whoever "
-        "comes with the same beginning: the next turn of a conversation",
+        "compress prompts and answers at every multiple of so many tokens, and nowhere else, and "
+        "hold each of these for whoever comes with the same beginning: the next turn of a "
+        "conversation",
         "a multiple of 256",
         lambda value: type(value) is int and value > 0 and value % STRIDE == 0,
         optional=True,
@@ -251,7 +252,9 @@ class KVCompressConfig:
         """
         if not self.listens:
             return self.window
-        return -(-max(self.window, DECODED + drafts) // DECODED) * DECODED
+        # With a stride, answers are scored as prompts are.
+        segment = DECODED if self.context_stride is None else SEGMENT
+        return -(-max(self.window, segment + drafts) // segment) * segment
 
     def reads_echo(self, name: str | None = None) -> bool:
         """Whether a policy reads echo scores; None: the configured one. False of one that cannot

@@ -70,7 +70,8 @@ class RequestBudget(NamedTuple):
     blocks_per_page: int = 1
     """m, full blocks whose keys one packed block holds."""
     context_stride: int = 0
-    """Compress at every multiple of so many tokens of the prompt; each is a context. 0: at none."""
+    """Compress at every multiple of so many tokens, and nowhere else; each is a context. 0: where
+    the budget says."""
     exact: bool = False
     """Its context is scored by a real repetition, not by what echo scores foresee of one."""
 

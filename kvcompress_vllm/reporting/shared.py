@@ -51,11 +51,16 @@ class SharedRecorder:
         self._held: list[Held] = []
         self._told = 0.0
 
-    def started(self, context: Context | None, wanted: bool) -> None:
-        """Note a request that starts its prefill with a context, or computes one (``wanted``)."""
-        if context is not None:
+    def started(self, found: int, wanted: bool) -> None:
+        """Note a request that starts its prefill.
+
+        Args:
+            found: tokens that it does not compute, for it takes a context; 0: it takes none.
+            wanted: it has contexts, and computes those that it does not take.
+        """
+        if found:
             self._report.hits += 1
-            self._report.tokens += context.num_tokens
+            self._report.tokens += found
         elif wanted:
             self._report.misses += 1
 

@@ -62,10 +62,14 @@ def load(
     """
     block_size = newcomers.limits.block_size
     prefill = max(0, num_tokens - 1 - num_computed)
+    sizes = tracked.sizes if tracked is not None else newcomers.forecast(budget)
     if prefill and tracked is not None and tracked.kept and not tracked.in_prefill:
         # Its context is packed, and what follows it stays as it is.
         whole, packing, due_at = -(-num_tokens // block_size), tracked.packing, tracked.due_at
         held = packing.held(whole)
+    elif prefill and sizes.stride:
+        held = whole = -(-num_tokens // block_size)
+        packing, due_at = sizes.at_marks(num_tokens)
     elif prefill:
         held = whole = -(-num_tokens // block_size)
         sizes, peak = newcomers.forecast(tracked.budget if tracked else budget), None
@@ -93,6 +97,8 @@ def load(
     if due_at != NEVER:
         late = interval - newcomers.limits.interval
         most = max(start, packing.held(due_at // block_size) + late)
+        if sizes.stride:
+            interval = max(1, packing.gives_back(sizes.packed(due_at)))
     steps = -(-prefill // max_batched_tokens)
     return Load(steps, held, start, most, interval, tokens_left)
 

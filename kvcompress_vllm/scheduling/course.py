@@ -33,6 +33,7 @@ class Course:
             self.stop_computing(tracked)  # nobody waits for what will not be packed
         if not tracked.in_prefill:
             tracked.trigger = "decode"
+        if not tracked.starts_observed:
             self._observers.stop(tracked)
 
     def stop_computing(self, tracked: Tracked) -> None:
@@ -48,6 +49,31 @@ class Course:
         if key is not None:
             self._contexts.stop(key, tracked.request_id)
         tracked.sizes = self._budgets.at(tracked.sizes, tracked.due_at, tracked.prefill_end)
+
+    def at_mark(self, tracked: Tracked, num_computed: int, key: bytes | None) -> None:
+        """Before a request with a stride is compressed: others can have what it keeps, if that is
+        where its stride says and follows from its tokens.
+
+        Args:
+            num_computed: computed tokens; more than it was due at where it had to wait.
+            key: of the context; None: not all its tokens are known yet.
+        """
+        now = tracked.due_at
+        if now != tracked.sizes.context or now != num_computed or not tracked.is_told_by_tokens:
+            self.leave_stride(tracked)
+            return
+        tracked.prefix, tracked.cached = key, now
+        if key is not None:
+            tracked.wanted[now] = key
+
+    def leave_stride(self, tracked: Tracked) -> None:
+        """Compress it from now on as one without a stride: what it keeps no longer follows from its
+        tokens alone, so that nobody else can have it."""
+        if tracked.sizes.stride:
+            self.stop_computing(tracked)
+            held = None if tracked.context is None else tracked.context.num_tokens
+            tracked.sizes = self._budgets.without_stride(tracked.sizes, held)
+            tracked.prefix = None
 
     def end(self, tracked: Tracked) -> None:
         """Give back what it holds with others: its observation slot, and its context."""

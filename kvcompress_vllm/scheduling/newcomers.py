@@ -78,6 +78,7 @@ class Newcomers:
                 context.curve,
             )
             tracked.due_at = sizes.next_due(context.packing, context.num_tokens, num_tokens)
+            tracked.prefix = context.key if sizes.stride else None
         tracked.trigger = "prefill" if tracked.in_prefill else "decode"
         return tracked
 
@@ -92,7 +93,7 @@ class Newcomers:
 
     def have_slots(self, starting: Tracked) -> bool:
         """As ``can_admit``; of a request that is at hand as it starts."""
-        if starting.in_prefill:
+        if starting.starts_observed:
             return bool(self._state_slots and self._observers.available)
         return bool(self._state_slots) or not (starting.kept or starting.due_at != NEVER)
 
@@ -110,7 +111,7 @@ class Newcomers:
         waiting = [t.target().kept for t in self._observers.observed]
         if num_tokens:
             starting = self.starting("", num_tokens, budget, context)
-            if starting.in_prefill:
+            if starting.starts_observed:
                 waiting.append(starting.target().kept)
         return max(waiting, default=0)
 

@@ -9,7 +9,7 @@ from functools import cache
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.segments import DECODED
+from kvcompress_vllm.scheduling.segments import DECODED, SEGMENT
 from kvcompress_vllm.scheduling.sizes import NEVER
 from kvcompress_vllm.scheduling.slots import Slots
 
@@ -33,6 +33,7 @@ class ObservationSlots:
         self._listening: dict[str, Tracked] = {}
         """Requests that would give their slot to one that is to be compressed."""
         self._listens = config.listens
+        self._whole = config.listens and config.context_stride is not None
         self.reads_echo = cache(config.reads_echo)
         """Whether a policy, by name, judges by echo scores."""
 
@@ -86,6 +87,26 @@ class ObservationSlots:
                 tracked.listen_slot, tracked.listened = self._slots.take(), computed
                 self._listening[tracked.request_id] = tracked
 
+    def listen_from(self, tracked: Tracked, first: int, end: int) -> None:
+        """Before a step of a prefill that computes tokens ``[first, end)``: give a request with a
+        stride a slot for the segment in which its prompt ends and its answer begins."""
+        begin = tracked.prefill_end - tracked.prefill_end % SEGMENT
+        if not self._is_whole(tracked) or tracked.listen_slot is not None:
+            return
+        if not first <= begin < end or end > tracked.prefill_end or tracked.due_at == NEVER:
+            return
+        if tracked.observe_slot is not None or self._slots:
+            slot = tracked.observe_slot
+            tracked.listen_slot = self._slots.take() if slot is None else slot
+            tracked.listened = begin
+            if slot is None:
+                self._listening[tracked.request_id] = tracked
+
+    def _is_whole(self, tracked: Tracked) -> bool:
+        """Whether what a request decodes is scored in segments like those of prompts, so that it
+        makes no difference which tokens were read and which decoded."""
+        return self._whole and tracked.reads_echo and tracked.sizes.stride > 0
+
     def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int]]:
         """Whole segments that were decoded since the last call, each ``[begin, end)`` of a request,
         and what there is of one where a compression is due."""
@@ -95,14 +116,16 @@ class ObservationSlots:
             end, due = num_computed.get(tracked.request_id, 0), False
             if tracked.observe_slot is not None and end >= tracked.due_at:
                 end, due = tracked.due_at, True
+            segment = SEGMENT if self._is_whole(tracked) else DECODED
             while tracked.listened < end:
                 begin = tracked.listened
-                stop = begin - begin % DECODED + DECODED
+                stop = begin - begin % segment + segment
                 if stop > end and not due:
                     break
                 tracked.listened = min(stop, end)
                 if tracked.listened - begin > 1:
                     tracked.unscored.scored(begin, tracked.listened)
+                    tracked.echoes(begin, tracked.listened)
                     yield tracked, begin, tracked.listened
 
 

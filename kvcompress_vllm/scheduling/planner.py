@@ -140,7 +140,7 @@ class CompressionPlanner:
             )
         self._admitted += 1
         tracked.number, tracked.state_slot = self._admitted, self._state_slots.take()
-        if tracked.in_prefill:
+        if tracked.starts_observed:
             self.observers.observe(tracked)
         if context is not None:
             self.contexts.join(context, request_id)
@@ -186,6 +186,7 @@ class CompressionPlanner:
 
     def observe(self, tracked: Tracked, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
+        self.observers.listen_from(tracked, first_token, first_token + num_tokens)
         return observation.observe(tracked, self.config.window, first_token, num_tokens)
 
     def observed(self, tracked: Tracked, num_tokens: int) -> Observed | None:
@@ -210,10 +211,13 @@ class CompressionPlanner:
             # Late (no slot was free, or a prefill passed the mark): a whole window from now.
             counted = computed + self.unverified[tracked.request_id]
             due_at = max(tracked.due_at, counted + self.config.window)
-            later = tracked.outgrown_at(due_at)
-            if later > due_at:
-                tracked.due_at = later  # it was not heard meanwhile, so it would keep more
-                continue
+            if due_at > tracked.due_at or (tracked.reads_echo and tracked.listen_slot is None):
+                self._course.leave_stride(tracked)
+            if not tracked.sizes.stride:
+                later = tracked.outgrown_at(due_at)
+                if later > due_at:
+                    tracked.due_at = later  # it was not heard meanwhile, so it would keep more
+                    continue
             self._course.prepare(tracked, due_at)
 
     def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
@@ -238,6 +242,7 @@ class CompressionPlanner:
         for item in early:
             tracked = item.tracked
             tracked.usual_due = tracked.due_at
+            self._course.leave_stride(tracked)
             self._course.prepare(tracked, item.due_at)
             tracked.ratio, tracked.trigger = item.ratio, "pressure"
 
@@ -276,6 +281,10 @@ class CompressionPlanner:
         for tracked in ready:
             tracked.scored_at = tracked.due_at
         return ready
+
+    def at_mark(self, tracked: Tracked, num_computed: int, key: bytes | None) -> None:
+        """See :meth:`Course.at_mark`."""
+        self._course.at_mark(tracked, num_computed, key)
 
     def new_context(self, tracked: Tracked) -> Context | None:
         """What a due request packs for others as well, with a state slot of its own; None: its

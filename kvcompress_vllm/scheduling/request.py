@@ -11,6 +11,7 @@ from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Trigger
 from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.echo import Unscored
+from kvcompress_vllm.scheduling.segments import SEGMENT
 from kvcompress_vllm.scheduling.sizes import NEVER, NOTHING, Sizes
 
 
@@ -62,10 +63,18 @@ class Tracked:
     listened: int = 0
     """Tokens up to which that was done."""
 
+    echoed: int | None = None
+    """Tokens up to which its keys have the echo scores of whole segments, which follow from tokens
+    alone; None: it has not computed anything yet."""
     replayed: bool = False
     """Whether its context was repeated, so that it can be packed (``scheduling/replay.py``)."""
     wanted: dict[int, bytes] = field(default_factory=dict)
     """Contexts that it computes for others as well, until they are packed: key by tokens."""
+    prefix: bytes | None = None
+    """With a stride: key of the context as which it is packed, by itself or another. What it
+    computes behind that follows from its tokens and from this. None: it is not packed yet."""
+    cached: int = 0
+    """Tokens up to which others find that."""
     context: Context | None = None
     """Whose blocks its row starts with; None: its packed blocks are its own."""
 
@@ -85,6 +94,24 @@ class Tracked:
     def in_prefill(self) -> bool:
         """Whether the compression that comes next interrupts the prefill, or ends it."""
         return self.due_at <= self.prefill_end
+
+    @property
+    def starts_observed(self) -> bool:
+        """Whether its prefill computes queries that the compression observes which comes next: one
+        of a prompt, or one that a stride puts shortly behind it."""
+        behind = self.due_at - self.sizes.limits.window
+        return self.in_prefill or (self.sizes.stride > 0 and behind < self.prefill_end)
+
+    @property
+    def is_told_by_tokens(self) -> bool:
+        """Whether the scores that its next compression goes by follow from its tokens alone."""
+        return not self.reads_echo or (self.echoed or 0) >= self.due_at
+
+    def echoes(self, first: int, end: int) -> None:
+        """Note that tokens ``[first, end)`` are scored together, cut at segments."""
+        begin = first + -first % SEGMENT
+        if self.echoed is not None and begin <= self.echoed:
+            self.echoed = max(self.echoed, end - end % SEGMENT)
 
     @property
     def awaits_curve(self) -> bool:

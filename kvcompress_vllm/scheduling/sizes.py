@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cached_property
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ class Limits(NamedTuple):
     """Whether generations are compressed."""
     peak_blocks: int | None
     """Blocks that a request may hold during its prefill; None: all of them."""
+    window: int
+    """Queries that are observed before a compression."""
     kernel_blocks: int = 1
     """Kernel blocks of a block, each a page of every head."""
 
@@ -46,15 +49,24 @@ class Limits(NamedTuple):
         peak = config.prefill_peak_tokens
         blocks = None if peak is None else peak // block_size
         interval = -(-config.interval // kernel_blocks)
-        return cls(block_size, max_tokens, interval, config.decode, blocks, kernel_blocks)
+        window = config.window
+        return cls(block_size, max_tokens, interval, config.decode, blocks, window, kernel_blocks)
 
 
 class Sizes:
     """(F, C) of one budget in one engine. Asked for every request on every step."""
 
-    def __init__(self, budget: RequestBudget, limits: Limits) -> None:
+    def __init__(
+        self, budget: RequestBudget, limits: Limits, marks: tuple[int, ...] | None = None
+    ) -> None:
+        """
+        Args:
+            marks: what the property of that name would find.
+        """
         self.budget = budget
         self.limits = limits
+        if marks is not None:
+            self.marks = marks
         self._allowed: dict[tuple[int, float | None], int] = {}
 
     @property
@@ -78,6 +90,27 @@ class Sizes:
         """``context_stride`` in whole blocks (of packed pages); 0: there is none."""
         size = self.limits.block_size * self.blocks_per_page
         return self.budget.context_stride // size * size
+
+    @cached_property
+    def marks(self) -> tuple[int, ...]:
+        """Tokens at which a request with a stride is compressed, and nowhere else, ascending: each
+        multiple at which that gives blocks back, if it was compressed at those before."""
+        if not self.stride:
+            return ()
+        found, packing = [], NOTHING
+        for mark in range(self.stride, self.limits.max_tokens + 1, self.stride):
+            packed = self.packed(mark)
+            if packing.gives_back(packed) > 0:
+                found.append(mark)
+                packing = packed
+        return tuple(found)
+
+    def at_marks(self, num_tokens: int) -> tuple[Packing, int]:
+        """How a request with a stride is packed at ``num_tokens`` tokens, and its next mark; may be
+        NEVER."""
+        place = bisect_right(self.marks, num_tokens)
+        packing = self.packed(self.marks[place - 1]) if place else NOTHING
+        return packing, self.marks[place] if place < len(self.marks) else NEVER
 
     @cached_property
     def reaches_context(self) -> bool:
@@ -225,6 +258,8 @@ class Sizes:
 
     def first_due(self, num_tokens: int) -> int:
         """Tokens at which a request whose prefill computes ``num_tokens`` is compressed first."""
+        if self.stride:
+            return self.context or NEVER
         interrupted_at = self.interrupted_at(NOTHING, 0, num_tokens)
         if interrupted_at < num_tokens:
             return interrupted_at
@@ -240,6 +275,8 @@ class Sizes:
         Args:
             whole: as of :meth:`packed`.
         """
+        if self.stride:
+            return self.context if self.context is not None and self.context > now else NEVER
         shared = packing.kept if now == self.context else 0
         if now < prefill_end:
             interrupted_at = self.interrupted_at(packing, now, prefill_end)
@@ -266,37 +303,46 @@ class Budgets:
         if budget is None or budget == self._configured.budget:
             return self._configured
         if budget not in self._sizes:
-            if len(self._sizes) >= MOST_BUDGETS:
-                self._sizes.clear()
-            self._sizes[budget] = Sizes(budget, self._limits)
+            self._keep(Sizes(budget, self._limits))
         return self._sizes[budget]
 
     def at(self, sizes: Sizes, now: int, prefill_end: int) -> Sizes:
-        """Those by which a request goes on after ``now`` tokens: its context is the next multiple
-        of ``context_stride`` within the prompt at which anything is gained, else the latest."""
-        stride = sizes.stride
-        if not stride:
+        """Those by which a request with a stride goes on after ``now`` tokens: its context is where
+        it is compressed next, else the latest place where it was."""
+        if not sizes.stride:
             return sizes
-        mark = now // stride * stride
-        while mark + stride < prefill_end:
-            mark += stride
-            marked = self.sizes(_marked(sizes, mark))
-            if now or marked.reaches_context:
-                return marked
-        return self.sizes(_marked(sizes, now // stride * stride))
+        place = bisect_right(sizes.marks, now)
+        mark = sizes.marks[place] if place < len(sizes.marks) else NEVER
+        if mark == NEVER or (mark > prefill_end and not self._limits.decode):
+            mark = sizes.marks[place - 1] if place else 0
+        budget = sizes.budget._replace(context_tokens=mark or None)
+        if budget not in self._sizes:
+            self._keep(Sizes(budget, self._limits, sizes.marks))
+        return self._sizes[budget]
 
-    def marks(self, sizes: Sizes, prefill_end: int) -> list[int]:
-        """Tokens at which what is packed can be shared, ascending, of a prompt that goes on behind
-        them."""
+    def without_stride(self, sizes: Sizes, context: int | None) -> Sizes:
+        """Those by which a request goes on that is not compressed where its stride says.
+
+        Args:
+            context: tokens of the context that it has now; None: none.
+        """
+        return self.sizes(sizes.budget._replace(context_stride=0, context_tokens=context))
+
+    def marks(self, sizes: Sizes, num_tokens: int) -> list[int]:
+        """Tokens of a prompt at which what is packed can be shared, ascending.
+
+        Args:
+            num_tokens: of the prompt. Behind a context that a request names it must go on.
+        """
         if not sizes.stride:
             n = sizes.context
             return [n] if n is not None and sizes.reaches_context else []
-        first = self.at(sizes, 0, prefill_end).context
-        return [] if first is None else list(range(first, prefill_end, sizes.stride))
+        return [mark for mark in sizes.marks if mark <= num_tokens]
 
-
-def _marked(sizes: Sizes, mark: int) -> RequestBudget:
-    return sizes.budget._replace(context_tokens=mark or None)
+    def _keep(self, sizes: Sizes) -> None:
+        if len(self._sizes) >= MOST_BUDGETS:
+            self._sizes.clear()
+        self._sizes[sizes.budget] = sizes
 
 
 def check_peak(config: KVCompressConfig, sizes: Sizes) -> None:

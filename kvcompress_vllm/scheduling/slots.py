@@ -75,7 +75,8 @@ RING_SHARE = 100
 
 LISTENING_SHARE = 25
 """The same where decoded tokens are scored. A slot takes as much as ``DECODED * G / 2`` tokens of
-the cache, two blocks of an 8B model, and saves more once an answer is longer than that."""
+the cache, two blocks of an 8B model, and saves more once an answer is longer than that. With a
+stride of the server ``SEGMENT`` takes the place of ``DECODED``."""
 
 FEWEST_OBSERVE_SLOTS = 4
 """With fewer, prompts would wait for each other even on a tiny cache."""

@@ -57,7 +57,7 @@ from kvcompress_vllm.records.budget import Ranges
 from kvcompress_vllm.records.kernel_blocks import in_kernel_blocks, split
 from kvcompress_vllm.records.plan import Replay, StepPlan
 from kvcompress_vllm.reporting.metrics import StepReport
-from kvcompress_vllm.scheduling.segments import DECODED, segments
+from kvcompress_vllm.scheduling.segments import DECODED, SEGMENT, segments
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
 L, H, G, D, B = 2, 2, 2, 32, 16
@@ -73,7 +73,6 @@ class PretendWorker:
     window: int
     rows: dict[str, list[int]] = field(default_factory=dict)
     pending: list[PendingReports] = field(default_factory=list)
-    random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     echoes: dict[str, torch.Tensor] = field(default_factory=dict)
     """By request, where echo scores are stored: those that its keys should have."""
     observed: dict[int, tuple[str, int]] = field(default_factory=dict)
@@ -104,7 +103,8 @@ class PretendWorker:
         plan = in_kernel_blocks(plan, self.kernel_blocks)
         for heard in plan.heard:
             assert heard.blocks == self.rows[heard.request_id][: len(heard.blocks)]
-            assert heard.first // DECODED == (heard.end - 1) // DECODED
+            segment = SEGMENT if self.state.window >= SEGMENT else DECODED
+            assert heard.first // segment == (heard.end - 1) // segment
             self._check_ring(heard, range(heard.first, heard.end), tokens[heard.request_id])
             self._score(heard.request_id, tokens[heard.request_id], heard.first, heard.end)
         for item in plan.compressions:
@@ -155,8 +155,8 @@ class PretendWorker:
                 self.echoes[request_id][: len(found)] = found
         for request_id in fresh:
             # What it found in the prefix cache must be as if nobody had been compressed.
+            # It may be computed in this very step, before the request itself.
             self.window_wanted[request_id] = torch.tensor(prefix_tags(tokens[request_id]))
-            self._check_windows(request_id, computed[request_id])
         spans = {item.request_id: item for item in plan.echoes}
         for request_id, count in output.num_scheduled_tokens.items():
             first = computed[request_id]
@@ -279,13 +279,16 @@ class PretendWorker:
             else:
                 for position in observation.positions(count, self.state.window):
                     index[position - first] = observation.place(position, self.state.window)
+            query = torch.zeros(L, count, H * G, D, dtype=self.state.ring.dtype)
             for token, place in enumerate(index.tolist()):
                 if place >= 0:
-                    self.observed[place] = request_id, int(tags[token])
+                    tag = int(tags[token])
+                    self.observed[place] = request_id, tag
+                    # Like K, a query follows from the tokens up to its own.
+                    source = torch.Generator().manual_seed(tag)
+                    query[:, token] = torch.randn(L, H * G, D, generator=source)
             for layer in range(L):
-                query = torch.randn(count, H * G, D, generator=self.random)
-                query = query.to(self.state.ring.dtype)
-                ops.observe_queries(query, index, self.state.ring[layer].flatten(0, 1))
+                ops.observe_queries(query[layer], index, self.state.ring[layer].flatten(0, 1))
 
 
 def digits(numbers: torch.Tensor) -> torch.Tensor:

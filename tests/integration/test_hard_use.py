@@ -11,7 +11,6 @@ from typing import Any
 
 import aiohttp
 import httpx
-import psutil
 import pytest
 
 from benchmarks.offline import STOCK
@@ -19,9 +18,8 @@ from benchmarks.server import Server, serve
 from benchmarks.soak.__main__ import ENGINE, soak
 from benchmarks.soak.cases import COMPLETIONS, Case
 from benchmarks.soak.client import ANSWERED, LEFT, REFUSED, Ending, send
+from benchmarks.soak.kill import ENGINE_CORE, WORKER, kill_9
 from tests.integration.simulation import MODEL
-
-ENGINE_CORE, WORKER = "VLLM::EngineCore", "VLLM::Worker"
 
 
 def soaked(tmp_path: Path, **options: Any) -> dict[str, Any]:
@@ -33,6 +31,8 @@ def soaked(tmp_path: Path, **options: Any) -> dict[str, Any]:
         "kv_tokens": None,
         "seed": 1,
         "server_log": tmp_path / "log",
+        "documents": 0,
+        "kill": False,
         "serve_args": [],
     }
     report = soak(argparse.Namespace(**{**values, **options}), f"{ENGINE},min_prompt_tokens=48")
@@ -79,14 +79,6 @@ async def interrupted(server: Server, act: Any) -> list[Ending]:
 
 def running(server: Server) -> float:
     return server.metrics()["vllm:num_requests_running"]
-
-
-def kill_9(server: Server, title: str) -> None:
-    """Kill one of the processes of the server that bear this title."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    victims = [child for child in children if title in " ".join(child.cmdline())]
-    assert len(victims) == (2 if title == WORKER else 1)
-    victims[-1].kill()
 
 
 def after_kill(name: str, title: str = ENGINE_CORE) -> dict[str, Any]:

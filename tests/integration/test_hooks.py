@@ -199,7 +199,7 @@ def test_our_overrides_are_found() -> None:
     found = {override.question for override in ours.reliance().overrides}
     assert {
         f"{_SCHEDULER}.schedule",
-        f"{_MANAGER}.cache_blocks",
+        f"{_MANAGER}.pop_blocks_for_free",
         "vllm.v1.core.sched.async_scheduler:AsyncScheduler.update_from_output",
         "vllm.v1.worker.cpu_worker:CPUWorker.initialize_from_config",
         "vllm.platforms.cpu:CpuPlatform.import_kernels",

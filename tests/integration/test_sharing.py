@@ -360,14 +360,17 @@ def turns(sim: Simulation, count: int, **asked) -> list[int]:
     return cached
 
 
-@pytest.mark.parametrize("options", [
-    {"context_stride": 256},
-    {"context_stride": 256, "policy": "echo", "page_dtype": "int4"},
+@pytest.mark.parametrize(("options", "cached"), [
+    # All full blocks of the turn before, but none that the next mark observes.
+    ({"context_stride": 256}, [0, 608, 768, 912, 1056, 1216, 1360, 1504]),
+    # All whole segments of it.
+    ({"context_stride": 256, "policy": "echo", "page_dtype": "int4"},
+     [0, 512, 768, 768, 1024, 1024, 1280, 1280]),
 ], ids=["kv_compress", "echo-int4"])  # fmt: skip
-def test_a_turn_goes_on_from_the_latest_multiple_of_the_stride(options) -> None:
+def test_a_turn_goes_on_from_the_latest_multiple_of_the_stride(options, cached) -> None:
     sim = Simulation(250, {**OPTIONS, **options}, max_model_len=2048, max_num_batched_tokens=600)
-    # Prompts of 600, 750, 900, 1050 ... tokens.
-    assert turns(sim, 8) == [0, 512, 512, 768, 1024, 1024, 1280, 1280]
+    # Prompts of 600, 750, 900, 1050 ... tokens, answers of 20.
+    assert turns(sim, 8) == cached
     assert [context.num_tokens for context in contexts(sim)] == [256, 512, 768, 1024, 1280, 1536]
     assert sim.pool.get_num_free_blocks() == 249
     # One compression at each, whoever comes.
@@ -387,11 +390,12 @@ def test_conversations_that_branch_share_what_they_have_in_common() -> None:
         sim.add(f"r{index}", [*document(1, 600), *document(20 + index, 250)], 30)
     sim.run()
     assert sorted(context.num_tokens for context in contexts(sim)) == [256, 512, 768, 768, 768]
-    assert sim.num_cached_tokens == 2 * 512
+    # The first 37 blocks of 600 tokens are alike, of which 32 are packed.
+    assert sim.num_cached_tokens == 2 * 592
     # Later, too: nothing was given away while there was other room.
     sim.add("later", [*document(1, 600), *document(30, 10)], 2)
     sim.run()
-    assert sim.num_cached_tokens == 3 * 512
+    assert sim.num_cached_tokens == 3 * 592
     assert [len(tokens) for tokens in sim.outputs.values()] == [30, 30, 30, 2]
 
 

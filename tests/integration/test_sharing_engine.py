@@ -36,6 +36,15 @@ def answer(llm, prompts, max_tokens=40, **extra):
     return [list(o.outputs[0].token_ids) for o in outputs], [o.kv_compress for o in outputs]
 
 
+def reply(llm, prompt, max_tokens=150, **extra):
+    """As ``answer`` of one prompt, and the tokens that were not computed."""
+    sampling = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra
+    )
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    return [list(output.outputs[0].token_ids)], [output.kv_compress], [output.num_cached_tokens]
+
+
 def contexts(llm):
     return list(scheduler(llm).kv_compress_planner.contexts)
 
@@ -84,18 +93,40 @@ def test_24_on_one_document_hold_it_once(llm) -> None:
     assert contexts(llm)[-1].hits == 23
 
 
-@pytest.mark.parametrize("policy", ["echo", "diverse"])
-def test_a_turn_answers_like_one_that_computes_its_history(llm, policy) -> None:
-    asked = {"kv_compress_policy": policy, "kv_compress_context_stride": 256}
-    history, turns = tokens(3, 700), []
-    assert llm.reset_prefix_cache()
+@pytest.fixture(scope="module")
+def chats():
+    """An engine whose answers are packed like prompts."""
+    with engine(
+        {**BUDGET, "context_stride": 256},
+        max_num_batched_tokens=1024,
+        max_num_seqs=24,
+        enable_prefix_caching=True,
+    ) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("policy", ["echo", "diverse", "snapkv"])
+def test_a_turn_answers_like_one_that_computes_its_history(chats, policy) -> None:
+    """Each answer passes a multiple of the stride, where it is packed; each turn goes on from what
+    the one before has read and decoded."""
+    asked = {"kv_compress_policy": policy}
+    history, turns, end = tokens(3, 700), [], 0
+    assert chats.reset_prefix_cache()
     for turn in range(3):
-        [ids], [usage] = answer(llm, [history], 60, **asked)
-        turns.append((history, ids, usage.context_tokens))
-        assert bool(usage.shared_blocks) == bool(turn)
+        [ids], [usage], [cached] = reply(chats, history, **asked)
+        turns.append((history, ids))
+        # The last token was not computed; echo scores are those of whole segments.
+        assert cached == (end - 1 if turn else 0) // (256 if policy == "echo" else 16) * (
+            256 if policy == "echo" else 16
+        )
+        assert (usage.context_tokens, bool(usage.shared_blocks)) == (
+            [512, 768, 1024][turn],
+            bool(turn),
+        )
+        end = len(history) + len(ids)
         history = [*history, *ids, *tokens(40 + turn, 110)]
-    assert [context for _, _, context in turns] == [512, 768, 1024]
-    for prompt, ids, _ in turns:
-        assert llm.reset_prefix_cache()
-        [again], [usage] = answer(llm, [prompt], 60, **asked)
-        assert again == ids and not usage.shared_blocks
+    assert [context.num_tokens for context in contexts(chats)] == [256, 512, 768, 1024, 1280]
+    for prompt, ids in turns:
+        assert chats.reset_prefix_cache()
+        [again], [usage], [cached] = reply(chats, prompt, **asked)
+        assert again == ids and not usage.shared_blocks and not cached

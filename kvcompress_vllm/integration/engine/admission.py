@@ -135,7 +135,9 @@ class Admission:
         if blocks is not None:
             wanted = self._sharing.wanted(request)
             planner.admit(request.request_id, request.num_tokens, budget, context, wanted)
-            self._sharing.started(request, context)
+            found = kwargs.get("num_new_computed_tokens", 0)
+            self._sharing.started(request, context, found)
+            self._sharing.computed(request, request.num_computed_tokens + found + num_new_tokens)
         elif context is not None:
             self._sharing.leave(request.request_id)
         return blocks
@@ -162,13 +164,16 @@ class Admission:
         context, self._hit = self._sharing.find(request), None
         if context is not None:
             self._hit = request.request_id, context
-            self._count_hit(request, context.num_tokens - num_tokens)
-            row = self._manager.create_kv_cache_blocks((self._sharing.row(context),))
-            return row, context.num_tokens, 0
+            tail = self._tail(request, context)
+            usable = context.num_tokens + len(tail) * planner.block_size
+            self._count_hit(request, usable - num_tokens)
+            row = self._manager.create_kv_cache_blocks(([*self._sharing.row(context), *tail],))
+            return row, usable, 0
         sizes = planner.sizes(budget_of(request))
-        due_at = planner.newcomers.starting("", request.num_tokens, sizes.budget).due_at
+        starting = planner.newcomers.starting("", request.num_tokens, sizes.budget)
+        due_at = starting.due_at
         usable = 0 if hasattr(request, PRIVATE) else num_tokens
-        if due_at <= request.num_tokens:
+        if starting.starts_observed:
             first = first_observed(sizes.budget, due_at, planner.config.window)
             usable = min(usable, first // planner.block_size * planner.block_size)
         ours = list(blocks.blocks[self._others.index][: usable // planner.block_size])
@@ -189,6 +194,18 @@ class Admission:
         if lost > 0:
             self._count_hit(request, -lost)
         return self._manager.create_kv_cache_blocks(tuple(found)), usable, boundary
+
+    def _tail(self, request: Request, context: Context) -> list[KVCacheBlock]:
+        """What a request finds behind the context that it takes."""
+        planner, end = self._planner, request.num_tokens - 1
+        starting = planner.newcomers.starting("", request.num_tokens, budget_of(request), context)
+        if starting.prefix is None:
+            return []
+        if starting.starts_observed:
+            first = first_observed(starting.budget, starting.due_at, planner.config.window)
+            end = min(end, first)
+        tail = self._sharing.tails.found(request, context, end)
+        return self._scored(tail) if starting.reads_echo else tail
 
     def _count_hit(self, request: Request, more: int) -> None:
         """Correct what vLLM has counted of its prefix cache's hits by now, in tokens."""

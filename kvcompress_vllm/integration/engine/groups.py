@@ -10,7 +10,7 @@ attention attend to fewer keys than its hash says, what these compute is wrong f
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -19,7 +19,11 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.request import Request
 
-from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, KVCompressSpec
+from kvcompress_vllm.integration.engine.kv_cache import (
+    PRIVATE,
+    KVCompressManager,
+    KVCompressSpec,
+)
 from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.scheduling.local import Local, LocalLayers, State
 
@@ -89,6 +93,8 @@ class OtherGroups:
     Attributes:
         manager: of the group that is compressed.
         index: which of vLLM's groups that is.
+        on_packed: called with a request that is packed, and its computed tokens, in place of vLLM's
+            caching of them.
     """
 
     def __init__(self, coordinator: KVCacheCoordinator, config: VllmConfig) -> None:
@@ -98,6 +104,7 @@ class OtherGroups:
         if not isinstance(found, KVCompressManager):
             raise RuntimeError(f"kv_compress: the block manager is {type(found).__name__}")
         self.manager = found
+        self.on_packed: Callable[[Request, int], None] = lambda request, num_tokens: None
         self._coordinator = coordinator
         self._others = [manager for manager in managers if manager is not found]
         self._layers = LocalLayers(
@@ -108,11 +115,13 @@ class OtherGroups:
         )
         stock = coordinator.cache_blocks
 
-        def cache_blocks(request: Request, *args: Any, **kwargs: Any) -> None:
+        def cache_blocks(request: Request, num_computed_tokens: int) -> None:
             # Behind a compression every layer computes from fewer keys than the hash says, also
             # one whose own are all there. A hit takes blocks of all groups, so none may have any.
-            if request.request_id not in found.packed:
-                stock(request, *args, **kwargs)
+            if request.request_id in found.packed:
+                self.on_packed(request, num_computed_tokens)
+            elif not hasattr(request, PRIVATE):
+                stock(request, num_computed_tokens)
 
         coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]
 

@@ -231,11 +231,6 @@ class KVCompressManager(FullAttentionManager):
         self.on_release(request_id)
         return [b for b in super().pop_blocks_for_free(request_id) if not b.is_null]
 
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        # What is decoded after a compression attends to fewer keys than its hash says.
-        if request.request_id not in self.packed and not hasattr(request, PRIVATE):
-            super().cache_blocks(request, num_tokens, *args, **kwargs)
-
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         return 0  # cascade attention would read packed rows as shared prefixes
 

@@ -91,9 +91,10 @@ class _KVCompressMixin(Scheduler):
             self, self.kv_compress_planner, others, self._recorder, self._usage
         )
         self.kv_compress_sharing = Sharing(
-            manager, self.kv_compress_planner, self._usage, alone=not others
+            manager, self.kv_compress_planner, self._usage, self.requests, alone=not others
         )
         manager.on_release = self._release
+        others.on_packed = self.kv_compress_sharing.computed
         self._failures: dict[str, str] = {}
         """Why requests that came since the last step cannot be served, by id."""
         self._check_integrity = integrity.enabled()
@@ -193,6 +194,7 @@ class _KVCompressMixin(Scheduler):
                 failures[report.request_id] = report.failure
                 users = self.kv_compress_planner.feedback.spoiled(report)
                 failures.update(dict.fromkeys(users, report.failure))
+                self.kv_compress_sharing.tails.forget()
             elif isinstance(report, Scored):
                 self.kv_compress_planner.feedback.scored(report)
             else:

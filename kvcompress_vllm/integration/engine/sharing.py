@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import (
@@ -25,6 +25,7 @@ from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.compat.releases import waiting_queues
 from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, KVCompressManager, budget_of
+from kvcompress_vllm.integration.engine.tails import Tails
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
 from kvcompress_vllm.reporting.usage import UsageLog
@@ -32,6 +33,7 @@ from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.repeated import STRIDE, Repeated
 from kvcompress_vllm.scheduling.replay import may_repeat
+from kvcompress_vllm.scheduling.request import Tracked
 from kvcompress_vllm.scheduling.sizes import Sizes
 
 _KEYS = "kv_compress_contexts"
@@ -46,8 +48,12 @@ class Sharing:
         manager: of the blocks; the pool's ``get_new_blocks`` is replaced.
         planner: knows who uses what.
         usage: is told what requests took.
+        requests: all of the scheduler, by id.
         alone: whether ``manager`` has the only cache group. What layers with a window hold of a
             context is not kept with it, so nobody could go on from there.
+
+    Attributes:
+        tails: what was computed behind contexts.
     """
 
     def __init__(
@@ -55,8 +61,10 @@ class Sharing:
         manager: KVCompressManager,
         planner: CompressionPlanner,
         usage: UsageLog,
+        requests: Mapping[str, Request],
         alone: bool = True,
     ) -> None:
+        self.tails, self._requests = Tails(manager), requests
         self._manager, self._planner, self._usage = manager, planner, usage
         self._contexts, pool = planner.contexts, manager.block_pool
         self._contexts.on_drop = self._forget
@@ -116,6 +124,21 @@ class Sharing:
         """Contexts that a request has and that could be shared: key by tokens, ascending."""
         keys: dict[int, bytes] = getattr(request, _KEYS, {})
         return keys
+
+    def key(self, tracked: Tracked) -> bytes | None:
+        """Of the context that a request with a stride is compressed as now, in its prompt or its
+        answer; None: it could not be shared, or not all its tokens are known yet."""
+        request, n = self._requests[tracked.request_id], tracked.due_at
+        hashed = len(request.block_hashes) * self._manager.block_pool.hash_block_size
+        if not self._on or tracked.budget.query_stride or n > hashed:
+            return None
+        return self._name(request, tracked.budget, n)
+
+    def computed(self, request: Request, num_tokens: int) -> None:
+        """Offer what a packed request has computed, as far as that is what others would."""
+        tracked = self._planner.requests.get(request.request_id)
+        if tracked is not None:
+            self.tails.computed(request, tracked, num_tokens)
 
     def find(self, request: Request) -> Context | None:
         """What a request that starts its prefill now need not compute; None: nothing."""
@@ -219,11 +242,12 @@ class Sharing:
         for request in reversed(held):
             first.prepend_request(request)
 
-    def started(self, request: Request, context: Context | None) -> None:
-        """Note that a request no longer waits, and what it took."""
+    def started(self, request: Request, context: Context | None, found: int) -> None:
+        """Note that a request no longer waits, and what it took: with what it found behind the
+        context, ``found`` tokens."""
         self._waiting.pop(request.request_id, None)
         keys = self.wanted(request)
-        self._recorder.started(context, bool(keys))
+        self._recorder.started(found if context is not None else 0, bool(keys))
         self._started += [(request.request_id, key) for key in keys.values()]
         if context is not None:
             row = len(self._manager.req_to_blocks[request.request_id])
@@ -238,7 +262,7 @@ class Sharing:
         if request is None or request.is_finished():
             self._waiting.pop(request_id, None)
         elif self.wanted(request):
-            self._waiting[request_id] = request
+            self.added(request, budget_of(request))  # its answer has marks of its own by now
 
     def described(self, request_id: str | None = None) -> list[dict[str, Any]]:
         """Every context that a request could take, for people.

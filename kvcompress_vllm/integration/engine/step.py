@@ -27,6 +27,7 @@ from kvcompress_vllm.records.plan import (
 from kvcompress_vllm.scheduling.echo import EchoPlanner
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.segments import SEGMENT
 
 
 class StepBuilder:
@@ -127,6 +128,10 @@ class StepBuilder:
                 scored = not decodes and self._score(plan, request, first_token, end)
                 if tracked is not None:
                     tracked.unscored.computed(first_token, end, scored)
+                    if tracked.echoed is None:
+                        tracked.echoed = first_token  # what it found has scores of whole segments
+                    if scored:
+                        tracked.echoes(first_token, end)
             if num_tokens > 1 and request_id in manager.packed:
                 plan.packed_prefills.append(request_id)
         if check_integrity:
@@ -160,18 +165,16 @@ class StepBuilder:
 
     def _heard(self, computed: Mapping[str, int]) -> list[Heard]:
         """What was decoded with an observation slot since the last step, in whole segments."""
-        planner, manager = self._planner, self._manager
-        return [
-            Heard(
-                tracked.request_id,
-                tracked.listen_slot,
-                begin,
-                end,
-                manager.row(tracked.request_id, -(-end // manager.block_size)),
-            )
-            for tracked, begin, end in planner.observers.heard(computed)
-            if tracked.listen_slot is not None
-        ]
+        manager, found = self._manager, []
+        for tracked, begin, end in self._planner.observers.heard(computed):
+            assert tracked.listen_slot is not None
+            row = manager.row(tracked.request_id, -(-end // manager.block_size))
+            found.append(Heard(tracked.request_id, tracked.listen_slot, begin, end, row))
+            if self._echo is not None and end - begin == SEGMENT:
+                # As if it had been read in a prompt: others find it so behind its context.
+                blocks = row[begin // manager.block_size :]
+                self._echo.allocated(tracked.budget.policy, blocks, begin, end)
+        return found
 
     def _compress_due(self, computed: Mapping[str, int]) -> list[Compression]:
         """Pack what is due as far as the pool allows; the rest waits for a later step."""
@@ -189,6 +192,9 @@ class StepBuilder:
             if manager.block_pool.get_num_free_blocks() < packing.kept:
                 self.waits = True
                 continue  # a smaller one may fit, and makes room
+            if tracked.sizes.stride:
+                key = self._sharing.key(tracked)
+                planner.at_mark(tracked, computed[tracked.request_id], key)
             context = planner.new_context(tracked)
             slot = context.slot if context is not None else tracked.state_slot
             candidates = self._candidates(tracked, slot, num_tokens, packing.covered)

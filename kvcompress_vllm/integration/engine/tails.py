@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What requests compute behind a packed context, kept for who comes with the same tokens.
+
+With a stride a request is compressed at its marks and nowhere else. So what it computes behind one
+of them, read or decoded, follows from the context that is packed there and from the tokens since:
+the next turn of a conversation goes on from there. vLLM's own hashes would be wrong for it, as it
+attends to fewer keys than they say; it goes into vLLM's hash map under both names together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.request import Request
+
+from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
+from kvcompress_vllm.scheduling.contexts import Context
+from kvcompress_vllm.scheduling.request import Tracked
+
+
+class Tails:
+    """Offers and finds full blocks behind contexts.
+
+    Args:
+        manager: of the blocks.
+    """
+
+    def __init__(self, manager: KVCompressManager) -> None:
+        self._manager = manager
+        self._forgotten = 0
+
+    def forget(self) -> None:
+        """Offer nothing of what there is: a policy failed, so that what was computed behind its
+        contexts is not what others would compute."""
+        self._forgotten += 1
+
+    def found(self, request: Request, context: Context, end: int) -> list[KVCacheBlock]:
+        """The blocks right behind a context that hold what a request has there.
+
+        Args:
+            end: none beyond so many tokens.
+        """
+        pool, group = self._manager.block_pool, self._manager.kv_cache_group_id
+        blocks: list[KVCacheBlock] = []
+        size = self._manager.block_size
+        for index in range(context.num_tokens // size, end // size):
+            name = self._name(request, context.key, index)
+            block = None if name is None else pool.get_cached_block(name, [group])
+            if block is None:
+                break
+            blocks += block
+        return blocks
+
+    def computed(self, request: Request, tracked: Tracked, num_tokens: int) -> None:
+        """Offer what a request has computed by the end of the step that is planned now.
+
+        Args:
+            tracked: the same request.
+            num_tokens: computed ones.
+        """
+        if tracked.prefix is None:
+            return
+        manager, size = self._manager, self._manager.block_size
+        # What was drafted may be rejected. Nobody looks for what is behind the next mark: whoever
+        # has as many tokens is compressed there first.
+        known = min(num_tokens, request.num_tokens)
+        first = max(tracked.cached // size, tracked.covered)
+        row = manager.req_to_blocks[request.request_id]
+        for index in range(first, known // size):
+            name = self._name(request, tracked.prefix, index)
+            if name is None:
+                return
+            if row[index].block_hash is None:
+                manager.block_pool._insert_block_hash(
+                    make_block_hash_with_group_id(name, manager.kv_cache_group_id),
+                    row[index],
+                    num_tokens=(index + 1) * size,
+                )
+            tracked.cached = (index + 1) * size
+
+    def _name(self, request: Request, prefix: bytes, index: int) -> BlockHash | None:
+        """Of a block of a request's row, behind a context; None: not all its tokens are known."""
+        size, known = self._manager.block_size, request.block_hashes
+        place = (index + 1) * size // self._manager.block_pool.hash_block_size - 1
+        if place >= len(known):
+            return None
+        since = self._forgotten.to_bytes(8, "big")
+        return BlockHash(hashlib.sha256(prefix + since + known[place]).digest())

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns of conversations that go on from what the turns before left, on vLLM's real scheduler with
+a pretend model. Integrity is checked on every step, contents in every step that compresses."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from kvcompress_vllm.ops.reference.rows import State
+from kvcompress_vllm.records.curve import LossCurve
+from kvcompress_vllm.records.report import Report
+from tests.integration.simulation import B, H, L, Simulation, numbers
+from tests.integration.test_sharing import OPTIONS, contexts, document
+
+STRIDE = {**OPTIONS, "context_stride": 256}
+ECHO = {**STRIDE, "policy": "echo"}
+
+
+@pytest.fixture(autouse=True)
+def _checked(monkeypatch) -> None:
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
+
+
+def simulation(options: dict, blocks: int = 400, **more) -> Simulation:
+    more = {"max_model_len": 2048, "max_num_batched_tokens": 600, **more}
+    return Simulation(blocks, options, **more)
+
+
+def talk(sim: Simulation, turns: int, first: int, question: int, answer: int, seed=1, **asked):
+    """A conversation: of each turn its prompt, its tokens when it ends, and what it found."""
+    history, found = document(seed, first), []
+    for turn in range(turns):
+        before = sim.num_cached_tokens
+        name = f"{seed} turn {turn}"
+        sim.add(name, history, answer, **asked)
+        sim.run()
+        found.append((len(history), len(history) + answer, sim.num_cached_tokens - before))
+        history = [*history, *sim.outputs[name], *document(100 * seed + turn, question)]
+    return found, history
+
+
+def kept(sim: Simulation) -> dict[bytes, list[list[int]]]:
+    """Of each context, by head the positions that it keeps."""
+    state, result = State(*sim.worker.state.tables), {}
+    for context in contexts(sim):
+        row = [*context.blocks, *[0] * (context.packing.covered - context.packing.kept)]
+        slot = sim.worker.state.slot_of(row)
+        assert slot == context.slot
+        heads = [state.head(torch.tensor(row), slot, *divmod(head, H)) for head in range(L * H)]
+        keys = [head.keys(sim.worker.pages, context.num_tokens) for head in heads]
+        result[context.key] = [numbers(each[:, each.shape[1] // 2 :]).tolist() for each in keys]
+    return result
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_turn_finds_all_that_was_computed_before(asynchronous: bool) -> None:
+    """Read or decoded, like in vLLM's own prefix cache; also where answers pass several marks."""
+    sim = simulation(STRIDE, asynchronous=asynchronous)
+    found, _ = talk(sim, 3, 300, 70, 290)
+    for (_, end, _), (prompt, _, cached) in pairwise(found):
+        # The last token was not computed; and what the next mark observes must be.
+        mark = -(-end // 256) * 256
+        known = (end - 1) // B * B
+        if mark - 4 < prompt:
+            known = min(known, (mark - 4) // B * B)
+        assert known - (B if asynchronous else 0) <= cached <= known
+    assert [context.num_tokens for context in contexts(sim)] == list(range(256, 1281, 256))
+    assert sim.num_compressions == 5, "nobody packs what is held"
+    shared = [report.shared for report in sim.reports]
+    assert sum(report.hits for report in shared) == 2
+    assert sum(report.tokens for report in shared) == sum(cached for *_, cached in found)
+    assert sim.pool.get_num_free_blocks() == 399
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ECHO, {**ECHO, "page_dtype": "int4"}, {**ECHO, "context_stride": 512}],
+    ids=["auto", "int4", "segments"],
+)
+def test_what_is_decoded_is_packed_as_if_it_had_been_read(options: dict) -> None:
+    """By echo scores, of segments that begin in the prompt and end in the answer."""
+    sim = simulation(options)
+    found, history = talk(sim, 3, 300, 70, 290)
+    stride = options["context_stride"]
+    marks = list(range(stride, 1281, stride))
+    assert [context.num_tokens for context in contexts(sim)] == marks
+    assert len({context.owner for context in contexts(sim)}) > 1
+    # All but what is left of a segment that was not complete.
+    for (_, end, _), (_, _, cached) in pairwise(found):
+        assert cached == (end - 1) // 256 * 256
+    before = kept(sim)
+    assert sim.scheduler.reset_prefix_cache()
+    sim.add("anew", history[:1300], 1)
+    sim.run()
+    assert sim.num_cached_tokens == sum(cached for *_, cached in found)
+    assert kept(sim) == before
+
+
+def test_who_is_not_heard_packs_for_itself(monkeypatch) -> None:
+    """With fewer observation slots than requests, what others find still is what they would have
+    computed; and who was not heard is compressed as without a stride."""
+    monkeypatch.setattr("kvcompress_vllm.scheduling.slots.FEWEST_OBSERVE_SLOTS", 2)
+    monkeypatch.setattr("kvcompress_vllm.scheduling.slots.LISTENING_SHARE", 10**9)
+    sim = simulation(ECHO)
+    prompts = {f"r{index}": document(index, 300 + 9 * index) for index in range(5)}
+    for name, prompt in prompts.items():
+        sim.add(name, prompt, 300)
+        for _ in range(4):
+            sim.step()
+    sim.run()
+    assert all(len(tokens) == 300 for tokens in sim.outputs.values())
+    before = kept(sim)
+    at_512 = [context for context in contexts(sim) if context.num_tokens == 512]
+    assert 1 <= len(at_512) < 5
+    assert sim.scheduler.reset_prefix_cache()
+    for name, prompt in prompts.items():
+        sim.add(f"{name} again", [*prompt, *sim.outputs[name]], 1)
+        sim.run()
+    after = kept(sim)
+    assert all(after[key] == before[key] for key in before)
+
+
+@pytest.mark.parametrize("options", [STRIDE, ECHO], ids=["kv_compress", "echo"])
+def test_a_preempted_answer_goes_on_from_its_latest_mark(options: dict) -> None:
+    sim = simulation(options)
+    sim.add("long", document(1, 300), 500)
+    while len(sim.outputs["long"]) < 330:
+        sim.step()
+    cached, compressions = sim.num_cached_tokens, sim.num_compressions
+    sim.scheduler._preempt_request(sim.scheduler.running.pop(), 0.0)
+    sim.step()
+    assert sim.scheduler.kv_compress_planner.requests["long"].context.num_tokens == 512
+    sim.run()
+    assert len(sim.outputs["long"]) == 500 and sim.num_cached_tokens == cached
+    assert sim.num_compressions == compressions + 1
+    assert [context.num_tokens for context in contexts(sim)] == [256, 512, 768]
+
+
+def test_a_prompt_that_ends_just_before_a_mark_is_observed_from_there() -> None:
+    sim = simulation(STRIDE)
+    for length in (509, 511, 512, 513):
+        sim.add(f"{length}", document(length, length), 20)
+        sim.run()
+    assert sorted(context.num_tokens for context in contexts(sim)) == [256] * 4 + [512] * 4
+
+
+def test_what_was_computed_behind_a_failed_policy_is_not_found(monkeypatch) -> None:
+    sim = simulation(STRIDE)
+    sim.add("first", document(1, 300), 100)
+    while not sim.outputs["first"]:
+        sim.step()
+    (context,) = contexts(sim)
+    failed = Report("first", context.slot, 256, "prefill", [], 0.0, 0.0, LossCurve([1], [0.0]), "x")
+    for _ in range(40):
+        sim.step()
+    with monkeypatch.context() as patch:
+        place = "kvcompress_vllm.integration.engine.scheduler.reports_of"
+        patch.setattr(place, lambda output: [failed])
+        sim.step()
+    sim.run()
+    assert sim.failed == {"first"} and contexts(sim) == []
+    sim.add("again", document(1, 262), 1)  # packs the same context
+    sim.run()
+    before = sim.num_cached_tokens
+    sim.add("later", [*document(1, 300), *sim.outputs["first"], 5], 5)
+    sim.run()
+    assert sim.num_cached_tokens - before == 256
+
+
+def test_without_decoding_only_prompts_are_packed() -> None:
+    """And what an answer adds behind the next mark is nobody's."""
+    sim = simulation({**STRIDE, "decode": False})
+    found, _ = talk(sim, 3, 300, 70, 290)
+    # Turns of 300, 660 and 1020 tokens, answers to 590, 950 and 1310.
+    assert [context.num_tokens for context in contexts(sim)] == [256, 512, 768]
+    assert [cached for *_, cached in found] == [0, 496, 752]
+
+
+@pytest.mark.parametrize("options", [STRIDE, ECHO], ids=["kv_compress", "echo"])
+def test_the_first_mark_may_lie_in_an_answer(options: dict) -> None:
+    sim = simulation(options)
+    sim.add("short", document(1, 240), 30)
+    sim.run()
+    (context,) = contexts(sim)
+    assert (context.num_tokens, context.owner) == (256, "short")
+
+
+def test_two_who_answer_alike_at_once_do_not_mind() -> None:
+    sim = simulation(STRIDE)
+    for index in range(3):
+        sim.add(f"r{index}", document(1, 300), 300)
+    sim.run()
+    assert sorted(context.num_tokens for context in contexts(sim)) == [256, 512]
+    assert sim.outputs["r0"] == sim.outputs["r1"] == sim.outputs["r2"]
+    assert sim.pool.get_num_free_blocks() == 399
+
+
+def test_a_late_compression_is_not_shared(monkeypatch) -> None:
+    """The pool has no room at a mark: what is read meanwhile attends to what is dropped later."""
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "0")  # the test holds blocks, too
+    sim = simulation({**STRIDE, "on_pressure": False}, blocks=60)
+    sim.add("one", document(1, 300), 260)
+    while len(sim.outputs["one"]) < 200:
+        sim.step()
+    pool = sim.pool
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - 2)
+    while len(sim.outputs["one"]) < 218:
+        sim.step()
+    pool.free_blocks(reversed(taken))
+    sim.run()
+    assert [context.num_tokens for context in contexts(sim)] == [256]
+    assert sim.pool.get_num_free_blocks() == 59
