@@ -35,6 +35,12 @@ def _step(
     return grown, y if skip is None else y + skip * x
 
 
+def _by_name(rest: tuple[Any, ...]) -> None:
+    """vLLM names what these take beyond their first arguments; the order differs from theirs."""
+    if rest:
+        raise TypeError(f"kv_compress: {len(rest)} arguments of a Mamba kernel came without a name")
+
+
 def _by_head(shared: Tensor, heads: int) -> Tensor:
     """``[..., groups, s]`` for each of n heads."""
     return shared.float().repeat_interleave(heads // shared.shape[-2], -2)
@@ -46,7 +52,7 @@ def chunk_scan(
     A: Tensor,  # noqa: N803 - vLLM's names
     B: Tensor,  # noqa: N803
     C: Tensor,  # noqa: N803
-    *,
+    *rest: Any,
     cu_seqlens: Tensor,
     out: Tensor,
     D: Tensor | None = None,  # noqa: N803
@@ -64,6 +70,7 @@ def chunk_scan(
     Returns:
         ``[R, n, p, s]``, the states behind each request's tokens.
     """
+    _by_name(rest)
     heads, channels = x.shape[1:]
     step = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     step = (softplus(step) if dt_softplus else step)[..., None]
@@ -79,7 +86,7 @@ def chunk_scan(
             state, y = _step(state, xs[t], step[t], decay, b[t], c[t], skip)
             out[t] = y
         states.append(state)
-    found = torch.stack(states).to(state_dtype or x.dtype)
+    found = torch.cat([state[None] for state in states]).to(state_dtype or x.dtype)
     if final_states_out is not None and final_state_indices is not None:  # newer releases
         final_states_out[final_state_indices.long()] = found
     return found
@@ -94,13 +101,14 @@ def state_update(
     C: Tensor,  # noqa: N803
     D: Tensor,  # noqa: N803
     dt_bias: Tensor,
-    *,
+    *rest: Any,
     state_batch_indices: Tensor,
     out: Tensor,
     dt_softplus: bool = False,
     **ignored: Any,
 ) -> None:
     """``selective_state_update``: one token of each request."""
+    _by_name(rest)
     index = state_batch_indices.flatten().long()
     step = dt.float() + dt_bias.float()
     step = softplus(step) if dt_softplus else step
@@ -117,7 +125,7 @@ def convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
+    *rest: Any,
     conv_states: Tensor,
     query_start_loc: Tensor,
     cache_indices: Tensor,
@@ -131,6 +139,7 @@ def convolution(
         weight: ``[channels, width]``.
         conv_states: ``[N, channels, width - 1]``, the latest tokens of requests; updated.
     """
+    _by_name(rest)
     out = torch.empty_like(x)
     width = weight.shape[1]
     for row, (begin, end) in enumerate(pairwise(query_start_loc.tolist())):
@@ -149,11 +158,12 @@ def convolution_update(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    *,
+    *rest: Any,
     conv_state_indices: Tensor,
     **ignored: Any,
 ) -> Tensor:
     """``causal_conv1d_update``: one token of each request, ``[R, channels]``."""
+    _by_name(rest)
     index = conv_state_indices.flatten().long()
     seen = torch.cat([conv_state[index].to(x.dtype), x[..., None]], -1)
     conv_state[index] = seen[..., 1:].to(conv_state.dtype)

@@ -34,13 +34,13 @@ class Repetition:
     Args:
         owner: who computed it.
         num_context: its tokens, whole blocks.
-        parts: see :func:`replay.parts`.
+        pending: see :func:`replay.parts`.
     """
 
     def __init__(
-        self, owner: Request, num_context: int, parts: Iterator[tuple[list[int], int]]
+        self, owner: Request, num_context: int, pending: Iterator[tuple[list[int], int]]
     ) -> None:
-        self.owner, self.num_context, self._parts = owner, num_context, parts
+        self.owner, self.num_context, self._pending = owner, num_context, pending
         self.part: Request | None = None
         """The request that is under way."""
         self.counted = 0
@@ -51,7 +51,7 @@ class Repetition:
 
     def next_part(self) -> Request | None:
         """The request of the next part; None: all are done."""
-        found = next(self._parts, None)
+        found = next(self._pending, None)
         if found is None:
             return None
         tokens, count = found

@@ -240,7 +240,9 @@ def observe_unverified(
         for item, row, begin, end in observed
         for token in range(begin, end)
     ]
-    token, row, behind, slot, first, until = to_device(tokens, torch.int64, seq_lens.device).T
+    token, row, behind, slot, first, until = to_device(tokens, torch.int64, seq_lens.device).unbind(
+        -1
+    )
     length = seq_lens[row].long()
     position = length - behind
     # Of a step that is longer than the window only its last queries have room.
