@@ -91,6 +91,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "sim"):
             self.sim.run()
+            # Which contexts a reset dropped the workers hear with the next step.
+            self.sim.add("last", prompt(0, 1), 1)
+            self.sim.run()
             assert self.sim.pool.get_num_free_blocks() == self.sim.pool.num_gpu_blocks - 1
             assert self.sim.scheduler.kv_compress_planner.requests == {}
             assert self.sim.worker.rows == {} and self.sim.state_slots_left == set()
