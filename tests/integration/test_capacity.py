@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from kvcompress_vllm.cli import main
-from kvcompress_vllm.integration.start import capacity
+from kvcompress_vllm.integration.start import capacity, capacity_text
 from kvcompress_vllm.integration.start.capacity_text import render
 from tests.integration.simulation import MODEL
 from tests.integration.test_refusals import model_like
@@ -96,7 +96,7 @@ def test_windows_hold_blocks_of_every_request(tmp_path: Path) -> None:
     # A block has the bytes of 10 layers, also where a window has it.
     layer = 16 * 2 * 128 * 2 * 16
     assert own["blocks"] == (report["memory"]["cache_bytes"] - own["beside_bytes"]) // (10 * layer)
-    assert f"{6 * per_group} blocks belong to layers that do not" in capacity.render(report)
+    assert f"{6 * per_group} blocks belong to layers that do not" in capacity_text.render(report)
 
 
 @pytest.mark.parametrize(

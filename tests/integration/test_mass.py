@@ -84,7 +84,6 @@ def kept_before_question(mass: float, others: int, asynchronous: bool = False) -
     for index in range(others):
         sim.add(f"other{index}", prompt(index, 330), 2, kv_compress_mass=0.05)
         sim.run()
-    sim.worker.random.manual_seed(1)
     planner, kept = sim.scheduler.kv_compress_planner, []
     sim.add("r", prompt(90, 330), 40, kv_compress_mass=mass, kv_compress_context_tokens=300)
     while sim.live:

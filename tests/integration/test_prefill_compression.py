@@ -142,7 +142,9 @@ def test_protected_positions_outlive_every_compression(monkeypatch, seed: int) -
 def test_a_request_that_keeps_all_must_fit_where_prompts_are_bounded() -> None:
     config = KVCompressConfig(ratio=4, prefill_peak_tokens=1024)
     engine = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=8192, hf_text_config=SimpleNamespace()),
+        model_config=SimpleNamespace(
+            max_model_len=8192, hf_text_config=SimpleNamespace(), is_hybrid=False
+        ),
         cache_config=SimpleNamespace(block_size=16),
         num_speculative_tokens=0,
     )
