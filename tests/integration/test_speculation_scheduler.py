@@ -163,7 +163,7 @@ def test_a_prompt_starts_beside_those_that_speculate():
         sim.add(str(index), prompt(index, 30), 120)
     for _ in range(6):
         sim.step()
-    sim.add("late", prompt(9, 400), 5)
+    sim.add("late", prompt(9, 400), 20)
     for _ in range(12):
         sim.step()
     assert sim.worker.rows.get("late") and len(sim.scheduler.running) == 9
