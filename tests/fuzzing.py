@@ -64,6 +64,6 @@ def names_what_is_wrong(message: str) -> bool:
     reasons = (
         "it must be", "the keys are", "The keys are", "exclude each other", "given twice",
         "has no value", "its options are", "it has none", "this server uses",
-        "is for policies", "cannot read", "needs kv_compress",
+        "is for policies", "cannot read", "needs kv_compress", "needs a policy",
     )  # fmt: skip
     return "kv_compress" in message and any(reason in message for reason in reasons)
