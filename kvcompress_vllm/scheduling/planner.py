@@ -355,6 +355,8 @@ class CompressionPlanner:
 
     def _counted(self, num_computed: Mapping[str, int]) -> Mapping[str, int]:
         """With what steps in flight drafted: what is observed from now on begins behind it."""
+        if not self.unverified:
+            return num_computed
         return {name: n + self.unverified[name] for name, n in num_computed.items()}
 
     def _observed(self, num_computed: Mapping[str, int]) -> Iterator[Tracked]:

@@ -17,6 +17,10 @@ class Unverified:
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
+    def __bool__(self) -> bool:
+        """Whether anything drafted is in flight."""
+        return bool(self._counts)
+
     def __getitem__(self, request_id: str) -> int:
         """Tokens by which a request may have come less far than vLLM counts."""
         return self._counts.get(request_id, 0)

@@ -9,13 +9,21 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
 
 from kvcompress_vllm import LLM
 from tests.integration.engines import engine, greedy, scheduler
 from tests.integration.heads import save_head
 from tests.integration.simulation import MODEL
-from tests.integration.test_speculation import DRAFTS, LENGTH, MEMORY, PROMPTS, counted
+from tests.integration.test_speculation import (
+    DRAFTS,
+    LENGTH,
+    MEMORY,
+    PROMPTS,
+    counted,
+    test_others_than_greedy_requests,
+)
+
+__all__ = ["test_others_than_greedy_requests"]
 
 OPTIONS = {"ratio": 8, "min_prompt_tokens": 64, "interval": 2, "recent": 16, "max_ratio": 32}
 
@@ -83,19 +91,6 @@ def test_the_model_keeps_what_it_would_without(
     greedy(speculative, PROMPTS[1:2], LENGTH, ignore_eos=True)
     kept = worker(speculative).kv_compress_record(on=False)
     assert list(kept.values())[-1] == expected["kept"] and len(expected["kept"]) == 12
-
-
-def test_others_than_greedy_requests(speculative: Any) -> None:
-    """Sampled ones, and one whose drafts a grammar may forbid."""
-    grammar = StructuredOutputsParams(choice=["red", "green"])
-    params = [
-        SamplingParams(temperature=1, seed=7, max_tokens=60, ignore_eos=True),
-        SamplingParams(temperature=0, max_tokens=20, structured_outputs=grammar),
-    ]
-    outputs = speculative.generate(PROMPTS[:2], params, use_tqdm=False)
-    assert len(outputs[0].outputs[0].token_ids) == 60
-    assert outputs[1].outputs[0].text in ("red", "green")
-    assert not scheduler(speculative).kv_compress_planner.requests
 
 
 @pytest.mark.parametrize("right", [True, False])

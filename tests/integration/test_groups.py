@@ -45,6 +45,27 @@ def prompt(family: int, length: int) -> list[int]:
     return [family * 1000 + i % 97 for i in range(length)]
 
 
+def check_accepted_finish(
+    sim: Simulation, requests: list[tuple[int, int, int, dict[str, Any]]], preempted_after: int
+) -> None:
+    """Whatever is accepted of (family, prompt tokens, output tokens, asked for) is answered in
+    full, though all are preempted after so many steps, and every block comes back."""
+    wanted = {}
+    for index, (family, length, count, asked) in enumerate(requests):
+        try:
+            sim.add(f"r{index}", prompt(family, length), count, **asked)
+        except ValueError:
+            continue
+        wanted[f"r{index}"] = min(count, 512 - length)
+    for _ in range(preempted_after):
+        sim.step()
+    sim.scheduler.reset_prefix_cache(reset_running_requests=True)
+    sim.run(8000)
+    assert {name: len(tokens) for name, tokens in sim.outputs.items()} == wanted
+    assert sim.failed == set()
+    assert sim.pool.get_num_free_blocks() == sim.pool.num_gpu_blocks - 1
+
+
 def test_nothing_is_cached_in_any_group_after_a_compression() -> None:
     sim = Simulation(120, OPTIONS, windows=WINDOWS)
     sim.add("first", prompt(1, 200), 200)
@@ -202,20 +223,7 @@ def test_what_is_accepted_finishes(
         sim = Simulation(num_blocks, options, windows=windows, **engine)
     except ValueError:
         reject()
-    wanted = {}
-    for index, (family, length, count, asked) in enumerate(requests):
-        try:
-            sim.add(f"r{index}", prompt(family, length), count, **asked)
-        except ValueError:
-            continue
-        wanted[f"r{index}"] = min(count, 512 - length)
-    for _ in range(preempted_after):
-        sim.step()
-    sim.scheduler.reset_prefix_cache(reset_running_requests=True)
-    sim.run(8000)
-    assert {name: len(tokens) for name, tokens in sim.outputs.items()} == wanted
-    assert sim.failed == set()
-    assert sim.pool.get_num_free_blocks() == num_blocks - 1
+    check_accepted_finish(sim, requests, preempted_after)
 
 
 def groups(*parts: tuple[Any, int]) -> list[KVCacheGroupSpec]:

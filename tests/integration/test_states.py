@@ -42,6 +42,7 @@ from kvcompress_vllm.records.plan import (
 )
 from kvcompress_vllm.scheduling.local import State
 from tests.integration.simulation import B, Simulation
+from tests.integration.test_groups import check_accepted_finish, prompt
 
 OPTIONS = {"policy": "kv_compress", "ratio": 4, "recent": 8, "sinks": 2, "min_tokens_per_head": 8,
            "window": 4, "min_prompt_tokens": 40, "interval": 2}  # fmt: skip
@@ -54,10 +55,6 @@ MAMBA = MambaSpec(
     block_size=512, shapes=((5, 6), (3, 4, 7)), dtypes=(torch.bfloat16, torch.float32),
     page_size_padded=FULL.page_size_bytes,
 )  # fmt: skip
-
-
-def prompt(family: int, length: int) -> list[int]:
-    return [family * 1000 + i % 97 for i in range(length)]
 
 
 def simulation(num_blocks: int, **changes: Any) -> Simulation:
@@ -172,20 +169,7 @@ def test_what_is_accepted_finishes(
         )  # fmt: skip
     except ValueError:
         reject()
-    wanted = {}
-    for index, (family, length, count, asked) in enumerate(requests):
-        try:
-            sim.add(f"r{index}", prompt(family, length), count, **asked)
-        except ValueError:
-            continue
-        wanted[f"r{index}"] = min(count, 512 - length)
-    for _ in range(preempted_after):
-        sim.step()
-    sim.scheduler.reset_prefix_cache(reset_running_requests=True)
-    sim.run(8000)
-    assert {name: len(tokens) for name, tokens in sim.outputs.items()} == wanted
-    assert sim.failed == set()
-    assert sim.pool.get_num_free_blocks() == num_blocks - 1
+    check_accepted_finish(sim, requests, preempted_after)
 
 
 def test_states_stand_beside_blocks_of_any_size() -> None:

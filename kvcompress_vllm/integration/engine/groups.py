@@ -115,13 +115,15 @@ class OtherGroups:
         )
         stock = coordinator.cache_blocks
 
-        def cache_blocks(request: Request, num_computed_tokens: int) -> None:
+        def cache_blocks(
+            request: Request, num_computed_tokens: int, *args: Any, **kwargs: Any
+        ) -> None:
             # Behind a compression every layer computes from fewer keys than the hash says, also
             # one whose own are all there. A hit takes blocks of all groups, so none may have any.
             if request.request_id in found.packed:
                 self.on_packed(request, num_computed_tokens)
             elif not hasattr(request, PRIVATE):
-                stock(request, num_computed_tokens)
+                stock(request, num_computed_tokens, *args, **kwargs)
 
         coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]
 

@@ -263,8 +263,8 @@ class _KVCompressMixin(Scheduler):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        # vLLM asks this of models with Mamba layers, which we refuse; a chunk of ours ends where a
-        # compression is due.
+        # vLLM asks this of models whose Mamba states it caches, which is refused; a chunk of ours
+        # ends where a compression is due.
         planner = self.kv_compress_planner
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
         tracked = planner.requests.get(request.request_id)
