@@ -26,7 +26,7 @@ SMALLEST = 1e-6
 class Format(NamedTuple):
     """A page dtype: keys in the bytes of one key of 16 bits, and both round trips."""
 
-    packing: int
+    packing: float
     keys: Quantise
     values: Quantise
 
@@ -102,7 +102,8 @@ def clipped(*shares: float, sides: bool = False, even: bool = False) -> Quantise
     return quantise
 
 
-SIX = clipped(1, 0.9, 0.8, 0.7, 0.6, 0.5)
+SHARES = 1, 0.9, 0.8, 0.7, 0.6, 0.5
+SIX = clipped(*SHARES)
 THREE = clipped(1, 0.75, 0.5)
 PRODUCT = clipped(1, 0.75, 0.5, even=True)
 SIDES = clipped(1, 0.75, 0.5, sides=True)
@@ -126,6 +127,53 @@ def within(sigmas: float) -> Quantise:
 def by_token(vectors: Tensor, kept: Tensor) -> Tensor:
     """4 bits, a scale and a zero point per key: as KIVI (arXiv 2402.02750) has values."""
     return on_grid(vectors, vectors.amin(-1, keepdim=True), vectors.amax(-1, keepdim=True))
+
+
+def grid_by_token(bits: int, groups: int = 1) -> Quantise:
+    """A scale and a zero point per key and group of channels."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        parts = vectors.unflatten(-1, (groups, -1))
+        low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
+        return on_grid(parts, low, high, 2**bits - 1).flatten(-2)
+
+    return quantise
+
+
+def grid_by_channel(bits: int, *shares: float) -> Quantise:
+    """A scale and a zero point per channel, of the share of its range with the least error."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        low, high = ranges(vectors, kept)
+        middle, half = (low + high) / 2, (high - low) / 2
+        best = least = None
+        for share in shares:
+            found = on_grid(vectors, middle - share * half, middle + share * half, 2**bits - 1)
+            error = ((found - vectors).square() * kept[..., None]).sum(-2, keepdim=True)
+            if best is None or least is None:
+                best, least = found, error
+            else:
+                best, least = torch.where(error < least, found, best), torch.minimum(error, least)
+        assert best is not None
+        return best
+
+    return quantise
+
+
+def centred(inner: Quantise, scaled: bool = False) -> Quantise:
+    """Around the mean of each channel (and over its deviation): what all keys share is exact."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        there = kept[..., None]
+        total = there.sum(-2, keepdim=True).clamp(min=1)
+        mean = (vectors * there).sum(-2, keepdim=True) / total
+        apart = vectors - mean
+        if not scaled:
+            return inner(apart, kept) + mean
+        spread = ((apart.square() * there).sum(-2, keepdim=True) / total).sqrt().clamp(min=SMALLEST)
+        return inner(apart / spread, kept) * spread + mean
+
+    return quantise
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
@@ -195,6 +243,25 @@ FORMATS: dict[str, Format] = {
     "int4_run256": Format(4, by_run(256, by_channel), by_run(256, by_channel)),
     "int4_rotated_clipped": Format(4, rotated(SIX), rotated(SIX)),
     "int4_no_sinks": Format(4, without_sinks(by_channel), without_sinks(by_channel)),
+    "k8v4": Format(2.5, grid_by_channel(8, 1), by_token),
+    "k8tv4": Format(2.5, centred(grid_by_token(8)), by_token),
+    "fp8k_int4v": Format(2.5, fp8, PRODUCT),
+    "k6v4": Format(3, grid_by_channel(6, 1, 0.75, 0.5), PRODUCT),
+    "k6tv4": Format(2.75, centred(grid_by_token(6)), by_token),
+    "k5v4": Format(3, grid_by_channel(5, *SHARES), by_token),
+    "k5tv4": Format(3, centred(rotated(grid_by_token(5))), by_token),
+    "int4_token": Format(3.5, by_token, by_token),
+    "int4_centred": Format(3.5, centred(by_token), by_token),
+    "int4_centred_rv": Format(3.5, centred(by_token), rotated(by_token)),
+    "int4_centred_rotated": Format(3.5, centred(rotated(by_token)), by_token),
+    "int4_centred_scaled": Format(3.5, centred(by_token, scaled=True), by_token),
+    "int4_centred_scaled_rotated": Format(3.5, centred(rotated(by_token), scaled=True), by_token),
+    "int4_centred_groups": Format(3.5, centred(grid_by_token(4, 2)), grid_by_token(4, 2)),
+    "int4_centred_groups4": Format(3.25, centred(grid_by_token(4, 4)), grid_by_token(4, 2)),
+    "int4_run56": Format(3.5, by_run(56, by_channel), by_run(56, by_channel)),
+    "int4_run56_tv": Format(3.5, by_run(56, by_channel), by_token),
+    "int4_run28_tv": Format(3, by_run(28, by_channel), by_token),
+    **{f"exact{k:g}": Format(k, plain, plain) for k in (2.5, 2.75, 3, 3.25, 3.5)},
     "int4_exact": Format(4, plain, plain),
     "int4_keys_only": Format(4, by_channel, plain),
     "int4_values_only": Format(4, plain, by_channel),
