@@ -176,6 +176,12 @@ def centred(inner: Quantise, scaled: bool = False) -> Quantise:
     return quantise
 
 
+def symmetric_by_token(vectors: Tensor, kept: Tensor) -> Tensor:
+    """4 bits, a scale per key."""
+    most = vectors.abs().amax(-1, keepdim=True)
+    return on_grid(vectors, -most, most * 7 / 8, 15)
+
+
 def hadamard(size: int, device: torch.device) -> Tensor:
     """``[size, size]`` orthogonal and symmetric; size is a power of two."""
     matrix = torch.ones(1, 1, device=device)
@@ -258,6 +264,17 @@ FORMATS: dict[str, Format] = {
     "int4_centred_scaled_rotated": Format(3.5, centred(rotated(by_token), scaled=True), by_token),
     "int4_centred_groups": Format(3.5, centred(grid_by_token(4, 2)), grid_by_token(4, 2)),
     "int4_centred_groups4": Format(3.25, centred(grid_by_token(4, 4)), grid_by_token(4, 2)),
+    "int4_beside": Format(4, centred(rotated(by_token)), by_token),
+    "int4_beside_rv": Format(4, centred(rotated(by_token)), centred(rotated(by_token))),
+    "int4_beside_unrotated": Format(4, centred(by_token), centred(by_token)),
+    "int4_beside_symmetric": Format(
+        4, centred(rotated(symmetric_by_token)), centred(rotated(symmetric_by_token))
+    ),
+    "int4_beside_scaled": Format(4, centred(by_token, scaled=True), centred(by_token, scaled=True)),
+    "k5v3": Format(4, grid_by_channel(5, *SHARES), grid_by_channel(3, *SHARES)),
+    "k5v3_beside": Format(
+        4, centred(rotated(grid_by_token(5))), centred(rotated(grid_by_token(3)))
+    ),
     "int4_run56": Format(3.5, by_run(56, by_channel), by_run(56, by_channel)),
     "int4_run56_tv": Format(3.5, by_run(56, by_channel), by_token),
     "int4_run28_tv": Format(3, by_run(28, by_channel), by_token),
