@@ -18,7 +18,7 @@ struct DecodeGrid {
 template <typename T, int kHeadSize, int kTiles, int kFormat>
 DecodeGrid decode_grid(const Launch& launch, int columns, int query_bytes) {
   constexpr int kScaleBytes = decode_scale_bytes(kFormat, kHeadSize);
-  using Shape = DecodeShape<T, kHeadSize, kScaleBytes>;
+  using Shape = DecodeShape<T, kHeadSize, kTiles, kScaleBytes>;
   constexpr int kMostDevices = 64;
   static std::atomic<int> known[kMostDevices][8 * kTiles + 1];
   KVC_CHECK(launch.device() < kMostDevices, "more than ", kMostDevices, " devices");

@@ -11,7 +11,7 @@
 
 namespace kvc::gpu {
 
-template <typename T, int kHeadSize, int kScaleBytes = 0>
+template <typename T, int kHeadSize, int kTiles, int kScaleBytes = 0>
 struct DecodeShape {
   static constexpr int kPair = 2 * kHeadSize * sizeof(T);
   static constexpr int kStage = kUnit * (kPair + 16);  // and the query, see DecodeParams
@@ -19,14 +19,16 @@ struct DecodeShape {
   // As many warps as a block may have: what fits into the 227 KB of sm_90. The launcher takes fewer
   // where there is less.
   static constexpr int kFit = (227 << 10) / (kStages * (kStage + kScaleBytes));
-  static constexpr int kMostWarps = kFit < 16 ? kFit : 16;
+  // With three tiles, two to a quarter of the processor, so that each may have 255 registers.
+  static constexpr int kLimit = kTiles > 2 ? 8 : 16;
+  static constexpr int kMostWarps = kFit < kLimit ? kFit : kLimit;
 };
 
 template <typename T, int kHeadSize, int kTiles, int kFormat>
 __global__ void __launch_bounds__(
-    DecodeShape<T, kHeadSize, decode_scale_bytes(kFormat, kHeadSize)>::kMostWarps* kWarp)
+    DecodeShape<T, kHeadSize, kTiles, decode_scale_bytes(kFormat, kHeadSize)>::kMostWarps* kWarp)
     decode_kernel(DecodeParams p) {
-  using Shape = DecodeShape<T, kHeadSize, decode_scale_bytes(kFormat, kHeadSize)>;
+  using Shape = DecodeShape<T, kHeadSize, kTiles, decode_scale_bytes(kFormat, kHeadSize)>;
   using Math = typename DecodeMath<T, kHeadSize, kTiles, kFormat>::Type;
   constexpr int kStages = Shape::kStages;
   extern __shared__ __align__(16) char shared[];
