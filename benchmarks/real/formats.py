@@ -105,7 +105,7 @@ def clipped(*shares: float, sides: bool = False, even: bool = False) -> Quantise
 SHARES = 1, 0.9, 0.8, 0.7, 0.6, 0.5
 SIX = clipped(*SHARES)
 THREE = clipped(1, 0.75, 0.5)
-PRODUCT = clipped(1, 0.75, 0.5, even=True)
+EVEN = clipped(1, 0.75, 0.5, even=True)
 SIDES = clipped(1, 0.75, 0.5, sides=True)
 
 
@@ -200,6 +200,9 @@ def rotated(inner: Quantise) -> Quantise:
     return quantise
 
 
+PRODUCT = rotated(clipped(1, 0.875, 0.75, 0.5, even=True))
+
+
 def by_run(keys: int, inner: Quantise) -> Quantise:
     """Quantised run by run of so many kept keys, each with scales of its own."""
 
@@ -230,6 +233,9 @@ FORMATS: dict[str, Format] = {
     AUTO: Format(1, plain, plain),
     "fp8": Format(2, fp8, fp8),
     "int4": Format(4, PRODUCT, PRODUCT),
+    "int4_unrotated": Format(4, EVEN, EVEN),
+    "int4_rotated_even": Format(4, rotated(EVEN), rotated(EVEN)),
+    "int4_rotated_k": Format(4, PRODUCT, EVEN),
     "int4_clipped3": Format(4, THREE, THREE),
     "int4_range": Format(4, by_channel, by_channel),
     "int4_symmetric": Format(4, symmetric, symmetric),
@@ -244,15 +250,15 @@ FORMATS: dict[str, Format] = {
     "int4_rotated_v": Format(4, by_channel, rotated(by_channel)),
     "int4_run64": Format(4, by_run(64, by_channel), by_run(64, by_channel)),
     "int4_run64_clipped": Format(4, by_run(64, THREE), by_run(64, THREE)),
-    "int4_run64_k": Format(4, by_run(64, THREE), PRODUCT),
+    "int4_run64_k": Format(4, by_run(64, THREE), EVEN),
     "int4_run64_k_token_v": Format(4, by_run(64, THREE), by_token),
     "int4_run256": Format(4, by_run(256, by_channel), by_run(256, by_channel)),
     "int4_rotated_clipped": Format(4, rotated(SIX), rotated(SIX)),
     "int4_no_sinks": Format(4, without_sinks(by_channel), without_sinks(by_channel)),
     "k8v4": Format(2.5, grid_by_channel(8, 1), by_token),
     "k8tv4": Format(2.5, centred(grid_by_token(8)), by_token),
-    "fp8k_int4v": Format(2.5, fp8, PRODUCT),
-    "k6v4": Format(3, grid_by_channel(6, 1, 0.75, 0.5), PRODUCT),
+    "fp8k_int4v": Format(2.5, fp8, EVEN),
+    "k6v4": Format(3, grid_by_channel(6, 1, 0.75, 0.5), EVEN),
     "k6tv4": Format(2.75, centred(grid_by_token(6)), by_token),
     "k5v4": Format(3, grid_by_channel(5, *SHARES), by_token),
     "k5tv4": Format(3, centred(rotated(grid_by_token(5))), by_token),
