@@ -96,6 +96,8 @@ class Decode:
         self.pages.view(-1, slots, BLOCK_SIZE, 2 * HEAD_SIZE)[tails] = kept
         self.scales.normal_()
         self.scales[:, :, :, 0].uniform_(0.1, 0.4)
+        if self.page_format is PageFormat.INT4:
+            self.scales.div_(HEAD_SIZE**0.5)  # the rotation makes them longer again
 
     def run(self, layer: int) -> None:
         ops.paged_attention(
