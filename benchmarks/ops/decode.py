@@ -88,7 +88,7 @@ def bench_speculation(report: Report, device: torch.device) -> None:
         case = f"{requests} x {mean} keys, sigma {sigma}, {drafts} drafted"
         found = seconds(batch.steps())
         of_single = round(found / time, 3)
-        report.add("decode", case, found, batch.bytes, drafts=drafts, times_single=of_single)
+        report.add("speculation", case, found, batch.bytes, drafts=drafts, times_single=of_single)
         print(f"{case}: {of_single} times a step of single tokens", flush=True)
         del batch
 

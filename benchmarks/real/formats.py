@@ -10,7 +10,6 @@ keys that are kept. Shapes: ``vectors`` ``[..., P, D]``, ``kept`` ``[..., P]`` b
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -64,19 +63,11 @@ def by_channel(vectors: Tensor, kept: Tensor) -> Tensor:
     return on_grid(vectors, *ranges(vectors, kept))
 
 
-def symmetric(vectors: Tensor, kept: Tensor) -> Tensor:
-    """4 bits, a scale per channel, 15 values from -7 to 7."""
-    low, high = ranges(vectors, kept)
-    most = torch.maximum(-low, high)
-    return on_grid(vectors, -most, most, 14)
-
-
-def clipped(*shares: float, sides: bool = False, even: bool = False) -> Quantise:
+def clipped(*shares: float, even: bool = False) -> Quantise:
     """As ``by_channel``, of a range as much narrower as leaves the least squared error.
 
     Args:
         shares: of half of the range, around its middle, that are tried.
-        sides: try them for either side apart.
         even: take errors inside the range to be spread evenly over a step, as the product does.
     """
 
@@ -84,8 +75,8 @@ def clipped(*shares: float, sides: bool = False, even: bool = False) -> Quantise
         low, high = ranges(vectors, kept)
         middle, half = (low + high) / 2, (high - low) / 2
         best = least = None
-        for below, above in product(shares, shares) if sides else zip(shares, shares, strict=True):
-            start, end = middle - below * half, middle + above * half
+        for share in shares:
+            start, end = middle - share * half, middle + share * half
             found = on_grid(vectors, start, end)
             error = (found - vectors).square()
             if even:
@@ -104,24 +95,7 @@ def clipped(*shares: float, sides: bool = False, even: bool = False) -> Quantise
 
 SHARES = 1, 0.9, 0.8, 0.7, 0.6, 0.5
 SIX = clipped(*SHARES)
-THREE = clipped(1, 0.75, 0.5)
 EVEN = clipped(1, 0.75, 0.5, even=True)
-SIDES = clipped(1, 0.75, 0.5, sides=True)
-
-
-def within(sigmas: float) -> Quantise:
-    """As ``by_channel``, of no more than so many standard deviations around the mean."""
-
-    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
-        low, high = ranges(vectors, kept)
-        there = kept[..., None]
-        count = there.sum(-2, keepdim=True).clamp(min=1)
-        mean = (vectors * there).sum(-2, keepdim=True) / count
-        square = (vectors.square() * there).sum(-2, keepdim=True) / count
-        reach = sigmas * (square - mean.square()).clamp(min=0).sqrt()
-        return on_grid(vectors, torch.maximum(low, mean - reach), torch.minimum(high, mean + reach))
-
-    return quantise
 
 
 def by_token(vectors: Tensor, kept: Tensor) -> Tensor:
@@ -140,38 +114,14 @@ def grid_by_token(bits: int, groups: int = 1) -> Quantise:
     return quantise
 
 
-def grid_by_channel(bits: int, *shares: float) -> Quantise:
-    """A scale and a zero point per channel, of the share of its range with the least error."""
-
-    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
-        low, high = ranges(vectors, kept)
-        middle, half = (low + high) / 2, (high - low) / 2
-        best = least = None
-        for share in shares:
-            found = on_grid(vectors, middle - share * half, middle + share * half, 2**bits - 1)
-            error = ((found - vectors).square() * kept[..., None]).sum(-2, keepdim=True)
-            if best is None or least is None:
-                best, least = found, error
-            else:
-                best, least = torch.where(error < least, found, best), torch.minimum(error, least)
-        assert best is not None
-        return best
-
-    return quantise
-
-
-def centred(inner: Quantise, scaled: bool = False) -> Quantise:
-    """Around the mean of each channel (and over its deviation): what all keys share is exact."""
+def centred(inner: Quantise) -> Quantise:
+    """Around the mean of each channel: what all keys share is exact."""
 
     def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
         there = kept[..., None]
         total = there.sum(-2, keepdim=True).clamp(min=1)
         mean = (vectors * there).sum(-2, keepdim=True) / total
-        apart = vectors - mean
-        if not scaled:
-            return inner(apart, kept) + mean
-        spread = ((apart.square() * there).sum(-2, keepdim=True) / total).sqrt().clamp(min=SMALLEST)
-        return inner(apart / spread, kept) * spread + mean
+        return inner(vectors - mean, kept) + mean
 
     return quantise
 
@@ -233,61 +183,26 @@ FORMATS: dict[str, Format] = {
     AUTO: Format(1, plain, plain),
     "fp8": Format(2, fp8, fp8),
     "int4": Format(4, PRODUCT, PRODUCT),
+    "int4_three_cuts": Format(4, rotated(EVEN), rotated(EVEN)),
+    "int4_six_cuts": Format(4, rotated(SIX), rotated(SIX)),
+    "int4_keys_rotated": Format(4, PRODUCT, EVEN),
     "int4_unrotated": Format(4, EVEN, EVEN),
-    "int4_rotated_even": Format(4, rotated(EVEN), rotated(EVEN)),
-    "int4_rotated_k": Format(4, PRODUCT, EVEN),
-    "int4_clipped3": Format(4, THREE, THREE),
-    "int4_range": Format(4, by_channel, by_channel),
-    "int4_symmetric": Format(4, symmetric, symmetric),
-    "int4_clipped": Format(4, SIX, SIX),
-    "int4_clipped_sides": Format(4, SIDES, SIDES),
-    **{f"int4_sigma{k:g}": Format(4, within(k), within(k)) for k in (2, 2.5, 3, 3.5, 4)},
-    "int4_clipped_k": Format(4, SIX, by_channel),
-    "int4_clipped_no_sinks": Format(4, without_sinks(SIX), without_sinks(SIX)),
-    "int4_token_v": Format(4, by_channel, by_token),
-    "int4_rotated": Format(4, rotated(by_channel), rotated(by_channel)),
-    "int4_rotated_token": Format(4, rotated(by_token), rotated(by_token)),
-    "int4_rotated_v": Format(4, by_channel, rotated(by_channel)),
-    "int4_run64": Format(4, by_run(64, by_channel), by_run(64, by_channel)),
-    "int4_run64_clipped": Format(4, by_run(64, THREE), by_run(64, THREE)),
-    "int4_run64_k": Format(4, by_run(64, THREE), EVEN),
-    "int4_run64_k_token_v": Format(4, by_run(64, THREE), by_token),
-    "int4_run256": Format(4, by_run(256, by_channel), by_run(256, by_channel)),
-    "int4_rotated_clipped": Format(4, rotated(SIX), rotated(SIX)),
-    "int4_no_sinks": Format(4, without_sinks(by_channel), without_sinks(by_channel)),
-    "k8v4": Format(2.5, grid_by_channel(8, 1), by_token),
-    "k8tv4": Format(2.5, centred(grid_by_token(8)), by_token),
-    "fp8k_int4v": Format(2.5, fp8, EVEN),
-    "k6v4": Format(3, grid_by_channel(6, 1, 0.75, 0.5), EVEN),
-    "k6tv4": Format(2.75, centred(grid_by_token(6)), by_token),
-    "k5v4": Format(3, grid_by_channel(5, *SHARES), by_token),
-    "k5tv4": Format(3, centred(rotated(grid_by_token(5))), by_token),
-    "int4_token": Format(3.5, by_token, by_token),
-    "int4_centred": Format(3.5, centred(by_token), by_token),
-    "int4_centred_rv": Format(3.5, centred(by_token), rotated(by_token)),
-    "int4_centred_rotated": Format(3.5, centred(rotated(by_token)), by_token),
-    "int4_centred_scaled": Format(3.5, centred(by_token, scaled=True), by_token),
-    "int4_centred_scaled_rotated": Format(3.5, centred(rotated(by_token), scaled=True), by_token),
-    "int4_centred_groups": Format(3.5, centred(grid_by_token(4, 2)), grid_by_token(4, 2)),
-    "int4_centred_groups4": Format(3.25, centred(grid_by_token(4, 4)), grid_by_token(4, 2)),
-    "int4_beside": Format(4, centred(rotated(by_token)), by_token),
-    "int4_beside_rv": Format(4, centred(rotated(by_token)), centred(rotated(by_token))),
-    "int4_beside_unrotated": Format(4, centred(by_token), centred(by_token)),
-    "int4_beside_symmetric": Format(
+    "int4_unrotated_six_cuts": Format(4, SIX, SIX),
+    "int4_unrotated_range": Format(4, by_channel, by_channel),
+    "int4_unrotated_no_sinks": Format(4, without_sinks(SIX), without_sinks(SIX)),
+    "int4_token": Format(4, centred(rotated(by_token)), centred(rotated(by_token))),
+    "int4_token_symmetric": Format(
         4, centred(rotated(symmetric_by_token)), centred(rotated(symmetric_by_token))
     ),
-    "int4_beside_scaled": Format(4, centred(by_token, scaled=True), centred(by_token, scaled=True)),
-    "k5v3": Format(4, grid_by_channel(5, *SHARES), grid_by_channel(3, *SHARES)),
-    "k5v3_beside": Format(
-        4, centred(rotated(grid_by_token(5))), centred(rotated(grid_by_token(3)))
-    ),
-    "int4_run56": Format(3.5, by_run(56, by_channel), by_run(56, by_channel)),
-    "int4_run56_tv": Format(3.5, by_run(56, by_channel), by_token),
-    "int4_run28_tv": Format(3, by_run(28, by_channel), by_token),
-    **{f"exact{k:g}": Format(k, plain, plain) for k in (2.5, 2.75, 3, 3.25, 3.5)},
-    "int4_exact": Format(4, plain, plain),
-    "int4_keys_only": Format(4, by_channel, plain),
-    "int4_values_only": Format(4, plain, by_channel),
+    "int4_token_unrotated": Format(4, centred(by_token), centred(by_token)),
+    "int4_token_groups": Format(3.5, centred(grid_by_token(4, 2)), grid_by_token(4, 2)),
+    "int4_page": Format(3.5, by_run(56, by_channel), by_token),
+    "k5v3": Format(4, centred(rotated(grid_by_token(5))), centred(rotated(grid_by_token(3)))),
+    "k5v4": Format(3, centred(rotated(grid_by_token(5))), by_token),
+    "k6v4": Format(2.75, centred(grid_by_token(6)), by_token),
+    "k8v4": Format(2.5, centred(grid_by_token(8)), by_token),
+    "exact3.5": Format(3.5, plain, plain),
+    "exact4": Format(4, plain, plain),
 }
-"""The last four and those of runs of 64 keys are no formats of equal bytes: they say what part of
-the loss comes from where."""
+"""``int4`` is the product's. Those of fewer keys to a page have scales by key or page within it;
+``int4_token`` would have them beside it. The last two say what bits alone cost."""

@@ -26,7 +26,7 @@ CHANGES = {
     "Nemotron-H": {"mamba_num_heads": 16, "mamba_head_dim": 32, "ssm_state_size": 64},
     "Falcon-H1": {"mamba_d_ssm": 512, "mamba_n_heads": 16, "mamba_d_head": 32,
                   "mamba_d_state": 64},
-    "Qwen3-Next": {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_experts": 0},
+    "Qwen3-Next": {"linear_key_head_dim": 64, "linear_value_head_dim": 64},
 }  # fmt: skip
 
 
