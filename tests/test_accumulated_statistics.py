@@ -142,7 +142,7 @@ class Request:
         self.compressor.accumulate(chunks)
         if chunks:
             self._observe_literally(known)
-        self.planner.watch(computed)
+        self.planner.generations.watch(computed)
         for tracked in self.planner.due(computed):
             self._compress(tracked)
             return True

@@ -11,10 +11,12 @@ from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.report import Scored
+from kvcompress_vllm.scheduling import budgets as budgets_module
 from kvcompress_vllm.scheduling import sizes as sizes_module
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
-from kvcompress_vllm.scheduling.sizes import NEVER, Limits, Sizes
+from kvcompress_vllm.scheduling.sizes import NEVER, Sizes
 
 B = 16
 
@@ -66,7 +68,7 @@ def test_the_arithmetic_of_a_packing() -> None:
 
 def test_sizes_and_budgets_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes_module, "MOST_REMEMBERED", 3)
-    monkeypatch.setattr(sizes_module, "MOST_BUDGETS", 3)
+    monkeypatch.setattr(budgets_module, "MOST_BUDGETS", 3)
     one = sizes(ratio=4)
     assert [one.packed(n * B) for n in range(10, 30)] == [
         Packing(n, -(-n // 4)) for n in range(10, 30)
@@ -239,9 +241,9 @@ def test_with_a_stride_a_request_is_due_at_its_marks_in_prompt_and_answer() -> N
     p.at_mark(p.requests["a"], 512, b"key")
     p.compressed("a", 512)
     assert p.requests["a"].due_at == 1024 and p.requests["a"].prefix == b"key"
-    p.watch({"a": 1007})
+    p.generations.watch({"a": 1007})
     assert p.requests["a"].observe_slot is None
-    p.watch({"a": 1008})
+    p.generations.watch({"a": 1008})
     assert p.requests["a"].observe_slot is not None and p.requests["a"].due_at == 1024
 
 
@@ -253,10 +255,10 @@ def test_who_misses_a_mark_has_no_stride_any_more() -> None:
     p.at_mark(p.requests["a"], 512, b"key")
     p.compressed("a", 512)
     p.admit("b", 1000)  # takes the only slot
-    p.watch({"a": 1008, "b": 0})
+    p.generations.watch({"a": 1008, "b": 0})
     assert p.requests["a"].sizes.stride == 512
     p.release("b")
-    p.watch({"a": 1012})
+    p.generations.watch({"a": 1012})
     a = p.requests["a"]
     assert (a.sizes.stride, a.prefix, a.due_at) == (0, None, 1028)
     p.at_mark(a, 1028, b"another")

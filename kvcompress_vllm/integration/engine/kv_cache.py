@@ -29,8 +29,9 @@ from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.need import blocks_needed
-from kvcompress_vllm.scheduling.sizes import NOTHING, Limits, Sizes
+from kvcompress_vllm.scheduling.sizes import NOTHING, Sizes
 
 PRIVATE = "kv_compress_private"
 """Attribute of requests whose blocks are not for the prefix cache."""

@@ -183,17 +183,17 @@ class StepBuilder:
         freed: list[KVCacheBlock] = []
         replaced: list[KVCacheBlock] = []
         self.waits = False
-        planner.watch(computed)
+        planner.generations.watch(computed)
         if planner.config.on_pressure:
             taken = self._others.growth(computed, planner.config.window)
-            planner.press(computed, manager.block_pool.get_num_free_blocks() - taken)
+            planner.generations.press(computed, manager.block_pool.get_num_free_blocks() - taken)
         for tracked in planner.due(computed):
             num_tokens, packing = tracked.due_at, tracked.target()
             if manager.block_pool.get_num_free_blocks() < packing.kept:
                 self.waits = True
                 continue  # a smaller one may fit, and makes room
             if tracked.sizes.stride:
-                key = self._sharing.key(tracked)
+                key = self._sharing.names.due(tracked)
                 planner.at_mark(tracked, computed[tracked.request_id], key)
             context = planner.new_context(tracked)
             slot = context.slot if context is not None else tracked.state_slot
@@ -221,7 +221,7 @@ class StepBuilder:
                 # Not the context that it goes on from: others may do so, too.
                 replaced += old[tracked.kept if tracked.context is not None else 0 :]
             planner.compressed(tracked.request_id, computed[tracked.request_id], context)
-        planner.listen(computed)
+        planner.generations.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
         self._sharing.replaced(replaced)

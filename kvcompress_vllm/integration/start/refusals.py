@@ -18,9 +18,10 @@ from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.backend import leave_local_layers
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.segments import check_block_size
-from kvcompress_vllm.scheduling.sizes import Limits, Sizes, check_peak
+from kvcompress_vllm.scheduling.sizes import Sizes, check_peak
 
 
 class Refusal(NamedTuple):
