@@ -49,7 +49,7 @@ def test_states_beside_pages(
         group = scheduler(llm).kv_compress_group
         print(f"{name}: blocks of {group.kernel_blocks} kernel blocks")
         exact = generate(llm, asked)
-        # Random weights have near ties, which kernels that round differently may decide differently.
+        # Random weights have near ties; kernels that round differently decide them differently.
         assert sum(e[0] == s[0] for e, s in zip(exact, stock, strict=True)) >= len(asked) - 1
         same = sum(
             a == b for e, s in zip(exact, stock, strict=True) for a, b in zip(e, s, strict=True)
