@@ -103,11 +103,13 @@ def before_a_question(prompt: int = 1000, **options: object) -> CompressionPlann
 
 def test_a_prompt_stops_until_its_curve_is_back() -> None:
     p = before_a_question(2000, interval=4)
-    assert p.chunk("a", 512, 512) == 288
+    assert p.chunk(p.requests["a"], 512, 512) == 288
     (a,) = p.to_score({"a": 800})
-    assert p.due({"a": 800}) == [] and p.chunk("a", 800, 200) == 0
+    assert p.due({"a": 800}) == [] and p.chunk(p.requests["a"], 800, 200) == 0
     p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 20, 50], [0.5, 0.1, 0.0])))
-    assert p.chunk("a", 800, 200) == 200, "it goes on if the pool has no room for the copy"
+    assert p.chunk(p.requests["a"], 800, 200) == 200, (
+        "it goes on if the pool has no room for the copy"
+    )
     assert p.due({"a": 800}) == [a] and a.target() == Packing(50, 20)
     p.compressed("a", 800)
     assert a.due_at == 2000 and a.observe_slot is not None and a.trigger == "prefill"
@@ -117,7 +119,7 @@ def test_a_context_without_anything_to_gain_is_read_on() -> None:
     p = before_a_question()
     (a,) = p.to_score({"a": 800})
     p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
-    assert a.decided is None and a.kept == 0 and p.chunk("a", 800, 300) == 200
+    assert a.decided is None and a.kept == 0 and p.chunk(p.requests["a"], 800, 300) == 200
     # The end of the prompt is the next chance; after that it is a generation.
     assert a.due_at == 1000 and p.observers.used == 1 and a.trigger == "prefill"
     assert p.to_score({"a": 1000}) == [a]
@@ -213,7 +215,7 @@ def test_a_prompt_that_is_over_is_decoded_until_its_curve_is_back() -> None:
     p = CompressionPlanner(config, B, 4, 4, 4096)
     p.admit("a", 1000)
     (a,) = p.to_score({"a": 1000})
-    assert a.awaits_curve and p.chunk("a", 1000, 1) == 1
+    assert a.awaits_curve and p.chunk(p.requests["a"], 1000, 1) == 1
 
 
 def test_a_stride_marks_the_multiples_at_which_blocks_come_back() -> None:

@@ -324,7 +324,7 @@ class Recorder:
         """
         report, self._report = self._report, StepReport()
         report.packed_requests = len(packed)
-        report.saved_blocks = sum(covered - kept for covered, kept in packed.values())
+        report.saved_blocks = sum([covered - kept for covered, kept in packed.values()])
         report.observation_slots_used, report.observation_slots = slots_used, slots
         report.occupancy, report.block_bytes = occupancy or Occupancy(), self._block_bytes
         report.shared = shared or SharedReport()

@@ -173,33 +173,21 @@ class CompressionPlanner:
         self._state_slots.give(tracked.state_slot)
         self._released.append(tracked.state_slot)
 
-    def chunk(
-        self,
-        request_id: str,
-        first_token: int,
-        num_tokens: int,
-        prefill_end: int = 0,
-        budget: RequestBudget | None = None,
-        context: Context | None = None,
-    ) -> int:
+    def chunk(self, tracked: Tracked, first_token: int, num_tokens: int) -> int:
         """How many of ``num_tokens`` tokens from position ``first_token`` on the next step may
         compute: none beyond a compression that is due in the middle of a prefill, and no more than
         can be observed. May be 0: where only whole blocks will do, and while a loss curve is on its
         way that says what is kept of what was read.
 
         Args:
-            prefill_end: tokens of a prefill that is not admitted yet; ``budget`` is its, and
-                ``context`` what it takes.
+            tracked: observed, or about to start so, with any slot.
         """
-        tracked = self.requests.get(request_id)
-        if tracked is None:
-            tracked = self.newcomers.starting(request_id, prefill_end, budget, context)
-            tracked.observe_slot = -1
         return observation.chunk(tracked, self.config.window, first_token, num_tokens)
 
     def observe(self, tracked: Tracked, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
-        self.observers.listen_from(tracked, first_token, first_token + num_tokens)
+        if first_token < tracked.prefill_end:
+            self.observers.listen_from(tracked, first_token, first_token + num_tokens)
         return observation.observe(tracked, self.config.window, first_token, num_tokens)
 
     def observed(self, tracked: Tracked, num_tokens: int) -> Observed | None:

@@ -11,6 +11,7 @@ from kvcompress_vllm.integration.engine.kv_cache import budget_of
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.scheduling.echo import EchoPlanner
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
+from kvcompress_vllm.scheduling.request import Tracked
 
 
 class Chunks:
@@ -40,7 +41,8 @@ class Chunks:
         computes; 0: the request waits for a later one."""
         planner, num_spec_tokens = self._planner, self._scheduler.num_spec_tokens
         tracked = planner.requests.get(request.request_id)
-        if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
+        # Not `in_prefill` of it: this is asked for every decoding request on every step.
+        if tracked is not None and first_token >= tracked.prefill_end < tracked.due_at:
             # It decodes, and nothing is due that its prompt began. What is drafted ends where a
             # compression is due: what comes behind attends to what that keeps, accepted or not.
             if not num_spec_tokens:
@@ -57,29 +59,29 @@ class Chunks:
         # lie behind a compression, and must not be cut: it says so to the worker all the same.
         real = request.num_tokens - first_token
         if waits and num_spec_tokens and num_new_tokens > real == 1:
-            return num_new_tokens * self._prompt(request, first_token, 1)
-        return self._prompt(request, first_token, num_new_tokens)
+            return num_new_tokens * self._prompt(request, tracked, first_token, 1)
+        return self._prompt(request, tracked, first_token, num_new_tokens)
 
-    def _prompt(self, request: Request, first_token: int, num_new_tokens: int) -> int:
+    def _prompt(
+        self, request: Request, tracked: Tracked | None, first_token: int, num_new_tokens: int
+    ) -> int:
         """The same of a prompt."""
         planner, scheduler = self._planner, self._scheduler
-        tracked = planner.requests.get(request.request_id)
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        context = self._admission.hit(request)
-        count = planner.chunk(
-            request.request_id,
-            first_token,
-            num_new_tokens,
-            request.num_tokens if waits else 0,
-            budget_of(request) if waits else None,
-            context,
-        )
+        if tracked is None:
+            if not waits and self._echo is None:
+                return num_new_tokens  # it is never compressed
+            tracked = planner.newcomers.starting(
+                request.request_id,
+                request.num_tokens,
+                budget_of(request),
+                self._admission.hit(request),
+            )
+            if waits:
+                tracked.observe_slot = -1  # it starts with one, or not at all
+        count = planner.chunk(tracked, first_token, num_new_tokens)
         if self._echo is None:
             return count
-        if tracked is None:
-            tracked = planner.newcomers.starting(
-                request.request_id, request.num_tokens, budget_of(request), context
-            )
         return self._echo.chunk(
             tracked.budget,
             first_token,

@@ -201,7 +201,7 @@ class KVCompressManager(FullAttentionManager):
     def held_by_packed(self) -> int:
         """Blocks that packed requests hold, tails included."""
         rows = self.req_to_blocks  # not `held` of each: asked on every step
-        return sum(packing.held(len(rows[name])) for name, packing in self.packed.items())
+        return sum([len(rows[name]) - f + c for name, (f, c) in self.packed.items()])
 
     def held(self, request_id: str) -> int:
         """Blocks that a request holds, packed or not."""

@@ -92,10 +92,9 @@ class _KVCompressMixin(Scheduler):
             self, self.kv_compress_planner, others, self._recorder, self._usage
         )
         self.kv_compress_sharing = Sharing(
-            manager, self.kv_compress_planner, self._usage, self.requests, alone=not others
+            others, self.kv_compress_planner, self._usage, self.requests
         )
         manager.on_release = self._release
-        others.on_packed = self.kv_compress_sharing.computed
         self._failures: dict[str, str] = {}
         """Why requests that came since the last step cannot be served, by id."""
         self._check_integrity = integrity.enabled()
@@ -148,10 +147,7 @@ class _KVCompressMixin(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         unverified = self.kv_compress_planner.unverified
-        computed = {
-            r.request_id: unverified.certain(r.request_id, r.num_computed_tokens)
-            for r in self.running
-        }
+        computed = unverified.of_all({r.request_id: r.num_computed_tokens for r in self.running})
         self._failures |= self._replays.advance(computed)
         plan = self._steps.begin(computed)
         held = self.kv_compress_sharing.hold_back(self)

@@ -24,7 +24,8 @@ from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.compat.releases import waiting_queues
 from kvcompress_vllm.integration.engine.context_names import ContextNames
-from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, KVCompressManager, budget_of
+from kvcompress_vllm.integration.engine.groups import OtherGroups
+from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, budget_of
 from kvcompress_vllm.integration.engine.tails import Tails
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
@@ -41,12 +42,13 @@ class Sharing:
     """Finds, registers and forgets contexts, and has requests wait for one that is computed.
 
     Args:
-        manager: of the blocks; the pool's ``get_new_blocks`` is replaced.
+        others: with the manager of the blocks. The pool's ``get_new_blocks`` is replaced; its
+            ``on_packed`` is set once it is of use. Where there is another group nothing is shared:
+            what layers with a window hold of a context is not kept with it, so nobody could go on
+            from there.
         planner: knows who uses what.
         usage: is told what requests took.
         requests: all of the scheduler, by id.
-        alone: whether ``manager`` has the only cache group. What layers with a window hold of a
-            context is not kept with it, so nobody could go on from there.
 
     Attributes:
         names: which contexts requests have.
@@ -55,19 +57,20 @@ class Sharing:
 
     def __init__(
         self,
-        manager: KVCompressManager,
+        others: OtherGroups,
         planner: CompressionPlanner,
         usage: UsageLog,
         requests: Mapping[str, Request],
-        alone: bool = True,
     ) -> None:
+        manager = others.manager
         self.tails = Tails(manager)
         self._manager, self._planner, self._usage = manager, planner, usage
+        self._others = others
         self._contexts, pool = planner.contexts, manager.block_pool
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
-        on = planner.config.share != "off" and pool.enable_caching and alone
+        on = planner.config.share != "off" and pool.enable_caching and not others
         self.names = ContextNames(manager, planner, requests, on)
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
@@ -81,6 +84,9 @@ class Sharing:
 
     def added(self, request: Request, budget: RequestBudget | None) -> None:
         """Note whether a new request has contexts that can be shared."""
+        if self._planner.sizes(budget).stride:
+            # Nobody else is asked on every step what it has computed.
+            self._others.on_packed = self.computed
         keys = self.names.of(request, budget)
         if keys:
             setattr(request, _KEYS, keys)

@@ -108,7 +108,7 @@ class StepBuilder:
         plan.scorings = [c for c in plan.scorings if c.request_id in planner.requests]
         # A request that was compressed and then preempted in the same step owns nothing.
         plan.compressions = [c for c in plan.compressions if c.request_id in manager.packed]
-        parts = self._replays.parts
+        parts, in_flight = self._replays.parts, bool(planner.unverified)
         for request_id, num_tokens in scheduled.items():
             request = requests[request_id]
             first_token = request.num_computed_tokens - num_tokens
@@ -116,11 +116,17 @@ class StepBuilder:
                 plan.replays += self._replays.computes(request_id, first_token, num_tokens)
                 continue
             tracked = planner.requests.get(request_id)
-            if tracked is not None:
+            if tracked is not None and (
+                first_token < tracked.prefill_end
+                or tracked.observe_slot is not None
+                or tracked.listen_slot is not None
+            ):  # of most there is nothing to observe while they decode
                 observation = planner.observe(tracked, first_token, num_tokens)
                 if observation is not None:
-                    late = planner.unverified[request_id]
-                    plan.observations.append(observation._replace(unverified=late))
+                    if in_flight:
+                        late = planner.unverified[request_id]
+                        observation = observation._replace(unverified=late)
+                    plan.observations.append(observation)
             if self._echo is not None:
                 # A generated token, and what was drafted behind it, are no segment.
                 decodes = num_tokens == 1 or request_id in drafted
