@@ -38,8 +38,12 @@ def speculating(folder: Path, method: str = "eagle", **changes: int) -> dict[str
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[list[int]]]:
+    return without()
+
+
+def without(model: str | Path = MODEL) -> dict[str, list[list[int]]]:
     """Without speculation, at the engine's ratio and uncompressed; and what is kept."""
-    with engine(OPTIONS, kv_cache_memory_bytes=MEMORY) as llm:
+    with engine(OPTIONS, model=str(model), kv_cache_memory_bytes=MEMORY) as llm:
         compressed = greedy(llm, PROMPTS, LENGTH, ignore_eos=True)
         exact = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, extra_args={"kv_compress_ratio": 1})
         worker(llm).kv_compress_record()
@@ -132,6 +136,34 @@ def test_all_or_nothing_is_accepted(
         assert more["accepted_tokens"] > 0.9 * more["draft_tokens"]
     else:
         assert more["accepted_tokens"] == 0
+
+
+def test_what_is_told_of_drafts(speculative: Any) -> None:
+    """With each response what is its own; in the metrics by whether the request was packed."""
+
+    def ours() -> dict[tuple[str, str], float]:
+        return {
+            (m.name.removeprefix("kv_compress:"), m.labels["packed"]): m.value
+            for m in speculative.get_metrics()
+            if "packed" in getattr(m, "labels", {})
+        }
+
+    for ratio, packed in ((8, "yes"), (1, "no")):
+        params = SamplingParams(
+            temperature=0, max_tokens=LENGTH, ignore_eos=True,
+            extra_args={"kv_compress_ratio": ratio},
+        )  # fmt: skip
+        before, first = counted(speculative), ours()
+        outputs = speculative.generate(PROMPTS, params, use_tqdm=False)
+        more = {name: value - before[name] for name, value in counted(speculative).items()}
+        told = {key: value - first[key] for key, value in ours().items()}
+        for name in ("draft_tokens", "accepted_tokens"):
+            each = [getattr(output.kv_compress, name) for output in outputs]
+            assert sum(each) == more[name]
+            assert sum(told[f"{name}_total", side] for side in ("no", "yes")) == more[name]
+        assert all(output.kv_compress.draft_tokens > 0 for output in outputs)
+        assert told["draft_tokens_total", packed] > 0.9 * more["draft_tokens"]
+        assert all(bool(output.kv_compress.compressions) == (ratio > 1) for output in outputs)
 
 
 def test_preempted_requests(speculative: Any, expected: dict[str, list[list[int]]]) -> None:
