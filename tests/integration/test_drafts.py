@@ -97,6 +97,32 @@ def test_the_model_keeps_what_it_would_without(
     assert list(kept.values())[-1] == expected["kept"] and len(expected["kept"]) == 12
 
 
+def say_drafts(
+    llm: Any, texts: list[list[int]], right: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replace what is drafted behind the tokens of a request: the first of each step go on as the
+    one of ``texts`` that begins so, the others are wrong."""
+    runner = worker(llm).model_runner
+    stock = runner.take_draft_token_ids
+
+    def say(tokens: list[int]) -> list[int]:
+        going_on = (t for t in texts if t[: len(tokens)] == tokens[: len(t)])
+        text = next(going_on, [])
+        found = text[len(tokens) : len(tokens) + DRAFTS]
+        found += [3] * (DRAFTS - len(found))
+        return [*found[:right], *((token + 1) % 1000 for token in found[right:])]
+
+    def take() -> Any:
+        found = stock()
+        for name, drafted in zip(found.req_ids, found.draft_token_ids, strict=True):
+            request = runner.requests[name]
+            tokens = [*request.prompt_token_ids, *request.output_token_ids]
+            drafted[:] = say(tokens)[: len(drafted)]
+        return found
+
+    monkeypatch.setattr(runner, "take_draft_token_ids", take)
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_all_or_nothing_is_accepted(
     speculative: Any,
@@ -109,24 +135,7 @@ def test_all_or_nothing_is_accepted(
     tokenizer = speculative.get_tokenizer()
     texts = [tokenizer.encode(p) + e for p, e in zip(PROMPTS, expected["compressed"], strict=True)]
 
-    def say(tokens: list[int]) -> list[int]:
-        (text,) = (t for t in texts if t[: len(tokens)] == tokens[: len(t)])
-        found = text[len(tokens) : len(tokens) + DRAFTS]
-        found += [3] * (DRAFTS - len(found))
-        return found if right else [(token + 1) % 1000 for token in found]
-
-    runner = worker(speculative).model_runner
-    stock = runner.take_draft_token_ids
-
-    def take() -> Any:
-        found = stock()
-        for name, drafted in zip(found.req_ids, found.draft_token_ids, strict=True):
-            request = runner.requests[name]
-            tokens = [*request.prompt_token_ids, *request.output_token_ids]
-            drafted[:] = say(tokens)[: len(drafted)]
-        return found
-
-    monkeypatch.setattr(runner, "take_draft_token_ids", take)
+    say_drafts(speculative, texts, DRAFTS if right else 0, monkeypatch)
     before = counted(speculative)
     answers = greedy(speculative, PROMPTS, LENGTH, ignore_eos=True)
     assert answers == expected["compressed"]
