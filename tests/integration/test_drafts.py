@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from vllm import SamplingParams
 
 from kvcompress_vllm import LLM
@@ -152,9 +153,10 @@ def test_what_is_told_of_drafts(speculative: Any) -> None:
 
     def ours() -> dict[tuple[str, str], float]:
         return {
-            (m.name.removeprefix("kv_compress:"), m.labels["packed"]): m.value
-            for m in speculative.get_metrics()
-            if "packed" in getattr(m, "labels", {})
+            (sample.name.removeprefix("kv_compress:"), sample.labels["packed"]): sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if "packed" in sample.labels
         }
 
     for ratio, packed in ((8, "yes"), (1, "no")):

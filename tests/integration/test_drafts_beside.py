@@ -30,13 +30,13 @@ class Turn(NamedTuple):
 
 
 def conversation(llm: Any, **asked: Any) -> list[Turn]:
-    """Three turns, whose answers pass a multiple of the stride each."""
+    """Two turns, whose answers pass a multiple of the stride each."""
     assert llm.reset_prefix_cache()
-    history, turns = tokens(3, 700), []
-    for turn in range(3):
-        [ids], [usage], _ = reply(llm, history, **asked)
+    history, turns = tokens(3, 200), []
+    for turn in range(2):
+        [ids], [usage], _ = reply(llm, history, 90, **asked)
         turns.append(Turn(history, ids, usage))
-        history = [*history, *ids, *tokens(40 + turn, 110)]
+        history = [*history, *ids, *tokens(40 + turn, 180)]
     return turns
 
 
@@ -47,7 +47,7 @@ def repeated(llm: Any) -> tuple[list[list[int]], list[list[list[int]]]]:
     worker(llm).kv_compress_record()
     prompts = [tokens(1, N) + tokens(10 + i, 40 + 30 * i) for i in range(3)]
     asked = {"kv_compress_context_tokens": N, "kv_compress_exact": "kvzip"}
-    answers, usage = answer(llm, prompts, 60, kv_compress_policy="echo", **asked)
+    answers, usage = answer(llm, prompts, 40, kv_compress_policy="echo", **asked)
     assert sorted(bool(u.shared_blocks) for u in usage) == [False, True, True]
     kept = worker(llm).kv_compress_record(on=False)
     return answers, list(kept.values())
@@ -84,8 +84,9 @@ def speculative(
         yield llm
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("right", [None, 0, 2, DRAFTS])
+@pytest.mark.parametrize(
+    ("policy", "right"), [("echo", None), ("snapkv", None), ("echo", 2), ("snapkv", DRAFTS)]
+)
 def test_conversations(
     speculative: Any,
     expected: dict[str, Any],
@@ -106,12 +107,10 @@ def test_conversations(
         assert turn.answer == known.answer
         for name in ("compressions", "context_tokens", "shared_blocks"):
             assert getattr(turn.usage, name) == getattr(known.usage, name), name
-    assert [context.num_tokens for context in contexts(speculative)] == [256, 512, 768, 1024, 1280]
+    assert [context.num_tokens for context in contexts(speculative)] == [256, 512]
     more = {name: value - before[name] for name, value in counted(speculative).items()}
     assert more["draft_tokens"] > 0
-    if right == 0:
-        assert more["accepted_tokens"] == 0
-    elif right:
+    if right:
         assert more["accepted_tokens"] > 0.9 * right * more["drafts"]
 
 
@@ -126,7 +125,7 @@ def test_pages_of_fewer_bits(
 ) -> None:
     """A model in fp32 over a cache of 16 bits: in bf16 a step of several tokens rounds otherwise
     than one of a single token, with stock vLLM, too."""
-    prompts = [tokens(60 + index, 150 + 90 * index) for index in range(5)]
+    prompts = [tokens(60 + index, 150 + 90 * index) for index in range(3)]
     options = {**OPTIONS, "page_dtype": page_dtype}
     arguments = {"kv_cache_dtype": "bfloat16"}
     found = []
@@ -138,10 +137,10 @@ def test_pages_of_fewer_bits(
                 texts = [p + a for p, a in zip(prompts, found[0][0], strict=True)]
                 say_drafts(llm, texts, 2, monkeypatch)
             worker(llm).kv_compress_record()
-            answers, usage = answer(llm, prompts, 150)
+            answers, usage = answer(llm, prompts, 100)
             kept = worker(llm).kv_compress_record(on=False)
             found.append((answers, [u.compressions for u in usage], list(kept.values())))
             assert all(u.compressions > 1 for u in usage)
             if drafting:
-                assert sum(u.accepted_tokens for u in usage) > 300
+                assert sum(u.accepted_tokens for u in usage) > 100
     assert found[0] == found[1]
