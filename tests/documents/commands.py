@@ -24,6 +24,7 @@ COMMANDS = {
         "tests/installed/test_examples.py::test_policy_of_ones_own"
     ),
     r"vllm bench serve --base-url .*": "tests/installed/test_tools.py::test_bench_serve",
+    r"guidellm run .*": "tests/installed/test_tools.py::test_guidellm",
     r"vllm bench throughput --model models/tiny .*": (
         "tests/installed/test_tools.py::test_bench_throughput"
     ),
