@@ -10,9 +10,8 @@
 
 ``prepare`` writes token ids, so that ``run`` needs PyTorch and safetensors only, on any device. A
 ``run`` with the same ``--output`` goes on where the last one ended; it stops by itself after
-``--minutes``. ``engine`` asks vLLM with the product the same, token by token, ``kvpress`` the presses of
-that project (question hidden). Tuning seeds are 0 to
-99,999, test seeds 100,000 to 199,999.
+``--minutes``. ``engine`` asks vLLM with the product the same, token by token; ``kvpress`` that
+project's presses, question hidden. Tuning seeds are 0 to 99,999, test seeds 100,000 to 199,999.
 """
 
 from __future__ import annotations
