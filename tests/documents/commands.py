@@ -40,6 +40,7 @@ COMMANDS = {
     r"pip install '?(kvcompress_vllm\[ray-vllm-0-26\]|lm-eval\[vllm,api\]|\w+)'?": (
         "installs: extras"
     ),
+    r"pip install --no-deps --target kvpress_site kvpress==\S+": "installs: kvpress beside vLLM",
     # The command of the package.
     r"kvcompress-vllm doctor": "tests/integration/test_doctor.py::test_all_is_well",
     r"kvcompress-vllm doctor --wheel \S+": (
