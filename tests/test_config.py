@@ -9,6 +9,7 @@ import pytest
 from kvcompress_vllm import policies
 from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.config.spelling import check, parse_spec, parse_value
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -263,6 +264,16 @@ def test_options_written_out_win_over_a_preset_or_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs_are_valid(path: Path) -> None:
     KVCompressConfig.from_dict(parse_spec(str(path)))
+
+
+def test_the_preset_for_reasoning_drops_no_key_of_a_long_output() -> None:
+    """Two keys have the bytes of one: half of the blocks hold all. A higher ratio drops some, but
+    none of what is short."""
+    for spec, long, short in (("reasoning", 128, 8), ("reasoning,ratio=4", 64, 8)):
+        config = KVCompressConfig.from_dict(parse_spec(spec))
+        assert resolve(config).packed_blocks(4096, 16) == long
+        assert resolve(config).packed_blocks(256, 16) == short
+        assert config.decode and config.policy == "echo"
 
 
 def test_every_paper_has_a_preset() -> None:

@@ -381,6 +381,30 @@ def test_other_models_are_asked_through_their_template(tokenizer: Any) -> None:
     assert tokenizer.decode(tokens[context:]) == " then asked\nA:"
 
 
+class Coarse(Foreign):
+    """Three characters a token."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [hash(text[i : i + 3]) for i in range(0, len(text), 3)]
+
+
+class Fine(Foreign):
+    """A token a character."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def test_lengths_are_of_the_models_own_tokens(tokenizer: Any) -> None:
+    prompts = Prompts("unknown", Foreign(tokenizer), 20000)
+    for kind in (Foreign, Coarse, Fine):
+        prompts._tokenizer = kind(tokenizer)
+        for task in ("single", "vt2", PERPLEXITY):
+            prompt = prompts.get(task, 4000, 1)
+            assert 0.8 * 4000 < len(prompt.tokens) <= 4000, (kind, task)
+            assert prompt == prompts.get(task, 4000, 1)
+
+
 def test_plain_text(tokenizer: Any) -> None:
     prompts = Prompts(str(TINY), tokenizer, 2048)
     prompt = prompts.get(PERPLEXITY, 900, 1)

@@ -3,6 +3,7 @@
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,23 +92,40 @@ def test_pages_of_earlier_rounds_are_freed_first():
     assert torch.equal(again, keep(first, 4, shields))
 
 
-def literal_echo(q: Tensor, k: Tensor, rotate, scale: float, segment: int, delta: float) -> Tensor:
+def literal_echo(
+    q: Tensor, k: Tensor, rotate, scale: float, segment: int, delta: float, before: int = 0
+) -> list[list[list[list[float]]]]:
+    """Probabilities by head, key, query head and query of the key's segment."""
     heads, group, length, _ = q.shape
-    result = torch.zeros(heads, length)
+    result: list = [[[[] for _ in range(group)] for _ in range(length)] for _ in range(heads)]
     for h in range(heads):
         for begin in range(0, length, segment):
             end = min(length, begin + segment)
+            # The first keys stand beside every segment, once more than among its own.
+            beside = [*range(4), *range(max(4, begin - before), begin)]
             for g in range(group):
                 for i in range(begin, end):
                     ahead = rotate(q[h, g, i], torch.tensor(delta))
                     old = [math.exp(float(ahead @ k[h, j]) * scale) for j in range(begin, end)]
-                    z = sum(old) + sum(math.exp(float(ahead @ k[h, j]) * scale) for j in range(4))
+                    z = sum(old) + sum(math.exp(float(ahead @ k[h, j]) * scale) for j in beside)
                     z += sum(
                         math.exp(float(q[h, g, i] @ k[h, j]) * scale) for j in range(begin, i + 1)
                     )
                     for j, e in enumerate(old, begin):
-                        result[h, j] = max(result[h, j], e / z)
+                        result[h][j][g].append(e / z)
     return result
+
+
+def reduced(literal: list[list[list[list[float]]]], reduce) -> Tensor:
+    return torch.tensor([[reduce(by_query_head) for by_query_head in head] for head in literal])
+
+
+def highest(rows: list[list[float]]) -> float:
+    return max(max(row) for row in rows)
+
+
+def mean_of_two(rows: list[list[float]]) -> float:
+    return sum(sorted(p for row in rows for p in row)[-2:]) / 2
 
 
 @pytest.mark.parametrize("segment", [16, 24])
@@ -115,9 +133,44 @@ def test_echo_is_its_formula(model, segment):
     generator = torch.Generator().manual_seed(2)
     k = torch.randn(2, 40, model.head_dim, generator=generator)
     q = torch.randn(2, 2, 40, model.head_dim, generator=generator)
-    mine = scores.echo(k, q, model.rotate, 0.3, segment, 17.0)
     literal = literal_echo(q, k, model.rotate, 0.3, segment, 17.0)
-    torch.testing.assert_close(mine, literal, rtol=1e-4, atol=1e-6)
+    for reduce, by_formula in (
+        (None, highest),
+        (scores.group_mean, lambda rows: sum(map(max, rows)) / len(rows)),
+        (scores.second_mean, mean_of_two),
+    ):
+        mine = scores.echo(k, q, model.rotate, 0.3, segment, 17.0, reduce=reduce)
+        torch.testing.assert_close(mine, reduced(literal, by_formula), rtol=1e-4, atol=1e-6)
+    for before in (8, 100):
+        mine = scores.echo(k, q, model.rotate, 0.3, segment, 17.0, before=before)
+        literal = literal_echo(q, k, model.rotate, 0.3, segment, 17.0, before)
+        torch.testing.assert_close(mine, reduced(literal, highest), rtol=1e-4, atol=1e-6)
+
+
+def test_what_moves_budget_between_heads_and_tokens_is_its_formula(model, tokens):
+    generator = torch.Generator().manual_seed(5)
+    score = torch.rand(2, 3, 30, generator=generator) ** 4
+    agreed = scores.agreed(score, 0.5)
+    carried, odds = scores.carried(score, 0.25), scores.odds(score)
+    levelled = scores.levelled(score, 0.5)
+    mean = float(score.mean())
+    for layer, head, j in product(range(2), range(3), range(30)):
+        one = float(score[layer, head, j])
+        token = sum(float(score[a, b, j]) for a, b in product(range(2), range(3))) / 6
+        assert float(agreed[layer, head, j]) == pytest.approx(one * math.sqrt(token / mean))
+        spread = max(float(score[layer, head, i]) * 0.25 ** (j - i) for i in range(j + 1))
+        assert float(carried[layer, head, j]) == pytest.approx(spread, rel=1e-4)
+        assert float(odds[layer, head, j]) == pytest.approx(one / max(1 - one, 1 / 64), rel=1e-4)
+        ordered = sorted(score[layer, head].tolist())
+        # Rank 26.1 of 0 to 29.
+        level = ordered[26] + 0.1 * (ordered[27] - ordered[26])
+        assert float(levelled[layer, head, j]) == pytest.approx(one / math.sqrt(level), rel=1e-4)
+    evidence = policies.Evidence(model, model.prefill(tokens), tokens, [5], Shields())
+    values = evidence.values
+    far = torch.stack([
+        torch.stack([(v - v.mean(0)).square().sum(-1).sqrt() for v in layer]) for layer in values
+    ])  # fmt: skip
+    torch.testing.assert_close(evidence.value_spread, far / far.mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_echo_of_a_generation_is_that_of_its_segments(model, tokens):
@@ -180,7 +233,7 @@ def test_formats_come_back_within_half_a_step():
 def test_equal_bytes_of_fewer_bits_are_more_keys(model, sample, mode):
     plan = study.Plan(
         [study.PRODUCT[mode]], [4.0], [Shields(recent=16)], [5], 64,
-        page_dtypes=["auto", "fp8", "int4", "int4_exact"],
+        page_dtypes=["auto", "fp8", "int4", "exact4"],
     )  # fmt: skip
     lines = list(
         study.generated(model, [sample], plan)
@@ -192,7 +245,7 @@ def test_equal_bytes_of_fewer_bits_are_more_keys(model, sample, mode):
     full = next(line for line in lines if line["policy"] == "full")
     if mode != study.DECODED:
         # All keys stay: what is lost is what 4 bits lose.
-        assert found["int4_exact"]["tasks"] == full["tasks"]
+        assert found["exact4"]["tasks"] == full["tasks"]
         assert found["int4"]["tasks"] != full["tasks"]
     else:
         held = [found[name]["held"] for name in ("auto", "fp8", "int4")]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ by default, so that nothing is compressed but what was generated."""
 ROOM = 4
 """Tokens that an answer may be longer than the right one."""
 ROOM_TO_CHAT = 48
+ATTEMPTS = 5
+"""At the length of a sample in another model's tokens."""
 BRIEF = "\nReply with the answer and nothing else."
 """Added for models that were not trained on these tasks."""
 
@@ -99,15 +101,33 @@ class Prompts:
         if task in self._rows:
             prompt = self._row(self._rows[task], seed)
         elif task == PERPLEXITY:
-            prompt = self._text(length, seed)
+            prompt = self._fitted(length, lambda size: self._text(size, seed))
         else:
-            prompt = self._retrieval(task, length, seed)
+            prompt = self._fitted(length, lambda size: self._retrieval(task, size, seed))
         if len(prompt.tokens) + prompt.max_tokens > self._max_len:
             raise ValueError(
                 f"sample {seed} of {task} at {length} has {len(prompt.tokens)} tokens and "
                 f"{prompt.max_tokens} to answer; the model takes {self._max_len} together"
             )
         return prompt
+
+    def _fitted(self, length: int, make: Callable[[int], Prompt]) -> Prompt:
+        """What ``make`` gives with at most ``length`` of the model's own tokens, nearly as many.
+
+        The generator counts tokens of the bundled models, of which most others need fewer.
+        """
+        if self.native:
+            return make(length)
+        size, prompts = length, []
+        for _ in range(ATTEMPTS):
+            prompts.append(make(size))
+            have = len(prompts[-1].tokens)
+            if 0.97 * length <= have <= length:
+                break
+            size = max(1, int(0.99 * size * length / have))
+        # Some tasks have a least length.
+        short = [prompt for prompt in prompts if len(prompt.tokens) <= length]
+        return max(short or prompts[-1:], key=lambda prompt: len(prompt.tokens))
 
     def _retrieval(self, task: str, length: int, seed: int) -> Prompt:
         text, answer = self._generator.task(task, length, seed)

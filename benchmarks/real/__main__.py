@@ -5,12 +5,13 @@
     python -m benchmarks.real prepare models/smollm2 texts samples.jsonl --lengths 1000,2000
     python -m benchmarks.real run models/smollm2 samples.jsonl --output r.jsonl
     python -m benchmarks.real engine models/smollm2 samples.jsonl --policies echo --output e.jsonl
-    python -m benchmarks.real table r.jsonl --modes hidden
+    python -m benchmarks.real kvpress models/smollm2 samples.jsonl --output k.jsonl
+    python -m benchmarks.real table r.jsonl k.jsonl --modes hidden
 
 ``prepare`` writes token ids, so that ``run`` needs PyTorch and safetensors only, on any device. A
 ``run`` with the same ``--output`` goes on where the last one ended; it stops by itself after
-``--minutes``. ``engine`` asks vLLM with the product the same, token by token. Tuning seeds are 0 to
-99,999, test seeds 100,000 to 199,999.
+``--minutes``. ``engine`` asks vLLM with the product the same, token by token; ``kvpress`` that
+project's presses, question hidden. Tuning seeds are 0 to 99,999, test seeds 100,000 to 199,999.
 """
 
 from __future__ import annotations
@@ -95,12 +96,7 @@ def run(args: argparse.Namespace) -> None:
         Shields(page=page, recent=recent, floor=args.floor, min_budget=least)
         for page, recent, least in product(args.pages, args.recent, args.min_budget)
     ]
-    done = set()
-    if args.output.exists():
-        for line in args.output.read_text().splitlines():
-            fields = json.loads(line)
-            done.add(tuple(fields[name] for name in ("mode", "source", "length", "seed")))
-
+    done = noted(args.output, ("mode", "source", "length", "seed"))
     tables = {}
     if args.calibration:
         contexts = [x.context for x in islice(read(args.calibration), args.calibration_samples)]
@@ -163,6 +159,46 @@ def through_engine(args: argparse.Namespace) -> None:
             file.flush()
 
 
+def through_kvpress(args: argparse.Namespace) -> None:
+    """Result lines of every sample that has none yet, by the presses of kvpress."""
+    import torch
+
+    from benchmarks.real import presses
+
+    names = list(presses.PRESSES) if args.presses == ["all"] else args.presses
+    if wrong := set(names) - presses.PRESSES.keys():
+        known = list(presses.PRESSES)
+        raise SystemExit(f"presses {sorted(wrong)} are not accepted; known: {known}")
+    torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    begun = time.monotonic()
+    done = noted(args.output, ("source", "length", "seed"))
+    asker = presses.Asker(args.model, args.device, getattr(torch, args.dtype))
+    with args.output.open("a") as file:
+        for sample in islice(read(args.samples), args.limit):
+            if (sample.source, sample.length, sample.seed) in done:
+                continue
+            if sample.length not in (args.lengths or [sample.length]):
+                continue
+            if args.minutes and time.monotonic() - begun > 60 * args.minutes:
+                print("stopped by --minutes", flush=True)
+                return
+            start = time.monotonic()
+            found = list(presses.lines(asker, sample, names, args.ratios))
+            file.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in found))
+            file.flush()
+            print(sample.source, sample.length, sample.seed,
+                  f"{time.monotonic() - start:.2f} s", flush=True)  # fmt: skip
+
+
+def noted(output: Path, names: Sequence[str]) -> set[tuple[Any, ...]]:
+    """What the lines of a file say under these names."""
+    if not output.exists():
+        return set()
+    lines = map(json.loads, output.read_text().splitlines())
+    return {tuple(line[name] for name in names) for line in lines}
+
+
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
     """Samples of the same length and kind, up to ``size`` together."""
     batch: list[Sample] = []
@@ -187,16 +223,32 @@ def table(args: argparse.Namespace) -> None:
 
 
 def shared() -> argparse.ArgumentParser:
-    """What ``run`` and ``engine`` have in common."""
+    """What all that measure have in common."""
     result = argparse.ArgumentParser(add_help=False)
     result.add_argument("model", type=Path)
     result.add_argument("samples", type=Path)
     result.add_argument("--output", type=Path, required=True)
-    result.add_argument("--modes", type=words, default=["hidden"])
     result.add_argument("--ratios", type=numbers, default=[2.0, 4.0, 8.0])
     result.add_argument("--lengths", type=integers, help="only these of the samples")
     result.add_argument("--limit", type=int, help="only the first so many samples")
+    return result
+
+
+def ours() -> argparse.ArgumentParser:
+    """What ``run`` and ``engine`` have in common."""
+    result = argparse.ArgumentParser(add_help=False)
+    result.add_argument("--modes", type=words, default=["hidden"])
     result.add_argument("--floor", type=int, default=16)
+    return result
+
+
+def without_engine() -> argparse.ArgumentParser:
+    """What ``run`` and ``kvpress`` have in common."""
+    result = argparse.ArgumentParser(add_help=False)
+    result.add_argument("--device", default="cpu")
+    result.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    result.add_argument("--threads", type=int, default=1)
+    result.add_argument("--minutes", type=float, help="begin no sample after so long")
     return result
 
 
@@ -221,8 +273,8 @@ def parser() -> argparse.ArgumentParser:
                       help="plain text and so many tokens that follow, no facts")  # fmt: skip
     make.add_argument("--as-text", action="store_true",
                       help="a line per question, as benchmarks/lm_eval takes it")  # fmt: skip
-    both = shared()
-    measure = commands.add_parser("run", parents=[both], help="measure")
+    every, both, alone = shared(), ours(), without_engine()
+    measure = commands.add_parser("run", parents=[every, both, alone], help="measure")
     measure.set_defaults(action=run)
     measure.add_argument("--policies", type=words, default=["few"],
                          help="names, few, all, or product: its default")  # fmt: skip
@@ -234,15 +286,14 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--min-budget", type=integers, default=[0])
     measure.add_argument("--every-layer", action="store_true",
                          help="compress layers with a window, too, like the others")  # fmt: skip
-    measure.add_argument("--device", default="cpu")
-    measure.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    measure.add_argument("--threads", type=int, default=1)
     measure.add_argument("--rows", type=int, default=256, help="answer tokens judged at once")
     measure.add_argument("--contexts", type=int, default=1, help="generated side by side")
     measure.add_argument("--calibration", type=Path, help="samples that the tables are made of")
     measure.add_argument("--calibration-samples", type=int, default=8)
-    measure.add_argument("--minutes", type=float, help="begin no sample after so long")
-    ask = commands.add_parser("engine", parents=[both], help="the same through vLLM")
+    theirs = commands.add_parser("kvpress", parents=[every, alone], help="the same by its presses")
+    theirs.set_defaults(action=through_kvpress)
+    theirs.add_argument("--presses", type=words, default=["all"])
+    ask = commands.add_parser("engine", parents=[every, both], help="the same through vLLM")
     ask.set_defaults(action=through_engine)
     ask.add_argument("--policies", type=words, default=["echo"], help="NAME or NAME:KEY=VALUE;...")
     ask.add_argument("--recent", type=int, default=32)

@@ -168,6 +168,13 @@ POLICIES: dict[str, Policy] = {
         lambda v: torch.maximum(v.valued(v.echo(64, 256)), 0.5 * v.pooled(v.window(8, "max"), 15))
     ),
     "echo16_vnorm": Policy(lambda v: v.valued(v.echo(16, 256))),
+    # What the engine does with generations (decision 021), and the same unpooled.
+    "echo16_vnorm_window_w15_half": Policy(
+        lambda v: torch.maximum(v.valued(v.echo(16, 256)), 0.5 * v.pooled(v.window(8, "max"), 15))
+    ),
+    "echo16_vnorm_window_half": Policy(
+        lambda v: torch.maximum(v.valued(v.echo(16, 256)), 0.5 * v.window(8, "max"))
+    ),
     "table64": Policy(lambda v: v.tables["echo64"](v.echo(64, 256))),
     "table64_vnorm": Policy(lambda v: v.tables["echo64_vnorm"](v.valued(v.echo(64, 256)))),
     "table256": Policy(lambda v: v.tables["echo"](v.echo(256, 256))),

@@ -51,15 +51,21 @@ class Evidence:
         return torch.stack([score(i) for i in range(len(self.keys))])
 
     def echo(
-        self, segment: int = 256, delta: float | None = 256, first: int = 0, stride: int = 0
+        self,
+        segment: int = 256,
+        delta: float | None = 256,
+        first: int = 0,
+        stride: int = 0,
+        before: int = 0,
+        reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """See :func:`scores.echo`; segment 0: one over the whole context."""
-        key = (segment, delta, first, stride)
+        key = (segment, delta, first, stride, before, reduce)
         if key not in self._echoes:
             self._echoes[key] = self._by_layer(
                 lambda i: scores.echo(
                     self.keys[i], self.queries[i], self.model.rotation(i), self.model.scale,
-                    segment or self.length, delta, first, stride or None,
+                    segment or self.length, delta, first, stride or None, None, before, reduce,
                 )
             )  # fmt: skip
         return self._echoes[key]
@@ -132,6 +138,14 @@ class Evidence:
         """``[L, H, P]``: norms of values / their mean over the context."""
         norm = self.values.float().norm(dim=-1)
         return norm / norm.mean()
+
+    @cached_property
+    def value_spread(self) -> Tensor:
+        """``[L, H, P]``: distances of values from the mean value of their head / the mean of all:
+        what dropping a key changes where the others' mean takes its place."""
+        values = self.values.float()
+        spread = (values - values.mean(-2, keepdim=True)).norm(dim=-1)
+        return spread / spread.mean()
 
     def foreseen(self, name: str) -> Tensor:
         """One of the scores that have tables, :data:`TABLES`."""
@@ -241,6 +255,11 @@ def _max(*parts: Callable[[Evidence], Tensor]) -> Policy:
     return Policy(score)
 
 
+def _product_or(score: Callable[[Evidence], Tensor]) -> Policy:
+    """What the product does with the window, and another score in the place of its own."""
+    return _max(score, lambda e: 0.5 * e.pooled(e.window(8, "max"), 15))
+
+
 POLICIES: dict[str, Policy] = {
     "kvzip": Policy(lambda e, _: e.kvzip),
     "kvzip_p7": Policy(lambda e, _: e.pooled(e.kvzip, 7)),
@@ -330,6 +349,21 @@ POLICIES: dict[str, Policy] = {
     "vnorm512_window_w15_half": _max(
         lambda e: e.echo(512, 512) * e.value_size, lambda e: 0.5 * e.pooled(e.window(8, "max"), 15)
     ),
+    "agree_quarter": _product_or(lambda e: scores.agreed(e.echo() * e.value_size, 0.25)),
+    "agree_half": _product_or(lambda e: scores.agreed(e.echo() * e.value_size, 0.5)),
+    "agree512_quarter": _product_or(lambda e: scores.agreed(e.echo(512, 512) * e.value_size, 0.25)),
+    "agree512_half": _product_or(lambda e: scores.agreed(e.echo(512, 512) * e.value_size, 0.5)),
+    "beside256": _product_or(lambda e: e.echo(before=256) * e.value_size),
+    "beside512": _product_or(lambda e: e.echo(before=512) * e.value_size),
+    "spread": _product_or(lambda e: e.echo() * e.value_spread),
+    "odds_spread": _product_or(lambda e: scores.odds(e.echo()) * e.value_spread),
+    "group_mean": _product_or(lambda e: e.echo(reduce=scores.group_mean) * e.value_size),
+    "second_mean": _product_or(lambda e: e.echo(reduce=scores.second_mean) * e.value_size),
+    "carried_quarter": _product_or(lambda e: scores.carried(e.echo() * e.value_size, 0.25)),
+    "carried_half": _product_or(lambda e: scores.carried(e.echo() * e.value_size, 0.5)),
+    "level_quarter": _product_or(lambda e: scores.levelled(e.echo() * e.value_size, 0.25)),
+    "level_half": _product_or(lambda e: scores.levelled(e.echo() * e.value_size, 0.5)),
+    "level_inverse": _product_or(lambda e: scores.levelled(e.echo() * e.value_size, -0.25)),
     "table": Policy(lambda e, _: e.mapped("echo")),
     "table_scale": Policy(lambda e, _: e.mapped("echo", scaled=True)),
     "table_vnorm": Policy(lambda e, _: e.mapped("vnorm")),

@@ -62,6 +62,8 @@ def echo(
     first: int = 0,
     stride: int | None = None,
     sinks: Tensor | None = None,
+    before: int = 0,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """What a repetition of each segment would attend to, foreseen from its first reading.
 
@@ -75,6 +77,9 @@ def echo(
         first: where the first segment begins.
         stride: between segments; they overlap if it is less than ``segment``.
         sinks: ``[*, H, S, D]``; None: the first :data:`SINKS` of ``keys``.
+        before: so many keys in front of a segment are beside it, too (``first`` 0).
+        reduce: ``[*, H, G, S, m, m]`` probabilities by query and key to ``[*, H, S, m]``; None: the
+            highest.
     """
     length = keys.shape[-2]
     sinks = keys[..., :SINKS, :] if sinks is None else sinks
@@ -98,25 +103,67 @@ def echo(
         if delta is None:
             ahead = length - torch.tensor(places, device=keys.device)
         q2 = rotate(q1, ahead[:, None].expand(-1, size))
-        score = _repetition(q1, q2, k, sinks, scale)  # [*, H, S, m]
+        beside = sinks[..., None, :, :]
+        lse = ((q2 * scale) @ beside.unsqueeze(-4).mT).float().logsumexp(-1, keepdim=True)
+        if before:
+            place = index[:, :1] - torch.arange(before, 0, -1, device=keys.device)  # [S, before]
+            logits = (q2 * scale) @ keys[..., place.clamp(min=0), :].unsqueeze(-4).mT
+            # The first keys are there already.
+            logits = logits.float().masked_fill((place < SINKS)[:, None], -torch.inf)
+            lse = torch.logaddexp(lse, logits.logsumexp(-1, keepdim=True))
+        probability = _repetition(q1, q2, k, lse, scale)
+        # [*, H, S, m]
+        score = probability.amax((-2, -4)) if reduce is None else reduce(probability)
         flat = index.flatten().expand(*score.shape[:-2], -1)
         result.scatter_reduce_(-1, flat, score.flatten(-2), "amax")
     return result
 
 
-def _repetition(q1: Tensor, q2: Tensor, k: Tensor, sinks: Tensor, scale: float) -> Tensor:
+def _repetition(q1: Tensor, q2: Tensor, k: Tensor, beside: Tensor, scale: float) -> Tensor:
     size = k.shape[-2]
     across = k.unsqueeze(-4).mT  # [*, H, 1, S, D, m]
     old = ((q2 * scale) @ across).float()
-    lse = torch.logaddexp(
-        old.logsumexp(-1, keepdim=True),
-        ((q2 * scale) @ sinks[..., None, None, :, :].mT).float().logsumexp(-1, keepdim=True),
-    )
+    lse = torch.logaddexp(old.logsumexp(-1, keepdim=True), beside)
     new = ((q1 * scale) @ across).float()
     future = torch.ones(size, size, dtype=torch.bool, device=k.device).triu(1)
     new.masked_fill_(future, -torch.inf)
     lse = torch.logaddexp(lse, new.logsumexp(-1, keepdim=True))
-    return old.sub_(lse).exp_().amax((-2, -4))
+    return old.sub_(lse).exp_()
+
+
+def group_mean(probability: Tensor) -> Tensor:
+    """Of the highest that each query head pays, the mean over the group; for :func:`echo`."""
+    return probability.amax(-2).mean(-3)
+
+
+def second_mean(probability: Tensor) -> Tensor:
+    """Mean of the two highest over queries and group; for :func:`echo`."""
+    return probability.movedim(-4, -3).flatten(-3, -2).topk(2, -2).values.mean(-2)
+
+
+def agreed(score: Tensor, power: float) -> Tensor:
+    """``[L, H, P]``, times what all heads of all layers find of a token / of the average token,
+    to this power: heads that do not see what a token is for follow those that do."""
+    token = score.mean((0, 1))
+    return score * (token / token.mean()) ** power
+
+
+def carried(score: Tensor, factor: float) -> Tensor:
+    """At least ``factor`` times the score of the token before, and ``factor ** 2`` of that before
+    it, and so on: an answer is more than its first token."""
+    fall = torch.arange(score.shape[-1], device=score.device) * math.log(factor)
+    return ((score.clamp(min=1e-30).log() - fall).cummax(-1).values + fall).exp()
+
+
+def odds(score: Tensor) -> Tensor:
+    """Probabilities p as p / (1 - p), what dropping a key changes relative to what is left."""
+    return score / (1 - score).clamp(min=1 / 64)
+
+
+def levelled(score: Tensor, power: float, size: float = 0.9) -> Tensor:
+    """Each head's scores over their own quantile ``size``, to this power."""
+    level = score.quantile(size, dim=-1, keepdim=True).clamp(min=1e-9)
+    return score / level**power
 
 
 def replay(

@@ -24,6 +24,7 @@ COMMANDS = {
         "tests/installed/test_examples.py::test_policy_of_ones_own"
     ),
     r"vllm bench serve --base-url .*": "tests/installed/test_tools.py::test_bench_serve",
+    r"guidellm run .*": "tests/installed/test_tools.py::test_guidellm",
     r"vllm bench throughput --model models/tiny .*": (
         "tests/installed/test_tools.py::test_bench_throughput"
     ),
@@ -39,6 +40,7 @@ COMMANDS = {
     r"pip install '?(kvcompress_vllm\[ray-vllm-0-26\]|lm-eval\[vllm,api\]|\w+)'?": (
         "installs: extras"
     ),
+    r"pip install --no-deps --target kvpress_site kvpress==\S+": "installs: kvpress beside vLLM",
     # The command of the package.
     r"kvcompress-vllm doctor": "tests/integration/test_doctor.py::test_all_is_well",
     r"kvcompress-vllm doctor --wheel \S+": (

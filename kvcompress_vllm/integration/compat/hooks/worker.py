@@ -64,6 +64,13 @@ HOOKS = (
          "vLLM 0.29 is no longer supported", patched=True, until="0.30"),
     Hook("vllm.v1.attention.backend:CommonAttentionMetadata.req_idx", (),
          "tells the order of runner V2's batch", "never", since="0.30"),
+    Hook("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
+         ("self", "num_tokens", "uniform_decode"),
+         "a step whose prompts are scored runs in no full graph, though its rows be of equal "
+         "length; replaced on the instance of a runner that speculates", "never", patched=True),
+    Hook("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch",
+         ("self", "num_reqs", "num_tokens", "uniform_token_count"),
+         "the same on runner V2", "never", patched=True),
     Hook("vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.initialize_attn_backend",
          ("self", "kv_cache_config"),
          "fills draft_attn_groups, whose builders are bound; _draft_attn_layer_names tells a draft "
