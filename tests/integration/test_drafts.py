@@ -102,7 +102,8 @@ def say_drafts(
     llm: Any, texts: list[list[int]], right: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replace what is drafted behind the tokens of a request: the first of each step go on as the
-    one of ``texts`` that begins so, the others are wrong."""
+    longest of ``texts`` that begins so, the others are wrong."""
+    texts = sorted(texts, key=len, reverse=True)
     runner = worker(llm).model_runner
     stock = runner.take_draft_token_ids
 

@@ -123,11 +123,9 @@ def test_contexts_that_are_repeated(speculative: Any, expected: dict[str, Any]) 
 def test_pages_of_fewer_bits(
     page_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model in fp32 over a cache of 16 bits: in bf16 a step of several tokens rounds otherwise
-    than one of a single token, with stock vLLM, too."""
     prompts = [tokens(60 + index, 150 + 90 * index) for index in range(3)]
     options = {**OPTIONS, "page_dtype": page_dtype}
-    arguments = {"kv_cache_dtype": "bfloat16"}
+    arguments: dict[str, Any] = {"dtype": "bfloat16"}
     found = []
     for drafting in (False, True):
         if drafting:

@@ -43,6 +43,15 @@ def _uses_quantised_kv(config: VllmConfig) -> bool | str:
     return f"has a cache of {dtype}; --kv-cache-dtype bfloat16 keeps it in 16 bits"
 
 
+def _stores_otherwise(config: VllmConfig) -> bool | str:
+    """Keys are stored as the model makes them: no op converts."""
+    dtype, own = config.cache_config.cache_dtype, str(config.model_config.dtype)
+    own = own.removeprefix("torch.")
+    if dtype in ("auto", own):
+        return False
+    return f"makes keys of {own}, and the cache is to have {dtype}"
+
+
 def _shares_kv(config: VllmConfig) -> bool | str:
     shared = getattr(config.model_config.hf_text_config, "num_kv_shared_layers", None)
     if shared:
@@ -100,6 +109,7 @@ REFUSALS = (
         kinds.local,
     ),
     Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),
+    Refusal("a KV cache of another dtype than the model's", "--kv-cache-dtype", _stores_otherwise),
     Refusal("this speculative decoding", "--speculative-config", _drafts_otherwise),
     Refusal(
         "KV connectors and KV offloading",
