@@ -26,7 +26,7 @@ LENGTH = 230
 
 @pytest.mark.parametrize(("length", "ratio", "held"), [
     (1000, 2, 31 * 16 + 8), (1000, 4, 16 * 16 + 8), (1000, 8, 8 * 16 + 8), (1024, 2, 512),
-    (2000, 8, 16 * 16),
+    (2000, 8, 16 * 16), (909, 4, 237), (904, 8, 120),
 ])  # fmt: skip
 def test_kvpress_keeps_as_many_keys_as_the_engine(length: int, ratio: float, held: int) -> None:
     """Pages are rounded up, and what no page holds stays."""
