@@ -20,18 +20,24 @@ PORT ?= 8000
 WHEEL_KERNELS ?= $(if $(shell command -v nvcc),cuda,cpu)
 DIST ?= dist
 
-.PHONY: install serve test engine releases wheel distributions check docs format clean
+.PHONY: vllm install serve test engine releases wheel distributions check docs format clean
 
 # vLLM brings its own torch, so it comes first; our extension is then built against that torch.
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+$(VENV)/.vllm: pyproject.toml
 	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), "Python 3.10 to 3.13 is needed; set PYTHON="'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "Cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@command -v c++ >/dev/null || echo "No C++ compiler: the PyTorch references will run. On Debian and Ubuntu: apt install g++"
 	$(PIP) install --quiet --upgrade pip "setuptools>=77,<82" wheel ninja
 	$(PIP) install --quiet --upgrade "vllm$(if $(VLLM),==$(VLLM),$(SUPPORTED))"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.vllm setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	$(PIP) install --quiet --no-build-isolation --editable ".[test,langchain$(RAY)]"
 	@touch $@
+
+# The part of `make install` that takes longest and touches nothing in this folder but $(VENV).
+vllm: $(VENV)/.vllm
 
 install: $(VENV)/.installed
 

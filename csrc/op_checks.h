@@ -44,6 +44,11 @@ inline void check_observe_queries(const Tensor& query, const Tensor& ring_index,
             " tokens, ring_index ", ring_index.size(0));
 }
 
+// Query tokens of a row that are to read its keys together.
+inline void check_decode_query_len(int64_t decode_query_len) {
+  KVC_CHECK(decode_query_len >= 1, "decode_query_len must be 1 or more, not ", decode_query_len);
+}
+
 // The rows, query and out [>= T, H * G, D], query_start [R + 1]. Returns the rows.
 inline PagedRows check_paged_attention(const Tensor& query, const Tensor& pages,
                                        const Tensor& block_table, const Tensor& seq_lens,

@@ -37,6 +37,11 @@ constexpr int scales_columns(int format, int head_size) {
   return format == kAuto ? 0 : format == kFp8 ? 2 : 2 * head_size;
 }
 
+// P: neighbouring channels that int4 rotates together, by a Hadamard matrix H with H H = P I. Codes
+// stand for H x / P, so that H turns them back. Sums and differences of channels 1, 2, 4, ...
+// apart, in this order everywhere, so that all kernels find the same codes.
+KVC_HOST_DEVICE constexpr int rotated_together(int head_size) { return head_size & -head_size; }
+
 // The channel at place `place` of K; its two halves' pairs lie 16 bits apart in a word, as lane c
 // of a matrix instruction's four takes them.
 KVC_HOST_DEVICE constexpr int key_channel(int format, int head_size, int place) {
@@ -108,6 +113,19 @@ KVC_HOST_DEVICE float inverse_scale(float scale) {
   return scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
 }
 
+// H of `size` numbers, in blocks of `together`.
+inline void rotate(float* x, int size, int together) {
+  for (int distance = 1; distance < together; distance *= 2) {
+    for (int i = 0; i < size; i += 2 * distance) {
+      for (int j = i; j < i + distance; ++j) {
+        const float first = x[j], second = x[j + distance];
+        x[j] = first + second;
+        x[j + distance] = first - second;
+      }
+    }
+  }
+}
+
 constexpr float kLargestFp8 = 448.0f;
 
 // Scales that fit a range, and that go on from scales there are; see page_format.py. A range is the
@@ -129,8 +147,10 @@ KVC_HOST_DEVICE uint16_t zero_int4(float low, float high) {
 }
 // Part of a range that int4 may leave out on either side; the first of those with the least squared
 // error is taken. Powers of two, so that rounding is the same everywhere.
-constexpr int kNumCuts = 3;
-KVC_HOST_DEVICE float range_cut(int index) { return static_cast<float>(index) * 0.125f; }
+constexpr int kNumCuts = 4;
+KVC_HOST_DEVICE float range_cut(int index) {
+  return index == 0 ? 0.0f : static_cast<float>(1 << index) * 0.03125f;
+}
 struct Int4Scale {
   uint16_t scale, zero;
 };

@@ -142,7 +142,7 @@ class Request:
         self.compressor.accumulate(chunks)
         if chunks:
             self._observe_literally(known)
-        self.planner.watch(computed)
+        self.planner.generations.watch(computed)
         for tracked in self.planner.due(computed):
             self._compress(tracked)
             return True
@@ -216,7 +216,7 @@ def test_sums_of_all_queries(policy: str, stride: int) -> None:
     compressions = 0
     while request.num_tokens < 277:
         wanted = min(120, 277 - request.num_tokens)
-        count = request.planner.chunk("r", request.num_tokens, wanted)
+        count = request.planner.chunk(request.planner.requests["r"], request.num_tokens, wanted)
         assert 0 < count <= 64 * stride
         request.forward(count)
         compressions += request.step_start()
@@ -245,7 +245,9 @@ def test_what_keys_are_is_not_summed_up(monkeypatch: pytest.MonkeyPatch) -> None
     compressions = 0
     while request.num_tokens < 377:
         left = max(1, min(120, 277 - request.num_tokens))
-        request.forward(request.planner.chunk("r", request.num_tokens, left))
+        request.forward(
+            request.planner.chunk(request.planner.requests["r"], request.num_tokens, left)
+        )
         compressions += request.step_start()
     assert compressions >= 2
     assert set(request.evidence[-1].statistics) == {ops.SUM, ops.LIKENESS}
@@ -256,7 +258,7 @@ def test_scissorhands_looks_at_its_history_only() -> None:
     request = Request(config_of("scissorhands", query_stride=8), 900)
     chunks = []
     while request.num_tokens < 900:
-        count = request.planner.chunk("r", request.num_tokens, 2048)
+        count = request.planner.chunk(request.planner.requests["r"], request.num_tokens, 2048)
         chunks.append(count)
         request.forward(count)
         request.step_start()
@@ -270,7 +272,9 @@ def test_what_others_left_in_the_blocks_does_not_count() -> None:
     torch.manual_seed(4)
     request = Request(config_of("h2o", query_stride=4), 300)
     while request.num_tokens < 300:
-        request.forward(request.planner.chunk("r", request.num_tokens, 100))
+        request.forward(
+            request.planner.chunk(request.planner.requests["r"], request.num_tokens, 100)
+        )
         request.step_start()
     assert request.state.accumulated is not None
     slot = request.planner.requests["r"].state_slot

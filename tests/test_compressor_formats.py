@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvcompress_vllm.cache.integrity import check_state
-from kvcompress_vllm.cache.page_format import PageFormat
+from kvcompress_vllm.cache.page_format import PageFormat, to_stored
 from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.compression import gather
 from kvcompress_vllm.compression.compressor import Compressor
@@ -110,6 +110,7 @@ class Request:
                 assert (error <= 2**-3 * wanted[:packed].abs() + 2**-9 * scale).all()
             else:
                 scale, _ = state.page_scales[SLOT].flatten(0, 1)[i].float()
+                error = to_stored(found - wanted, page_format)[:packed].abs()
                 # No more than a few lay beyond what codes reached when they were packed.
                 assert (error > 1.01 * scale + 1e-6).float().mean() < 0.1
             if not self.config.reads_echo():

@@ -12,8 +12,10 @@ from typing import ClassVar
 import pytest
 
 from kvcompress_vllm.cli import main
-from kvcompress_vllm.reporting.explained import explain, parse, render
+from kvcompress_vllm.reporting.acceptance import ENOUGH
+from kvcompress_vllm.reporting.explained import explain, render
 from kvcompress_vllm.reporting.metrics import METRICS
+from kvcompress_vllm.reporting.scraped import parse
 
 OPTIONS = "policy=echo ratio=8.0 min_prompt_tokens=128 decode=True"
 IDLE = {"vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0,
@@ -111,6 +113,47 @@ def test_echo_slots_run_short() -> None:
     assert about("observation slots", short)[0] == "warning"
     some = short | {"kv_compress:observation_slots_used": 7}
     assert not [sentence for _, sentence in said(some) if "slots" in sentence]
+
+
+def test_each_engine_has_its_own_pool_and_queue() -> None:
+    def labelled(metrics: dict[str, float], engine: str) -> dict[str, float]:
+        return {
+            f"{name[:-1]},{own}" if name.endswith("}") else f"{name}{{{own}": value
+            for name, value in metrics.items()
+            for own in [f'engine="{engine}"}}']
+        }
+
+    full = WORKING | {"vllm:kv_cache_usage_perc": 0.99, "vllm:num_requests_waiting": 3}
+    both = labelled(WORKING, "0") | labelled(full, "10") | {"process_start_time_seconds": 5}
+    found = said(both)
+    assert found[0][1].startswith("80 requests were compressed (80 prefill")
+    pools = [sentence for _, sentence in found if "blocks are in use" in sentence]
+    assert pools[0].startswith("engine 0: 12 requests run") and "0.0% of 1,000 blocks" in pools[0]
+    assert pools[1].startswith("engine 10: 12 requests run") and "99.0% of 1,000" in pools[1]
+    assert ("warning", "engine 10: 3 requests wait: the KV cache is full") in found
+    assert ("info", "engine 0: no request waits") in found
+    # What rises is looked for in each as well.
+    kept_out = 'kv_compress:admission_refusals_total{reason="forecast"}'
+    before = labelled(WORKING | {kept_out: 9}, "0") | labelled(full | {kept_out: 2}, "10")
+    now = labelled(WORKING | {kept_out: 9}, "0") | labelled(full | {kept_out: 3}, "10")
+    (waits,) = (s for _, s in said(now, before) if "3 requests wait" in s)
+    assert "grow to" in waits
+
+
+def test_acceptance_of_drafted_tokens() -> None:
+    def drafts(packed: str, drafted: float, accepted: float) -> dict[str, float]:
+        return {f'kv_compress:draft_tokens_total{{packed="{packed}"}}': drafted,
+                f'kv_compress:accepted_tokens_total{{packed="{packed}"}}': accepted}  # fmt: skip
+
+    assert not [sentence for _, sentence in said(WORKING) if "drafted" in sentence]
+    alone = WORKING | drafts("yes", ENOUGH, ENOUGH / 4)
+    sentence = f"of drafted tokens were accepted: 25% of {ENOUGH:,} of packed ones"
+    assert ("info", sentence) in said(alone)
+    good = alone | drafts("no", ENOUGH, ENOUGH * 0.3)
+    assert about("drafted tokens", good)[0] == "info"
+    level, sentence = about("drafted tokens", alone | drafts("no", ENOUGH, ENOUGH / 2))
+    assert level == "warning" and "50% of 1,000 of requests that were not packed" in sentence
+    assert "a larger recent" in sentence
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

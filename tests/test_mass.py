@@ -140,7 +140,7 @@ def test_a_generation_is_scored_again() -> None:
     p.feedback.scored(scored(a))
     p.compressed("a")
     due_at = a.due_at
-    p.watch({"a": due_at - 8})
+    p.generations.watch({"a": due_at - 8})
     assert p.due({"a": due_at}) == [] and p.to_score({"a": due_at}) == [a]
     p.feedback.scored(scored(a, LossCurve([2, 40, 45], [0.5, 0.05, 0.0])))
     p.compressed("a")
@@ -164,7 +164,7 @@ def test_where_there_is_nothing_to_gain_nothing_is_compressed() -> None:
     p.feedback.scored(scored(a, LossCurve([2, 99, 100], [1.0, 0.5, 0.0])))
     assert p.due({"a": 1601}) == [] == p.to_score({"a": 1601})
     assert p.observers.used == 0 and a.kept == 0 and a.due_at == 1600 + 4 * B
-    p.watch({"a": a.due_at - 8})
+    p.generations.watch({"a": a.due_at - 8})
     assert p.to_score({"a": a.due_at}) == [a], "later it is asked again"
     p = planner(decode=False)
     a = admitted(p, "a", 1600)
@@ -204,7 +204,7 @@ def test_pressure_beyond_the_budget_waits_for_no_curve() -> None:
     p.to_score({"a": 1600})
     p.feedback.scored(scored(a))
     p.compressed("a")
-    p.press({"a": 1601}, 0)
+    p.generations.press({"a": 1601}, 0)
     assert a.ratio == 10 and p.due({"a": a.due_at}) == [a] and a.target() == (100, 10)
 
 

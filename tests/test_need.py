@@ -11,10 +11,12 @@ from kvcompress_vllm.records.budget import KEEP_ALL, Wish
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.report import Scored
+from kvcompress_vllm.scheduling import budgets as budgets_module
 from kvcompress_vllm.scheduling import sizes as sizes_module
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
-from kvcompress_vllm.scheduling.sizes import NEVER, Limits, Sizes
+from kvcompress_vllm.scheduling.sizes import NEVER, Sizes
 
 B = 16
 
@@ -66,7 +68,7 @@ def test_the_arithmetic_of_a_packing() -> None:
 
 def test_sizes_and_budgets_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes_module, "MOST_REMEMBERED", 3)
-    monkeypatch.setattr(sizes_module, "MOST_BUDGETS", 3)
+    monkeypatch.setattr(budgets_module, "MOST_BUDGETS", 3)
     one = sizes(ratio=4)
     assert [one.packed(n * B) for n in range(10, 30)] == [
         Packing(n, -(-n // 4)) for n in range(10, 30)
@@ -101,11 +103,13 @@ def before_a_question(prompt: int = 1000, **options: object) -> CompressionPlann
 
 def test_a_prompt_stops_until_its_curve_is_back() -> None:
     p = before_a_question(2000, interval=4)
-    assert p.chunk("a", 512, 512) == 288
+    assert p.chunk(p.requests["a"], 512, 512) == 288
     (a,) = p.to_score({"a": 800})
-    assert p.due({"a": 800}) == [] and p.chunk("a", 800, 200) == 0
+    assert p.due({"a": 800}) == [] and p.chunk(p.requests["a"], 800, 200) == 0
     p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 20, 50], [0.5, 0.1, 0.0])))
-    assert p.chunk("a", 800, 200) == 200, "it goes on if the pool has no room for the copy"
+    assert p.chunk(p.requests["a"], 800, 200) == 200, (
+        "it goes on if the pool has no room for the copy"
+    )
     assert p.due({"a": 800}) == [a] and a.target() == Packing(50, 20)
     p.compressed("a", 800)
     assert a.due_at == 2000 and a.observe_slot is not None and a.trigger == "prefill"
@@ -115,7 +119,7 @@ def test_a_context_without_anything_to_gain_is_read_on() -> None:
     p = before_a_question()
     (a,) = p.to_score({"a": 800})
     p.feedback.scored(Scored("a", a.state_slot, 800, LossCurve([2, 49, 50], [1.0, 0.5, 0.0])))
-    assert a.decided is None and a.kept == 0 and p.chunk("a", 800, 300) == 200
+    assert a.decided is None and a.kept == 0 and p.chunk(p.requests["a"], 800, 300) == 200
     # The end of the prompt is the next chance; after that it is a generation.
     assert a.due_at == 1000 and p.observers.used == 1 and a.trigger == "prefill"
     assert p.to_score({"a": 1000}) == [a]
@@ -211,7 +215,7 @@ def test_a_prompt_that_is_over_is_decoded_until_its_curve_is_back() -> None:
     p = CompressionPlanner(config, B, 4, 4, 4096)
     p.admit("a", 1000)
     (a,) = p.to_score({"a": 1000})
-    assert a.awaits_curve and p.chunk("a", 1000, 1) == 1
+    assert a.awaits_curve and p.chunk(p.requests["a"], 1000, 1) == 1
 
 
 def test_a_stride_marks_the_multiples_at_which_blocks_come_back() -> None:
@@ -239,9 +243,9 @@ def test_with_a_stride_a_request_is_due_at_its_marks_in_prompt_and_answer() -> N
     p.at_mark(p.requests["a"], 512, b"key")
     p.compressed("a", 512)
     assert p.requests["a"].due_at == 1024 and p.requests["a"].prefix == b"key"
-    p.watch({"a": 1007})
+    p.generations.watch({"a": 1007})
     assert p.requests["a"].observe_slot is None
-    p.watch({"a": 1008})
+    p.generations.watch({"a": 1008})
     assert p.requests["a"].observe_slot is not None and p.requests["a"].due_at == 1024
 
 
@@ -253,10 +257,10 @@ def test_who_misses_a_mark_has_no_stride_any_more() -> None:
     p.at_mark(p.requests["a"], 512, b"key")
     p.compressed("a", 512)
     p.admit("b", 1000)  # takes the only slot
-    p.watch({"a": 1008, "b": 0})
+    p.generations.watch({"a": 1008, "b": 0})
     assert p.requests["a"].sizes.stride == 512
     p.release("b")
-    p.watch({"a": 1012})
+    p.generations.watch({"a": 1012})
     a = p.requests["a"]
     assert (a.sizes.stride, a.prefix, a.due_at) == (0, None, 1028)
     p.at_mark(a, 1028, b"another")

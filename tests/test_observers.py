@@ -35,7 +35,7 @@ def test_segments_are_heard_once_they_are_whole_or_a_compression_is_due() -> Non
     assert seen is not None and seen.observe_from == 1600
     assert heard(p, {"a": 1615}) == []
     assert heard(p, {"a": 1633}) == [("a", 1600, 1616), ("a", 1616, 1632)]
-    p.watch({"a": 1656})
+    p.generations.watch({"a": 1656})
     assert p.observers.used == 1 and p.requests["a"].listen_slot is not None
     p.requests["a"].due_at = 1650
     assert heard(p, {"a": 1650}) == [("a", 1632, 1648), ("a", 1648, 1650)], "up to where it is due"

@@ -233,7 +233,7 @@ def test_formats_come_back_within_half_a_step():
 def test_equal_bytes_of_fewer_bits_are_more_keys(model, sample, mode):
     plan = study.Plan(
         [study.PRODUCT[mode]], [4.0], [Shields(recent=16)], [5], 64,
-        page_dtypes=["auto", "fp8", "int4", "int4_exact"],
+        page_dtypes=["auto", "fp8", "int4", "exact4"],
     )  # fmt: skip
     lines = list(
         study.generated(model, [sample], plan)
@@ -245,7 +245,7 @@ def test_equal_bytes_of_fewer_bits_are_more_keys(model, sample, mode):
     full = next(line for line in lines if line["policy"] == "full")
     if mode != study.DECODED:
         # All keys stay: what is lost is what 4 bits lose.
-        assert found["int4_exact"]["tasks"] == full["tasks"]
+        assert found["exact4"]["tasks"] == full["tasks"]
         assert found["int4"]["tasks"] != full["tasks"]
     else:
         held = [found[name]["held"] for name in ("auto", "fp8", "int4")]

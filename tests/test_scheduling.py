@@ -50,7 +50,7 @@ def decode(p: CompressionPlanner, name: str, num_tokens: int, until: int) -> lis
     """Generate one token per step; (tokens, blocks held before) of every compression."""
     compressions = []
     while num_tokens < until:
-        p.watch({name: num_tokens})
+        p.generations.watch({name: num_tokens})
         for tracked in p.due({name: num_tokens}):
             blocks = num_tokens // B - tracked.covered + tracked.kept
             compressions.append((num_tokens, blocks))
@@ -98,14 +98,14 @@ def test_decode_false_leaves_generations_alone() -> None:
     p.admit("a", 1000)
     p.compressed("a")
     assert p.requests["a"].due_at == NEVER
-    p.watch({"a": 90_000})
+    p.generations.watch({"a": 90_000})
     assert p.requests["a"].observe_slot is None
 
 
 def pressed(p: CompressionPlanner, free: int, **lengths: int) -> list[str]:
     """Requests that begin to be observed when so many blocks are free."""
     before = {n for n, t in p.requests.items() if t.observe_slot is not None}
-    p.press(lengths, free)
+    p.generations.press(lengths, free)
     return sorted({n for n, t in p.requests.items() if t.observe_slot is not None} - before)
 
 
@@ -229,7 +229,7 @@ def test_looking_only_when_it_may_be_short_changes_nothing(
                 p.compressed(str(index))
         p.limits = p.limits._replace(max_tokens=max_tokens)
         computed = {str(i): length + 100 for i, length in enumerate(lengths)}
-        p.press(computed, free)
+        p.generations.press(computed, free)
         return sorted(name for name, t in p.requests.items() if t.observe_slot is not None)
 
     assert run(5200) == run(10**9)
@@ -264,10 +264,10 @@ def test_without_a_free_slot_a_decode_compression_comes_later_with_a_whole_windo
     p.admit("short", 130)
     p.admit("long", 1000)  # takes the slot
     due = p.requests["short"].due_at
-    p.watch({"short": due + 3})
+    p.generations.watch({"short": due + 3})
     assert p.requests["short"].observe_slot is None and p.due({"short": due + 3}) == []
     p.compressed("long")
-    p.watch({"short": due + 5})
+    p.generations.watch({"short": due + 5})
     assert p.requests["short"].observe_slot is not None
     assert p.requests["short"].due_at == due + 5 + 8
     assert p.due({"short": due + 12}) == [] and p.due({"short": due + 13})
@@ -278,7 +278,7 @@ def test_a_scarce_slot_goes_to_who_is_overdue_longest() -> None:
     p.admit("first", 130)
     p.admit("second", 130)
     due = p.requests["first"].due_at
-    p.watch({"first": due - 8, "second": due + 20})
+    p.generations.watch({"first": due - 8, "second": due + 20})
     assert p.requests["first"].observe_slot is None
     assert p.requests["second"].observe_slot is not None
 
@@ -423,6 +423,6 @@ def test_beside_its_context_nobody_holds_more_than_without_compression(
         assert own <= a.due_at // B - context
         if a.due_at > max(end, 20_000):
             break
-        p.watch({"a": a.due_at - config.window})
+        p.generations.watch({"a": a.due_at - config.window})
         p.compressed("a", a.due_at)
         assert a.kept <= a.covered - context, "its copy, too"

@@ -40,7 +40,7 @@ def test_observation_begins_behind_what_is_in_flight(late: int) -> None:
     planner.unverified.sent({"a": [-1] * late})
     tracked = planner.requests["a"]
     now = tracked.due_at + 30  # nobody had a slot for it
-    planner.watch({"a": now})
+    planner.generations.watch({"a": now})
     assert tracked.observe_slot is not None and tracked.due_at == now + late + WINDOW
 
 
@@ -48,7 +48,7 @@ def test_observation_begins_behind_what_is_in_flight(late: int) -> None:
 def test_so_it_does_under_pressure(late: int) -> None:
     planner = decoding()
     planner.unverified.sent({"a": [-1] * late})
-    planner.press({"a": 400}, 0)
+    planner.generations.press({"a": 400}, 0)
     tracked = planner.requests["a"]
     assert tracked.trigger == "pressure" and tracked.due_at == 400 + late + WINDOW
 
@@ -56,7 +56,7 @@ def test_so_it_does_under_pressure(late: int) -> None:
 def test_a_compression_that_was_late_is_followed_by_a_whole_window() -> None:
     planner = decoding()
     tracked = planner.requests["a"]
-    planner.watch({"a": tracked.due_at - WINDOW})
+    planner.generations.watch({"a": tracked.due_at - WINDOW})
     planner.unverified.sent({"a": [-1] * DRAFTS})
     now = tracked.due_at + 200
     planner.compressed("a", now)

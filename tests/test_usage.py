@@ -48,3 +48,21 @@ def test_sequences_are_added_up() -> None:
     usage.add(Counts(1, 20, 5))
     usage.add(Counts(2, 32, 7), old=Counts(1, 21, 6))
     assert usage == CompressionUsage(3, 52, 12)
+
+
+def test_drafted_tokens() -> None:
+    """They are counted before anything is compressed, and beside it."""
+    log = UsageLog()
+    log.verified("r", 4, 1)
+    assert log.take("r") == Counts(draft_tokens=4, accepted_tokens=1)
+    log.compressed(FIRST)
+    log.verified("r", 3, 3)
+    first = log.take("r")
+    assert first == Counts(1, 21, 6, draft_tokens=7, accepted_tokens=4)
+    log.verified("r", 2, 0)
+    second = log.take("r")
+    assert second == first._replace(draft_tokens=9)
+    usage = CompressionUsage()
+    usage.add(first)
+    usage.add(second, old=first)
+    assert (usage.draft_tokens, usage.accepted_tokens) == (9, 4)

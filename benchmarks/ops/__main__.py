@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.ops.compression import bench_compression, bench_quantisation
 from benchmarks.ops.copies import bench_copies
-from benchmarks.ops.decode import bench_codes, bench_decode, bench_prefill
+from benchmarks.ops.decode import bench_codes, bench_decode, bench_prefill, bench_speculation
 from benchmarks.ops.echo import bench_echo
 from benchmarks.ops.plot import plot_decode
 from benchmarks.ops.timing import Report, copy_bandwidth
@@ -27,6 +27,7 @@ from kvcompress_vllm import ops
 BENCHES: dict[str, Callable[[Report, torch.device], None]] = {
     "decode": bench_decode,
     "codes": bench_codes,
+    "speculation": bench_speculation,
     "prefill": bench_prefill,
     "compression": bench_compression,
     "quantisation": bench_quantisation,

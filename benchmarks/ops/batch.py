@@ -25,7 +25,8 @@ def random_pages(count: int, device: torch.device) -> Tensor:
 
 
 class Decode:
-    """Heads hold log-normal numbers of packed pages, ``mean`` keys on average.
+    """Heads hold log-normal numbers of packed pages, ``mean`` keys on average. Every request has
+    ``tokens`` new ones: its next, and what is drafted behind it.
 
     It has as many layers as it takes for the keys to be several times the L2 cache.
     """
@@ -38,8 +39,10 @@ class Decode:
         device: torch.device,
         least_bytes: int = 1 << 30,
         page_format: PageFormat = PageFormat.AUTO,
+        tokens: int = 1,
     ) -> None:
         torch.manual_seed(requests + mean)
+        self.tokens = tokens
         self.requests, self.device, self.page_format = requests, device, page_format
         m, page_keys = page_format.blocks_per_page, page_format.keys_per_page(BLOCK_SIZE)
         per_layer = requests * HEADS * mean * page_format.key_bytes(HEAD_SIZE)
@@ -52,7 +55,7 @@ class Decode:
         self.num_pages = target.view(requests, self.layers, HEADS)
         self.first_page = layout.exclusive_cumsum(self.num_pages)
         self.covered = (blocks * m).int()
-        tail = torch.randint(1, BLOCK_SIZE + 1, (requests,))
+        tail = torch.randint(tokens, BLOCK_SIZE + 1, (requests,))
         self.keys = self.num_pages * page_keys + tail.view(-1, 1, 1)
         # What lies in pages is as large in every format.
         rows = self.num_pages * BLOCK_SIZE + tail.view(-1, 1, 1)
@@ -77,8 +80,8 @@ class Decode:
             self._fill_codes(torch.tensor(tails, device=device), slots)
         moved = [t.to(device) for t in (self.table, seq_lens, *tables)]
         self.rows = [*moved, self.scales, int(page_format)]
-        self.start = torch.arange(requests + 1, dtype=torch.int32, device=device)
-        shape = (requests, HEADS * GROUP, HEAD_SIZE)
+        self.start = torch.arange(requests + 1, dtype=torch.int32, device=device) * tokens
+        shape = (requests * tokens, HEADS * GROUP, HEAD_SIZE)
         self.query = torch.randn(shape, device=device).bfloat16()
         self.out = torch.empty_like(self.query)
 
@@ -93,9 +96,14 @@ class Decode:
         self.pages.view(-1, slots, BLOCK_SIZE, 2 * HEAD_SIZE)[tails] = kept
         self.scales.normal_()
         self.scales[:, :, :, 0].uniform_(0.1, 0.4)
+        if self.page_format is PageFormat.INT4:
+            self.scales.div_(HEAD_SIZE**0.5)  # the rotation makes them longer again
 
     def run(self, layer: int) -> None:
-        ops.paged_attention(self.query, self.pages, *self.rows, self.start, layer, SCALE, self.out)
+        ops.paged_attention(
+            self.query, self.pages, *self.rows, self.start, layer, SCALE, self.out,
+            decode_query_len=self.tokens,
+        )  # fmt: skip
 
     def steps(self) -> list[Callable[[], None]]:
         return [partial(self.run, layer) for layer in range(self.layers)]
@@ -108,14 +116,16 @@ class Decode:
             self._check_codes(layer, samples)
             return
         table, lengths = self.sequences(layer)
-        query, out = (t.view(-1, GROUP, HEAD_SIZE) for t in (self.query, self.out))
+        shape = self.requests, self.tokens, HEADS, GROUP, HEAD_SIZE
+        query, out = (t.view(shape).transpose(1, 2).flatten(0, 1) for t in (self.query, self.out))
         last = len(lengths) - 1
         for i in {0, last, *torch.randint(last + 1, (samples,)).tolist()}:
             n = int(lengths[i])
             kv = self.pages[table[i, : -(-n // BLOCK_SIZE)].long()].flatten(0, 1)[:n].float()
-            key, value = kv.split(HEAD_SIZE, dim=1)
-            want = (query[i].float() @ key.t() * SCALE).softmax(-1) @ value
-            torch.testing.assert_close(out[i].float(), want, atol=2**-8, rtol=2**-7)
+            for token in range(self.tokens):
+                key, value = kv[: n - self.tokens + 1 + token].split(HEAD_SIZE, dim=1)
+                want = (query[i, token].float() @ key.t() * SCALE).softmax(-1) @ value
+                torch.testing.assert_close(out[i, token].float(), want, atol=2**-8, rtol=2**-7)
 
     def _check_codes(self, layer: int, samples: int) -> None:
         """The same where keys are codes."""

@@ -25,6 +25,16 @@ DECODES = (
     (16, 30000, 1),
 )
 
+SPECULATIONS = (
+    (64, 6000, 0),
+    (64, 6000, 1),
+    (64, 750, 1),
+    (256, 3000, 1),
+    (1, 6000, 1),
+    (8, 1500, 1),
+)
+"""Requests, mean keys per head, spread of their logarithm; the goal is 1.15 at 6,000 keys."""
+
 CODED = (
     *((64, mean, sigma) for mean in (750, 3000, 6000, 24000) for sigma in (0, 1)),
     (256, 750, 1),
@@ -63,6 +73,24 @@ def bench_codes(report: Report, device: torch.device) -> None:
             case = f"{requests} x {mean} keys, sigma {sigma}"
             report.add(f"decode {page_format.label}", case, seconds(batch.steps()), batch.bytes)
             del batch
+
+
+def bench_speculation(report: Report, device: torch.device) -> None:
+    """A step that verifies four drafted tokens, next to one of single tokens over the same keys."""
+    drafts = 4
+    for requests, mean, sigma in SPECULATIONS:
+        torch.cuda.empty_cache()
+        single = Decode(requests, mean, sigma, device)
+        time = seconds(single.steps())
+        del single
+        batch = Decode(requests, mean, sigma, device, tokens=1 + drafts)
+        batch.check()
+        case = f"{requests} x {mean} keys, sigma {sigma}, {drafts} drafted"
+        found = seconds(batch.steps())
+        of_single = round(found / time, 3)
+        report.add("speculation", case, found, batch.bytes, drafts=drafts, times_single=of_single)
+        print(f"{case}: {of_single} times a step of single tokens", flush=True)
+        del batch
 
 
 def bench_prefill(report: Report, device: torch.device) -> None:

@@ -10,7 +10,6 @@ keys that are kept. Shapes: ``vectors`` ``[..., P, D]``, ``kept`` ``[..., P]`` b
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ SMALLEST = 1e-6
 class Format(NamedTuple):
     """A page dtype: keys in the bytes of one key of 16 bits, and both round trips."""
 
-    packing: int
+    packing: float
     keys: Quantise
     values: Quantise
 
@@ -64,19 +63,11 @@ def by_channel(vectors: Tensor, kept: Tensor) -> Tensor:
     return on_grid(vectors, *ranges(vectors, kept))
 
 
-def symmetric(vectors: Tensor, kept: Tensor) -> Tensor:
-    """4 bits, a scale per channel, 15 values from -7 to 7."""
-    low, high = ranges(vectors, kept)
-    most = torch.maximum(-low, high)
-    return on_grid(vectors, -most, most, 14)
-
-
-def clipped(*shares: float, sides: bool = False, even: bool = False) -> Quantise:
+def clipped(*shares: float, even: bool = False) -> Quantise:
     """As ``by_channel``, of a range as much narrower as leaves the least squared error.
 
     Args:
         shares: of half of the range, around its middle, that are tried.
-        sides: try them for either side apart.
         even: take errors inside the range to be spread evenly over a step, as the product does.
     """
 
@@ -84,8 +75,8 @@ def clipped(*shares: float, sides: bool = False, even: bool = False) -> Quantise
         low, high = ranges(vectors, kept)
         middle, half = (low + high) / 2, (high - low) / 2
         best = least = None
-        for below, above in product(shares, shares) if sides else zip(shares, shares, strict=True):
-            start, end = middle - below * half, middle + above * half
+        for share in shares:
+            start, end = middle - share * half, middle + share * half
             found = on_grid(vectors, start, end)
             error = (found - vectors).square()
             if even:
@@ -102,30 +93,43 @@ def clipped(*shares: float, sides: bool = False, even: bool = False) -> Quantise
     return quantise
 
 
-SIX = clipped(1, 0.9, 0.8, 0.7, 0.6, 0.5)
-THREE = clipped(1, 0.75, 0.5)
-PRODUCT = clipped(1, 0.75, 0.5, even=True)
-SIDES = clipped(1, 0.75, 0.5, sides=True)
-
-
-def within(sigmas: float) -> Quantise:
-    """As ``by_channel``, of no more than so many standard deviations around the mean."""
-
-    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
-        low, high = ranges(vectors, kept)
-        there = kept[..., None]
-        count = there.sum(-2, keepdim=True).clamp(min=1)
-        mean = (vectors * there).sum(-2, keepdim=True) / count
-        square = (vectors.square() * there).sum(-2, keepdim=True) / count
-        reach = sigmas * (square - mean.square()).clamp(min=0).sqrt()
-        return on_grid(vectors, torch.maximum(low, mean - reach), torch.minimum(high, mean + reach))
-
-    return quantise
+SHARES = 1, 0.9, 0.8, 0.7, 0.6, 0.5
+SIX = clipped(*SHARES)
+EVEN = clipped(1, 0.75, 0.5, even=True)
 
 
 def by_token(vectors: Tensor, kept: Tensor) -> Tensor:
     """4 bits, a scale and a zero point per key: as KIVI (arXiv 2402.02750) has values."""
     return on_grid(vectors, vectors.amin(-1, keepdim=True), vectors.amax(-1, keepdim=True))
+
+
+def grid_by_token(bits: int, groups: int = 1) -> Quantise:
+    """A scale and a zero point per key and group of channels."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        parts = vectors.unflatten(-1, (groups, -1))
+        low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
+        return on_grid(parts, low, high, 2**bits - 1).flatten(-2)
+
+    return quantise
+
+
+def centred(inner: Quantise) -> Quantise:
+    """Around the mean of each channel: what all keys share is exact."""
+
+    def quantise(vectors: Tensor, kept: Tensor) -> Tensor:
+        there = kept[..., None]
+        total = there.sum(-2, keepdim=True).clamp(min=1)
+        mean = (vectors * there).sum(-2, keepdim=True) / total
+        return inner(vectors - mean, kept) + mean
+
+    return quantise
+
+
+def symmetric_by_token(vectors: Tensor, kept: Tensor) -> Tensor:
+    """4 bits, a scale per key."""
+    most = vectors.abs().amax(-1, keepdim=True)
+    return on_grid(vectors, -most, most * 7 / 8, 15)
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
@@ -144,6 +148,9 @@ def rotated(inner: Quantise) -> Quantise:
         return inner(vectors @ turn, kept) @ turn
 
     return quantise
+
+
+PRODUCT = rotated(clipped(1, 0.875, 0.75, 0.5, even=True))
 
 
 def by_run(keys: int, inner: Quantise) -> Quantise:
@@ -176,28 +183,26 @@ FORMATS: dict[str, Format] = {
     AUTO: Format(1, plain, plain),
     "fp8": Format(2, fp8, fp8),
     "int4": Format(4, PRODUCT, PRODUCT),
-    "int4_clipped3": Format(4, THREE, THREE),
-    "int4_range": Format(4, by_channel, by_channel),
-    "int4_symmetric": Format(4, symmetric, symmetric),
-    "int4_clipped": Format(4, SIX, SIX),
-    "int4_clipped_sides": Format(4, SIDES, SIDES),
-    **{f"int4_sigma{k:g}": Format(4, within(k), within(k)) for k in (2, 2.5, 3, 3.5, 4)},
-    "int4_clipped_k": Format(4, SIX, by_channel),
-    "int4_clipped_no_sinks": Format(4, without_sinks(SIX), without_sinks(SIX)),
-    "int4_token_v": Format(4, by_channel, by_token),
-    "int4_rotated": Format(4, rotated(by_channel), rotated(by_channel)),
-    "int4_rotated_token": Format(4, rotated(by_token), rotated(by_token)),
-    "int4_rotated_v": Format(4, by_channel, rotated(by_channel)),
-    "int4_run64": Format(4, by_run(64, by_channel), by_run(64, by_channel)),
-    "int4_run64_clipped": Format(4, by_run(64, THREE), by_run(64, THREE)),
-    "int4_run64_k": Format(4, by_run(64, THREE), PRODUCT),
-    "int4_run64_k_token_v": Format(4, by_run(64, THREE), by_token),
-    "int4_run256": Format(4, by_run(256, by_channel), by_run(256, by_channel)),
-    "int4_rotated_clipped": Format(4, rotated(SIX), rotated(SIX)),
-    "int4_no_sinks": Format(4, without_sinks(by_channel), without_sinks(by_channel)),
-    "int4_exact": Format(4, plain, plain),
-    "int4_keys_only": Format(4, by_channel, plain),
-    "int4_values_only": Format(4, plain, by_channel),
+    "int4_three_cuts": Format(4, rotated(EVEN), rotated(EVEN)),
+    "int4_six_cuts": Format(4, rotated(SIX), rotated(SIX)),
+    "int4_keys_rotated": Format(4, PRODUCT, EVEN),
+    "int4_unrotated": Format(4, EVEN, EVEN),
+    "int4_unrotated_six_cuts": Format(4, SIX, SIX),
+    "int4_unrotated_range": Format(4, by_channel, by_channel),
+    "int4_unrotated_no_sinks": Format(4, without_sinks(SIX), without_sinks(SIX)),
+    "int4_token": Format(4, centred(rotated(by_token)), centred(rotated(by_token))),
+    "int4_token_symmetric": Format(
+        4, centred(rotated(symmetric_by_token)), centred(rotated(symmetric_by_token))
+    ),
+    "int4_token_unrotated": Format(4, centred(by_token), centred(by_token)),
+    "int4_token_groups": Format(3.5, centred(grid_by_token(4, 2)), grid_by_token(4, 2)),
+    "int4_page": Format(3.5, by_run(56, by_channel), by_token),
+    "k5v3": Format(4, centred(rotated(grid_by_token(5))), centred(rotated(grid_by_token(3)))),
+    "k5v4": Format(3, centred(rotated(grid_by_token(5))), by_token),
+    "k6v4": Format(2.75, centred(grid_by_token(6)), by_token),
+    "k8v4": Format(2.5, centred(grid_by_token(8)), by_token),
+    "exact3.5": Format(3.5, plain, plain),
+    "exact4": Format(4, plain, plain),
 }
-"""The last four and those of runs of 64 keys are no formats of equal bytes: they say what part of
-the loss comes from where."""
+"""``int4`` is the product's. Those of fewer keys to a page have scales by key or page within it;
+``int4_token`` would have them beside it. The last two say what bits alone cost."""

@@ -44,7 +44,7 @@ class Setting(NamedTuple):
     def paged(self) -> tuple[float, Shields]:
         """The ratio in keys, and shields of the keys that a page has."""
         packing = FORMATS[self.page_dtype].packing
-        return self.ratio / packing, replace(self.shields, page=self.shields.page * packing)
+        return self.ratio / packing, replace(self.shields, page=round(self.shields.page * packing))
 
 
 @dataclass(frozen=True)

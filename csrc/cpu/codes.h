@@ -12,8 +12,10 @@ class Codes {
  public:
   explicit Codes(int64_t head_size) : head_size_(static_cast<int>(head_size)) {}
 
-  // K and V of the key at `in`, in fp32; nullptr: not wanted.
-  void read(const HeadPages& head, const char* in, float* keys, float* values) {
+  // K and V of the key at `in`, in fp32; nullptr: not wanted. `stored`: what codes stand for, which
+  // int4 has rotated.
+  void read(const HeadPages& head, const char* in, float* keys, float* values,
+            bool stored = false) {
     const uint8_t* codes = reinterpret_cast<const uint8_t*>(in);
     const uint16_t* scales = head.scales;
     prepare(head.page_blocks);
@@ -36,10 +38,19 @@ class Codes {
         out[d] = decode_int4(code, scale_float(scales[2 * head_size_ + first + d]),
                              scale_float(scales[first + d]));
       }
+      if (out && !stored) rotate(out, head_size_, rotated_together(head_size_));
     }
   }
 
-  // The codes of K and V, [2 * D] fp32, with scales of the format's shape.
+  // From K and V, [2 * D] fp32, to what codes of the format stand for.
+  void to_stored(int32_t page_blocks, float* numbers) const {
+    if (page_blocks != blocks_per_page(kInt4)) return;
+    const int together = rotated_together(head_size_);
+    for (int i = 0; i < 2 * head_size_; ++i) numbers[i] /= static_cast<float>(together);
+    rotate(numbers, 2 * head_size_, together);
+  }
+
+  // The codes of K and V, [2 * D] fp32 as stored, with scales of the format's shape.
   void write(int32_t page_blocks, const uint16_t* scales, const float* numbers, char* out) {
     uint8_t* codes = reinterpret_cast<uint8_t*>(out);
     prepare(page_blocks);

@@ -50,7 +50,7 @@ void compact_head(const Call& call, int64_t request, int64_t head_slot, char* pa
   }
 }
 
-// One head's kept keys in fp32, wherever they are.
+// One head's kept keys in fp32 as codes stand for them, wherever they are.
 template <typename T>
 class Reader {
  public:
@@ -63,10 +63,11 @@ class Reader {
     const char* in = pages + head.page_id(page) * call_.rows.block_size * number;
     if (key < head.packed_keys()) {
       codes_.read(head, in + within * number / head.page_blocks, numbers_.data(),
-                  numbers_.data() + head_size_);
+                  numbers_.data() + head_size_, true);
     } else {
       to_float(simd, reinterpret_cast<const T*>(in + within * number), numbers_.data(),
                2 * head_size_);
+      codes_.to_stored(call_.rows.page_blocks, numbers_.data());
     }
     return numbers_.data();
   }

@@ -167,7 +167,9 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
                      const Tensor& first_page, const Tensor& covered,
                      const std::optional<Tensor>& page_scales, int64_t page_format,
                      const Tensor& query_start, int64_t layer, double scale, Tensor out,
-                     double soft_cap, const std::optional<Tensor>& sink_logits) {
+                     double soft_cap, const std::optional<Tensor>& sink_logits,
+                     int64_t decode_query_len) {
+  check_decode_query_len(decode_query_len);  // all tokens of an item read its keys once, anyway
   const PagedRows rows =
       check_paged_attention(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
                             covered, page_scales, page_format, query_start, layer, out);

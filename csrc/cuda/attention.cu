@@ -9,14 +9,16 @@ namespace kvc::gpu {
 namespace {
 
 // One call serves mixed batches: which rows are decode and which prefill is decided on the device.
-// A batch of no more tokens than rows is taken for decode, so that a captured decode step launches
-// no prefill kernel; its rows with several tokens, if any, are served token by token.
+// A batch of no more tokens than its rows have in a step of speculation (decode_query_len each) is
+// taken for decode, so that a captured decode step launches no prefill kernel; its rows with more
+// tokens, if any, are served in several passes over their keys.
 void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& state_slot, const Tensor& num_pages,
                      const Tensor& first_page, const Tensor& covered,
                      const std::optional<Tensor>& page_scales, int64_t page_format,
                      const Tensor& query_start, int64_t layer, double scale, const Tensor& out,
-                     double soft_cap, const std::optional<Tensor>& sink_logits) {
+                     double soft_cap, const std::optional<Tensor>& sink_logits,
+                     int64_t decode_query_len) {
   const PagedRows rows =
       check_paged_attention(query, pages, block_table, seq_lens, state_slot, num_pages, first_page,
                             covered, page_scales, page_format, query_start, layer, out);
@@ -24,6 +26,7 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   const int64_t tokens = std::min(query.size(0), out.size(0)), head_size = query.size(2);
   const int64_t group = query.size(1) / heads, block_size = rows.block_size;
   const float* sinks = check_logits(soft_cap, sink_logits, std::nullopt, query.size(1), pages);
+  check_decode_query_len(decode_query_len);
   KVC_CHECK(group <= 16, "query must have 1 to 16 heads per KV head on CUDA, not ", group);
   KVC_CHECK(block_size >= 8 && (block_size & (block_size - 1)) == 0,
             "pages must hold a power of two of tokens from 8 on, not ", block_size);
@@ -53,8 +56,11 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   p.logits = {scale, soft_cap, sinks};
   p.aligned = is_aligned(p.query, 16) && p.query_stride_t % 8 == 0 && p.query_stride_h % 8 == 0;
   p.aligned_pages = heads % 4 == 0 && is_aligned(rows.num_pages, 16);
-  const bool decode_all = tokens <= requests || pages.scalar_type() == ScalarType::Float;
-  p.most_tokens = decode_all ? INT_MAX : 1;
+  // As 32-bit numbers: no row has more tokens than the batch.
+  const int64_t together = std::min(decode_query_len, tokens);
+  const bool decode_all = tokens <= requests * together || pages.scalar_type() == ScalarType::Float;
+  p.width = static_cast<int32_t>(together);
+  p.most_tokens = decode_all ? INT_MAX : p.width;
   dispatch_dtype(pages.scalar_type(), [&](auto type) {
     using T = decltype(type);
     if (page_format == kAuto) {

@@ -13,21 +13,21 @@ struct DecodeGrid {
   int blocks, warps, shared;
 };
 
-// Asked once per group size: the answer is the same for every call, and the grid of a captured
-// graph must be.
+// Asked once per number of columns: the answer is the same for every call, and the grid of a
+// captured graph must be.
 template <typename T, int kHeadSize, int kTiles, int kFormat>
-DecodeGrid decode_grid(const Launch& launch, int group, int query_bytes) {
+DecodeGrid decode_grid(const Launch& launch, int columns, int query_bytes) {
   constexpr int kScaleBytes = decode_scale_bytes(kFormat, kHeadSize);
-  using Shape = DecodeShape<T, kHeadSize, kScaleBytes>;
-  constexpr int kMostDevices = 64, kMostGroup = 16;
-  static std::atomic<int> known[kMostDevices][kMostGroup + 1];
+  using Shape = DecodeShape<T, kHeadSize, kTiles, kScaleBytes>;
+  constexpr int kMostDevices = 64;
+  static std::atomic<int> known[kMostDevices][8 * kTiles + 1];
   KVC_CHECK(launch.device() < kMostDevices, "more than ", kMostDevices, " devices");
   const int per_warp = Shape::kStages * (Shape::kStage + query_bytes + kScaleBytes);
   // 1 KB for what is not dynamic.
   const int room = launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
   const int warps = std::min(room / per_warp, Shape::kMostWarps);
   KVC_CHECK(warps > 0, "this head size does not fit the shared memory of this device");
-  std::atomic<int>& blocks = known[launch.device()][group];
+  std::atomic<int>& blocks = known[launch.device()][columns];
   if (blocks == 0) {
     const auto kernel = decode_kernel<T, kHeadSize, kTiles, kFormat>;
     launch.reserve_shared(kernel, room);
@@ -41,42 +41,60 @@ DecodeGrid decode_grid(const Launch& launch, int group, int query_bytes) {
 }
 
 // Where the results of `count` workers or blocks lie in scratch memory; returns its end.
-inline float* place_partials(float* scratch, int64_t count, int group, int head_size,
+inline float* place_partials(float* scratch, int64_t count, int columns, int head_size,
                              Partials* partials) {
   partials->out = scratch;
-  partials->stats = reinterpret_cast<float2*>(scratch + count * 2 * group * head_size);
-  return scratch + count * 2 * group * (head_size + 2);
+  partials->stats = reinterpret_cast<float2*>(scratch + count * 2 * columns * head_size);
+  return scratch + count * 2 * columns * (head_size + 2);
 }
 
 template <typename T, int kHeadSize, int kTiles, int kFormat>
 void launch_decode_shape(const Launch& launch, const Tensor& like, DecodeParams p) {
   constexpr int kCombineThreads = 256;
-  p.query_bytes = sizeof(T) == 2 ? p.group * kHeadSize * 2 : 0;
+  p.query_bytes = sizeof(T) == 2 && kTiles <= 2 ? p.columns * kHeadSize * 2 : 0;
   const auto [blocks, warps, shared] =
-      decode_grid<T, kHeadSize, kTiles, kFormat>(launch, p.group, p.query_bytes);
+      decode_grid<T, kHeadSize, kTiles, kFormat>(launch, p.columns, p.query_bytes);
   const int64_t workers = static_cast<int64_t>(blocks) * warps;
   KVC_CHECK(p.num_requests * sizeof(int) <= static_cast<size_t>(shared),
             "too many requests in a batch: ", p.num_requests);
   const Tensor scratch = torch::stable::new_empty(
-      like, {blocks * 4 + (workers + blocks) * 2 * p.group * (2 + kHeadSize)}, ScalarType::Float);
+      like, {blocks * 4 + (workers + blocks) * 2 * p.columns * (2 + kHeadSize)}, ScalarType::Float);
   p.cut = static_cast<int4*>(scratch.mutable_data_ptr());
   float* place = reinterpret_cast<float*>(p.cut + blocks);  // 16-byte aligned, as cut is
-  place = place_partials(place, workers, p.group, kHeadSize, &p.of_workers);
-  place_partials(place, blocks, p.group, kHeadSize, &p.of_blocks);
+  place = place_partials(place, workers, p.columns, kHeadSize, &p.of_workers);
+  place_partials(place, blocks, p.columns, kHeadSize, &p.of_blocks);
   launch.chained(decode_kernel<T, kHeadSize, kTiles, kFormat>, blocks, warps * kWarp, shared, p);
   launch.chained(combine_kernel<T, kHeadSize, kCombineThreads>, blocks, kCombineThreads, 0, p);
 }
 
+// Tiles of eight columns that the registers of a warp have room for: of larger heads, and where
+// codes are read, fewer.
+template <typename T, int kHeadSize, int kFormat>
+constexpr int decode_tiles() {
+  return sizeof(T) == 2 && kFormat == kAuto && kHeadSize <= 128 ? 3 : 2;
+}
+
+// `p.width`: query tokens of a row that a pass is to serve, if it can.
 template <typename T, int kFormat>
 void launch_decode(const Launch& launch, const Tensor& like, DecodeParams p, int64_t head_size) {
   dispatch_head_size(head_size, [&](auto size) {
     constexpr int kHeadSize = decltype(size)::value;
     // Refused before: the others have no codes.
     if constexpr (kHeadSize % head_size_multiple(kFormat) == 0) {
-      if (p.group <= 8) {
+      constexpr int kMostTiles = decode_tiles<T, kHeadSize, kFormat>();
+      // As few passes as there can be, with as many tokens each as the others.
+      const int tokens = sizeof(T) == 2 ? p.width : 1;
+      const int most = std::max(1, 8 * kMostTiles / p.group);
+      const int passes = (tokens + most - 1) / most;
+      p.width = (tokens + passes - 1) / passes;
+      p.columns = p.width * p.group;
+      p.of_columns = p.width > 1 ? (1024 + p.group - 1) / p.group : 0;
+      if (p.columns <= 8) {
         launch_decode_shape<T, kHeadSize, 1, kFormat>(launch, like, p);
-      } else {
+      } else if (p.columns <= 16) {
         launch_decode_shape<T, kHeadSize, 2, kFormat>(launch, like, p);
+      } else if constexpr (kMostTiles > 2) {
+        launch_decode_shape<T, kHeadSize, 3, kFormat>(launch, like, p);
       }
     }
   });

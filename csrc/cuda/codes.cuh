@@ -76,6 +76,27 @@ struct Unpack<__nv_bfloat16, kFp8> {
   }
 };
 
+// Stages of the rotation (rotated_together): x[i] and x[i + distance] become sum and difference,
+// for distances from kFirst on that are less than kEnd.
+template <int kCount, int kFirst, int kEnd>
+__device__ __forceinline__ void rotate_registers(float* x) {
+#pragma unroll
+  for (int distance = kFirst; distance < kEnd; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i & distance) continue;
+      const float first = x[i], second = x[i + distance];
+      x[i] = first + second;
+      x[i + distance] = first - second;
+    }
+  }
+}
+// The same with the lane that differs in one bit.
+__device__ __forceinline__ float rotate_lanes(float x, int bit) {
+  const float other = __shfl_xor_sync(kAllLanes, x, bit);
+  return threadIdx.x & bit ? other - x : x + other;
+}
+
 // `kBytes` of shared memory, aligned as far as kBytes is.
 template <int kBytes>
 struct Chunk {

@@ -40,6 +40,18 @@ __device__ __forceinline__ float decode(uint32_t code, float zero, float scale) 
   return kFormat == kFp8 ? decode_fp8(code) * scale : decode_int4(code, zero, scale);
 }
 
+// What codes of int4 stand for, of eight channels of 16 bits in each lane, of which lanes that
+// differ in the bits below P / 8 hold one block. All lanes of the warp.
+__device__ __forceinline__ void rotate_words(float (&x)[8], int together) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] *= 1.f / static_cast<float>(together);
+  rotate_registers<8, 1, 8>(x);
+  for (int bit = 1; bit < together / 8; bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = rotate_lanes(x[i], bit);
+  }
+}
+
 // Between places of a packed key and channels of K, then V.
 template <int kFormat>
 __device__ __forceinline__ int place_of(int head_size, int channel) {
@@ -96,6 +108,7 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
       packed_page_id(p.new_blocks + request * p.new_blocks_stride,
                      static_cast<int32_t>(page - p.kept_first[request * slots]), slots);
   const int row_bytes = 4 * head_size, code_bytes = key_bytes(kFormat, head_size);
+  const int together = rotated_together(head_size);
   char* pages = static_cast<char*>(p.pages);
   const int64_t page_bytes = static_cast<int64_t>(head.block_size) * row_bytes;
   char* out = pages + target * page_bytes;
@@ -121,6 +134,7 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
 #pragma unroll
         for (int k = 0; k < kKeysTogether; ++k) {
           const int64_t source = __shfl_sync(kAllLanes, from, min(row + k, rows - 1));
+          words[k] = make_uint4(0, 0, 0, 0);
           if (live && !(source & 1)) {
             words[k] = __ldcs(reinterpret_cast<const uint4*>(pages + source) + word);
           }
@@ -132,9 +146,11 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
 #pragma unroll
         for (int k = 0; k < kKeysTogether; ++k) {
           const int64_t source = __shfl_sync(kAllLanes, from, min(row + k, rows - 1));
-          if (!live || source & 1) continue;
+          if (source & 1) continue;
           float x[kPerWord];
           unpack<T>(words[k], x);
+          if constexpr (kFormat == kInt4) rotate_words(x, together);
+          if (!live) continue;
 #pragma unroll
           for (int i = 0; i < kPerWord; ++i) {
             staged[k * 2 * head_size + place_of<kFormat>(head_size, channel + i)] =
@@ -219,7 +235,10 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
 #pragma unroll
   for (int i = 0; i < kPerWord; ++i) low[i] = kInfinity, high[i] = -kInfinity;
   const uint4* pages = static_cast<const uint4*>(p.pages);
-  for (int k = fresh + side; side < sides && k < count; k += sides * kAhead) {
+  const int together = rotated_together(head_size);
+  // As often for all threads: they rotate together.
+  for (int base = fresh; base < count; base += sides * kAhead) {
+    const int k = base + side;
     uint4 words[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
@@ -233,6 +252,7 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
     for (int a = 0; a < kAhead; ++a) {
       float x[kPerWord];
       unpack<T>(words[a], x);
+      if constexpr (kFormat == kInt4) rotate_words(x, together);
 #pragma unroll
       for (int i = 0; i < kPerWord; ++i) {
         low[i] = fminf(low[i], x[i]);
@@ -273,36 +293,36 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
       cuts[cut][2][c] = scale_float(of.zero);
     }
     __syncthreads();
+    constexpr int kFew = 4;                    // as many as registers hold beside the sums
     int64_t squares[kNumCuts][kPerWord] = {};  // the first cut leaves nothing out
-    for (int k = side; side < sides && k < count; k += sides * kAhead) {
-      uint4 words[kAhead];
+    for (int base = 0; base < count; base += sides * kFew) {
+      const int k = base + side;
+      uint4 words[kFew];
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
+      for (int a = 0; a < kFew; ++a) {
         const HeadPages::Place place = head.place(keys[min(k + a * sides, count - 1)]);
         const int64_t row =
             static_cast<int64_t>(head.page_id(place.page)) * head.block_size + place.within;
         words[a] = __ldg(pages + row * p.words + word);
       }
+      float x[kFew][kPerWord];
+#pragma unroll
+      for (int a = 0; a < kFew; ++a) {
+        unpack<T>(words[a], x[a]);
+        rotate_words(x[a], together);
+      }
 #pragma unroll
       for (int i = 0; i < kPerWord; ++i) {
         const int c = word * kPerWord + i;
-        float least[kNumCuts], greatest[kNumCuts], inverse[kNumCuts];
 #pragma unroll
         for (int cut = 1; cut < kNumCuts; ++cut) {
-          least[cut] = cuts[cut][2][c] - 8.f * cuts[cut][0][c];
-          greatest[cut] = cuts[cut][2][c] + 7.f * cuts[cut][0][c];
-          inverse[cut] = cuts[cut][1][c];
-        }
+          const float least = cuts[cut][2][c] - 8.f * cuts[cut][0][c];
+          const float greatest = cuts[cut][2][c] + 7.f * cuts[cut][0][c];
+          const float inverse = cuts[cut][1][c];
 #pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const uint32_t pairs[4] = {words[a].x, words[a].y, words[a].z, words[a].w};
-          const float2 both = pair_floats(pairs[i / 2], T{});
-          const bool live = k + a * sides < count;
-#pragma unroll
-          for (int cut = 1; cut < kNumCuts; ++cut) {
-            const int steps = live ? steps_outside(i % 2 ? both.y : both.x, least[cut],
-                                                   greatest[cut], inverse[cut])
-                                   : 0;
+          for (int a = 0; a < kFew; ++a) {
+            const int steps =
+                k + a * sides < count ? steps_outside(x[a][i], least, greatest, inverse) : 0;
             squares[cut][i] += static_cast<int64_t>(steps) * steps;
           }
         }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of single query tokens over paged keys. Reads every key of a head once for all its G
-// query heads. A warp streams its stretch of units (decode_work.cuh) through a ring of its own in
-// shared memory; warps never wait for each other before all of them are done.
+// Attention of single query tokens, or of the few of a request that speculates, over paged keys.
+// Reads every key of a head once for all its G query heads, and for several tokens. A warp streams
+// its stretch of units (decode_work.cuh) through a ring of its own in shared memory; warps never
+// wait for each other before all of them are done.
 #pragma once
 
 #include "decode_codes.cuh"
@@ -10,7 +11,7 @@
 
 namespace kvc::gpu {
 
-template <typename T, int kHeadSize, int kScaleBytes = 0>
+template <typename T, int kHeadSize, int kTiles, int kScaleBytes = 0>
 struct DecodeShape {
   static constexpr int kPair = 2 * kHeadSize * sizeof(T);
   static constexpr int kStage = kUnit * (kPair + 16);  // and the query, see DecodeParams
@@ -18,14 +19,16 @@ struct DecodeShape {
   // As many warps as a block may have: what fits into the 227 KB of sm_90. The launcher takes fewer
   // where there is less.
   static constexpr int kFit = (227 << 10) / (kStages * (kStage + kScaleBytes));
-  static constexpr int kMostWarps = kFit < 16 ? kFit : 16;
+  // With three tiles, two to a quarter of the processor, so that each may have 255 registers.
+  static constexpr int kLimit = kTiles > 2 ? 8 : 16;
+  static constexpr int kMostWarps = kFit < kLimit ? kFit : kLimit;
 };
 
 template <typename T, int kHeadSize, int kTiles, int kFormat>
 __global__ void __launch_bounds__(
-    DecodeShape<T, kHeadSize, decode_scale_bytes(kFormat, kHeadSize)>::kMostWarps* kWarp)
+    DecodeShape<T, kHeadSize, kTiles, decode_scale_bytes(kFormat, kHeadSize)>::kMostWarps* kWarp)
     decode_kernel(DecodeParams p) {
-  using Shape = DecodeShape<T, kHeadSize, decode_scale_bytes(kFormat, kHeadSize)>;
+  using Shape = DecodeShape<T, kHeadSize, kTiles, decode_scale_bytes(kFormat, kHeadSize)>;
   using Math = typename DecodeMath<T, kHeadSize, kTiles, kFormat>::Type;
   constexpr int kStages = Shape::kStages;
   extern __shared__ __align__(16) char shared[];
@@ -80,11 +83,11 @@ __global__ void __launch_bounds__(
                    : "r"(stage + static_cast<uint32_t>(Shape::kPair))
                    : "memory");
       if (task.flags & kFirst) {
-        math.start(stage + Shape::kStage, query_rows<T>(p, task.query_row, task.head),
-                   p.query_stride_h, p.group);
+        math.start(p, stage + Shape::kStage, query_rows<T>(p, task.query_row, task.head),
+                   task.tokens() * p.group);
       }
       if constexpr (kFormat == kAuto) {
-        math.step(stage, task.visible, p.logits);
+        math.step(p, stage, task.visible);
       } else {
         const bool codes = task.flags & kCodes;
         if (codes && (task.flags & kFirst)) {
@@ -95,32 +98,33 @@ __global__ void __launch_bounds__(
         if (codes) {
           math.step_codes(stage, p.logits.cap);
         } else {
-          math.step(stage, task.visible, p.logits);
+          math.step(p, stage, task.visible);
         }
         if (codes && (task.flags & kLast)) math.leave_codes();
       }
       if (!(task.flags & kLast)) continue;
       if (task.flags & kWhole) {
-        T* out = out_row<T>(p, task.query_row, task.head, 0);
-        math.finish(true, p.group, p.logits.of_head(task.head, p.group),
-                    [&](int g, int d, float x) { out[g * p.out_stride_h + d] = from_float<T>(x); });
+        math.finish(p, true, task.tokens() * p.group, p.logits.of_head(task.head, p.group),
+                    [&](int c, int d, float x) {
+                      out_row<T>(p, task.query_row, task.head, c)[d] = from_float<T>(x);
+                    });
       } else {
         const bool begins = task.flags & kBeginsHead;
         flags |= begins ? kHasLast : kHasFirst;
-        const int64_t row = (worker * 2 + begins) * p.group;
-        math.finish(false, p.group, nullptr, [&](int g, int d, float x) {
-          p.of_workers.out[(row + g) * kHeadSize + d] = x;
+        const int64_t row = (worker * 2 + begins) * p.columns;
+        math.finish(p, false, p.columns, nullptr, [&](int c, int d, float x) {
+          p.of_workers.out[(row + c) * kHeadSize + d] = x;
         });
-        math.statistics(p.group, [&](int g, float max, float sum) {
-          p.of_workers.stats[row + g] = make_float2(max, sum);
+        math.statistics(p.columns, [&](int c, float max, float sum) {
+          p.of_workers.stats[row + c] = make_float2(max, sum);
         });
       }
     }
   }
   if (lane == 0) {
-    StretchEnds end{0, 0, 0, 0};
+    StretchEnds end{0, 0, 0, 0, 0};
     if (units > 0) {
-      end = {cursor.query_row(), cursor.head(), flags, cursor.units_behind()};
+      end = {cursor.query_row(), cursor.head(), flags, cursor.units_behind(), cursor.tokens(p)};
       if (end.behind > 0 && !(flags & kHasLast)) end.flags |= kFirstGoesOn;
     }
     ends[warp] = end;

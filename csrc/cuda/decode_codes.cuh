@@ -10,7 +10,8 @@
 namespace kvc::gpu {
 
 // The products see codes only: the query carries the scales of K (or the logits' factor does, where
-// there is one scale), the result gets the scales of V when the last codes are done.
+// there is one scale) and int4's rotation, since q . H k = H q . k; the result gets the scales of V
+// and is turned back when the last codes are done.
 template <typename T, int kHeadSize, int kTiles, int kFormat>
 class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
  public:
@@ -61,6 +62,10 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
           if constexpr (kFormat == kInt4) this->query_[d][n][half] = unscaled_[d][n][half];
         }
       }
+      if constexpr (kFormat == kInt4) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) turn_back(n, i);
+      }
     }
   }
 
@@ -68,6 +73,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   using Code = Unpack<T, kFormat>;
   static constexpr int kUnits = blocks_per_page(kFormat);  // of 16 keys, which lie kRow apart
   static constexpr int kTogether = 2;
+  static constexpr int kTogetherChannels = rotated_together(kHeadSize);
   static constexpr int kKeyChunk = kRow / 8, kValueChunk = kRow / 16;  // bytes of a lane
 
   __device__ __forceinline__ void enter_channels(uint32_t scales, float scale_log2) {
@@ -75,20 +81,27 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
     factor_ = scale_log2;
     float along[kTiles] = {};  // q . zero
 #pragma unroll
-    for (int k = 0; k < kHeadSize / 16; ++k) {
+    for (int n = 0; n < kTiles; ++n) {
+      float q[kHeadSize / 4];  // channel bits 0, 3 and further of place bits 0, 1, ...
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t at = scales + (k * 16 + half * 8 + lane % 4 * 2) * 2;
+      for (int i = 0; i < kHeadSize / 8; ++i) {
+        uint32_t& query = this->query_[i / 2][n][i % 2];
+        unscaled_[i / 2][n][i % 2] = query;
+        const float2 pair = pair_floats(query, T{});
+        q[2 * i] = pair.x;
+        q[2 * i + 1] = pair.y;
+      }
+      rotate_registers<kHeadSize / 4, 1, 2>(q);
+#pragma unroll
+      for (int i = 0; i < kHeadSize / 4; ++i) q[i] = rotate_lanes(rotate_lanes(q[i], 1), 2);
+      rotate_registers<kHeadSize / 4, 2, kTogetherChannels / 4>(q);
+#pragma unroll
+      for (int i = 0; i < kHeadSize / 8; ++i) {
+        const uint32_t at = scales + (i * 8 + lane % 4 * 2) * 2;
         const float2 scale = pair_floats(load_shared(at), __nv_bfloat16{});
         const float2 zero = pair_floats(load_shared(at + 4 * kHeadSize), __nv_bfloat16{});
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          uint32_t& query = this->query_[k][n][half];
-          unscaled_[k][n][half] = query;
-          const float2 q = pair_floats(query, T{});
-          along[n] += q.x * zero.x + q.y * zero.y;
-          query = pack<T>(q.x * scale.x, q.y * scale.y);
-        }
+        along[n] += q[2 * i] * zero.x + q[2 * i + 1] * zero.y;
+        this->query_[i / 2][n][i % 2] = pack<T>(q[2 * i] * scale.x, q[2 * i + 1] * scale.y);
       }
     }
 #pragma unroll
@@ -107,6 +120,20 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
         of_values_[d][half] = load_shared_half(at) | load_shared_half(at + 4 * kHeadSize) << 16;
       }
     }
+  }
+
+  // Values were stored rotated. Lane / 4 holds channel bits 0 to 2.
+  __device__ __forceinline__ void turn_back(int n, int i) {
+    float x[kHeadSize / 8];
+#pragma unroll
+    for (int j = 0; j < kHeadSize / 8; ++j) {
+      x[j] = this->out_[j / 2][n][j % 2 * 2 + i];
+#pragma unroll
+      for (int bit = 4; bit < kWarp; bit *= 2) x[j] = rotate_lanes(x[j], bit);
+    }
+    rotate_registers<kHeadSize / 8, 1, kTogetherChannels / 8>(x);
+#pragma unroll
+    for (int j = 0; j < kHeadSize / 8; ++j) this->out_[j / 2][n][j % 2 * 2 + i] = x[j];
   }
 
   // 16 keys in rows kStride apart from `keys` on, and the 16 behind each.

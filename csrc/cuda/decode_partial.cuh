@@ -3,18 +3,18 @@
 // that meet within it; combine_kernel those that span blocks.
 #pragma once
 
-#include "decode_share.cuh"
+#include "decode_work.cuh"
 
 namespace kvc::gpu {
 
-// Up to four query heads of one KV head: weighted values and weights relative to a running maximum
+// Up to four columns of a pass: weighted values and weights relative to a running maximum
 // (base 2), held by one warp.
 template <int kHeadSize>
 class PartialSum {
  public:
   static constexpr int kHeads = 4, kVectors = ceil_div(kHeadSize, 4 * kWarp);
 
-  // Adds the first `count` query heads in `rows`.
+  // Adds the first `count` columns in `rows`.
   __device__ __forceinline__ void add(const Partials& rows, int64_t row, int count) {
     float2 stat[kHeads];
     float4 x[kHeads][kVectors];  // all loads before the first use
@@ -44,7 +44,7 @@ class PartialSum {
     }
   }
 
-  // Calls f(g, d, x) with four values from head dimension d on.
+  // Calls f(i, d, x) with four values of column i from head dimension d on.
   template <typename F>
   __device__ __forceinline__ void values(int count, F&& f) const {
 #pragma unroll
@@ -67,18 +67,20 @@ class PartialSum {
 
 // How a worker's stretch of the line ends; by warp, in shared memory.
 struct StretchEnds {
-  int query_row, head;  // of the last head
+  int query_row, head;  // of the last pass
   int flags;
-  int behind;  // units of the last head behind the stretch
+  int behind;  // units of the last pass behind the stretch
+  int tokens;  // of the last pass
 };
 // The stretch begins within a head; that head goes on behind it; its last head begins in it and
 // goes on behind it.
 enum EndFlags { kHasFirst = 1, kFirstGoesOn = 2, kHasLast = 4 };
 
 template <typename T>
-__device__ __forceinline__ T* out_row(const DecodeParams& p, int query_row, int head, int g) {
+__device__ __forceinline__ T* out_row(const DecodeParams& p, int query_row, int head, int c) {
   return static_cast<T*>(p.out) + query_row * p.out_stride_t +
-         (static_cast<int64_t>(head) * p.group + g) * p.out_stride_h;
+         static_cast<int64_t>(head) * p.group * p.out_stride_h +
+         column_offset(p, c, p.out_stride_t, p.out_stride_h);
 }
 
 template <typename T>
@@ -105,26 +107,28 @@ __device__ __forceinline__ void merge_chain(const DecodeParams& p, const Stretch
   }
   const StretchEnds last = ends[warp];
   if (kind == 1 && goes_on && lane == 0) {
-    p.cut[blockIdx.x] =
-        make_int4(last.query_row, last.head, ceil_div(ends[end - 1].behind, block_units), 0);
+    p.cut[blockIdx.x] = make_int4(last.query_row, last.head,
+                                  ceil_div(ends[end - 1].behind, block_units), last.tokens);
   }
-  for (int first = 0; first < p.group; first += Sum::kHeads) {
-    const int count = min(p.group - first, Sum::kHeads);
+  for (int first = 0; first < p.columns; first += Sum::kHeads) {
+    const int count = min(p.columns - first, Sum::kHeads);
     Sum sum;
-    sum.add(p.of_workers, (worker * 2 + kind) * p.group + first, count);
+    sum.add(p.of_workers, (worker * 2 + kind) * p.columns + first, count);
 #pragma unroll 2
     for (int i = warp + 1; i < end; ++i) {
-      sum.add(p.of_workers, (worker + i - warp) * 2 * p.group + first, count);
+      sum.add(p.of_workers, (worker + i - warp) * 2 * p.columns + first, count);
     }
     if (kind == 1 && !goes_on) {
       const float* sinks = p.logits.of_head(last.head, p.group);
-      sum.values(count, [&](int g, int d, float4 x) {
-        store_four(out_row<T>(p, last.query_row, last.head, first + g) + d, x,
-                   1.f / (sum.stats(g).y + sink_weight(sinks, first + g, sum.stats(g).x)));
+      // The last pass of a row may have fewer tokens than others.
+      sum.values(min(count, last.tokens * p.group - first), [&](int i, int d, float4 x) {
+        const float2 stat = sum.stats(i);
+        store_four(out_row<T>(p, last.query_row, last.head, first + i) + d, x,
+                   1.f / (stat.y + sink_weight(sinks, column_head(p, first + i), stat.x)));
       });
       continue;
     }
-    const int64_t row = (static_cast<int64_t>(blockIdx.x) * 2 + kind) * p.group + first;
+    const int64_t row = (static_cast<int64_t>(blockIdx.x) * 2 + kind) * p.columns + first;
     sum.values(count, [&](int g, int d, float4 x) {
       *reinterpret_cast<float4*>(p.of_blocks.out + (row + g) * kHeadSize + d) = x;
     });
@@ -149,14 +153,14 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DecodeParams p) {
   if (cut.x < 0) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const float* sinks = p.logits.of_head(cut.y, p.group);
-  for (int first = 0; first < p.group; first += Sum::kHeads) {
-    const int count = min(p.group - first, Sum::kHeads);
+  for (int first = 0; first < cut.w * p.group; first += Sum::kHeads) {
+    const int count = min(cut.w * p.group - first, Sum::kHeads);
     Sum sum;
 #pragma unroll 2
     for (int i = warp; i <= cut.z; i += kWarps) {
       // The first stretch is the one that begins the head; the others came first to their blocks.
       sum.add(p.of_blocks,
-              ((static_cast<int64_t>(blockIdx.x) + i) * 2 + (i == 0)) * p.group + first, count);
+              ((static_cast<int64_t>(blockIdx.x) + i) * 2 + (i == 0)) * p.columns + first, count);
     }
     sum.values(count, [&](int g, int d, float4 x) { outs[warp][g][d / 4] = x; });
 #pragma unroll
@@ -175,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DecodeParams p) {
         weight += stats[w][g].y * scale;
         x += reinterpret_cast<const float*>(outs[w][g])[d] * scale;
       }
-      weight += sink_weight(sinks, first + g, top);
+      weight += sink_weight(sinks, column_head(p, first + g), top);
       out_row<T>(p, cut.x, cut.y, first + g)[d] = from_float<T>(x / weight);
     }
     __syncthreads();

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// How decode work is shared. All keys of all (request, token, KV head) form one line of 16-key
+// How decode work is shared. All keys of all (request, pass, KV head) form one line of 16-key
 // units; every warp of the grid takes an equal stretch of it, whatever the lengths of the heads
-// are. What is left of heads that are cut by a border: decode_partial.cuh.
+// are. A pass is what reads the keys of a head once: for one query token, or for several at once of
+// a request that speculates. Its columns are (token, query head) pairs. What is left of heads that
+// are cut by a border: decode_partial.cuh.
 #pragma once
 
 #include "../paged_layout.h"
@@ -11,11 +13,11 @@ namespace kvc::gpu {
 
 constexpr int kUnit = 16;  // keys, or in packed pages what has their bytes
 
-// Unnormalized results of stretches of a head, two rows of G per worker or block: of the head that
-// it found begun, and of the one that it began and left unfinished.
+// Unnormalized results of stretches of a head, two rows of columns per worker or block: of the head
+// that it found begun, and of the one that it began and left unfinished.
 struct Partials {
-  float* out;     // [workers, 2, G, D]
-  float2* stats;  // [workers, 2, G] maximum (base 2) and sum
+  float* out;     // [workers, 2, columns, D]
+  float2* stats;  // [workers, 2, columns] maximum (base 2) and sum
 };
 
 struct DecodeParams {
@@ -26,15 +28,18 @@ struct DecodeParams {
   const int32_t* query_start;  // [R + 1]
   Partials of_workers;         // by warp
   Partials of_blocks;          // by block
-  int4* cut;                   // [blocks] query row, KV head, blocks that follow; -1: none
+  int4* cut;                   // [blocks] query row (-1: none), KV head, blocks that follow, tokens
   int64_t query_stride_t, query_stride_h, out_stride_t, out_stride_h;
   int32_t num_requests;  // R
   int32_t num_heads;     // H
   int32_t group;         // G
   int32_t layer;
   int32_t most_tokens;  // rows with more query tokens are left to the prefill kernel
+  int32_t width;        // query tokens of a pass, at most
+  int32_t columns;      // width * G
+  int32_t of_columns;   // column * of_columns >> 10 is its token; 0 with a width of 1
   int32_t least_units;  // smallest stretch, so that short batches are not cut too fine
-  int32_t query_bytes;  // of the query heads of one KV head in a stage, 0 if they are not staged
+  int32_t query_bytes;  // of the columns in a stage, 0 if they are not staged
   Logits logits;
   bool aligned;        // query rows may be copied 16 bytes at once
   bool aligned_pages;  // num_pages may be loaded four heads at once
@@ -97,7 +102,7 @@ __device__ __forceinline__ int sum_units(const DecodeParams& p, int* sums, int* 
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int r = start + i * threads;
-      if (r < p.num_requests) sums[r] = units[i] * tokens[i];
+      if (r < p.num_requests) sums[r] = units[i] * ceil_div(tokens[i], p.width);
     }
   }
   __syncthreads();

@@ -10,10 +10,14 @@ namespace kvc::gpu {
 // What one step of the pipeline computes; written beside the keys by the lane that loads them.
 struct StepTask {
   int query_row, head;
-  int visible;  // keys of the unit that the token sees
-  int flags;
+  int visible;  // keys of the unit that the first token of the pass sees
+  int flags;    // and, from bit kTokensShift on, tokens of the pass
+
+  __device__ __forceinline__ int tokens() const;
 };
 enum TaskFlags { kFirst = 1, kLast = 2, kWhole = 4, kBeginsHead = 8, kCodes = 16 };
+constexpr int kTokensShift = 8;
+__device__ __forceinline__ int StepTask::tokens() const { return flags >> kTokensShift; }
 
 template <typename T>
 __device__ __forceinline__ const T* query_rows(const DecodeParams& p, int query_row, int head) {
@@ -21,21 +25,36 @@ __device__ __forceinline__ const T* query_rows(const DecodeParams& p, int query_
          static_cast<int64_t>(head) * p.group * p.query_stride_h;
 }
 
-// The query heads of one KV head, [G, D], to shared memory.
+// The query head of column c, counted within its KV head.
+__device__ __forceinline__ int column_head(const DecodeParams& p, int c) {
+  return c - (c * p.of_columns >> 10) * p.group;
+}
+
+// Where column c of a tensor like the query begins, counted from its pass's first.
+__device__ __forceinline__ int64_t column_offset(const DecodeParams& p, int c, int64_t stride_t,
+                                                 int64_t stride_h) {
+  const int token = c * p.of_columns >> 10;
+  return token * stride_t + (c - token * p.group) * stride_h;
+}
+
+// The columns of a pass, [tokens * G, D], to shared memory.
 template <int kHeadSize, typename T>
 __device__ __forceinline__ void copy_query(const DecodeParams& p, int query_row, int head,
-                                           uint32_t shared) {
+                                           int tokens, uint32_t shared) {
   const T* rows = query_rows<T>(p, query_row, head);
+  const int columns = tokens * p.group;
   if (p.aligned) {
     constexpr int kWords = kHeadSize * sizeof(T) / 16, kPer = 16 / sizeof(T);
-    for (int i = threadIdx.x % kWarp; i < p.group * kWords; i += kWarp) {
-      copy_async(shared + i * 16, rows + i / kWords * p.query_stride_h + i % kWords * kPer, true);
+    for (int i = threadIdx.x % kWarp; i < columns * kWords; i += kWarp) {
+      const int64_t at = column_offset(p, i / kWords, p.query_stride_t, p.query_stride_h);
+      copy_async(shared + i * 16, rows + at + i % kWords * kPer, true);
     }
   } else {
-    for (int i = threadIdx.x % kWarp; i < p.group * kHeadSize / 2; i += kWarp) {
-      const int g = i / (kHeadSize / 2), d = i % (kHeadSize / 2) * 2;
+    for (int i = threadIdx.x % kWarp; i < columns * kHeadSize / 2; i += kWarp) {
+      const int d = i % (kHeadSize / 2) * 2;
+      const int64_t at = column_offset(p, i / (kHeadSize / 2), p.query_stride_t, p.query_stride_h);
       asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared + i * 4),
-                   "r"(load_pair(rows + g * p.query_stride_h + d, false))
+                   "r"(load_pair(rows + at + d, false))
                    : "memory");
     }
   }
@@ -91,7 +110,7 @@ class WorkCursor {
     next_request_ = look_up_request(p, r + 1);
     enter_request(p);
     while (true) {
-      const int units = ceil_div(here_.keys(p), kUnit) * tokens_;
+      const int units = ceil_div(here_.keys(p), kUnit) * ceil_div(tokens_, p.width);
       const int up_to = lanes_inclusive_sum(units);
       const int total = __shfl_sync(kAllLanes, up_to, kWarp - 1);
       if (skip < total) {
@@ -105,7 +124,7 @@ class WorkCursor {
     }
     next_ids_ = look_up_ids(p, here_, h_);
     enter_head(p);
-    token_ = skip / units_;
+    token_ = skip / units_ * p.width;
     unit_ = skip % units_;
     enter_stretch();
   }
@@ -121,7 +140,7 @@ class WorkCursor {
     copy_keys<kUnit, kPair / 16, kStride, kPair, kWarp>(
         stage, static_cast<const char*>(p.pages), pages_, &ids_, first, num_keys_, lane, policy_);
     if (unit_ == begin_ && p.query_bytes > 0) {
-      copy_query<kHeadSize, T>(p, here_.query_row + token_, h_, stage + stage_bytes);
+      copy_query<kHeadSize, T>(p, query_row(), h_, tokens(p), stage + stage_bytes);
     }
     const bool codes = kFormat != kAuto && first < pages_.packed * pages_.block_size;
     if (codes && unit_ == begin_) {
@@ -130,11 +149,11 @@ class WorkCursor {
     const bool last = unit_ + 1 == end_;
     if (lane == 0) {
       // In the padding of the first key: it travels with the stage and needs no room of its own.
-      asm volatile(
-          "st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(stage + kPair),
-          "r"(here_.query_row + token_), "r"(h_), "r"(num_keys_ - (tokens_ - 1 - token_) - first),
-          "r"((unit_ == begin_ ? kFirst : 0) | (last ? kLast : 0) | (codes ? kCodes : 0) | stretch_)
-          : "memory");
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(stage + kPair),
+                   "r"(query_row()), "r"(h_), "r"(num_keys_ - (tokens_ - 1 - token_) - first),
+                   "r"((unit_ == begin_ ? kFirst : 0) | (last ? kLast : 0) | (codes ? kCodes : 0) |
+                       stretch_ | tokens(p) << kTokensShift)
+                   : "memory");
     }
     --left_;
     ++unit_;
@@ -145,6 +164,10 @@ class WorkCursor {
   __device__ __forceinline__ int units_behind() const { return units_ - end_; }
   __device__ __forceinline__ int query_row() const { return here_.query_row + token_; }
   __device__ __forceinline__ int head() const { return h_; }
+  // Of the pass at hand.
+  __device__ __forceinline__ int tokens(const DecodeParams& p) const {
+    return min(p.width, tokens_ - token_);
+  }
 
  private:
   // Nothing below is computed from what was loaded before it is needed: a use waits for the load.
@@ -244,7 +267,8 @@ class WorkCursor {
   }
   __device__ __forceinline__ void next_head(const DecodeParams& p) {
     unit_ = 0;
-    if (++token_ == tokens_) {
+    token_ += p.width;
+    if (token_ >= tokens_) {
       token_ = 0;
       do {
         if (++h_ == p.num_heads) {
@@ -271,8 +295,8 @@ class WorkCursor {
   HeadPages pages_;       // of the head at hand
   PageIds ids_;
   uint64_t policy_;
-  int next_ids_;  // first page ids of the head behind the one at hand
-  int h_, token_, tokens_;
+  int next_ids_;                 // first page ids of the head behind the one at hand
+  int h_, token_, tokens_;       // first token of the pass at hand, and tokens of the row
   int num_keys_, units_, unit_;  // of the head at hand
   int begin_, end_, stretch_;    // of this warp's stretch of it
   int left_;                     // units until the warp is done

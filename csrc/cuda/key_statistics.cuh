@@ -82,13 +82,13 @@ class KeyWalk {
   }
 
  private:
-  // The numbers of this lane of key `first` + lane / kLanes, codes or not. Of values the order of
-  // channels is no matter.
+  // The numbers of this lane of key `first` + lane / kLanes, codes or not. Of values the length
+  // alone matters: neither the order of channels, nor a rotation but by what it makes longer.
   __device__ __forceinline__ void read(int first, float* x) const {
     const int lane = threadIdx.x % kWarp, key = first + lane / Shape::kLanes;
     const bool coded = key < head_.packed_keys();
     const HeadPages::Place place = head_.place(min(key, max(end_ - 1, 0)));
-    constexpr int kRow = 2 * Shape::kWords * 16;
+    constexpr int kRow = 2 * Shape::kWords * 16, kTogether = rotated_together(kHeadSize);
     const char* page = reinterpret_cast<const char*>(pages_ - values_ * Shape::kWords) +
                        static_cast<int64_t>(head_.page_id(place.page)) * head_.block_size * kRow;
 #pragma unroll
@@ -103,14 +103,40 @@ class KeyWalk {
                   numbers);
       } else {
         const char* codes = page + place.within * (kRow / head_.page_blocks);
-        if (!values_) {
-          read_key_channels(head_, codes, kHeadSize, word, numbers);
-        } else if (head_.page_blocks == blocks_per_page(kFp8)) {
+        const bool fp8 = head_.page_blocks == blocks_per_page(kFp8);
+        if (values_ && fp8) {
           read_values<kFp8>(codes, word, numbers);
+        } else if (fp8) {
+          read_key_channels<kFp8>(codes, head_.scales, kHeadSize, word, numbers);
         } else if constexpr (kHeadSize % 32 == 0) {
-          read_values<kInt4>(codes, word, numbers);
+          if (values_) {
+            read_values<kInt4>(codes, word, numbers);
+#pragma unroll
+            for (int i = 0; i < kPerWord; ++i) numbers[i] *= sqrtf(kTogether);
+          } else {
+            read_key_channels<kInt4>(codes, head_.scales, kHeadSize, word, numbers);
+          }
         }
       }
+    }
+    if constexpr (kHeadSize % 32 == 0) {
+      if (values_ || head_.page_blocks != blocks_per_page(kInt4)) return;
+      // Channel bits 0 to 2 are a number's of its word, 3 to 5 the lane's, further ones the step's.
+      constexpr int kCount = kSteps * kPerWord;
+      float turned[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) turned[i] = x[i];
+      rotate_registers<kCount, 1, 8>(turned);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+        for (int bit = 1; bit < kTogether / 8 && bit < Shape::kLanes; bit *= 2) {
+          turned[i] = rotate_lanes(turned[i], bit);
+        }
+      }
+      rotate_registers<kCount, 8, kTogether / 8>(turned);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] = coded ? turned[i] : x[i];
     }
   }
   template <int kFormat>

@@ -86,14 +86,62 @@ __device__ __forceinline__ void read_key_channels(const char* key, const uint16_
     }
   }
 }
+// The same of K itself, which int4 has rotated: slow, for few keys.
 __device__ __forceinline__ void read_key_channels(const HeadPages& head, const char* key,
                                                   int head_size, int group, float* x) {
   if (head.page_blocks == blocks_per_page(kFp8)) {
     read_key_channels<kFp8>(key, head.scales, head_size, group, x);
-  } else {
-    read_key_channels<kInt4>(key, head.scales, head_size, group, x);
+    return;
+  }
+  const int groups = rotated_together(head_size) / 8, mine = group % groups;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = 0.f;
+#pragma unroll 1
+  for (int other = 0; other < groups; ++other) {
+    float y[8];
+    read_key_channels<kInt4>(key, head.scales, head_size, group - mine + other, y);
+    rotate_registers<8, 1, 8>(y);
+    const bool negative = __popc(mine & other) & 1;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] += negative ? -y[i] : y[i];
   }
 }
+
+// K or V of packed keys of int4, turned back by a warp: lane i holds channels i, i + 32, ...
+template <int kHeadSize>
+class TurnedCodes {
+ public:
+  static constexpr int kCount = kHeadSize / kWarp;
+
+  __device__ __forceinline__ TurnedCodes(const uint16_t* scales, bool values) : values_(values) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int channel = i * kWarp + lane, at = values * kHeadSize + channel;
+      scale_[i] = scale_float(__ldg(scales + at));
+      zero_[i] = scale_float(__ldg(scales + 2 * kHeadSize + at));
+      place_[i] = values ? value_place(kHeadSize, channel) : key_place(kInt4, kHeadSize, channel);
+    }
+  }
+
+  // All lanes of the warp, of the same key.
+  __device__ __forceinline__ void read(const char* key, float (&x)[kCount]) const {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(key + values_ * kHeadSize / 2);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t code = __ldg(words + place_[i] / 8) >> place_[i] % 8 * 4 & 15;
+      x[i] = decode_int4(code, zero_[i], scale_[i]);
+#pragma unroll
+      for (int bit = 1; bit < kWarp; bit *= 2) x[i] = rotate_lanes(x[i], bit);
+    }
+    rotate_registers<kCount, 1, rotated_together(kHeadSize) / kWarp>(x);
+  }
+
+ private:
+  bool values_;
+  float scale_[kCount], zero_[kCount];
+  int place_[kCount];
+};
 
 // Keys [first, first + kKeys), K or K and V of each, into rows of kStride bytes; rows from num_keys
 // on become zero. All threads of the block take part; visible to all after a barrier.
@@ -118,17 +166,36 @@ __device__ __forceinline__ void load_mixed_tile(char* shared, const char* pages,
   const uint64_t address = reinterpret_cast<uint64_t>(from);
   const auto load = [&](auto of) {
     constexpr int kFormat = decltype(of)::value;
+    if constexpr (kFormat == kInt4) {
+      if (head.packed > 0) {
+#pragma unroll 1
+        for (int side = 0; side < (kValues ? 2 : 1); ++side) {
+          const TurnedCodes<kHeadSize> codes(head.scales, side);
+#pragma unroll 2
+          for (int i = 0; i < kRows; ++i) {
+            const uint64_t at = __shfl_sync(kAllLanes, address, i);
+            if (!(at & 1)) continue;
+            float x[TurnedCodes<kHeadSize>::kCount];
+            codes.read(reinterpret_cast<const char*>(at - 1), x);
+            T* to = reinterpret_cast<T*>(rows + i * kStride) + side * kHeadSize + lane;
+#pragma unroll
+            for (int c = 0; c < kHeadSize / kWarp; ++c) to[c * kWarp] = from_float<T>(x[c]);
+          }
+        }
+      }
+    }
     for (int start = 0; start < kGroups; start += kWarp) {
       const int group = start + lane;
       const bool live = group < kGroups;
-      const bool any = head.packed > 0 && live;
-      const CodeGroup<T, kHeadSize, kFormat> codes(any ? head.scales : nullptr, any ? group : 0);
+      const bool any = kFormat == kFp8 && head.packed > 0 && live;
+      const CodeGroup<T, kHeadSize, kFp8> codes(any ? head.scales : nullptr, any ? group : 0);
 #pragma unroll 2
       for (int i = 0; i < kRows; ++i) {
         const uint64_t at = __shfl_sync(kAllLanes, address, i);
         if (!live) continue;
         char* row = rows + i * kStride;
         if (at & 1) {
+          if constexpr (kFormat == kInt4) continue;
           T* side = reinterpret_cast<T*>(row) + (group >= kHeadSize / 8 ? kHeadSize : 0);
           codes.each(reinterpret_cast<const char*>(at - 1),
                      [&](int channel, float x) { side[channel] = from_float<T>(x); });

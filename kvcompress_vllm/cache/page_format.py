@@ -10,9 +10,14 @@ format  T      number x is              scales of a (request, layer, head)  of a
 ======  =====  =======================  ==================================  ====================
 auto    B      itself                   none                                any
 fp8     2 * B  e4m3(code) * scale       [1, 2]: of K, of V                  a multiple of 16
-int4    4 * B  (code - 8) * scale +     [2, 2 * D]: scale, then zero, of    a multiple of 32
-               zero; code in [0, 16)    every channel of K, then of V
+int4    4 * B  of H z, z = (code - 8)   [2, 2 * D]: scale, then zero, of    a multiple of 32
+               * scale + zero; code     every channel of K, then of V,
+               in [0, 16)               after the rotation
 ======  =====  =======================  ==================================  ====================
+
+H rotates blocks of P channels of K and of V, the largest power of two that divides D: an unscaled
+Hadamard matrix, H H = P I, so that a few large channels or keys spread over all (QuaRot, arXiv
+2404.00456; :func:`to_stored`).
 
 The bytes of a packed page are ``[T, 2 * D]`` codes, K and V of one key side by side; of two 4-bit
 codes in a byte, the first is the lower half. Within K and within V the channels stand in the order
@@ -36,7 +41,7 @@ from torch import Tensor
 SCALE_DTYPE = torch.bfloat16
 FP8_MAX = 448.0
 """Largest e4m3 number."""
-CUTS = (0.0, 0.125, 0.25)
+CUTS = (0.0, 0.0625, 0.125, 0.25)
 """Shares of a channel's range that int4 may cut off on either side. Powers of two, so that every
 kernel finds the same scales."""
 FARTHEST = float(1 << 21)
@@ -143,11 +148,44 @@ def packed_codes(pages: Tensor, page_format: PageFormat) -> Tensor:
     return pages.view(torch.uint8).view(-1, keys, key_bytes)
 
 
+def to_stored(values: Tensor, page_format: int) -> Tensor:
+    """What codes stand for, of K/V ``[..., 2 * D]`` fp32: of int4, their rotation over P."""
+    if page_format != PageFormat.INT4:
+        return values
+    return _hadamard(values / _rotated_together(values))
+
+
+def from_stored(values: Tensor, page_format: int) -> Tensor:
+    """The inverse of :func:`to_stored`: ``H H / P`` is the identity."""
+    return _hadamard(values) if page_format == PageFormat.INT4 else values
+
+
+def _rotated_together(values: Tensor) -> int:
+    """P, of ``[..., 2 * D]``: how many neighbouring channels a block of the rotation has."""
+    head_size = values.shape[-1] // 2
+    return head_size & -head_size
+
+
+def _hadamard(values: Tensor) -> Tensor:
+    """``[..., 2 * D]``: blocks of P channels times a Hadamard matrix.
+
+    Sums and differences of channels 1, 2, 4, ... apart, in this order, which every kernel keeps::
+
+        a b c d  ->  a+b a-b c+d c-d  ->  (a+b)+(c+d) (a-b)+(c-d) (a+b)-(c+d) (a-b)-(c-d)
+    """
+    distance = 1
+    while distance < _rotated_together(values):
+        first, second = values.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        values = torch.stack([first + second, first - second], -2).flatten(-3)
+        distance *= 2
+    return values
+
+
 def quantise(values: Tensor, scales: Tensor, page_format: int) -> Tensor:
     """Codes of numbers.
 
     Args:
-        values: ``[n, 2 * D]`` fp32, K then V.
+        values: ``[n, 2 * D]`` fp32, K then V, as :func:`to_stored` has them.
         scales: ``[A, S]``, of their head.
 
     Returns:
@@ -162,7 +200,7 @@ def quantise(values: Tensor, scales: Tensor, page_format: int) -> Tensor:
 
 
 def dequantise(codes: Tensor, scales: Tensor, page_format: int) -> Tensor:
-    """The numbers that codes stand for.
+    """K/V that codes stand for.
 
     Args:
         codes: ``[..., n, bytes of a key]`` uint8, as they lie in a page.
@@ -171,6 +209,11 @@ def dequantise(codes: Tensor, scales: Tensor, page_format: int) -> Tensor:
     Returns:
         ``[..., n, 2 * D]`` fp32.
     """
+    return from_stored(decode(codes, scales, page_format), page_format)
+
+
+def decode(codes: Tensor, scales: Tensor, page_format: int) -> Tensor:
+    """The same as :func:`to_stored` has it, so that it can be quantised again without a turn."""
     if page_format == PageFormat.FP8:
         steps = codes.view(torch.float8_e4m3fn).float()
     else:
@@ -183,7 +226,7 @@ def dequantise(codes: Tensor, scales: Tensor, page_format: int) -> Tensor:
 
 
 def fit(values: Tensor, page_format: int) -> Tensor:
-    """Scales for numbers.
+    """Scales for numbers, as :func:`to_stored` has them.
 
     Of int4, each channel takes the share of its range around the middle with which the squared
     errors sum up to least: numbers outside become the nearest code. Standard deviations would not
@@ -223,7 +266,8 @@ def widen(scales: Tensor, low: Tensor, high: Tensor, page_format: int) -> Tensor
 
     Args:
         scales: ``[A, S]`` of what there is.
-        low, high: ``[2 * D]`` fp32, K then V, least and greatest of the new numbers.
+        low, high: ``[2 * D]`` fp32, K then V, least and greatest of the new numbers, as
+            :func:`to_stored` has them.
 
     Returns:
         ``[A, S]``: the same where no new number lies more than a step beyond what codes reach.

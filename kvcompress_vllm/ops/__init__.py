@@ -53,7 +53,7 @@ SCHEMAS = {
     "observe_queries": "(Tensor query, Tensor ring_index, Tensor(a!) ring) -> ()",
     "paged_attention": (
         f"(Tensor query, Tensor pages, {_ROWS}{_STATE}Tensor query_start, int layer, float scale, "
-        f"Tensor(a!) out, {_LOGITS}) -> ()"
+        f"Tensor(a!) out, {_LOGITS}, int decode_query_len=1) -> ()"
     ),
     "attention_statistics": (
         f"(Tensor ring, Tensor pages, {_ROWS}{_STATE}Tensor observe_slot, Tensor num_queries, "

@@ -15,6 +15,23 @@ ENOUGH = 1000
 """Drafted tokens on either side before they are compared."""
 FALLS = 0.8
 """Below so much of the acceptance of others it is worth a warning."""
+REMEDY = (
+    "a lower ratio, or a larger recent, lets the draft model see more; fewer speculative tokens "
+    "waste less"
+)
+
+
+def falls(other: tuple[float, float], own: tuple[float, float]) -> bool:
+    """Whether clearly less is accepted of packed requests than of others; False as long as little
+    is known.
+
+    Args:
+        other: accepted and drafted tokens of requests that are not packed.
+        own: of packed ones.
+    """
+    if min(other[1], own[1]) < ENOUGH:
+        return False
+    return own[0] / own[1] < FALLS * other[0] / other[1]
 
 
 class Acceptance:
@@ -33,14 +50,11 @@ class Acceptance:
         """Note what a step made of the drafted tokens of one request."""
         self._drafted[packed] += drafted
         self._accepted[packed] += accepted
-        if self._warned or min(self._drafted) < ENOUGH:
+        if self._warned or not falls(*zip(self._accepted, self._drafted, strict=True)):
             return
+        self._warned = True
         other, own = (a / d for a, d in zip(self._accepted, self._drafted, strict=True))
-        if own < FALLS * other:
-            self._warned = True
-            self._warn(
-                f"{own:.0%} of {self._drafted[True]} drafted tokens of packed requests are "
-                f"accepted, and {other:.0%} of {self._drafted[False]} of others: a lower ratio, or "
-                "a larger recent, lets the draft model see more; fewer speculative tokens waste "
-                "less"
-            )
+        self._warn(
+            f"{own:.0%} of {self._drafted[True]} drafted tokens of packed requests are accepted, "
+            f"and {other:.0%} of {self._drafted[False]} of others: {REMEDY}"
+        )

@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kvcompress_vllm.records.plan import TRIGGERS
+from kvcompress_vllm.reporting.acceptance import REMEDY, falls
+from kvcompress_vllm.reporting.metrics import PACKED
+from kvcompress_vllm.reporting.scraped import EVERYWHERE, Metrics, Told, parse, summed
 
 TIMEOUT = 10.0
 INTERVAL = 2.0
 """Seconds between the two looks that tell what rises now."""
 LARGER = 1.3
 """So many times as much as asked for is worth a word."""
-
-Metrics = Mapping[tuple[str, str], float]
-"""By name and, where a metric of ours has one, the value of its own label; summed over engines."""
 
 
 class Finding(NamedTuple):
@@ -49,7 +49,7 @@ def examine(
         url = f"http://{url}"
     now = parse(_get(f"{url}/metrics"))
     page = _page(url, api_key)
-    if not any(name.startswith("vllm:") for name, _ in now):
+    if not any(name.startswith("vllm:") for name, _ in summed(now.values())):
         if page is None:
             raise ValueError(f"{url} answers, but its /metrics are not those of a vLLM server")
         findings = [
@@ -61,25 +61,30 @@ def examine(
         ]
         return _report(url, page, {}, findings)
     before = None
-    if now.get(("vllm:num_requests_waiting", ""), 0) > 0:
+    if summed(now.values()).get(("vllm:num_requests_waiting", ""), 0) > 0:
         sleep(INTERVAL)
         before, now = now, parse(_get(f"{url}/metrics"))
     return _report(url, page, now, explain(now, before, (page or {}).get("options", "")))
 
 
 def _report(
-    url: str, page: Mapping[str, Any] | None, now: Metrics, findings: list[Finding]
+    url: str, page: Mapping[str, Any] | None, now: Mapping[str, Metrics], findings: list[Finding]
 ) -> dict[str, Any]:
     page = page or {}
     return {
         "url": url,
         "model": page.get("model"),
         "options": page.get("options"),
-        "metrics": {" ".join(filter(None, key)): value for key, value in now.items()},
+        "metrics": _named(summed(now.values())),
+        "engines": {name: _named(found) for name, found in now.items() if name != EVERYWHERE},
         "findings": [found._asdict() for found in findings],
         "warnings": [found.text for found in findings if found.level == "warning"],
         "problems": [found.text for found in findings if found.level == "problem"],
     }
+
+
+def _named(metrics: Metrics) -> dict[str, float]:
+    return {" ".join(filter(None, key)): value for key, value in metrics.items()}
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -115,77 +120,38 @@ def _page(url: str, api_key: str | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def parse(text: str) -> dict[tuple[str, str], float]:
-    """Prometheus' text format; what it holds of vLLM's and ours."""
-    from prometheus_client.parser import text_string_to_metric_families  # vLLM brings it
-
-    found: dict[tuple[str, str], float] = {}
-    try:
-        for family in text_string_to_metric_families(text):
-            for name, labels, value, *_ in family.samples:
-                if name.startswith(("vllm:", "kv_compress:")) and "le" not in labels:
-                    key = name, labels.get("trigger", labels.get("reason", ""))
-                    if name == "vllm:cache_config_info":
-                        key, value = (name, ""), float(labels.get("num_gpu_blocks", 0) or 0)
-                    found[key] = found.get(key, 0.0) + value
-                elif name == "process_start_time_seconds":
-                    found[name, ""] = value
-    except ValueError as error:
-        raise ValueError(f"/metrics is not in Prometheus' format: {error}") from error
-    return found
-
-
-def explain(now: Metrics, before: Metrics | None = None, options: str = "") -> list[Finding]:
+def explain(
+    now: Mapping[str, Metrics], before: Mapping[str, Metrics] | None = None, options: str = ""
+) -> list[Finding]:
     """What metrics mean, and what to do about it.
 
     Args:
+        now: by engine; several of them, of a data-parallel server, each have their own pool and
+            queue.
         before: the same some seconds earlier; None: only what happened since the start is told.
         options: as the server resolved them, ``key=value`` with spaces between.
     """
-    if not any(name.startswith("kv_compress:") for name, _ in now):
+    total = summed(now.values())
+    if not any(name.startswith("kv_compress:") for name, _ in total):
         text = (
             "the server was started without --kv-compress: it is stock vLLM, and nothing is "
             "compressed"
         )
         return [Finding("problem", text)]
-    told = _Told(now, before, dict(pair.split("=", 1) for pair in options.split() if "=" in pair))
-    return [*_compressed(told), *_pool(told), *_waiting(told), *_pressure(told), *_slots(told)]
+    known = dict(pair.split("=", 1) for pair in options.split() if "=" in pair)
+    told = Told(total, None, known)
+    found = [*_compressed(told), *_drafted(told)]
+    engines = [name for name in now if name != EVERYWHERE] or [EVERYWHERE]
+    for name in engines:
+        told = Told(now[name], None if before is None else before.get(name, {}), known)
+        own = [*_pool(told), *_waiting(told), *_pressure(told), *_slots(told)]
+        if len(engines) > 1:
+            own = [Finding(level, f"engine {name}: {text}") for level, text in own]
+        found += own
+    return found
 
 
-class _Told:
-    """Look-ups in two sets of metrics."""
-
-    def __init__(self, now: Metrics, before: Metrics | None, options: Mapping[str, str]) -> None:
-        self._now, self._before, self.options = now, before, options
-
-    def __call__(self, name: str, label: str = "") -> float:
-        name = name if name.startswith("vllm:") else f"kv_compress:{name}"
-        return self._now.get((name, label), 0.0)
-
-    def rises(self, name: str, label: str = "") -> bool:
-        """Whether it did between the two looks; without a first one, since the start."""
-        if self._before is None:
-            return self(name, label) > 0
-        return self(name, label) > self._before.get((f"kv_compress:{name}", label), 0.0)
-
-    def mean(self, name: str, label: str) -> float | None:
-        """Of a histogram."""
-        count = self(f"{name}_count", label)
-        return self(f"{name}_sum", label) / count if count else None
-
-    def finished(self) -> float:
-        """Requests that ended, however."""
-        return sum(v for (name, _), v in self._now.items() if name == "vllm:request_success_total")
-
-    def number(self, option: str) -> float | None:
-        """Of the server's options; None where it is unknown or no number."""
-        try:
-            return float(self.options[option])
-        except (KeyError, ValueError):
-            return None
-
-
-def _compressed(told: _Told) -> list[Finding]:
+def _compressed(told: Told) -> list[Finding]:
     requests, finished = told("compressed_requests_total"), told.finished()
     if not requests:
         if not finished:
@@ -225,7 +191,27 @@ def _compressed(told: _Told) -> list[Finding]:
     return found
 
 
-def _pool(told: _Told) -> list[Finding]:
+def _drafted(told: Told) -> list[Finding]:
+    """What is accepted of speculative decoding."""
+    drafted, accepted = (
+        {packed: told(f"{name}_tokens_total", packed) for packed in PACKED}
+        for name in ("draft", "accepted")
+    )
+    parts = [
+        f"{accepted[packed] / drafted[packed]:.0%} of {drafted[packed]:,.0f} of {whose}"
+        for packed, whose in (("no", "requests that were not packed"), ("yes", "packed ones"))
+        if drafted[packed]
+    ]
+    if not parts:
+        return []
+    text = f"of drafted tokens were accepted: {', '.join(parts)}"
+    other, own = ((accepted[packed], drafted[packed]) for packed in PACKED)
+    if falls(other, own):
+        return [Finding("warning", f"{text}; {REMEDY}")]
+    return [Finding("info", text)]
+
+
+def _pool(told: Told) -> list[Finding]:
     used, blocks = told("vllm:kv_cache_usage_perc"), told("vllm:cache_config_info")
     text = (
         f"{told('vllm:num_requests_running'):,.0f} requests run, "
@@ -244,7 +230,7 @@ def _pool(told: _Told) -> list[Finding]:
     return found
 
 
-def _waiting(told: _Told) -> list[Finding]:
+def _waiting(told: Told) -> list[Finding]:
     waiting = told("vllm:num_requests_waiting")
     if not waiting:
         return [Finding("info", "no request waits")]
@@ -277,7 +263,7 @@ def _waiting(told: _Told) -> list[Finding]:
     return [Finding(level, f"{waiting:,.0f} requests wait: {'; '.join(reasons)}")]
 
 
-def _pressure(told: _Told) -> list[Finding]:
+def _pressure(told: Told) -> list[Finding]:
     found = []
     early, avoided = told("compressions_total", "pressure"), told("preemptions_avoided_total")
     preempted = told("preemptions_total")
@@ -306,7 +292,7 @@ def _pressure(told: _Told) -> list[Finding]:
     return found
 
 
-def _slots(told: _Told) -> list[Finding]:
+def _slots(told: Told) -> list[Finding]:
     used, slots = told("observation_slots_used"), told("observation_slots")
     running = told("vllm:num_requests_running")
     listens = told.options.get("policy") == "echo" and told.options.get("decode") != "False"

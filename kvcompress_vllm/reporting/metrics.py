@@ -20,6 +20,8 @@ from kvcompress_vllm.reporting.shared import SharedReport
 
 REFUSALS = ("forecast", "slots")
 """Why a waiting request is kept out although vLLM would admit it."""
+PACKED = ("no", "yes")
+"""Whether a request was packed when its drafted tokens were verified."""
 
 
 class Metric(NamedTuple):
@@ -59,6 +61,8 @@ PACKED_REQUESTS = "kv_compress:packed_requests"
 SAVED_BLOCKS = "kv_compress:saved_blocks"
 OBSERVATION_SLOTS_USED = "kv_compress:observation_slots_used"
 OBSERVATION_SLOTS = "kv_compress:observation_slots"
+DRAFT_TOKENS = "kv_compress:draft_tokens_total"
+ACCEPTED_TOKENS = "kv_compress:accepted_tokens_total"
 SHARED_HITS = "kv_compress:shared_hits_total"
 SHARED_MISSES = "kv_compress:shared_misses_total"
 SHARED_TOKENS = "kv_compress:shared_tokens_total"
@@ -102,6 +106,10 @@ METRICS = (
     Metric(SAVED_BLOCKS, "gauge", "Blocks that packed requests would hold in addition if kept."),
     Metric(OBSERVATION_SLOTS_USED, "gauge", "Observation slots in use."),
     Metric(OBSERVATION_SLOTS, "gauge", "Observation slots of the engine."),
+    Metric(DRAFT_TOKENS, "counter",
+           "Drafted tokens that were verified, of requests that were packed and of others.",
+           "packed", PACKED),
+    Metric(ACCEPTED_TOKENS, "counter", "Those of them that were accepted.", "packed", PACKED),
     Metric(SHARED_HITS, "counter",
            "Requests that took a packed context instead of computing it."),
     Metric(SHARED_MISSES, "counter", "Requests that computed a context which others can take."),
@@ -198,6 +206,9 @@ class StepReport:
     shared: SharedReport = field(default_factory=SharedReport)
     outcomes: list[Outcome] = field(default_factory=list)
     """Of the compressions that are ``measured``."""
+    drafted: list[int] = field(default_factory=lambda: [0, 0])
+    accepted: list[int] = field(default_factory=lambda: [0, 0])
+    """Drafted tokens that were verified, and accepted, in the order of :data:`PACKED`."""
 
     def mean_kept_pages(self) -> list[list[float]]:
         """``[L, H]``, pages that each KV head keeps of a packed request on average."""
@@ -257,6 +268,11 @@ class Recorder:
         """Note what a step had to preempt, and what it would have had to; see ``shortage.py``."""
         self._report.preemptions += preempted
         self._report.preemptions_avoided += avoided
+
+    def verified(self, packed: bool, drafted: int, accepted: int) -> None:
+        """Note what a step made of the drafted tokens of one request."""
+        self._report.drafted[packed] += drafted
+        self._report.accepted[packed] += accepted
 
     def measured(self, report: Report, current: bool) -> None:
         """Note what the output rank reports of a compression.
@@ -324,7 +340,7 @@ class Recorder:
         """
         report, self._report = self._report, StepReport()
         report.packed_requests = len(packed)
-        report.saved_blocks = sum(covered - kept for covered, kept in packed.values())
+        report.saved_blocks = sum([covered - kept for covered, kept in packed.values()])
         report.observation_slots_used, report.observation_slots = slots_used, slots
         report.occupancy, report.block_bytes = occupancy or Occupancy(), self._block_bytes
         report.shared = shared or SharedReport()

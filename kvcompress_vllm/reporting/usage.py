@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What compression did to a request, for its response. No vLLM types.
 
-The scheduler notes every compression in :class:`UsageLog` and sends the :class:`Counts` of a
-request with its next token; the front end adds them up over the sequences of a request (``n``) in
-a :class:`CompressionUsage`.
+The scheduler notes every compression, and what was accepted of drafted tokens, in
+:class:`UsageLog` and sends the :class:`Counts` of a request with its next token; the front end adds
+them up over the sequences of a request (``n``) in a :class:`CompressionUsage`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Counts(NamedTuple):
     context_tokens: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass
@@ -41,6 +43,7 @@ class CompressionUsage:
         context_tokens: of its prompt, what was packed as a context, by itself or another: whole
             blocks of what it asked for, or packed pages.
         bytes_before, bytes_after: those blocks as bytes of KV cache, of all layers and ranks.
+        draft_tokens, accepted_tokens: of speculative decoding, packed or not.
     """
 
     compressions: int = 0
@@ -50,16 +53,13 @@ class CompressionUsage:
     context_tokens: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def add(self, new: Counts, old: Counts = Counts()) -> None:  # noqa: B008 - immutable
         """Count what a sequence reports, and no longer what it reported before."""
-        self.compressions += new.compressions - old.compressions
-        self.blocks_before += new.blocks_before - old.blocks_before
-        self.blocks_after += new.blocks_after - old.blocks_after
-        self.shared_blocks += new.shared_blocks - old.shared_blocks
-        self.context_tokens += new.context_tokens - old.context_tokens
-        self.bytes_before += new.bytes_before - old.bytes_before
-        self.bytes_after += new.bytes_after - old.bytes_after
+        for name, count, former in zip(Counts._fields, new, old, strict=True):
+            setattr(self, name, getattr(self, name) + count - former)
 
 
 class UsageLog:
@@ -97,6 +97,15 @@ class UsageLog:
         known = self._counts.get(request_id, Counts())
         known = known._replace(shared_blocks=packing.kept, context_tokens=num_tokens)
         self._counts[request_id] = self._held(known, row, packing.held(row))
+        self._unsent.add(request_id)
+
+    def verified(self, request_id: str, drafted: int, accepted: int) -> None:
+        """Note what a step made of the drafted tokens of a request."""
+        known = self._counts.get(request_id, Counts())
+        self._counts[request_id] = known._replace(
+            draft_tokens=known.draft_tokens + drafted,
+            accepted_tokens=known.accepted_tokens + accepted,
+        )
         self._unsent.add(request_id)
 
     def _held(self, counts: Counts, before: int, after: int) -> Counts:

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from kvcompress_vllm.scheduling.budgets import Budgets
 from kvcompress_vllm.scheduling.contexts import Contexts
 from kvcompress_vllm.scheduling.observers import ObservationSlots
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.sizes import Budgets
 
 
 class Course:

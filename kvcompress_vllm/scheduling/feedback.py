@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvcompress_vllm.records.report import Report, Scored
+from kvcompress_vllm.scheduling.budgets import Budgets
 from kvcompress_vllm.scheduling.contexts import Contexts
 from kvcompress_vllm.scheduling.course import Course
 from kvcompress_vllm.scheduling.mass import decide, rounded_ratio
 from kvcompress_vllm.scheduling.newcomers import Newcomers
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.sizes import Budgets
 
 
 class Feedback:

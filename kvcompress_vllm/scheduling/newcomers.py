@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.scheduling.budgets import Budgets
 from kvcompress_vllm.scheduling.contexts import Context
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.mass import ExpectedRatio
 from kvcompress_vllm.scheduling.observers import ObservationSlots
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.sizes import NEVER, Budgets, Limits, Sizes
+from kvcompress_vllm.scheduling.sizes import NEVER, Sizes
 from kvcompress_vllm.scheduling.slots import Slots
 
 

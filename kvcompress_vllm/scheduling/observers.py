@@ -4,7 +4,7 @@ that, decoding ones whose policy reads echo scores, so that what they decode get
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
 from kvcompress_vllm.config.options import KVCompressConfig
@@ -30,6 +30,8 @@ class ObservationSlots:
         self._slots = Slots(count)
         self._requests = requests
         self._observed: dict[str, Tracked] = {}
+        self._by_age: list[Tracked] | None = []
+        """The same in order; None: to be sorted anew."""
         self._listening: dict[str, Tracked] = {}
         """Requests that would give their slot to one that is to be compressed."""
         self._listens = config.listens
@@ -48,9 +50,12 @@ class ObservationSlots:
         return self.count - self.available
 
     @property
-    def observed(self) -> list[Tracked]:
-        """Requests that are to be compressed, who was admitted first comes first."""
-        return sorted(self._observed.values(), key=_age)
+    def observed(self) -> Sequence[Tracked]:
+        """Requests that are to be compressed, who was admitted first comes first. Stays as it is
+        when that changes: the next one is another."""
+        if self._by_age is None:  # asked several times a step
+            self._by_age = sorted(self._observed.values(), key=_age)
+        return self._by_age
 
     def observe(self, tracked: Tracked) -> None:
         """Give a request one, or let it keep the one that it listens with; ask ``available`` first
@@ -62,6 +67,7 @@ class ObservationSlots:
         )
         self._listening.pop(tracked.request_id, None)
         self._observed[tracked.request_id] = tracked
+        self._by_age = None
 
     def stop(self, tracked: Tracked) -> None:
         """Take back what a request holds, if anything."""
@@ -69,7 +75,8 @@ class ObservationSlots:
         if slot is not None:
             self._slots.give(slot)
         tracked.observe_slot = tracked.listen_slot = None
-        self._observed.pop(tracked.request_id, None)
+        if self._observed.pop(tracked.request_id, None) is not None:
+            self._by_age = None
         self._listening.pop(tracked.request_id, None)
 
     def listen(self, num_computed: Mapping[str, int]) -> None:
@@ -91,7 +98,7 @@ class ObservationSlots:
         """Before a step of a prefill that computes tokens ``[first, end)``: give a request with a
         stride a slot for the segment in which its prompt ends and its answer begins."""
         begin = tracked.prefill_end - tracked.prefill_end % SEGMENT
-        if not self._is_whole(tracked) or tracked.listen_slot is not None:
+        if not self._whole or not self._is_whole(tracked) or tracked.listen_slot is not None:
             return
         if not first <= begin < end or end > tracked.prefill_end or tracked.due_at == NEVER:
             return
@@ -105,7 +112,7 @@ class ObservationSlots:
     def _is_whole(self, tracked: Tracked) -> bool:
         """Whether what a request decodes is scored in segments like those of prompts, so that it
         makes no difference which tokens were read and which decoded."""
-        return self._whole and tracked.reads_echo and tracked.sizes.stride > 0
+        return tracked.reads_echo and tracked.sizes.stride > 0
 
     def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int]]:
         """Whole segments that were decoded since the last call, each ``[begin, end)`` of a request,
@@ -116,7 +123,7 @@ class ObservationSlots:
             end, due = num_computed.get(tracked.request_id, 0), False
             if tracked.observe_slot is not None and end >= tracked.due_at:
                 end, due = tracked.due_at, True
-            segment = SEGMENT if self._is_whole(tracked) else DECODED
+            segment = SEGMENT if self._whole and self._is_whole(tracked) else DECODED
             while tracked.listened < end:
                 begin = tracked.listened
                 stop = begin - begin % segment + segment

@@ -12,14 +12,15 @@ Life of a compressible request:
 3. due once all of them are computed (with a mass budget, once ``to_score`` had the worker score
    the keys and ``feedback`` took C from its loss curve), until ``compressed`` on a later step; if
    the pool cannot spare the packed blocks it stays due and decodes uncompressed meanwhile;
-4. ``watch`` while it decodes: shortly before it has outgrown its budget by ``interval`` blocks it
-   takes an observation slot again, and goes on at 2; when the pool runs short, ``press`` does so
-   earlier for those that lose least;
+4. ``generations.watch`` while it decodes: shortly before it has outgrown its budget by ``interval``
+   blocks it takes an observation slot again, and goes on at 2; when the pool runs short, ``press``
+   does so earlier for those that lose least;
 5. ``release`` when it finishes, is aborted or is preempted; a preempted request is admitted anew.
 
 How many blocks and when is in ``sizes.py``, who may start in ``newcomers.py``, what is observed in
-``observation.py``, with which slot in ``observers.py``, who goes first in ``pressure.py``, what
-comes after that in ``course.py``, what workers say of it in ``feedback.py``; here are the requests.
+``observation.py``, with which slot in ``observers.py``, who is observed again in
+``generations.py``, who goes first in ``pressure.py``, what comes after that in ``course.py``, what
+workers say of it in ``feedback.py``; here are the requests.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.budget import RequestBudget, united
 from kvcompress_vllm.records.plan import Observation, Observed
-from kvcompress_vllm.scheduling import observation, pressure
+from kvcompress_vllm.scheduling import observation
+from kvcompress_vllm.scheduling.budgets import Budgets
 from kvcompress_vllm.scheduling.contexts import Context, Contexts
 from kvcompress_vllm.scheduling.course import Course
 from kvcompress_vllm.scheduling.feedback import Feedback
+from kvcompress_vllm.scheduling.generations import Generations
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.newcomers import Newcomers
 from kvcompress_vllm.scheduling.observers import ObservationSlots
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.sizes import NEVER, Budgets, Limits, Sizes, check_peak
+from kvcompress_vllm.scheduling.sizes import NEVER, Sizes, check_peak
 from kvcompress_vllm.scheduling.slots import Slots
 from kvcompress_vllm.scheduling.unverified import Unverified
 
@@ -62,6 +66,7 @@ class CompressionPlanner:
         observers: who is observed.
         contexts: packed prefixes that requests share.
         newcomers: what a request would take that starts now.
+        generations: gives observation slots to decoding requests.
         feedback: is told what workers report.
         unverified: what is drafted in steps in flight. ``num_computed`` is without.
     """
@@ -78,7 +83,6 @@ class CompressionPlanner:
         kernel_blocks: int = 1,
     ) -> None:
         self.config = config
-        self._drafts = drafts
         self.unverified = Unverified()
         self.limits = Limits.of(config, block_size, max_tokens, kernel_blocks)
         self.requests: dict[str, Tracked] = {}
@@ -93,6 +97,15 @@ class CompressionPlanner:
             config, self.limits, self._budgets, self.requests, self._state_slots, self.observers
         )
         self._course = Course(self.observers, self.contexts, self._budgets)
+        self.generations = Generations(
+            config,
+            self.limits,
+            self.requests,
+            self.observers,
+            self._course,
+            self.unverified,
+            drafts,
+        )
         self.feedback = Feedback(
             self.requests, self.contexts, self._budgets, self.newcomers, self._course
         )
@@ -160,33 +173,21 @@ class CompressionPlanner:
         self._state_slots.give(tracked.state_slot)
         self._released.append(tracked.state_slot)
 
-    def chunk(
-        self,
-        request_id: str,
-        first_token: int,
-        num_tokens: int,
-        prefill_end: int = 0,
-        budget: RequestBudget | None = None,
-        context: Context | None = None,
-    ) -> int:
+    def chunk(self, tracked: Tracked, first_token: int, num_tokens: int) -> int:
         """How many of ``num_tokens`` tokens from position ``first_token`` on the next step may
         compute: none beyond a compression that is due in the middle of a prefill, and no more than
         can be observed. May be 0: where only whole blocks will do, and while a loss curve is on its
         way that says what is kept of what was read.
 
         Args:
-            prefill_end: tokens of a prefill that is not admitted yet; ``budget`` is its, and
-                ``context`` what it takes.
+            tracked: observed, or about to start so, with any slot.
         """
-        tracked = self.requests.get(request_id)
-        if tracked is None:
-            tracked = self.newcomers.starting(request_id, prefill_end, budget, context)
-            tracked.observe_slot = -1
         return observation.chunk(tracked, self.config.window, first_token, num_tokens)
 
     def observe(self, tracked: Tracked, first_token: int, num_tokens: int) -> Observation | None:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
-        self.observers.listen_from(tracked, first_token, first_token + num_tokens)
+        if first_token < tracked.prefill_end:
+            self.observers.listen_from(tracked, first_token, first_token + num_tokens)
         return observation.observe(tracked, self.config.window, first_token, num_tokens)
 
     def observed(self, tracked: Tracked, num_tokens: int) -> Observed | None:
@@ -198,57 +199,6 @@ class CompressionPlanner:
         """Requests in whose prefill something was observed since the last call, and what; their
         compression is not yet due. ``accumulated`` and the like are of after it."""
         return observation.accumulate(self.observers.observed, num_computed, self.config.window)
-
-    def watch(self, num_computed: Mapping[str, int]) -> None:
-        """Give observation slots to decoding requests that will soon have outgrown their budget."""
-        if not self.observers.available:
-            return
-        ahead = self.config.window + self._drafts
-        near = observation.outgrowing(self.requests.values(), num_computed, ahead)
-        for computed, tracked in near:
-            if not self.observers.available:
-                return
-            # Late (no slot was free, or a prefill passed the mark): a whole window from now.
-            counted = computed + self.unverified[tracked.request_id]
-            due_at = max(tracked.due_at, counted + self.config.window)
-            if due_at > tracked.due_at or (tracked.reads_echo and tracked.listen_slot is None):
-                self._course.leave_stride(tracked)
-            if not tracked.sizes.stride:
-                later = tracked.outgrown_at(due_at)
-                if later > due_at:
-                    tracked.due_at = later  # it was not heard meanwhile, so it would keep more
-                    continue
-            self._course.prepare(tracked, due_at)
-
-    def press(self, num_computed: Mapping[str, int], num_free: int) -> None:
-        """When the pool runs short, prepare early compressions, lowest loss per block first.
-
-        Short means: fewer free blocks than the running requests will take until a compression that
-        is prepared now is carried out, and than its copy takes.
-
-        Args:
-            num_free: free blocks of the pool.
-        """
-        early = pressure.early(
-            self.requests.values(),
-            self._counted(num_computed),
-            num_free,
-            self.limits,
-            self.config.window,
-            self._drafts,
-            self.config.max_ratio,
-            self.observers.available,
-        )
-        for item in early:
-            tracked = item.tracked
-            tracked.usual_due = tracked.due_at
-            self._course.leave_stride(tracked)
-            self._course.prepare(tracked, item.due_at)
-            tracked.ratio, tracked.trigger = item.ratio, "pressure"
-
-    def listen(self, num_computed: Mapping[str, int]) -> None:
-        """Give observation slots that nobody needs to decoding requests, see ``observers``."""
-        self.observers.listen(self._counted(num_computed))
 
     def due(self, num_computed: Mapping[str, int]) -> list[Tracked]:
         """Requests whose observation is complete, oldest first."""
@@ -352,12 +302,6 @@ class CompressionPlanner:
     def packed(self) -> Iterable[Tracked]:
         """Requests that are packed now."""
         return (t for t in self.requests.values() if t.kept)
-
-    def _counted(self, num_computed: Mapping[str, int]) -> Mapping[str, int]:
-        """With what steps in flight drafted: what is observed from now on begins behind it."""
-        if not self.unverified:
-            return num_computed
-        return {name: n + self.unverified[name] for name, n in num_computed.items()}
 
     def _observed(self, num_computed: Mapping[str, int]) -> Iterator[Tracked]:
         """Requests whose observation is complete."""

@@ -7,8 +7,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.sizes import Limits
 
 LEAST_GAIN = 2
 """Blocks that an early compression must give back to be worth its while."""

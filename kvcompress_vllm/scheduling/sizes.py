@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import cached_property
-from typing import NamedTuple
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.scheduling.limits import Limits
 
 NEVER = 1 << 62
 """Token count at which nothing ever is due."""
@@ -17,40 +17,7 @@ NEVER = 1 << 62
 MOST_REMEMBERED = 100_000
 """Sizes that are kept at hand for one budget."""
 
-MOST_BUDGETS = 1000
-"""Budgets whose sizes are kept at hand; requests may come with any number of them."""
-
 NOTHING = Packing()
-
-
-class Limits(NamedTuple):
-    """What holds for all requests of an engine."""
-
-    block_size: int
-    """B, tokens per block."""
-    max_tokens: int
-    """Longest possible request, prompt and output."""
-    interval: int
-    """Blocks by which a generation outgrows its budget before it is compressed again."""
-    decode: bool
-    """Whether generations are compressed."""
-    peak_blocks: int | None
-    """Blocks that a request may hold during its prefill; None: all of them."""
-    window: int
-    """Queries that are observed before a compression."""
-    kernel_blocks: int = 1
-    """Kernel blocks of a block, each a page of every head."""
-
-    @classmethod
-    def of(
-        cls, config: KVCompressConfig, block_size: int, max_tokens: int, kernel_blocks: int = 1
-    ) -> Limits:
-        """Those of a configuration; its ``interval`` is in kernel blocks."""
-        peak = config.prefill_peak_tokens
-        blocks = None if peak is None else peak // block_size
-        interval = -(-config.interval // kernel_blocks)
-        window = config.window
-        return cls(block_size, max_tokens, interval, config.decode, blocks, window, kernel_blocks)
 
 
 class Sizes:
@@ -285,64 +252,6 @@ class Sizes:
             if self.excess(packing, prefill_end) >= self.limits.interval + shared:
                 return prefill_end
         return self.outgrown_at(packing, whole, shared)
-
-
-class Budgets:
-    """The sizes of all budgets that requests come with; equal budgets share theirs.
-
-    Args:
-        configured: of requests that ask for nothing.
-    """
-
-    def __init__(self, configured: RequestBudget, limits: Limits) -> None:
-        self._configured, self._limits = Sizes(configured, limits), limits
-        self._sizes: dict[RequestBudget, Sizes] = {}
-
-    def sizes(self, budget: RequestBudget | None) -> Sizes:
-        """Those of a budget; None: of the configured one."""
-        if budget is None or budget == self._configured.budget:
-            return self._configured
-        if budget not in self._sizes:
-            self._keep(Sizes(budget, self._limits))
-        return self._sizes[budget]
-
-    def at(self, sizes: Sizes, now: int, prefill_end: int) -> Sizes:
-        """Those by which a request with a stride goes on after ``now`` tokens: its context is where
-        it is compressed next, else the latest place where it was."""
-        if not sizes.stride:
-            return sizes
-        place = bisect_right(sizes.marks, now)
-        mark = sizes.marks[place] if place < len(sizes.marks) else NEVER
-        if mark == NEVER or (mark > prefill_end and not self._limits.decode):
-            mark = sizes.marks[place - 1] if place else 0
-        budget = sizes.budget._replace(context_tokens=mark or None)
-        if budget not in self._sizes:
-            self._keep(Sizes(budget, self._limits, sizes.marks))
-        return self._sizes[budget]
-
-    def without_stride(self, sizes: Sizes, context: int | None) -> Sizes:
-        """Those by which a request goes on that is not compressed where its stride says.
-
-        Args:
-            context: tokens of the context that it has now; None: none.
-        """
-        return self.sizes(sizes.budget._replace(context_stride=0, context_tokens=context))
-
-    def marks(self, sizes: Sizes, num_tokens: int) -> list[int]:
-        """Tokens of a prompt at which what is packed can be shared, ascending.
-
-        Args:
-            num_tokens: of the prompt. Behind a context that a request names it must go on.
-        """
-        if not sizes.stride:
-            n = sizes.context
-            return [n] if n is not None and sizes.reaches_context else []
-        return [mark for mark in sizes.marks if mark <= num_tokens]
-
-    def _keep(self, sizes: Sizes) -> None:
-        if len(self._sizes) >= MOST_BUDGETS:
-            self._sizes.clear()
-        self._sizes[sizes.budget] = sizes
 
 
 def check_peak(config: KVCompressConfig, sizes: Sizes) -> None:

@@ -33,6 +33,12 @@ class Unverified:
         """
         return max(0, num_computed - self[request_id])
 
+    def of_all(self, num_computed: Mapping[str, int]) -> Mapping[str, int]:
+        """``certain`` of many requests, by id. Asked on every step: mostly nothing is in flight."""
+        if not self._counts:
+            return num_computed
+        return {name: self.certain(name, n) for name, n in num_computed.items()}
+
     def sent(self, drafted: Mapping[str, Sequence[int]]) -> None:
         """Note what a step will verify, by request."""
         for request_id, tokens in drafted.items():

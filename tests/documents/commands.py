@@ -24,6 +24,7 @@ COMMANDS = {
         "tests/installed/test_examples.py::test_policy_of_ones_own"
     ),
     r"vllm bench serve --base-url .*": "tests/installed/test_tools.py::test_bench_serve",
+    r"guidellm run .*": "tests/installed/test_tools.py::test_guidellm",
     r"vllm bench throughput --model models/tiny .*": (
         "tests/installed/test_tools.py::test_bench_throughput"
     ),
@@ -78,9 +79,8 @@ COMMANDS = {
     r"python -m benchmarks\.speculation .*": "long: minutes; tests/integration/test_speculation.py",
     r"python -m benchmarks\.scheduler_step": "long: minutes on a quiet machine",
     r"python -m benchmarks\.quality .*": "tests/integration/test_quality.py::test_measured_cells",
-    r"python -m benchmarks\.quality\.reference": "long: the reference answers token by token",
     r"python -m benchmarks\.models .*": "network: a model and texts from package registries",
-    r"python -m benchmarks\.real .*": (
+    r"(PYTHONPATH=\S+ )?python -m benchmarks\.real .*": (
         "tests/test_real_study.py::test_tables_say_what_share_of_the_full_caches_answers_is_left"
     ),
     r"lm_eval .*": "network: tasks and a model",

@@ -16,7 +16,8 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[2]
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 PROGRAMS = {
-    "curl", "docker", "helm", "kubectl", "kvcompress-vllm", "lm_eval", "make", "pip", "promtool",
+    "curl", "docker", "guidellm", "helm", "kubectl", "kvcompress-vllm", "lm_eval", "make", "pip",
+    "promtool",
     "python", "uv", "vllm",
 }  # fmt: skip
 

@@ -114,7 +114,12 @@ def test_throughput_is_that_of_the_results() -> None:
     """Each number of README's table stands in docs/results/."""
     lines = [
         json.loads(line)
-        for name in ("throughput-19300-tokens", "throughput-all-memory", "serve-19300-tokens")
+        for name in (
+            "throughput-19300-tokens",
+            "throughput-19300-int4-h200",
+            "throughput-all-memory",
+            "serve-19300-tokens",
+        )
         for line in (ROOT / f"docs/results/{name}.jsonl").read_text().splitlines()
     ]
     known = {f"{line['total_tokens_per_s']:,.0f}" for line in lines if "workload" in line}

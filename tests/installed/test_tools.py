@@ -4,12 +4,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import httpx
+import pytest
 
-from tests.installed.conftest import MODEL, Environment, Server
+from tests.installed.conftest import MODEL, ROOT, Environment, Server
 
+TOOLS = ROOT / "docs" / "tools.md"
 VLLM = ("-m", "vllm.entrypoints.cli.main")
 
 
@@ -30,6 +37,25 @@ def test_bench_serve(installed: Environment, server: Server, tmp_path: Path) -> 
     (result,) = (json.loads(file.read_text()) for file in tmp_path.glob("*.json"))
     assert result["completed"] == 8 and result["failed"] == 0
     assert compressed(server) - before >= 8
+
+
+def test_guidellm(server: Server, tmp_path: Path) -> None:
+    """The command of docs/tools.md. From an environment of its own, which GUIDELLM names."""
+    program = os.environ.get("GUIDELLM") or shutil.which("guidellm")
+    if program is None:
+        pytest.skip("GuideLLM is not installed: GUIDELLM=.../bin/guidellm says where it is")
+    (command,) = re.findall(r"^    (guidellm run .*?[^\\])$", TOOLS.read_text(), re.M | re.S)
+    _, *flags = shlex.split(command.replace("http://127.0.0.1:8000", server.url))
+    result, before = tmp_path / "result.json", compressed(server)
+    ran = subprocess.run(
+        [program, *flags, "--output", f"kind=json,path={result}"],
+        cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    (benchmark,) = json.loads(result.read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert totals["successful"] == 8 and totals["errored"] == 0
+    assert compressed(server) - before == 8
 
 
 def test_bench_throughput(installed: Environment, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from kvcompress_vllm.cache.state import PackedState
 from kvcompress_vllm.integration.worker.attention import KVCompressImpl
 from kvcompress_vllm.integration.worker.cuda_attention import KVCompressCudaMetadataBuilder
 from kvcompress_vllm.integration.worker.metadata import StepContext, observe_unverified
+from kvcompress_vllm.integration.worker.model_runner import RunnerV1, RunnerV2
 from kvcompress_vllm.records.group import CacheGroup
-from kvcompress_vllm.records.plan import Observation
+from kvcompress_vllm.records.plan import Observation, Span
 
 WINDOW = 8
 
@@ -45,6 +46,39 @@ def test_places_of_queries_that_come_earlier(late: int, window: int) -> None:
     observe_unverified(index, observed, seq_lens, window)
     assert index.equal(expected)
     assert (index >= 0).sum() >= min(window, 4)
+
+
+class Dispatches:
+    """What a runner asks for a CUDA graph."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> None:
+        self.asked.append((args, kwargs))
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_prompts_that_are_scored_run_in_no_full_graph(scores: bool) -> None:
+    """A chunk of a prompt may be as long as a step of speculation."""
+    state: Any = SimpleNamespace()
+    context = StepContext(state, torch.empty(0), {}, lambda common: {})
+    if scores:
+        context.echoes = [Span("a", 0, 5)]
+    first, second = Dispatches(), Dispatches()
+    model_state = SimpleNamespace(prepare_attn=None)
+    RunnerV1(SimpleNamespace(cudagraph_dispatcher=first)).keep_out_of_full_graphs(
+        lambda: context.scores_prompts
+    )
+    RunnerV2(
+        SimpleNamespace(cudagraph_manager=second, model_state=model_state)
+    ).keep_out_of_full_graphs(lambda: context.scores_prompts)
+    first.dispatch(num_tokens=10, uniform_decode=True, has_lora=False)
+    second.dispatch(2, 10, 5, num_active_loras=0)
+    assert first.asked == [
+        ((), {"num_tokens": 10, "uniform_decode": not scores, "has_lora": False})
+    ]
+    assert second.asked == [((2, 10, None if scores else 5), {"num_active_loras": 0})]
 
 
 def common(*lengths: int) -> Any:
@@ -84,6 +118,14 @@ def builders(drafts: int) -> tuple[StepContext, Any, Any]:
     made[0].bind(context)
     made[1].bind(context, drafts=True)
     return context, *made
+
+
+def test_rows_of_a_speculating_step_are_decode_rows() -> None:
+    for drafts, decodes in ((0, 1), (4, 3)):
+        _, target, _ = builders(drafts)
+        found = target.build(0, common(1, 5, 3, 6))
+        assert len(found.seq_lens) == decodes and found.decode_query_len == 1 + drafts
+        assert [rows.num_tokens for rows in found.prefills] == ([14] if not drafts else [6])
 
 
 def test_a_draft_model_sees_which_rows_are_packed() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from vllm import SamplingParams
 
 from kvcompress_vllm import LLM
@@ -38,8 +39,12 @@ def speculating(folder: Path, method: str = "eagle", **changes: int) -> dict[str
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[list[int]]]:
+    return without()
+
+
+def without(model: str | Path = MODEL) -> dict[str, list[list[int]]]:
     """Without speculation, at the engine's ratio and uncompressed; and what is kept."""
-    with engine(OPTIONS, kv_cache_memory_bytes=MEMORY) as llm:
+    with engine(OPTIONS, model=str(model), kv_cache_memory_bytes=MEMORY) as llm:
         compressed = greedy(llm, PROMPTS, LENGTH, ignore_eos=True)
         exact = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, extra_args={"kv_compress_ratio": 1})
         worker(llm).kv_compress_record()
@@ -93,6 +98,33 @@ def test_the_model_keeps_what_it_would_without(
     assert list(kept.values())[-1] == expected["kept"] and len(expected["kept"]) == 12
 
 
+def say_drafts(
+    llm: Any, texts: list[list[int]], right: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replace what is drafted behind the tokens of a request: the first of each step go on as the
+    longest of ``texts`` that begins so, the others are wrong."""
+    texts = sorted(texts, key=len, reverse=True)
+    runner = worker(llm).model_runner
+    stock = runner.take_draft_token_ids
+
+    def say(tokens: list[int]) -> list[int]:
+        going_on = (t for t in texts if t[: len(tokens)] == tokens[: len(t)])
+        text = next(going_on, [])
+        found = text[len(tokens) : len(tokens) + DRAFTS]
+        found += [3] * (DRAFTS - len(found))
+        return [*found[:right], *((token + 1) % 1000 for token in found[right:])]
+
+    def take() -> Any:
+        found = stock()
+        for name, drafted in zip(found.req_ids, found.draft_token_ids, strict=True):
+            request = runner.requests[name]
+            tokens = [*request.prompt_token_ids, *request.output_token_ids]
+            drafted[:] = say(tokens)[: len(drafted)]
+        return found
+
+    monkeypatch.setattr(runner, "take_draft_token_ids", take)
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_all_or_nothing_is_accepted(
     speculative: Any,
@@ -105,24 +137,7 @@ def test_all_or_nothing_is_accepted(
     tokenizer = speculative.get_tokenizer()
     texts = [tokenizer.encode(p) + e for p, e in zip(PROMPTS, expected["compressed"], strict=True)]
 
-    def say(tokens: list[int]) -> list[int]:
-        (text,) = (t for t in texts if t[: len(tokens)] == tokens[: len(t)])
-        found = text[len(tokens) : len(tokens) + DRAFTS]
-        found += [3] * (DRAFTS - len(found))
-        return found if right else [(token + 1) % 1000 for token in found]
-
-    runner = worker(speculative).model_runner
-    stock = runner.take_draft_token_ids
-
-    def take() -> Any:
-        found = stock()
-        for name, drafted in zip(found.req_ids, found.draft_token_ids, strict=True):
-            request = runner.requests[name]
-            tokens = [*request.prompt_token_ids, *request.output_token_ids]
-            drafted[:] = say(tokens)[: len(drafted)]
-        return found
-
-    monkeypatch.setattr(runner, "take_draft_token_ids", take)
+    say_drafts(speculative, texts, DRAFTS if right else 0, monkeypatch)
     before = counted(speculative)
     answers = greedy(speculative, PROMPTS, LENGTH, ignore_eos=True)
     assert answers == expected["compressed"]
@@ -132,6 +147,35 @@ def test_all_or_nothing_is_accepted(
         assert more["accepted_tokens"] > 0.9 * more["draft_tokens"]
     else:
         assert more["accepted_tokens"] == 0
+
+
+def test_what_is_told_of_drafts(speculative: Any) -> None:
+    """With each response what is its own; in the metrics by whether the request was packed."""
+
+    def ours() -> dict[tuple[str, str], float]:
+        return {
+            (sample.name.removeprefix("kv_compress:"), sample.labels["packed"]): sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if "packed" in sample.labels
+        }
+
+    for ratio, packed in ((8, "yes"), (1, "no")):
+        params = SamplingParams(
+            temperature=0, max_tokens=LENGTH, ignore_eos=True,
+            extra_args={"kv_compress_ratio": ratio},
+        )  # fmt: skip
+        before, first = counted(speculative), ours()
+        outputs = speculative.generate(PROMPTS, params, use_tqdm=False)
+        more = {name: value - before[name] for name, value in counted(speculative).items()}
+        told = {key: value - first[key] for key, value in ours().items()}
+        for name in ("draft_tokens", "accepted_tokens"):
+            each = [getattr(output.kv_compress, name) for output in outputs]
+            assert sum(each) == more[name]
+            assert sum(told[f"{name}_total", side] for side in ("no", "yes")) == more[name]
+        assert all(output.kv_compress.draft_tokens > 0 for output in outputs)
+        assert told["draft_tokens_total", packed] > 0.9 * more["draft_tokens"]
+        assert all(bool(output.kv_compress.compressions) == (ratio > 1) for output in outputs)
 
 
 def test_preempted_requests(speculative: Any, expected: dict[str, list[list[int]]]) -> None:

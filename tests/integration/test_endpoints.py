@@ -33,7 +33,7 @@ BLOCK_BYTES = LAYERS * HEADS * 16 * 2 * MODEL_CONFIG["head_dim"] * 2  # of bfloa
 NEVER = dict.fromkeys(
     (
         "compressions", "blocks_before", "blocks_after", "shared_blocks", "context_tokens",
-        "bytes_before", "bytes_after",
+        "bytes_before", "bytes_after", "draft_tokens", "accepted_tokens",
     ),
     0,
 )  # fmt: skip

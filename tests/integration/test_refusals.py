@@ -110,6 +110,7 @@ def engine_config() -> VllmConfig:
         ("model_config", "enable_sleep_mode", True, "sleep mode"),
         ("cache_config", "kv_sharing_fast_prefill", True, "KV sharing"),
         ("cache_config", "cache_dtype", "int8_per_token_head", "a quantised KV cache"),
+        ("cache_config", "cache_dtype", "float16", "a KV cache of another dtype"),
     ],
 )
 def test_resolved_settings(part: str, field: str, value: Any, feature: str) -> None:

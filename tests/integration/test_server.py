@@ -174,7 +174,7 @@ def test_what_the_documents_ask(
     asked = 0
     for block in blocks():
         asks = re.search("127.0.0.1:8000|SERVER/", block.text)
-        if not asks or re.search("lm_eval|make serve|vllm bench", block.text):
+        if not asks or re.search("lm_eval|make serve|vllm bench|guidellm", block.text):
             continue
         text = block.text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
         text = text.replace("http://SERVER", server.url).replace("models/tiny", str(MODEL))

@@ -290,7 +290,7 @@ def test_stores_move_with_their_keys(device, page_format, numbers):
 
 def rounds(page_format, dtype, device, count, spread):
     """Compresses a growing request again and again, always keeping its first keys; yields after
-    each round what they are, ``[keys, 2 * D]`` of head 0, and the scales.
+    each round what their codes stand for, ``[keys, 2 * D]`` of head 0, and the scales.
 
     Args:
         spread: of the new keys, by round.
@@ -327,7 +327,7 @@ def rounds(page_format, dtype, device, count, spread):
         tables[0].fill_(packed)
         covered.fill_((i + 1) * m)
         scales.copy_(new_scales)
-        yield formats.dequantise(codes[target].cpu(), scales[0, 0, 0].cpu(), page_format), scales
+        yield formats.decode(codes[target].cpu(), scales[0, 0, 0].cpu(), page_format), scales
 
 
 @FORMATS
@@ -430,7 +430,7 @@ def test_numbers_at_the_ends(page_format):
     values[:, 71] = 1e-30
     values[:, 72] = torch.linspace(400, 401, 64)
     scales = formats.fit(values, page_format)
-    found = formats.dequantise(formats.quantise(values, scales, page_format), scales, page_format)
+    found = formats.decode(formats.quantise(values, scales, page_format), scales, page_format)
     error = (found - values).abs()
     if page_format is PageFormat.INT4:
         assert (error <= scales[0].float() / 2 * 1.0001 + values.abs() * 1e-6).all()
@@ -439,12 +439,30 @@ def test_numbers_at_the_ends(page_format):
         lone = torch.randn(64, 64)
         lone[0, :32] = 40.0
         fitted = formats.fit(lone, page_format)
-        back = formats.dequantise(formats.quantise(lone, fitted, page_format), fitted, page_format)
+        back = formats.decode(formats.quantise(lone, fitted, page_format), fitted, page_format)
         assert (back[0, :32] > 20).all()
         assert (back - lone)[1:].square().mean() < (40 / 15) ** 2 / 12
     else:
         half = torch.maximum(values.abs() / 16, scales[0].float().repeat_interleave(64) * 2.0**-10)
         assert (error <= half * 1.0001).all()
+
+
+@FORMATS
+@pytest.mark.parametrize("head_size", [32, 64, 96, 128, 160, 192, 256])
+def test_what_codes_stand_for_can_be_turned_back(page_format, head_size):
+    """Blocks of channels by a Hadamard matrix, K and V apart; fp8 leaves them."""
+    values = torch.randn(9, 2 * head_size, dtype=torch.float64)
+    stored = formats.to_stored(values, page_format)
+    torch.testing.assert_close(formats.from_stored(stored, page_format), values)
+    if page_format is PageFormat.FP8:
+        assert stored.equal(values)
+        return
+    block = next(p for p in (256, 128, 64, 32) if head_size % p == 0)
+    row = torch.arange(block)
+    common = row[:, None] & row
+    parity = sum(common >> i & 1 for i in range(8)) % 2
+    turn = torch.block_diag(*[1.0 - 2 * parity] * (2 * head_size // block)).double()
+    torch.testing.assert_close(stored, values @ turn / block)
 
 
 @pytest.mark.gpu

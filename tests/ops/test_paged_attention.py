@@ -158,6 +158,80 @@ def test_decode_work_of_any_shape(device, case, packed):
     check(arguments(batch, 4, 64, torch.bfloat16, device, layer=0))
 
 
+def speculating(most, block_size=16):
+    """Rows of one token to ``most``, as a step of speculation has them, in every state."""
+    counts = [most, 1, most, max(1, most - 1), 0, most, 2 if most > 1 else 1]
+    return [
+        Request(0, 0) if count == 0 else
+        Request(tail, count, packed=uneven(pages * SLOTS, SLOTS), covered=9) if pages else
+        Request(tail, count)
+        for count, tail, pages in zip(
+            counts, [most, 300, most + 3, 40, 0, block_size + most, 33], [0, 0, 2, 3, 0, 1, 0],
+            strict=True,
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most, group", [
+    (2, 1), (5, 1), (5, 2), (2, 4), (5, 4), (6, 4), (7, 4), (3, 5), (5, 7), (2, 8), (5, 8), (2, 16),
+    (5, 16), (21, 1),
+])  # fmt: skip
+def test_speculating_rows(device, dtype, most, group):
+    """One tile of columns to three, in one pass over the keys or in several."""
+    batch = make_batch(speculating(most), LAYERS, HEADS, 16, 64, dtype)
+    check(arguments(batch, group, 64, dtype, device), decode_query_len=most)
+
+
+@pytest.mark.parametrize("head_size", [32, 80, 96, 112, 128, 160, 192, 256])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_speculating_heads(device, dtype, head_size):
+    """Larger heads have fewer tiles."""
+    batch = make_batch(speculating(5), LAYERS, HEADS, 16, head_size, dtype)
+    check(arguments(batch, 4, head_size, dtype, device), decode_query_len=5)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 90, 1 << 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_speculating_beside_prompts(device, dtype, most):
+    """Which rows are read in one pass changes no result."""
+    batch = make_batch(hostile(16), LAYERS, HEADS, 16, 64, dtype)
+    check(arguments(batch, 4, 64, dtype, device), decode_query_len=most)
+
+
+@pytest.mark.parametrize("tails", [[9000, 1, 2500], [(37 * r) % 199 + 5 for r in range(300)]])
+@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("packed", [False, True])
+def test_speculating_work_of_any_shape(device, tails, group, packed):
+    """Borders between warps and blocks cut passes of fewer tokens, too."""
+    pages = 40 * 3
+    rows = [
+        Request(tail, min(tail, 1 + r % 5), packed=uneven(pages, 3 * 8) if packed else None,
+                covered=50 * packed)
+        for r, tail in enumerate(tails)
+    ]  # fmt: skip
+    batch = make_batch(rows, LAYERS, 8, 16, 128, torch.bfloat16)
+    check(arguments(batch, group, 128, torch.bfloat16, device), decode_query_len=5)
+
+
+def test_speculating_with_caps_and_sinks(device):
+    for dtype in DTYPES:
+        batch = make_batch(speculating(5), LAYERS, HEADS, 16, 64, dtype)
+        sinks = torch.randn(HEADS * 4, device=device)
+        sinks[1] = float("-inf")
+        check(arguments(batch, 4, 64, dtype, device), decode_query_len=5, soft_cap=1.5,
+              sink_logits=sinks)  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_no_tokens_together(device, length):
+    batch = make_batch([Request(5)], LAYERS, HEADS, 16, 64, torch.float32)
+    with pytest.raises(RuntimeError, match=f"decode_query_len must be 1 or more, not {length}"):
+        ops.paged_attention(
+            *arguments(batch, 2, 64, torch.float32, device), decode_query_len=length
+        )
+
+
 @pytest.mark.parametrize("rows", [[], [Request(0, 0)], [Request(0, 0), Request(0, 0)]])
 def test_empty_batches(device, rows):
     batch = make_batch(rows, LAYERS, HEADS, 16, 32, torch.float32)

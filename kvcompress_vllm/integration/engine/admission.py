@@ -91,12 +91,13 @@ class Admission:
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """vLLM's allocation, with slots and the reserve as further conditions of admission."""
+        first = request.num_computed_tokens
         if request.status is RequestStatus.RUNNING:
             blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         else:
             blocks = self._admit(request, num_new_tokens, *args, **kwargs)
+            first += kwargs.get("num_new_computed_tokens", 0)
         if blocks is not None and self._echo is not None and self._echo.blocks is not None:
-            first = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
             size, end = self._block_size, first + num_new_tokens
             # Whoever began a block has said so of it: a decoding request does once in a while.
             if -first % size < num_new_tokens:

@@ -94,7 +94,7 @@ class OtherGroups:
         manager: of the group that is compressed.
         index: which of vLLM's groups that is.
         on_packed: called with a request that is packed, and its computed tokens, in place of vLLM's
-            caching of them.
+            caching of them; None: nobody wants to know.
     """
 
     def __init__(self, coordinator: KVCacheCoordinator, config: VllmConfig) -> None:
@@ -104,7 +104,7 @@ class OtherGroups:
         if not isinstance(found, KVCompressManager):
             raise RuntimeError(f"kv_compress: the block manager is {type(found).__name__}")
         self.manager = found
-        self.on_packed: Callable[[Request, int], None] = lambda request, num_tokens: None
+        self.on_packed: Callable[[Request, int], None] | None = None
         self._coordinator = coordinator
         self._others = [manager for manager in managers if manager is not found]
         self._layers = LocalLayers(
@@ -121,7 +121,8 @@ class OtherGroups:
             # Behind a compression every layer computes from fewer keys than the hash says, also
             # one whose own are all there. A hit takes blocks of all groups, so none may have any.
             if request.request_id in found.packed:
-                self.on_packed(request, num_computed_tokens)
+                if self.on_packed is not None:
+                    self.on_packed(request, num_computed_tokens)
             elif not hasattr(request, PRIVATE):
                 stock(request, num_computed_tokens, *args, **kwargs)
 

@@ -29,8 +29,9 @@ from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.need import blocks_needed
-from kvcompress_vllm.scheduling.sizes import NOTHING, Limits, Sizes
+from kvcompress_vllm.scheduling.sizes import NOTHING, Sizes
 
 PRIVATE = "kv_compress_private"
 """Attribute of requests whose blocks are not for the prefix cache."""
@@ -200,7 +201,7 @@ class KVCompressManager(FullAttentionManager):
     def held_by_packed(self) -> int:
         """Blocks that packed requests hold, tails included."""
         rows = self.req_to_blocks  # not `held` of each: asked on every step
-        return sum(packing.held(len(rows[name])) for name, packing in self.packed.items())
+        return sum([len(rows[name]) - f + c for name, (f, c) in self.packed.items()])
 
     def held(self, request_id: str) -> int:
         """Blocks that a request holds, packed or not."""

@@ -85,7 +85,10 @@ class Recording:
             if len(sampled):  # what is drafted of a prompt, to fill it up, is not verified
                 count = len(drafted) - invalid.get(request_id, 0)
                 packed = request_id in self._others.manager.packed
-                self._acceptance.verified(packed, count, min(count, len(sampled) - 1))
+                accepted = min(count, len(sampled) - 1)
+                self._acceptance.verified(packed, count, accepted)
+                self._recorder.verified(packed, count, accepted)
+                self._usage.verified(request_id, count, accepted)
 
     def released(self, request_id: str, ended: bool) -> None:
         """Note that a request gave its blocks up.

@@ -24,6 +24,7 @@ from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.engine import utilities
 from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
+from kvcompress_vllm.integration.engine.chunks import Chunks
 from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.integration.engine.kv_cache import budget_of, cache_group
 from kvcompress_vllm.integration.engine.recording import Recording
@@ -91,10 +92,9 @@ class _KVCompressMixin(Scheduler):
             self, self.kv_compress_planner, others, self._recorder, self._usage
         )
         self.kv_compress_sharing = Sharing(
-            manager, self.kv_compress_planner, self._usage, self.requests, alone=not others
+            others, self.kv_compress_planner, self._usage, self.requests
         )
         manager.on_release = self._release
-        others.on_packed = self.kv_compress_sharing.computed
         self._failures: dict[str, str] = {}
         """Why requests that came since the last step cannot be served, by id."""
         self._check_integrity = integrity.enabled()
@@ -114,6 +114,7 @@ class _KVCompressMixin(Scheduler):
         self._admission = Admission(
             self, planner, self._recorder, sharing, self._replays, others, self._echo
         )
+        self._chunks = Chunks(self, planner, self._admission, self._replays, self._echo)
         self._steps = StepBuilder(
             planner, manager, sharing, self._replays, self._echo, self.kv_compress_group, others
         )
@@ -132,7 +133,7 @@ class _KVCompressMixin(Scheduler):
             if budget is not None and budget.exact:
                 self._replays.check(request, budget)
             problem = self._admission.too_large(request, budget)
-            found = self.kv_compress_sharing.found(request, budget)
+            found = self.kv_compress_sharing.names.found(request, budget)
             if self._admission.too_large(request, found) is None:
                 budget = found
         except Exception as error:
@@ -146,10 +147,7 @@ class _KVCompressMixin(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         unverified = self.kv_compress_planner.unverified
-        computed = {
-            r.request_id: unverified.certain(r.request_id, r.num_computed_tokens)
-            for r in self.running
-        }
+        computed = unverified.of_all({r.request_id: r.num_computed_tokens for r in self.running})
         self._failures |= self._replays.advance(computed)
         plan = self._steps.begin(computed)
         held = self.kv_compress_sharing.hold_back(self)
@@ -263,62 +261,9 @@ class _KVCompressMixin(Scheduler):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        # vLLM asks this of models whose Mamba states it caches, which is refused; a chunk of ours
-        # ends where a compression is due.
-        planner = self.kv_compress_planner
+        # vLLM asks this of models whose Mamba states it caches, which is refused.
         first_token = request.num_computed_tokens + num_new_local_computed_tokens
-        tracked = planner.requests.get(request.request_id)
-        if tracked is not None and first_token >= tracked.prefill_end and not tracked.in_prefill:
-            # It decodes, and nothing is due that its prompt began. What is drafted ends where a
-            # compression is due: what comes behind attends to what that keeps, accepted or not.
-            if not self.num_spec_tokens:
-                return num_new_tokens
-            left = tracked.due_at - first_token
-            certain = planner.unverified.certain(request.request_id, first_token)
-            if left <= 0 and certain < tracked.due_at:
-                return 0  # a step in flight says whether it has come so far
-            return min(num_new_tokens, max(1, left))
-        if request.request_id in self._replays:
-            return self._replays.chunk(request, first_token, num_new_tokens)
-        waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        # Beside generations vLLM fills up a last token with what is sure to be rejected. That may
-        # lie behind a compression, and must not be cut: it says so to the worker all the same.
-        real = request.num_tokens - first_token
-        if waits and self.num_spec_tokens and num_new_tokens > real == 1:
-            return num_new_tokens * self._chunk(request, first_token, 1)
-        return self._chunk(request, first_token, num_new_tokens)
-
-    def _chunk(self, request: Request, first_token: int, num_new_tokens: int) -> int:
-        """How many tokens of a prompt the next step computes."""
-        planner = self.kv_compress_planner
-        tracked = planner.requests.get(request.request_id)
-        waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        context = self._admission.hit(request)
-        count = planner.chunk(
-            request.request_id,
-            first_token,
-            num_new_tokens,
-            request.num_tokens if waits else 0,
-            budget_of(request) if waits else None,
-            context,
-        )
-        if self._echo is None:
-            return count
-        if tracked is None:
-            tracked = planner.newcomers.starting(
-                request.request_id, request.num_tokens, budget_of(request), context
-            )
-        return self._echo.chunk(
-            tracked.budget,
-            first_token,
-            count,
-            tracked.prefill_end,
-            tracked.due_at,
-            (len(self.running) - (not waits)) * (1 + self.num_spec_tokens),
-            # vLLM may have cut this chunk for the sake of encoder inputs, and only its going on
-            # makes room for those.
-            may_wait=not request.has_encoder_inputs,
-        )
+        return self._chunks.length(request, first_token, num_new_tokens)
 
     def _release(self, request_id: str) -> None:
         """Called when a request gives its blocks up."""

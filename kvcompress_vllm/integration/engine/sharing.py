@@ -9,7 +9,6 @@ what was used less recently, and gives them away when it runs out of others, and
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -24,17 +23,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.compat.releases import waiting_queues
-from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, KVCompressManager, budget_of
+from kvcompress_vllm.integration.engine.context_names import ContextNames
+from kvcompress_vllm.integration.engine.groups import OtherGroups
+from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, budget_of
 from kvcompress_vllm.integration.engine.tails import Tails
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.shared import SharedRecorder, SharedReport
 from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
-from kvcompress_vllm.scheduling.repeated import STRIDE, Repeated
-from kvcompress_vllm.scheduling.replay import may_repeat
-from kvcompress_vllm.scheduling.request import Tracked
-from kvcompress_vllm.scheduling.sizes import Sizes
 
 _KEYS = "kv_compress_contexts"
 _REMEMBERED = 1024
@@ -45,33 +42,36 @@ class Sharing:
     """Finds, registers and forgets contexts, and has requests wait for one that is computed.
 
     Args:
-        manager: of the blocks; the pool's ``get_new_blocks`` is replaced.
+        others: with the manager of the blocks. The pool's ``get_new_blocks`` is replaced; its
+            ``on_packed`` is set once it is of use. Where there is another group nothing is shared:
+            what layers with a window hold of a context is not kept with it, so nobody could go on
+            from there.
         planner: knows who uses what.
         usage: is told what requests took.
         requests: all of the scheduler, by id.
-        alone: whether ``manager`` has the only cache group. What layers with a window hold of a
-            context is not kept with it, so nobody could go on from there.
 
     Attributes:
+        names: which contexts requests have.
         tails: what was computed behind contexts.
     """
 
     def __init__(
         self,
-        manager: KVCompressManager,
+        others: OtherGroups,
         planner: CompressionPlanner,
         usage: UsageLog,
         requests: Mapping[str, Request],
-        alone: bool = True,
     ) -> None:
-        self.tails, self._requests = Tails(manager), requests
+        manager = others.manager
+        self.tails = Tails(manager)
         self._manager, self._planner, self._usage = manager, planner, usage
+        self._others = others
         self._contexts, pool = planner.contexts, manager.block_pool
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
-        self._on = planner.config.share != "off" and pool.enable_caching and alone
-        self._repeated = Repeated() if planner.config.share == "auto" and self._on else None
+        on = planner.config.share != "off" and pool.enable_caching and not others
+        self.names = ContextNames(manager, planner, requests, on)
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
 
@@ -82,40 +82,15 @@ class Sharing:
 
         pool.get_new_blocks = get_new_blocks  # type: ignore[method-assign]
 
-    def found(self, request: Request, budget: RequestBudget | None) -> RequestBudget | None:
-        """The budget of a new request, with a context where its prompt begins like one before it
-        (``share=auto``), and it names none itself."""
-        repeated, pool = self._repeated, self._manager.block_pool
-        own = self._planner.sizes(budget).budget
-        named = own.context_tokens is not None or own.context_stride
-        if repeated is None or named or own.query_stride:
-            return budget
-        size, hashes = pool.hash_block_size, request.block_hashes
-        stride = math.lcm(STRIDE, self._manager.block_size)
-        last = min(request.num_tokens - 1, len(hashes) * size)
-        lengths = range(stride, last + 1, stride)
-
-        def held(length: int) -> bool:
-            key = self._name(request, own, length)
-            return self._contexts.get(key) is not None or self._contexts.computing(key) is not None
-
-        n = repeated.context([(n, hashes[n // size - 1]) for n in lengths], held)
-        if n is None:
-            return budget
-        exact = self._planner.config.exact != "off" and self._planner.observers.reads_echo(
-            own.policy
-        )
-        exact = exact and may_repeat(n, self._planner.limits.max_tokens) and not request.mm_features
-        exact = exact and request.prompt_token_ids is not None
-        with_context = own._replace(context_tokens=n, exact=exact)
-        return with_context if self._planner.sizes(with_context).reaches_context else budget
-
     def added(self, request: Request, budget: RequestBudget | None) -> None:
         """Note whether a new request has contexts that can be shared."""
-        keys = self._keys(request, self._planner.sizes(budget))
+        if self._planner.sizes(budget).stride:
+            # Nobody else is asked on every step what it has computed.
+            self._others.on_packed = self.computed
+        keys = self.names.of(request, budget)
         if keys:
             setattr(request, _KEYS, keys)
-            if self._repeats(request):
+            if self.names.repeats(request):
                 # Its keys get scores that nobody must find beside them in the prefix cache.
                 setattr(request, PRIVATE, True)
             self._waiting[request.request_id] = request
@@ -124,15 +99,6 @@ class Sharing:
         """Contexts that a request has and that could be shared: key by tokens, ascending."""
         keys: dict[int, bytes] = getattr(request, _KEYS, {})
         return keys
-
-    def key(self, tracked: Tracked) -> bytes | None:
-        """Of the context that a request with a stride is compressed as now, in its prompt or its
-        answer; None: it could not be shared, or not all its tokens are known yet."""
-        request, n = self._requests[tracked.request_id], tracked.due_at
-        hashed = len(request.block_hashes) * self._manager.block_pool.hash_block_size
-        if not self._on or tracked.budget.query_stride or n > hashed:
-            return None
-        return self._name(request, tracked.budget, n)
 
     def computed(self, request: Request, num_tokens: int) -> None:
         """Offer what a packed request has computed, as far as that is what others would."""
@@ -214,7 +180,7 @@ class Sharing:
                     continue
                 if request.skip_reading_prefix_cache:
                     # Computes it in any case.
-                    if not self._repeats(request):
+                    if not self.names.repeats(request):
                         continue
                 else:
                     state = next(filter(None, map(state_of, reversed(keys.values()))), None)
@@ -223,7 +189,7 @@ class Sharing:
                         continue
                     if state == "held" and len(keys) == 1:
                         continue
-                if self._repeats(request):
+                if self.names.repeats(request):
                     # One context is repeated at a time: its blocks wait for room to do so.
                     if repeated:
                         held.append(request)
@@ -316,30 +282,6 @@ class Sharing:
                     f"kv_compress: {request_id} starts with blocks {row}, its context has "
                     f"{context.blocks}"
                 )
-
-    def _repeats(self, request: Request) -> bool:
-        """Whether the context of a request is repeated before it is packed."""
-        return self._planner.sizes(budget_of(request)).budget.exact
-
-    def _keys(self, request: Request, sizes: Sizes) -> dict[int, bytes]:
-        """Of a request's contexts, by tokens: their tokens (with LoRA, multimodal inputs and salt),
-        and all that their packing depends on. Empty: it has none, or none that could be shared."""
-        budget, pool = sizes.budget, self._manager.block_pool
-        if not self._on or budget.query_stride:
-            return {}  # accumulated statistics are of the request that computed them
-        return {
-            n: self._name(request, budget, n)
-            for n in self._planner.marks(sizes, request.num_tokens)
-            # What ends there may keep more than half of the peak.
-            if n < request.num_tokens or (n == request.num_tokens and not sizes.limits.peak_blocks)
-            if len(request.block_hashes) >= n // pool.hash_block_size
-        }
-
-    def _name(self, request: Request, budget: RequestBudget, n: int) -> bytes:
-        protect = tuple((start, min(end, n)) for start, end in budget.protect if start < n)
-        alike = budget._replace(protect=protect, context_tokens=n)
-        place = n // self._manager.block_pool.hash_block_size
-        return hashlib.sha256(request.block_hashes[place - 1] + repr(alike).encode()).digest()
 
     def _hash(self, context: Context, index: int) -> BlockHashWithGroupId:
         """Under which vLLM knows a block of a context. Only whoever has the key can find it."""

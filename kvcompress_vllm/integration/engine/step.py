@@ -108,7 +108,7 @@ class StepBuilder:
         plan.scorings = [c for c in plan.scorings if c.request_id in planner.requests]
         # A request that was compressed and then preempted in the same step owns nothing.
         plan.compressions = [c for c in plan.compressions if c.request_id in manager.packed]
-        parts = self._replays.parts
+        parts, in_flight = self._replays.parts, bool(planner.unverified)
         for request_id, num_tokens in scheduled.items():
             request = requests[request_id]
             first_token = request.num_computed_tokens - num_tokens
@@ -116,11 +116,17 @@ class StepBuilder:
                 plan.replays += self._replays.computes(request_id, first_token, num_tokens)
                 continue
             tracked = planner.requests.get(request_id)
-            if tracked is not None:
+            if tracked is not None and (
+                first_token < tracked.prefill_end
+                or tracked.observe_slot is not None
+                or tracked.listen_slot is not None
+            ):  # of most there is nothing to observe while they decode
                 observation = planner.observe(tracked, first_token, num_tokens)
                 if observation is not None:
-                    late = planner.unverified[request_id]
-                    plan.observations.append(observation._replace(unverified=late))
+                    if in_flight:
+                        late = planner.unverified[request_id]
+                        observation = observation._replace(unverified=late)
+                    plan.observations.append(observation)
             if self._echo is not None:
                 # A generated token, and what was drafted behind it, are no segment.
                 decodes = num_tokens == 1 or request_id in drafted
@@ -183,17 +189,17 @@ class StepBuilder:
         freed: list[KVCacheBlock] = []
         replaced: list[KVCacheBlock] = []
         self.waits = False
-        planner.watch(computed)
+        planner.generations.watch(computed)
         if planner.config.on_pressure:
             taken = self._others.growth(computed, planner.config.window)
-            planner.press(computed, manager.block_pool.get_num_free_blocks() - taken)
+            planner.generations.press(computed, manager.block_pool.get_num_free_blocks() - taken)
         for tracked in planner.due(computed):
             num_tokens, packing = tracked.due_at, tracked.target()
             if manager.block_pool.get_num_free_blocks() < packing.kept:
                 self.waits = True
                 continue  # a smaller one may fit, and makes room
             if tracked.sizes.stride:
-                key = self._sharing.key(tracked)
+                key = self._sharing.names.due(tracked)
                 planner.at_mark(tracked, computed[tracked.request_id], key)
             context = planner.new_context(tracked)
             slot = context.slot if context is not None else tracked.state_slot
@@ -221,7 +227,7 @@ class StepBuilder:
                 # Not the context that it goes on from: others may do so, too.
                 replaced += old[tracked.kept if tracked.context is not None else 0 :]
             planner.compressed(tracked.request_id, computed[tracked.request_id], context)
-        planner.listen(computed)
+        planner.generations.listen(computed)
         # Last blocks first, so that prefix caching loses the ends of prompts before their starts.
         manager.block_pool.free_blocks(reversed(freed))
         self._sharing.replaced(replaced)

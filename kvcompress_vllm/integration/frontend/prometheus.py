@@ -133,6 +133,11 @@ class KVCompressStatLogger(AggregateStatLoggerBase):
         of(metrics.SAVED_BLOCKS).set(report.saved_blocks)
         of(metrics.OBSERVATION_SLOTS_USED).set(report.observation_slots_used)
         of(metrics.OBSERVATION_SLOTS).set(report.observation_slots)
+        for packed, drafted, accepted in zip(
+            metrics.PACKED, report.drafted, report.accepted, strict=True
+        ):
+            of(metrics.DRAFT_TOKENS, packed).inc(drafted)
+            of(metrics.ACCEPTED_TOKENS, packed).inc(accepted)
         shared = report.shared
         of(metrics.SHARED_HITS).inc(shared.hits)
         of(metrics.SHARED_MISSES).inc(shared.misses)

@@ -24,9 +24,10 @@ from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.integration.start.attention_kinds import has_others
 from kvcompress_vllm.integration.start.refusals import exact_problem, unshared
 from kvcompress_vllm.records.budget import RequestBudget
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.replay import ROOM, may_repeat
-from kvcompress_vllm.scheduling.sizes import Limits, Sizes
+from kvcompress_vllm.scheduling.sizes import Sizes
 
 
 def check_length(

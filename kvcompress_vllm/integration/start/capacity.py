@@ -32,7 +32,8 @@ from kvcompress_vllm.integration.start.capacity_text import gib
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.start.weights import weights
 from kvcompress_vllm.records.group import CacheGroup
-from kvcompress_vllm.scheduling.sizes import Limits, Sizes
+from kvcompress_vllm.scheduling.limits import Limits
+from kvcompress_vllm.scheduling.sizes import Sizes
 from kvcompress_vllm.scheduling.slots import num_observe_slots
 
 RATIOS = (1, 2, 4, 8)

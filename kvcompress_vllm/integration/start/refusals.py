@@ -18,9 +18,10 @@ from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.backend import leave_local_layers
+from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.segments import check_block_size
-from kvcompress_vllm.scheduling.sizes import Limits, Sizes, check_peak
+from kvcompress_vllm.scheduling.sizes import Sizes, check_peak
 
 
 class Refusal(NamedTuple):
@@ -40,6 +41,15 @@ def _uses_quantised_kv(config: VllmConfig) -> bool | str:
     if dtype in ("auto", "float16", "bfloat16", "float32"):
         return False
     return f"has a cache of {dtype}; --kv-cache-dtype bfloat16 keeps it in 16 bits"
+
+
+def _stores_otherwise(config: VllmConfig) -> bool | str:
+    """Keys are stored as the model makes them: no op converts."""
+    dtype, own = config.cache_config.cache_dtype, str(config.model_config.dtype)
+    own = own.removeprefix("torch.")
+    if dtype in ("auto", own):
+        return False
+    return f"makes keys of {own}, and the cache is to have {dtype}"
 
 
 def _shares_kv(config: VllmConfig) -> bool | str:
@@ -99,6 +109,7 @@ REFUSALS = (
         kinds.local,
     ),
     Refusal("a quantised KV cache", "--kv-cache-dtype", _uses_quantised_kv),
+    Refusal("a KV cache of another dtype than the model's", "--kv-cache-dtype", _stores_otherwise),
     Refusal("this speculative decoding", "--speculative-config", _drafts_otherwise),
     Refusal(
         "KV connectors and KV offloading",

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention backend on CUDA: our kernel for decode rows, FlashAttention for prefill rows.
 
-vLLM puts decode rows (one new token) first. They may be packed, and run on ``ops.paged_attention``,
-whose launch shapes are static and which therefore sits inside full CUDA graphs. The other rows are
-prefills. They run on vLLM's FlashAttention over the layer's own view, except for those that were
-compressed in the middle of their prompt: these run on our kernel, too.
+vLLM puts decode rows first: those of one new token, and of what is drafted behind it. They may be
+packed, and run on ``ops.paged_attention``, whose launch shapes are static and which therefore sits
+inside full CUDA graphs. The other rows are prefills. They run on vLLM's FlashAttention over the
+layer's own view, except for those that were compressed in the middle of their prompt: these run on
+our kernel, too.
 
 Everything a decode graph reads lives in persistent buffers that ``build`` refills.
 """
@@ -54,15 +55,15 @@ class KVCompressCudaMetadata(KVCompressMetadata):
     """One step's batch, split into decode rows (the base fields) and prefill rows."""
 
     num_decode_tokens: int = 0
+    decode_query_len: int = 1
+    """Tokens of a decode row at most."""
     prefills: list[PrefillRows] = field(default_factory=list)
 
 
 class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
     """Splits the batch and keeps what graphs read at fixed addresses."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,
@@ -72,7 +73,9 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        assert self.reorder_batch_threshold is not None
+        self._decode_query_len = self.reorder_batch_threshold
         scheduler = vllm_config.scheduler_config
         self._state_slot = torch.full(
             (scheduler.max_num_seqs,), layout.NOT_PACKED, dtype=torch.int32, device=device
@@ -92,7 +95,9 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
         fast_build: bool = False,
     ) -> KVCompressCudaMetadata:
         common = common_attn_metadata
-        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, 1)
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(
+            common, self._decode_query_len
+        )
         block_table = self._decode_table(common.block_table_tensor[:decodes])
         state_slot = self._state_slot[:decodes]
         if self.context is not None and decodes:
@@ -109,6 +114,7 @@ class KVCompressCudaMetadataBuilder(KVCompressMetadataBuilder):
             echo=self.echo(common),
             repeated=self.repeated(common),
             num_decode_tokens=decode_tokens,
+            decode_query_len=self._decode_query_len,
             prefills=[
                 self._prefill_rows(common, begin, end, packed)
                 for begin, end, packed in self._runs(common, decodes, decodes + prefills)
@@ -220,7 +226,7 @@ class KVCompressCudaImpl(KVCompressImpl):
         out = output.view(-1, self.num_heads, self.head_size)
         if not self.of_draft:
             ops.observe_queries(query, meta.ring_index, self._ring)
-        # Never in a captured graph: those are of steps of one token a request, which have none.
+        # Never in a captured graph: what is scored runs in none (StepContext.scores_prompts).
         if meta.echo is not None and not self.of_draft:
             self.score(query, meta.echo)
         self.replay(query, meta.repeated)
@@ -237,6 +243,7 @@ class KVCompressCudaImpl(KVCompressImpl):
                 self.scale,
                 out[: meta.num_decode_tokens],
                 **self.logits,
+                decode_query_len=meta.decode_query_len,
             )
         for rows in meta.prefills:
             self._prefill(query, kv_cache, rows, out)

@@ -54,6 +54,12 @@ class StepContext:
     replays: list[Replay] = field(default_factory=list)
     """Tokens that repeat a context in the step that is about to run."""
 
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the step that is about to run scores keys outside of what a graph would do: a
+        chunk of a prompt may be as long as a step of speculation, and then looks like one."""
+        return bool(self.echoes or self.replays)
+
 
 @dataclass
 class Echo:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -54,6 +54,10 @@ class RunnerAdapter(ABC):
                     yield builder
 
     @abstractmethod
+    def keep_out_of_full_graphs(self, scores_prompts: Callable[[], bool]) -> None:
+        """Have steps of equal rows run in no full CUDA graph where ``scores_prompts`` says so."""
+
+    @abstractmethod
     def _draft_groups(self) -> Iterable[Iterable[Any]]:
         """Attention groups of the draft model; empty where there is none."""
 
@@ -74,6 +78,18 @@ class RunnerV1(RunnerAdapter):
             if row is not None:
                 table = runner.input_batch.block_table[self.group].block_table
                 table.np[row, : len(blocks)] = blocks
+
+    def keep_out_of_full_graphs(self, scores_prompts: Callable[[], bool]) -> None:
+        dispatcher = self._runner.cudagraph_dispatcher
+        stock = dispatcher.dispatch
+
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
+            if scores_prompts():
+                # vLLM names it.
+                kwargs["uniform_decode"] = False
+            return stock(*args, **kwargs)
+
+        dispatcher.dispatch = dispatch
 
     def _draft_groups(self) -> Iterable[Iterable[Any]]:
         return [getattr(getattr(self._runner, "drafter", None), "draft_attn_groups", ())]
@@ -122,6 +138,22 @@ class RunnerV2(RunnerAdapter):
         table.view(-1)[to_device(list(places), torch.int64, table.device)] = to_device(
             list(chain.from_iterable(prefixes.values())), table.dtype, table.device
         )
+
+    def keep_out_of_full_graphs(self, scores_prompts: Callable[[], bool]) -> None:
+        manager = self._runner.cudagraph_manager
+        stock = manager.dispatch
+
+        def dispatch(
+            num_reqs: int,
+            num_tokens: int,
+            uniform_token_count: int | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            uniform = None if scores_prompts() else uniform_token_count
+            return stock(num_reqs, num_tokens, uniform, *args, **kwargs)
+
+        manager.dispatch = dispatch
 
     def _draft_groups(self) -> Iterable[Iterable[Any]]:
         groups: Iterable[Iterable[Any]] = getattr(self._runner.speculator, "attn_groups", ())

@@ -204,6 +204,8 @@ class KVCompressWorkerMixin(Worker):
             builder.bind(context)
         for builder in runner.draft_builders():
             builder.bind(context, drafts=True)
+        if self.vllm_config.num_speculative_tokens:
+            runner.keep_out_of_full_graphs(lambda: context.scores_prompts)
         self.kv_compress_context = context
         self.kv_compress_runner = runner
         agree = _agree if self.parallel_config.tensor_parallel_size > 1 else None

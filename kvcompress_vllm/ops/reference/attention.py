@@ -27,6 +27,7 @@ def paged_attention(
     *,
     soft_cap: float = 0.0,
     sink_logits: Tensor | None = None,
+    decode_query_len: int = 1,
 ) -> None:
     """Causal attention of new tokens over their request's pages, prefill and decode alike.
 
@@ -50,10 +51,15 @@ def paged_attention(
         out: like ``query``; rows of tokens outside ``[0, T)`` are left alone.
         soft_cap: c (Gemma 2); 0: none.
         sink_logits: ``[H * G]`` fp32, s (gpt-oss), -inf for a head without; None: no head has one.
+        decode_query_len: new tokens that a generation has in a step, its next and what is drafted.
+            Rows of so many are to read each of their keys once; changes nothing of the result.
 
     Raises:
-        RuntimeError: ``soft_cap`` is negative or no number; sinks of another shape or dtype.
+        RuntimeError: ``soft_cap`` is negative or no number; sinks of another shape or dtype;
+            ``decode_query_len`` is not positive.
     """
+    if decode_query_len < 1:
+        raise RuntimeError(f"decode_query_len must be 1 or more, not {decode_query_len}")
     check_sinks(sink_logits, query.shape[1])
     state = State(num_pages, first_page, covered, page_scales, page_format)
     heads = num_pages.shape[2]

@@ -56,7 +56,7 @@ def fit_scales(
             continue
         scales = result[r].flatten(0, 1)[head.slot]
         packed = head.packed * kept_keys.shape[1]
-        fresh = head.read(pages, key[key >= packed]).float()
+        fresh = head.read(pages, key[key >= packed], stored=True)
         if head.scales is None or int(key[0]) >= packed:
             scales.copy_(formats.fit(fresh, page_format))
         elif not len(fresh):
@@ -125,7 +125,7 @@ def compact_pages(
             pages[target] = kept.view(count, page_keys, pages.shape[2])
         else:
             scales = new_scales[r].flatten(0, 1)[head.slot]
-            codes = formats.quantise(head.read(pages, key).float(), scales, page_format)
+            codes = formats.quantise(head.read(pages, key, stored=True), scales, page_format)
             formats.packed_codes(pages, format_)[target] = codes.view(
                 count, page_keys, codes.shape[1]
             )

@@ -91,18 +91,24 @@ class Head(NamedTuple):
             block_size, self.blocks_per_page,
         )  # fmt: skip
 
-    def read(self, pages: Tensor, key: Tensor) -> Tensor:
-        """``[n, 2 * D]``: K and V of some keys, as numbers: fp32 where packed pages hold codes."""
+    def read(self, pages: Tensor, key: Tensor, stored: bool = False) -> Tensor:
+        """``[n, 2 * D]``: K and V of some keys, as numbers: fp32 where packed pages hold codes.
+
+        Args:
+            stored: as :func:`page_format.to_stored` has them.
+        """
         block_size = pages.shape[1]
         page, within = self.place(key, block_size)
         if self.format is PageFormat.AUTO:
             return pages[page, within]
         packed = key < self.packed * self.format.keys_per_page(block_size)
         values = torch.empty(len(key), pages.shape[2], dtype=torch.float32, device=pages.device)
-        values[~packed] = pages[page[~packed], within[~packed]].float()
+        plain = pages[page[~packed], within[~packed]].float()
+        values[~packed] = page_format.to_stored(plain, self.format) if stored else plain
         if self.scales is not None and self.packed:
             codes = page_format.packed_codes(pages, self.format)[page[packed], within[packed]]
-            values[packed] = page_format.dequantise(codes, self.scales, self.format)
+            of = page_format.decode if stored else page_format.dequantise
+            values[packed] = of(codes, self.scales, self.format)
         return values
 
     def keys(self, pages: Tensor, seq_len: int) -> Tensor:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Of ``integration/worker/``: specs, layouts, attention, both runners and what they report."""
+
+from __future__ import annotations
+
+from kvcompress_vllm.integration.compat.hooks.hook import Hook
+
+_BACKEND = "vllm.v1.attention.backend:AttentionBackend"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+
+HOOKS = (
+    Hook("vllm.distributed.parallel_state:get_tp_group", (),
+         "ranks agree on which policies failed", "never"),
+    Hook("vllm.config.attention:AttentionConfig", ("backend_per_kind",),
+         "leaves layers with a window to vLLM's backends", "never"),
+    Hook("vllm.v1.attention.selector:get_attn_backend",
+         ("head_size", "dtype", "kv_cache_dtype", "has_sliding_window"),
+         "chooses the backend of layers with chunks; replaced where their module has imported it: "
+         "it asks as if they had full attention", "vLLM tells the two kinds apart", patched=True),
+    Hook("vllm.v1.kv_cache_interface:KVCacheTensor",
+         ("size", "shared_by", "offset", "block_stride"), "the packed layout of all layers",
+         "vLLM 0.28 is no longer supported", until="0.29"),
+    Hook(f"{_BACKEND}.get_kv_cache_shape", ("num_blocks", "block_size", "num_kv_heads"),
+         "the layout of a layer", "vLLM 0.28 is no longer supported", until="0.29"),
+    Hook(f"{_BACKEND}.get_kv_cache_stride_order", ("include_num_layers_dimension",),
+         "the layout of all layers", "vLLM 0.28 is no longer supported", until="0.29"),
+    Hook(f"{_BACKEND}.supported_kv_cache_layouts", ("cls",),
+         "the layout of all layers", "never", since="0.29"),
+    Hook("vllm.v1.kv_cache_layout:KVCacheLayout", (), "names the layout of all layers", "never",
+         since="0.29"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec", ("self",),
+         "swaps the spec of every layer", "vLLM 0.29: AttentionBackend.customize_spec"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", ("self",),
+         "leaves room for our state", "worker_cls is public"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.initialize_from_config", ("self", "kv_cache_config"),
+         "chooses the packed layout and binds our state", "worker_cls is public"),
+    Hook(f"{_RUNNER}.execute_model", ("self", "scheduler_output", "intermediate_tensors"),
+         "runs the plan before the step, and sends reports to the next pipeline stage; replaced on "
+         "the runner's instance", "vLLM calls plugins before a step", patched=True),
+    Hook(f"{_RUNNER}.sample_tokens", ("self", "grammar_output"),
+         "adds the reports to the step's output; replaced on the runner's instance",
+         "vLLM calls plugins after a step", patched=True),
+    Hook(f"{_RUNNER_V2}.execute_model", ("self", "scheduler_output", "intermediate_tensors"),
+         "the same on runner V2", "vLLM calls plugins before a step", patched=True),
+    Hook(f"{_RUNNER_V2}.sample_tokens", ("self", "grammar_output"),
+         "the same on runner V2", "vLLM calls plugins after a step", patched=True),
+    Hook("vllm.sequence:IntermediateTensors", ("tensors",),
+         "carries reports between pipeline stages beside the activations",
+         "vLLM has a field for plugins"),
+    Hook("vllm.v1.outputs:ModelRunnerOutput", ("req_ids",),
+         "carries the reports as an extra attribute", "vLLM has a field for plugins"),
+    Hook("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",),
+         "wrapped, so that reports are collected where vLLM waits for the step",
+         "vLLM has a field for plugins"),
+    Hook(f"{_RUNNER}.initialize_kv_cache", ("self", "kv_cache_config"),
+         "fills attn_groups, requests and input_batch, which RunnerAdapter reads", "never"),
+    Hook(f"{_RUNNER}._zero_block_ids", ("self", "block_ids"),
+         "zeroes whole blocks where states were; replaced on the runner's instance",
+         "vLLM's takes packed layouts for what they are"),
+    Hook("vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+         ("self", "input_batch"),
+         "tells the order of the batch; replaced on runner V2's instance",
+         "vLLM 0.29 is no longer supported", patched=True, until="0.30"),
+    Hook("vllm.v1.attention.backend:CommonAttentionMetadata.req_idx", (),
+         "tells the order of runner V2's batch", "never", since="0.30"),
+    Hook("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
+         ("self", "num_tokens", "uniform_decode"),
+         "a step whose prompts are scored runs in no full graph, though its rows be of equal "
+         "length; replaced on the instance of a runner that speculates", "never", patched=True),
+    Hook("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch",
+         ("self", "num_reqs", "num_tokens", "uniform_token_count"),
+         "the same on runner V2", "never", patched=True),
+    Hook("vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.initialize_attn_backend",
+         ("self", "kv_cache_config"),
+         "fills draft_attn_groups, whose builders are bound; _draft_attn_layer_names tells a draft "
+         "model's layers", "vLLM 0.33: KVCacheSpec.is_draft"),
+    Hook("vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.set_attn",
+         ("self", "model_state", "kv_cache_config", "block_tables"),
+         "fills attn_groups, the same on runner V2; load_model fills draft_attn_layer_names",
+         "vLLM 0.33: KVCacheSpec.is_draft"),
+    Hook("vllm.v1.worker.gpu.states:RequestState.index_to_req_id", (),
+         "tells the order of runner V2's batch", "never", since="0.30"),
+    Hook("vllm.v1.worker.gpu.states:RequestState.req_id_to_index", (),
+         "the rows whose prefix we rewrite on runner V2", "vLLM can rewrite a row"),
+    Hook("vllm.v1.worker.gpu.block_table:BlockTables.block_tables", (),
+         "the rows whose prefix we rewrite on runner V2", "vLLM can rewrite a row"),
+    Hook("vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor", ("size", "dtype", "device"),
+         "gpu holds the rows whose prefix we rewrite on runner V2", "vLLM can rewrite a row"),
+    Hook("vllm.v1.worker.block_table:BlockTable.__init__", ("self",),
+         "block_table.np holds the rows whose prefix we rewrite", "vLLM can rewrite a row"),
+)  # fmt: skip
