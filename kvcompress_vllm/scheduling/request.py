@@ -63,6 +63,9 @@ class Tracked:
     listened: int = 0
     """Tokens up to which that was done."""
 
+    heard_until: int = 0
+    """End of the segment that another request began and whose queries it took over; up to there its
+    prefill is heard like what is decoded, as no step has all queries of that segment. 0: none."""
     echoed: int | None = None
     """Tokens up to which its keys have the echo scores of whole segments, which follow from tokens
     alone; None: it has not computed anything yet."""

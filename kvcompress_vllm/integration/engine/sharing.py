@@ -53,6 +53,7 @@ class Sharing:
             context is not kept with it, so nobody could go on from there.
 
     Attributes:
+        on: whether anything is shared.
         tails: what was computed behind contexts.
     """
 
@@ -70,8 +71,8 @@ class Sharing:
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
-        self._on = planner.config.share != "off" and pool.enable_caching and alone
-        self._repeated = Repeated() if planner.config.share == "auto" and self._on else None
+        self.on = planner.config.share != "off" and pool.enable_caching and alone
+        self._repeated = Repeated() if planner.config.share == "auto" and self.on else None
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
 
@@ -130,7 +131,7 @@ class Sharing:
         answer; None: it could not be shared, or not all its tokens are known yet."""
         request, n = self._requests[tracked.request_id], tracked.due_at
         hashed = len(request.block_hashes) * self._manager.block_pool.hash_block_size
-        if not self._on or tracked.budget.query_stride or n > hashed:
+        if not self.on or tracked.budget.query_stride or n > hashed:
             return None
         return self._name(request, tracked.budget, n)
 
@@ -325,7 +326,7 @@ class Sharing:
         """Of a request's contexts, by tokens: their tokens (with LoRA, multimodal inputs and salt),
         and all that their packing depends on. Empty: it has none, or none that could be shared."""
         budget, pool = sizes.budget, self._manager.block_pool
-        if not self._on or budget.query_stride:
+        if not self.on or budget.query_stride:
             return {}  # accumulated statistics are of the request that computed them
         return {
             n: self._name(request, budget, n)
