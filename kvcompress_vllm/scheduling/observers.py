@@ -106,9 +106,9 @@ class ObservationSlots:
         """Whether a request that would start now could go on in a segment that another began."""
         return self.is_whole(starting) and (starting.starts_observed or bool(self._slots))
 
-    def take_over(self, tracked: Tracked, begin: int, end: int) -> int:
-        """Give a request that starts a slot for a segment, whose queries of tokens ``[begin, end)``
-        are brought there.
+    def take_over(self, tracked: Tracked, begin: int) -> int:
+        """Give a request that starts a slot for the segment from token ``begin`` on, whose first
+        queries are brought there.
 
         Returns:
             The slot.
@@ -118,8 +118,7 @@ class ObservationSlots:
             self._listening[tracked.request_id] = tracked
         else:
             tracked.listen_slot = tracked.observe_slot
-        tracked.listened, tracked.heard_until, tracked.echoed = begin, begin + SEGMENT, begin
-        tracked.unscored.computed(begin, end, scored=False)
+        tracked.listened, tracked.heard_until = begin, begin + SEGMENT
         return tracked.listen_slot
 
     def is_whole(self, tracked: Tracked) -> bool:

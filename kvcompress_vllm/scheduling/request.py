@@ -110,6 +110,11 @@ class Tracked:
         """Whether the scores that its next compression goes by follow from its tokens alone."""
         return not self.reads_echo or (self.echoed or 0) >= self.due_at
 
+    def found_unscored(self, begin: int, end: int) -> None:
+        """Note that tokens ``[begin, end)``, which it found in the cache, have no score."""
+        self.echoed = begin
+        self.unscored.computed(begin, end, scored=False)
+
     def echoes(self, first: int, end: int) -> None:
         """Note that tokens ``[first, end)`` are scored together, cut at segments."""
         begin = first + -first % SEGMENT

@@ -99,7 +99,11 @@ class PretendWorker:
     state_tags: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """``[N]``: of what tokens a block holds the state; -1: it holds pages, or nothing."""
 
-    def run(self, output, tokens: dict[str, list[int]]) -> None:
+    def run(self, output, tokens: dict[str, list[int]], unscored: dict[str, int]) -> None:
+        """
+        Args:
+            unscored: where what a request found begins that has no echo score.
+        """
         plan: StepPlan = output.kv_compress
         prefixes = {item.request_id: item.row_prefix for item in plan.compressions}
         plan = in_kernel_blocks(plan, self.kernel_blocks)
@@ -146,7 +150,6 @@ class PretendWorker:
             # With steps in flight the scheduler may count what is rejected by now.
             drafted = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
             computed[request_id] = min(told, len(tokens[request_id]) - drafted - 1)
-        loaded = {item.request_id: item for item in plan.loaded}
         for item in plan.loaded:
             self._load(item, tokens[item.request_id])
         fresh = [new.req_id for new in output.scheduled_new_reqs] + list(cached.resumed_req_ids)
@@ -160,8 +163,8 @@ class PretendWorker:
             if self.state.slot_of(row) >= 0:  # it takes a context
                 found = self.packed[row[0]]
                 self.echoes[request_id][: len(found)] = found
-            if request_id in loaded:  # there is no score before the segment is complete
-                self.echoes[request_id][loaded[request_id].first :] = 0
+            # What it found beyond that has no score yet.
+            self.echoes[request_id][unscored.get(request_id, 1 << 13) :] = 0
         for request_id in fresh:
             # What it found in the prefix cache must be as if nobody had been compressed.
             # It may be computed in this very step, before the request itself.
@@ -566,7 +569,12 @@ class Simulation:
         self._drafted = dict(output.scheduled_spec_decode_tokens)
         if self._depth > 1:  # of which the scheduler knows the number only
             self._drafted = {r: self._draft(r)[: len(t)] for r, t in self._drafted.items()}
-        self.worker.run(output, {rid: self._computed(rid) for rid in self._tokens})
+        unscored = {
+            tracked.request_id: ranges[0][0]
+            for tracked in self.scheduler.kv_compress_planner.requests.values()
+            if (ranges := tracked.unscored.before(1 << 13))
+        }
+        self.worker.run(output, {rid: self._computed(rid) for rid in self._tokens}, unscored)
         self.num_steps += 1
         if output.kv_compress.compressions or output.preempted_req_ids or self.num_steps % 8 == 0:
             self.check_contents()

@@ -130,25 +130,55 @@ def test_two_go_on_in_one_segment(at_once: bool) -> None:
     as_if_computed(sim, *([*prompts[i], *sim.outputs[f"r{i}"]][:520] for i in range(2)))
 
 
-def test_a_segment_is_no_longer_whole_where_another_goes_on() -> None:
-    """The first has completed it and comes back, the second has branched off in its middle."""
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_segment_is_no_longer_whole_where_another_goes_on(meanwhile: bool) -> None:
+    """The first has completed it, the second branches off in its middle, and the first comes back:
+    then, or before the second has completed its own."""
     sim = simulation({**ECHO, "context_stride": 768})
     _, history = talk(sim, 1, 300, 30, 40)
-    history = history[:-30]
-    ends = []
-    for index in range(2):
-        prompt = [*history, *document(20 + index, 30)]
-        sim.add(f"r{index}", prompt, 230)
-        sim.run()
-        ends.append([*prompt, *sim.outputs[f"r{index}"]])
+    one, two = ([*history[:-30], *document(20 + index, 30)] for index in range(2))
+    sim.add("one", one, 230)
+    sim.run()
     before = sim.num_cached_tokens
-    for index in range(2):
-        sim.add(f"r{index} again", [*ends[index], *document(30 + index, 30)], 200)
-        sim.run()
-    # Blocks [256, 336) have the scores of the second, and from then on of the first.
-    assert sim.num_cached_tokens - before == 2 * 336
-    as_if_computed(sim, *([*ends[i], *document(30 + i, 30), *sim.outputs[f"r{i} again"]][:800]
-                          for i in range(2)))  # fmt: skip
+    sim.add("two", two, 450)
+    while len(sim.outputs["two"]) < (50 if meanwhile else 450):
+        sim.step()
+    one = [*one, *sim.outputs["one"], *document(30, 30)]
+    sim.add("one again", one, 200)
+    sim.run()
+    # Blocks [256, 336) are those of the second, or have its scores.
+    assert sim.num_cached_tokens - before == 336 + (256 if meanwhile else 336)
+    ends = [[*one, *sim.outputs["one again"]], [*two, *sim.outputs["two"]]]
+    assert {context.owner for context in contexts(sim)} == {"one again", "two"}
+    as_if_computed(sim, *(tokens[:800] for tokens in ends))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_drafts_leave_the_right_queries(asynchronous: bool) -> None:
+    """Some are rejected, also in the step in which an answer ends."""
+    sim = simulation(ECHO, drafts=3, asynchronous=asynchronous)
+    found, history = talk(sim, 4, 300, 70, 145)
+    for (_, end, _), (prompt, _, cached) in pairwise(found):
+        assert cached >= full_blocks(end, prompt, 256) - (B if asynchronous else 0)
+    as_if_computed(sim, history[:1100])
+
+
+@pytest.mark.parametrize("options", [STRIDE, ECHO], ids=["kv_compress", "echo"])
+def test_behind_the_last_mark_turns_find_everything_too(options: dict) -> None:
+    """No compression will come that would need scores, unless the pool runs short."""
+    sim = simulation({**options, "context_stride": 768}, max_model_len=1500)
+    found, history = talk(sim, 5, 700, 40, 60)
+    assert [cached for *_, cached in found] == [0, 752, 848, 944, 1056]
+    assert [context.num_tokens for context in contexts(sim)] == [768]
+    sim.add("pressed", history, 200)
+    while len(sim.outputs["pressed"]) < 20:
+        sim.step()
+    planner = sim.scheduler.kv_compress_planner
+    (tracked,) = planner.requests.values()
+    planner._course.leave_stride(tracked)
+    planner._course.prepare(tracked, len(history) + 40)
+    sim.run()  # what it found without scores is kept
+    assert len(sim.outputs["pressed"]) == 200 and sim.num_compressions > 1
 
 
 def test_queries_that_are_gone_are_computed_anew() -> None:

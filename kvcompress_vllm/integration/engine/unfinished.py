@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
@@ -28,6 +29,7 @@ from kvcompress_vllm.records.plan import SavedQueries
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.request import Tracked
 from kvcompress_vllm.scheduling.segments import SEGMENT, WholeBlocks
+from kvcompress_vllm.scheduling.sizes import NEVER
 
 
 class _Found(NamedTuple):
@@ -37,7 +39,7 @@ class _Found(NamedTuple):
     row: list[int]
     """Blocks of its tokens."""
     queries: list[KVCacheBlock]
-    """Blocks of their queries."""
+    """Blocks of their queries; none where the request will not need any."""
 
 
 class UnfinishedSegments:
@@ -107,7 +109,8 @@ class UnfinishedSegments:
     def find(
         self, request: Request, starting: Tracked, begin: int, row: Sequence[KVCacheBlock]
     ) -> list[KVCacheBlock]:
-        """What a request may have of a segment that is not whole; nobody else has any of it.
+        """What a request may have of a segment that is not whole; nobody else has any of it. All
+        that there is, where no compression will come that goes by scores.
 
         Args:
             starting: the request as it would start.
@@ -115,7 +118,11 @@ class UnfinishedSegments:
             row: blocks with its tokens, in the cache.
         """
         self._found = None
-        if self._whole is None or not self._planner.observers.can_take_over(starting):
+        if self._whole is None:
+            return []
+        if starting.due_at == NEVER:
+            return self._take(request, begin, list(takewhile(_is_idle, row)), [])
+        if not self._planner.observers.can_take_over(starting):
             return []
         size, queries = self._manager.block_size, list[KVCacheBlock]()
         row = row[: SEGMENT // size - 1]
@@ -123,14 +130,11 @@ class UnfinishedSegments:
         count = 0
         for block in row[: len(names) // self._parts]:
             parts = self._all_held(names[count * self._parts :][: self._parts])
-            if block.ref_cnt or not parts:
+            if not parts or not _is_idle(block):
                 break
             queries += parts
             count += 1
-        if count:
-            found = [block.block_id for block in row[:count]]
-            self._found = _Found(request.request_id, begin, found, queries)
-        return list(row[:count])
+        return self._take(request, begin, list(row[:count]), queries)
 
     def forget(self) -> None:
         """Whatever was found last is not what comes next."""
@@ -140,7 +144,9 @@ class UnfinishedSegments:
         """How far the next step of a request goes at most that is about to start, in a segment that
         it takes over; 0: it takes over none."""
         found = self._found
-        return found.begin + SEGMENT if found is not None and found.request_id == request_id else 0
+        if found is None or found.request_id != request_id or not found.queries:
+            return 0
+        return found.begin + SEGMENT
 
     def started(self, request_id: str) -> None:
         """Have a request that was admitted take over what was found for it."""
@@ -150,7 +156,10 @@ class UnfinishedSegments:
         self._whole.taken_over(found.row)
         tracked, num_tokens = self._planner.requests[request_id], len(found.row)
         num_tokens *= self._manager.block_size
-        slot = self._planner.observers.take_over(tracked, found.begin, found.begin + num_tokens)
+        tracked.found_unscored(found.begin, found.begin + num_tokens)
+        if not found.queries:
+            return
+        slot = self._planner.observers.take_over(tracked, found.begin)
         ids = [block.block_id for block in found.queries]
         self._loaded.append(SavedQueries(request_id, slot, found.begin, num_tokens, ids))
 
@@ -163,6 +172,18 @@ class UnfinishedSegments:
         """What requests took over that start in the step which is planned now."""
         loaded, self._loaded = self._loaded, []
         return [item for item in loaded if item.request_id in self._planner.requests]
+
+    def _take(
+        self,
+        request: Request,
+        begin: int,
+        row: list[KVCacheBlock],
+        queries: list[KVCacheBlock],
+    ) -> list[KVCacheBlock]:
+        if row:
+            ids = [block.block_id for block in row]
+            self._found = _Found(request.request_id, begin, ids, queries)
+        return row
 
     def _all_held(self, names: Sequence[BlockHash]) -> list[KVCacheBlock]:
         """The blocks with these queries; none, unless the pool has them all."""
@@ -188,3 +209,7 @@ class UnfinishedSegments:
                 for part in range(self._parts)
             ]
         return names
+
+
+def _is_idle(block: KVCacheBlock) -> bool:
+    return block.ref_cnt == 0
