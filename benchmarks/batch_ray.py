@@ -187,9 +187,17 @@ def through_ray(args: argparse.Namespace, name: str, requests: list[tuple[int, i
     )
 
     def prepare(row: dict[str, Any]) -> dict[str, Any]:
+        from vllm.sampling_params import RequestOutputKind
+
         source = random.Random(int(row["number"]))
         ids = source.choices(range(1000, 4000), k=int(row["given"]))
-        params = {"temperature": 0, "max_tokens": int(row["answered"]), "ignore_eos": True}
+        params = {
+            "temperature": 0,
+            "max_tokens": int(row["answered"]),
+            "ignore_eos": True,
+            # As LLM.generate has it; else vLLM makes an output of every token so far on each step.
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
         return {"tokenized_prompt": ids, "sampling_params": params}
 
     def finish(row: dict[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,9 @@ def summary(turns: list[Turn]) -> dict[str, Any]:
         "turn": turns[0].turn + 1,
         "prompt_tokens": round(prompt / len(turns)),
         "hit_rate": round(sum(turn.cached_tokens for turn in turns) / prompt, 4),
+        "computed_tokens": round(
+            sum(turn.prompt_tokens - turn.cached_tokens for turn in turns) / len(turns), 1
+        ),
         "ttft_p50_ms": round(1000 * statistics.median(first), 1),
         "ttft_max_ms": round(1000 * max(first), 1),
         "latency_p50_ms": round(1000 * statistics.median(turn.seconds for turn in turns), 1),

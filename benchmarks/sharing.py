@@ -8,8 +8,10 @@ are asked about often and most hardly ever. The KV cache holds a quarter of what
 documents, unless ``--kv-tokens`` says otherwise. vLLM's prefix caching is on. Engines that compress
 are told where the document ends (``kv_compress_context_tokens``).
 
-With ``--model``, documents are natural text with facts in it, and answers are checked; with random
-weights of the 8B shape they are random tokens. One JSON line per engine and number of users:
+With ``--model``, documents are natural text with facts in it, and answers are checked: in the
+language of the bundled model or, with ``--texts``, real text for real models (``python -m
+benchmarks.models text texts``). With random weights of the 8B shape they are random tokens. One
+JSON line per engine and number of users:
 
     hit_rate       share of the prompts' tokens that were not computed
     held           documents that could be taken at the end; of vLLM what its pool has room for
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=32, help="of every answer")
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent; 0: all alike")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--texts", type=Path, help="folder with folders of real texts")
     parser.add_argument("serve_args", nargs="*", help="after --, further flags of vllm serve")
     args = parser.parse_args()
     args.users = [int(users) for users in args.users.split(",")]
@@ -84,7 +87,7 @@ def main() -> None:
 
 
 def documents(args: argparse.Namespace) -> list[Document]:
-    """With a model: text from its tokenizer. Without: random tokens."""
+    """With a model: text, in its tokens. Without: random tokens."""
     if args.model is None:
         choice = random.Random(args.seed)
         return [
@@ -99,6 +102,8 @@ def documents(args: argparse.Namespace) -> list[Document]:
     from benchmarks.retrieval import TaskGen
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.texts is not None:
+        return real_documents(args, tokenizer)
     generator = TaskGen.load(Path(__file__).parents[1] / "models" / "tiny")
 
     def encode(text: str) -> list[int]:
@@ -120,6 +125,24 @@ def documents(args: argparse.Namespace) -> list[Document]:
                 ],
             )
         )  # fmt: skip
+    return found
+
+
+def real_documents(args: argparse.Namespace, tokenizer: Any) -> list[Document]:
+    """Real text of all sources in turn, with the facts and the questions of ``benchmarks.real``;
+    replies are begun."""
+    from benchmarks.real.samples import Maker
+
+    sources = sorted(path.name for path in args.texts.iterdir() if path.is_dir())
+    maker, found = Maker(tokenizer, args.texts), []
+    for index in range(args.documents):
+        source = sources[index % len(sources)]
+        sample = maker.facts(source, args.tokens, args.seed * 1000 + index)
+        questions = [
+            (question.asked, tokenizer.decode(question.answer).strip())
+            for question in sample.questions
+        ]
+        found.append(Document(sample.context, questions))
     return found
 
 
@@ -266,7 +289,7 @@ async def ask(
     if first is None:
         raise RuntimeError("a request got no token")
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    right = None if answer is None else answer in text
+    right = None if answer is None else text.strip().startswith(answer)
     return Asked(usage["prompt_tokens"], cached, first, right)
 
 

@@ -139,8 +139,13 @@ def run(args: argparse.Namespace, keys: list[Any], rows: list[dict[str, Any]]) -
     most = args.max_tokens
 
     def prepare(row: dict[str, Any]) -> dict[str, Any]:
+        from vllm.sampling_params import RequestOutputKind
+
         asked = json.loads(row["row"])
         params = {"temperature": 0, "max_tokens": most, **asked.get("sampling_params", {})}
+        # Nobody reads what an answer is before it is complete; Ray's stage has vLLM say so on every
+        # step of every request.
+        params["output_kind"] = RequestOutputKind.FINAL_ONLY
         kind = next(kind for kind in ("prompt", "messages") if kind in asked)
         return {kind: asked[kind], "sampling_params": params}
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvcompress_vllm.cache import integrity
-from kvcompress_vllm.compression import replay
+from kvcompress_vllm.compression import replay, unfinished
 from kvcompress_vllm.compression.batch import Item
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.compression.pending import PendingReports
@@ -14,8 +14,8 @@ from kvcompress_vllm.records.plan import StepPlan
 
 
 def start_step(plan: StepPlan, compressors: Sequence[Compressor]) -> list[PendingReports]:
-    """Release, accumulate, score, compress, drop, in this order; and forget the scores of contexts
-    that the step begins to repeat.
+    """Save queries, release, accumulate, score, compress, drop, load queries, in this order; and
+    forget the scores of contexts that the step begins to repeat.
 
     Args:
         compressors: one per cache group, by index.
@@ -32,11 +32,13 @@ def start_step(plan: StepPlan, compressors: Sequence[Compressor]) -> list[Pendin
     pending: list[PendingReports] = []
     for compressor in compressors:
         group = compressor.group.index
+        unfinished.save(compressor.rank, plan.saved)
         compressor.state.release(plan.released)
         compressor.accumulate(_of(plan.accumulations, group))
         pending += compressor.run(_of(plan.scorings, group), score_only=True)
         pending += compressor.run(_of(plan.compressions, group))
         compressor.state.release(plan.dropped)
+        unfinished.load(compressor.rank, plan.loaded)
         for item in plan.replays:
             if item.begins:
                 replay.clear(compressor.state, item.blocks[: item.num_context])

@@ -147,6 +147,18 @@ class Heard(NamedTuple):
     """Its row, as far as token ``end`` reaches."""
 
 
+class SavedQueries(NamedTuple):
+    """Queries of tokens ``[first, first + num_tokens)`` of a request, all beside each other in an
+    observation slot, and the blocks that hold a copy of them, as many for each B tokens."""
+
+    request_id: str
+    observe_slot: int
+    first: int
+    num_tokens: int
+    """A multiple of B."""
+    blocks: list[int]
+
+
 class Replay(NamedTuple):
     """Tokens ``[first, end)`` of a request that repeats a context, and computes them in this step:
     what their queries pay to the context's keys becomes the echo scores of those."""
@@ -207,6 +219,8 @@ class PackedRow(NamedTuple):
 class StepPlan:
     """All that one step asks of a worker, in the order in which it is carried out."""
 
+    saved: list[SavedQueries] = field(default_factory=list)
+    """To be copied out of slots, and into blocks, that this step may give to others."""
     released: list[int] = field(default_factory=list)
     """State slots whose request or context gave its packed blocks back."""
     accumulations: list[Accumulation] = field(default_factory=list)
@@ -215,6 +229,8 @@ class StepPlan:
     dropped: list[int] = field(default_factory=list)
     """State slots that describe nothing from the forward of this step on; its compressions may
     still read them: of contexts, and of requests that now use one."""
+    loaded: list[SavedQueries] = field(default_factory=list)
+    """To be copied into slots that are free once the compressions are done."""
     observations: list[Observation] = field(default_factory=list)
     packed_prefills: list[str] = field(default_factory=list)
     """Packed requests that compute several tokens in this step."""
@@ -227,11 +243,13 @@ class StepPlan:
 
     def __bool__(self) -> bool:
         return bool(
-            self.released
+            self.saved
+            or self.released
             or self.accumulations
             or self.scorings
             or self.compressions
             or self.dropped
+            or self.loaded
             or self.observations
             or self.packed_prefills
             or self.heard

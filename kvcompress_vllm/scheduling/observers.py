@@ -98,7 +98,7 @@ class ObservationSlots:
         """Before a step of a prefill that computes tokens ``[first, end)``: give a request with a
         stride a slot for the segment in which its prompt ends and its answer begins."""
         begin = tracked.prefill_end - tracked.prefill_end % SEGMENT
-        if not self._whole or not self._is_whole(tracked) or tracked.listen_slot is not None:
+        if not self._whole or not self.is_whole(tracked) or tracked.listen_slot is not None:
             return
         if not first <= begin < end or end > tracked.prefill_end or tracked.due_at == NEVER:
             return
@@ -109,10 +109,29 @@ class ObservationSlots:
             if slot is None:
                 self._listening[tracked.request_id] = tracked
 
-    def _is_whole(self, tracked: Tracked) -> bool:
+    def can_take_over(self, starting: Tracked) -> bool:
+        """Whether a request that would start now could go on in a segment that another began."""
+        return self.is_whole(starting) and (starting.starts_observed or bool(self._slots))
+
+    def take_over(self, tracked: Tracked, begin: int) -> int:
+        """Give a request that starts a slot for the segment from token ``begin`` on, whose first
+        queries are brought there.
+
+        Returns:
+            The slot.
+        """
+        if tracked.observe_slot is None:
+            tracked.listen_slot = self._slots.take()
+            self._listening[tracked.request_id] = tracked
+        else:
+            tracked.listen_slot = tracked.observe_slot
+        tracked.listened, tracked.heard_until = begin, begin + SEGMENT
+        return tracked.listen_slot
+
+    def is_whole(self, tracked: Tracked) -> bool:
         """Whether what a request decodes is scored in segments like those of prompts, so that it
         makes no difference which tokens were read and which decoded."""
-        return tracked.reads_echo and tracked.sizes.stride > 0
+        return self._whole and tracked.reads_echo and tracked.sizes.stride > 0
 
     def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int]]:
         """Whole segments that were decoded since the last call, each ``[begin, end)`` of a request,
@@ -123,7 +142,7 @@ class ObservationSlots:
             end, due = num_computed.get(tracked.request_id, 0), False
             if tracked.observe_slot is not None and end >= tracked.due_at:
                 end, due = tracked.due_at, True
-            segment = SEGMENT if self._whole and self._is_whole(tracked) else DECODED
+            segment = SEGMENT if self._whole and self.is_whole(tracked) else DECODED
             while tracked.listened < end:
                 begin = tracked.listened
                 stop = begin - begin % segment + segment
@@ -134,6 +153,10 @@ class ObservationSlots:
                     tracked.unscored.scored(begin, tracked.listened)
                     tracked.echoes(begin, tracked.listened)
                     yield tracked, begin, tracked.listened
+                if tracked.listened == tracked.heard_until:
+                    # What the prefill computes up to its last segment is scored as it is computed.
+                    last = tracked.prefill_end - tracked.prefill_end % SEGMENT
+                    tracked.listened = max(tracked.listened, last)
 
 
 def _age(tracked: Tracked) -> int:

@@ -63,6 +63,9 @@ class Tracked:
     listened: int = 0
     """Tokens up to which that was done."""
 
+    heard_until: int = 0
+    """End of the segment that another request began and whose queries it took over; up to there its
+    prefill is heard like what is decoded, as no step has all queries of that segment. 0: none."""
     echoed: int | None = None
     """Tokens up to which its keys have the echo scores of whole segments, which follow from tokens
     alone; None: it has not computed anything yet."""
@@ -106,6 +109,11 @@ class Tracked:
     def is_told_by_tokens(self) -> bool:
         """Whether the scores that its next compression goes by follow from its tokens alone."""
         return not self.reads_echo or (self.echoed or 0) >= self.due_at
+
+    def found_unscored(self, begin: int, end: int) -> None:
+        """Note that tokens ``[begin, end)``, which it found in the cache, have no score."""
+        self.echoed = begin
+        self.unscored.computed(begin, end, scored=False)
 
     def echoes(self, first: int, end: int) -> None:
         """Note that tokens ``[first, end)`` are scored together, cut at segments."""

@@ -113,6 +113,12 @@ class WholeBlocks:
                 self._segment[block] = blocks
             start += SEGMENT
 
+    def taken_over(self, row: Sequence[int]) -> None:
+        """Note that some blocks will be scored anew, with what a request computes behind them: so
+        far they may have been part of another's segment."""
+        for block in row:
+            self._segment[block] = None
+
     def usable(self, row: Sequence[int], same: Callable[[int, int], bool]) -> list[int]:
         """The leading whole segments of a prefix cache hit.
 

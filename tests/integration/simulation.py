@@ -77,6 +77,8 @@ class PretendWorker:
     """By request, where echo scores are stored: those that its keys should have."""
     observed: dict[int, tuple[str, int]] = field(default_factory=dict)
     """By place in the ring, the request and the tag of the token whose query is there."""
+    saved: dict[int, list[int]] = field(default_factory=dict)
+    """By first block that holds queries, the tags of their tokens."""
     replayed: dict[str, int] = field(default_factory=dict)
     """By request, tokens of the latest repetition of its context."""
     packed: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -97,7 +99,11 @@ class PretendWorker:
     state_tags: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """``[N]``: of what tokens a block holds the state; -1: it holds pages, or nothing."""
 
-    def run(self, output, tokens: dict[str, list[int]]) -> None:
+    def run(self, output, tokens: dict[str, list[int]], unscored: dict[str, int]) -> None:
+        """
+        Args:
+            unscored: where what a request found begins that has no echo score.
+        """
         plan: StepPlan = output.kv_compress
         prefixes = {item.request_id: item.row_prefix for item in plan.compressions}
         plan = in_kernel_blocks(plan, self.kernel_blocks)
@@ -111,6 +117,8 @@ class PretendWorker:
             if item.observed is None:
                 window = range(max(0, item.num_tokens - self.window), item.num_tokens)
                 self._check_ring(item, window, tokens[item.request_id])
+        for item in plan.saved:
+            self._save(item)
         self.pending = start_step(plan, [self.compressor])
         for item in plan.compressions:
             row = self.rows[item.request_id]
@@ -142,6 +150,8 @@ class PretendWorker:
             # With steps in flight the scheduler may count what is rejected by now.
             drafted = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
             computed[request_id] = min(told, len(tokens[request_id]) - drafted - 1)
+        for item in plan.loaded:
+            self._load(item, tokens[item.request_id])
         fresh = [new.req_id for new in output.scheduled_new_reqs] + list(cached.resumed_req_ids)
         for request_id in fresh if self.state.echo is not None else ():
             # What it found in the prefix cache must be there as if it had computed it.
@@ -153,6 +163,8 @@ class PretendWorker:
             if self.state.slot_of(row) >= 0:  # it takes a context
                 found = self.packed[row[0]]
                 self.echoes[request_id][: len(found)] = found
+            # What it found beyond that has no score yet.
+            self.echoes[request_id][unscored.get(request_id, 1 << 13) :] = 0
         for request_id in fresh:
             # What it found in the prefix cache must be as if nobody had been compressed.
             # It may be computed in this very step, before the request itself.
@@ -193,6 +205,28 @@ class PretendWorker:
             scores[position % n] = max(scores[position % n], (tokens[position] % 997 + 1) / 998)
         wanted.copy_(torch.maximum(wanted, scores))
         self._store(owner, torch.arange(n), wanted)
+
+    def _save(self, item) -> None:
+        """Queries of tokens that follow each other are in the slot."""
+        place, count = self._place(item), len(item.blocks) * B // item.num_tokens
+        found = [self.observed[place + i] for i in range(item.num_tokens)]
+        assert {name for name, _ in found} == {item.request_id}, item
+        for i in range(0, item.num_tokens, B):
+            self.saved[item.blocks[i * count // B]] = [tag for _, tag in found[i : i + B]]
+
+    def _load(self, item, tokens) -> None:
+        """Those of other tokens would be; and they are there, bit by bit."""
+        place, count = self._place(item), len(item.blocks) * B // item.num_tokens
+        tags = prefix_tags(tokens)
+        for i in range(item.num_tokens):
+            own = tags[item.first + i]
+            assert self.saved[item.blocks[i // B * count]][i % B] == own, (item, i)
+            self.observed[place + i] = item.request_id, own
+            found = self.state.ring.flatten(1, 2)[:, place + i]
+            assert found.equal(query_of(own).to(found.dtype)), (item, i)
+
+    def _place(self, item) -> int:
+        return item.observe_slot * self.state.window + item.first % self.state.window
 
     def _check_ring(self, item, positions, tokens) -> None:
         """The queries of these tokens, and of no rejected ones, are in an observation slot."""
@@ -284,9 +318,7 @@ class PretendWorker:
                 if place >= 0:
                     tag = int(tags[token])
                     self.observed[place] = request_id, tag
-                    # Like K, a query follows from the tokens up to its own.
-                    source = torch.Generator().manual_seed(tag)
-                    query[:, token] = torch.randn(L, H * G, D, generator=source)
+                    query[:, token] = query_of(tag)
             for layer in range(L):
                 ops.observe_queries(query[layer], index, self.state.ring[layer].flatten(0, 1))
 
@@ -300,6 +332,11 @@ def numbers(found: torch.Tensor) -> torch.Tensor:
     """``[n]`` of what :func:`digits` gave, up to what quantisation does to it."""
     assert found.isfinite().all()
     return ((found > 0.5).long() << torch.arange(D)).sum(-1)
+
+
+def query_of(tag: int) -> torch.Tensor:
+    """``[L, H * G, D]``; like K, it follows from the tokens up to its own."""
+    return torch.randn(L, H * G, D, generator=torch.Generator().manual_seed(tag))
 
 
 def echo_of(tokens: list[int], begin: int, end: int) -> torch.Tensor:
@@ -532,7 +569,12 @@ class Simulation:
         self._drafted = dict(output.scheduled_spec_decode_tokens)
         if self._depth > 1:  # of which the scheduler knows the number only
             self._drafted = {r: self._draft(r)[: len(t)] for r, t in self._drafted.items()}
-        self.worker.run(output, {rid: self._computed(rid) for rid in self._tokens})
+        unscored = {
+            tracked.request_id: ranges[0][0]
+            for tracked in self.scheduler.kv_compress_planner.requests.values()
+            if (ranges := tracked.unscored.before(1 << 13))
+        }
+        self.worker.run(output, {rid: self._computed(rid) for rid in self._tokens}, unscored)
         self.num_steps += 1
         if output.kv_compress.compressions or output.preempted_req_ids or self.num_steps % 8 == 0:
             self.check_contents()

@@ -42,6 +42,13 @@ def talk(sim: Simulation, turns: int, first: int, question: int, answer: int, se
     return found, history
 
 
+def full_blocks(end: int, prompt: int, stride: int) -> int:
+    """What a turn finds of one that ended with ``end`` tokens: the last token was not computed; and
+    what the next mark observes must be."""
+    known, mark = (end - 1) // B * B, -(-end // stride) * stride
+    return min(known, (mark - 4) // B * B) if mark - 4 < prompt else known
+
+
 def kept(sim: Simulation) -> dict[bytes, list[list[int]]]:
     """Of each context, by head the positions that it keeps."""
     state, result = State(*sim.worker.state.tables), {}
@@ -55,17 +62,14 @@ def kept(sim: Simulation) -> dict[bytes, list[list[int]]]:
     return result
 
 
+@pytest.mark.parametrize("options", [STRIDE, ECHO], ids=["kv_compress", "echo"])
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_turn_finds_all_that_was_computed_before(asynchronous: bool) -> None:
+def test_a_turn_finds_all_that_was_computed_before(asynchronous: bool, options: dict) -> None:
     """Read or decoded, like in vLLM's own prefix cache; also where answers pass several marks."""
-    sim = simulation(STRIDE, asynchronous=asynchronous)
+    sim = simulation(options, asynchronous=asynchronous)
     found, _ = talk(sim, 3, 300, 70, 290)
     for (_, end, _), (prompt, _, cached) in pairwise(found):
-        # The last token was not computed; and what the next mark observes must be.
-        mark = -(-end // 256) * 256
-        known = (end - 1) // B * B
-        if mark - 4 < prompt:
-            known = min(known, (mark - 4) // B * B)
+        known = full_blocks(end, prompt, 256)
         assert known - (B if asynchronous else 0) <= cached <= known
     assert [context.num_tokens for context in contexts(sim)] == list(range(256, 1281, 256))
     assert sim.num_compressions == 5, "nobody packs what is held"
@@ -88,15 +92,107 @@ def test_what_is_decoded_is_packed_as_if_it_had_been_read(options: dict) -> None
     marks = list(range(stride, 1281, stride))
     assert [context.num_tokens for context in contexts(sim)] == marks
     assert len({context.owner for context in contexts(sim)}) > 1
-    # All but what is left of a segment that was not complete.
-    for (_, end, _), (_, _, cached) in pairwise(found):
-        assert cached == (end - 1) // 256 * 256
+    for (_, end, _), (prompt, _, cached) in pairwise(found):
+        assert cached == full_blocks(end, prompt, stride)
     before = kept(sim)
     assert sim.scheduler.reset_prefix_cache()
     sim.add("anew", history[:1300], 1)
     sim.run()
     assert sim.num_cached_tokens == sum(cached for *_, cached in found)
     assert kept(sim) == before
+
+
+def as_if_computed(sim: Simulation, *prompts: list[int]) -> None:
+    """What is held of some prompts, packed, is what they pack if nothing is held."""
+    before = kept(sim)
+    assert sim.scheduler.reset_prefix_cache()
+    for index, prompt in enumerate(prompts):
+        sim.add(f"anew {index}", prompt, 1)
+        sim.run()
+    after = kept(sim)
+    assert before and {key: after[key] for key in before} == before
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_two_go_on_in_one_segment(at_once: bool) -> None:
+    """Its first keys have the scores of whoever completes it, so only one at a time may."""
+    sim = simulation(ECHO)
+    _, history = talk(sim, 1, 300, 30, 40)
+    history = history[:-30]
+    prompts = [[*history, *document(20 + index, 30)] for index in range(2)]
+    before = sim.num_cached_tokens
+    for index, prompt in enumerate(prompts):
+        sim.add(f"r{index}", prompt, 200)
+        if not at_once:
+            sim.run()
+    sim.run()
+    assert sim.num_cached_tokens - before == 336 + (256 if at_once else 336)
+    as_if_computed(sim, *([*prompts[i], *sim.outputs[f"r{i}"]][:520] for i in range(2)))
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_segment_is_no_longer_whole_where_another_goes_on(meanwhile: bool) -> None:
+    """The first has completed it, the second branches off in its middle, and the first comes back:
+    then, or before the second has completed its own."""
+    sim = simulation({**ECHO, "context_stride": 768})
+    _, history = talk(sim, 1, 300, 30, 40)
+    one, two = ([*history[:-30], *document(20 + index, 30)] for index in range(2))
+    sim.add("one", one, 230)
+    sim.run()
+    before = sim.num_cached_tokens
+    sim.add("two", two, 450)
+    while len(sim.outputs["two"]) < (50 if meanwhile else 450):
+        sim.step()
+    one = [*one, *sim.outputs["one"], *document(30, 30)]
+    sim.add("one again", one, 200)
+    sim.run()
+    # Blocks [256, 336) are those of the second, or have its scores.
+    assert sim.num_cached_tokens - before == 336 + (256 if meanwhile else 336)
+    ends = [[*one, *sim.outputs["one again"]], [*two, *sim.outputs["two"]]]
+    assert {context.owner for context in contexts(sim)} == {"one again", "two"}
+    as_if_computed(sim, *(tokens[:800] for tokens in ends))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_drafts_leave_the_right_queries(asynchronous: bool) -> None:
+    """Some are rejected, also in the step in which an answer ends."""
+    sim = simulation(ECHO, drafts=3, asynchronous=asynchronous)
+    found, history = talk(sim, 4, 300, 70, 145)
+    for (_, end, _), (prompt, _, cached) in pairwise(found):
+        assert cached >= full_blocks(end, prompt, 256) - (B if asynchronous else 0)
+    as_if_computed(sim, history[:1100])
+
+
+@pytest.mark.parametrize("options", [STRIDE, ECHO], ids=["kv_compress", "echo"])
+def test_behind_the_last_mark_turns_find_everything_too(options: dict) -> None:
+    """No compression will come that would need scores, unless the pool runs short."""
+    sim = simulation({**options, "context_stride": 768}, max_model_len=1500)
+    found, history = talk(sim, 5, 700, 40, 60)
+    assert [cached for *_, cached in found] == [0, 752, 848, 944, 1056]
+    assert [context.num_tokens for context in contexts(sim)] == [768]
+    sim.add("pressed", history, 200)
+    while len(sim.outputs["pressed"]) < 20:
+        sim.step()
+    planner = sim.scheduler.kv_compress_planner
+    (tracked,) = planner.requests.values()
+    planner._course.leave_stride(tracked)
+    planner._course.prepare(tracked, len(history) + 40)
+    sim.run()  # what it found without scores is kept
+    assert len(sim.outputs["pressed"]) == 200 and sim.num_compressions > 1
+
+
+def test_queries_that_are_gone_are_computed_anew() -> None:
+    """Whatever else of the conversation is still held."""
+    sim = simulation(ECHO)
+    _, history = talk(sim, 1, 300, 30, 40)
+    saved = list(sim.worker.saved)
+    assert len(saved) == 5, "of tokens 256 to 336"
+    assert sim.pool._maybe_evict_cached_block(sim.pool.blocks[saved[2]])
+    before = sim.num_cached_tokens
+    sim.add("next", history, 200)
+    sim.run()
+    assert sim.num_cached_tokens - before == 256 + 2 * B
+    as_if_computed(sim, [*history, *sim.outputs["next"]][:520])
 
 
 def test_who_is_not_heard_packs_for_itself(monkeypatch) -> None:

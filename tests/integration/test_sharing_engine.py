@@ -115,10 +115,8 @@ def test_a_turn_answers_like_one_that_computes_its_history(chats, policy) -> Non
     for turn in range(3):
         [ids], [usage], [cached] = reply(chats, history, **asked)
         turns.append((history, ids))
-        # The last token was not computed; echo scores are those of whole segments.
-        assert cached == (end - 1 if turn else 0) // (256 if policy == "echo" else 16) * (
-            256 if policy == "echo" else 16
-        )
+        # The last token was not computed.
+        assert cached == (end - 1 if turn else 0) // 16 * 16
         assert (usage.context_tokens, bool(usage.shared_blocks)) == (
             [512, 768, 1024][turn],
             bool(turn),

@@ -16,6 +16,7 @@ from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, budget_of
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
+from kvcompress_vllm.integration.engine.unfinished import UnfinishedSegments
 from kvcompress_vllm.integration.sizing import draft_tokens
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.metrics import Recorder
@@ -42,6 +43,7 @@ class Admission:
         sharing: finds packed prefixes that requests share.
         replays: knows which requests repeat a context.
         others: cache groups that are not compressed.
+        unfinished: segments in which a request may go on.
         echo: says how long hits may be where a policy reads echo scores; None: no policy does.
     """
 
@@ -53,11 +55,12 @@ class Admission:
         sharing: Sharing,
         replays: Replays,
         others: OtherGroups,
+        unfinished: UnfinishedSegments,
         echo: EchoPlanner | None = None,
     ) -> None:
         self._scheduler, self._planner, self._recorder = scheduler, planner, recorder
         self._sharing, self._replays, self._others = sharing, replays, others
-        self._echo = echo
+        self._unfinished, self._echo = unfinished, echo
         self._block_size = planner.block_size
         self._hit: tuple[str, Context] | None = None
         """What vLLM was told last that a request need not compute."""
@@ -137,6 +140,7 @@ class Admission:
             wanted = self._sharing.wanted(request)
             planner.admit(request.request_id, request.num_tokens, budget, context, wanted)
             found = kwargs.get("num_new_computed_tokens", 0)
+            self._unfinished.started(request.request_id)
             self._sharing.started(request, context, found)
             self._sharing.computed(request, request.num_computed_tokens + found + num_new_tokens)
         elif context is not None:
@@ -155,6 +159,7 @@ class Admission:
     ) -> tuple[KVCacheBlocks, int, int]:
         """vLLM's prefix cache lookup, except that what a compression observes is computed, and
         what has no echo scores where its policy reads them."""
+        self._unfinished.forget()
         if request.request_id in self._replays:
             self._hit = None
             context_row = self._replays.blocks(request)
@@ -184,7 +189,7 @@ class Admission:
             and due_at != NEVER
             and self._echo.reads(sizes.budget.policy)
         ):
-            ours = self._scored(ours)
+            ours = self._scored(request, starting, 0, ours)
             usable = len(ours) * planner.block_size
         lost = num_tokens - usable
         found: list[Any] = list(blocks.blocks)
@@ -206,7 +211,9 @@ class Admission:
             first = first_observed(starting.budget, starting.due_at, planner.config.window)
             end = min(end, first)
         tail = self._sharing.tails.found(request, context, end)
-        return self._scored(tail) if starting.reads_echo else tail
+        if not starting.reads_echo:
+            return tail
+        return self._scored(request, starting, context.num_tokens, tail)
 
     def _count_hit(self, request: Request, more: int) -> None:
         """Correct what vLLM has counted of its prefix cache's hits by now, in tokens."""
@@ -218,15 +225,20 @@ class Admission:
         else:
             stats.hits += more
 
-    def _scored(self, hit: Sequence[KVCacheBlock]) -> list[KVCacheBlock]:
-        """What of a hit was scored in whole segments, in the blocks in which it was."""
+    def _scored(
+        self, request: Request, starting: Tracked, first: int, hit: Sequence[KVCacheBlock]
+    ) -> list[KVCacheBlock]:
+        """What of a hit from token ``first`` on was scored in whole segments, in the blocks in
+        which it was; and what the request can go on from of the segment behind."""
         assert self._echo is not None and self._echo.blocks is not None
         pool = self._manager.block_pool.blocks
         found = self._echo.blocks.usable(
             [block.block_id for block in hit],
             lambda mine, theirs: pool[mine].block_hash == pool[theirs].block_hash,
         )
-        return [pool[block] for block in found]
+        whole = [pool[block] for block in found]
+        begin = first + len(whole) * self._block_size
+        return whole + self._unfinished.find(request, starting, begin, hit[len(whole) :])
 
     def _fits(self, request: Request, reserve: int, context: Context | None) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""

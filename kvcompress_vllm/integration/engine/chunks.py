@@ -9,6 +9,7 @@ from vllm.v1.request import Request, RequestStatus
 from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.kv_cache import budget_of
 from kvcompress_vllm.integration.engine.replay import Replays
+from kvcompress_vllm.integration.engine.unfinished import UnfinishedSegments
 from kvcompress_vllm.scheduling.echo import EchoPlanner
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.request import Tracked
@@ -22,6 +23,7 @@ class Chunks:
         planner: knows what is due.
         admission: knows what a request takes that is about to start.
         replays: knows which requests repeat a context.
+        unfinished: knows who starts in the middle of a segment.
         echo: says where chunks end for echo scores; None: no policy reads any.
     """
 
@@ -31,10 +33,11 @@ class Chunks:
         planner: CompressionPlanner,
         admission: Admission,
         replays: Replays,
+        unfinished: UnfinishedSegments,
         echo: EchoPlanner | None,
     ) -> None:
         self._scheduler, self._planner, self._admission = scheduler, planner, admission
-        self._replays, self._echo = replays, echo
+        self._replays, self._unfinished, self._echo = replays, unfinished, echo
 
     def length(self, request: Request, first_token: int, num_new_tokens: int) -> int:
         """How many of ``num_new_tokens`` tokens from position ``first_token`` on the next step
@@ -68,6 +71,7 @@ class Chunks:
         """The same of a prompt."""
         planner, scheduler = self._planner, self._scheduler
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        until = 0 if tracked is None else tracked.heard_until
         if tracked is None:
             if not waits and self._echo is None:
                 return num_new_tokens  # it is never compressed
@@ -79,9 +83,12 @@ class Chunks:
             )
             if waits:
                 tracked.observe_slot = -1  # it starts with one, or not at all
+                until = self._unfinished.until(request.request_id)
         count = planner.chunk(tracked, first_token, num_new_tokens)
         if self._echo is None:
             return count
+        if first_token < until:
+            return min(count, until - first_token)
         return self._echo.chunk(
             tracked.budget,
             first_token,

@@ -31,6 +31,7 @@ from kvcompress_vllm.integration.engine.recording import Recording
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.integration.engine.step import StepBuilder
+from kvcompress_vllm.integration.engine.unfinished import UnfinishedSegments
 from kvcompress_vllm.integration.frontend.requests import received_budget
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
@@ -111,12 +112,29 @@ class _KVCompressMixin(Scheduler):
         self._replays = Replays(self, planner, manager)
         if config.exact != "off":
             self._replays.prepare()
-        self._admission = Admission(
-            self, planner, self._recorder, sharing, self._replays, others, self._echo
+        group = self.kv_compress_group
+        self._unfinished = UnfinishedSegments(
+            manager,
+            planner,
+            sharing.tails,
+            group,
+            self._echo.blocks if self._echo is not None and sharing.on else None,
         )
-        self._chunks = Chunks(self, planner, self._admission, self._replays, self._echo)
+        self._admission = Admission(
+            self,
+            planner,
+            self._recorder,
+            sharing,
+            self._replays,
+            others,
+            self._unfinished,
+            self._echo,
+        )
+        self._chunks = Chunks(
+            self, planner, self._admission, self._replays, self._unfinished, self._echo
+        )
         self._steps = StepBuilder(
-            planner, manager, sharing, self._replays, self._echo, self.kv_compress_group, others
+            planner, manager, sharing, self._replays, self._unfinished, self._echo, group, others
         )
         # Makes vLLM ask how long a chunk may be.
         self.need_mamba_block_aligned_split = True
@@ -269,8 +287,10 @@ class _KVCompressMixin(Scheduler):
         """Called when a request gives its blocks up."""
         if request_id in self._replays:
             return
-        self.kv_compress_planner.release(request_id)
         request = self.requests.get(request_id)
+        if request is not None and request.is_finished():
+            self._unfinished.ended(request)
+        self.kv_compress_planner.release(request_id)
         self.kv_compress_sharing.released(request, request_id)
         if request is not None and request.is_finished():
             self._admission.finished(request)

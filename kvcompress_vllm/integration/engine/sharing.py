@@ -52,6 +52,7 @@ class Sharing:
 
     Attributes:
         names: which contexts requests have.
+        on: whether anything is shared.
         tails: what was computed behind contexts.
     """
 
@@ -70,8 +71,8 @@ class Sharing:
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
-        on = planner.config.share != "off" and pool.enable_caching and not others
-        self.names = ContextNames(manager, planner, requests, on)
+        self.on = planner.config.share != "off" and pool.enable_caching and not others
+        self.names = ContextNames(manager, planner, requests, self.on)
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
 

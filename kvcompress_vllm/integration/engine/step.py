@@ -15,6 +15,7 @@ from kvcompress_vllm.integration.engine.groups import OtherGroups
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, budget_of
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
+from kvcompress_vllm.integration.engine.unfinished import UnfinishedSegments
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.plan import (
     Accumulation,
@@ -40,6 +41,7 @@ class StepBuilder:
         manager: allocates the packed blocks.
         sharing: offers what is packed for others as well.
         replays: knows which requests repeat a context.
+        unfinished: knows whose queries are kept, and who takes them over.
         echo: says which tokens get echo scores; None: no policy reads any.
         group: whose blocks ``manager`` allocates.
         others: take blocks of the same pool.
@@ -55,12 +57,14 @@ class StepBuilder:
         manager: KVCompressManager,
         sharing: Sharing,
         replays: Replays,
+        unfinished: UnfinishedSegments,
         echo: EchoPlanner | None,
         group: CacheGroup,
         others: OtherGroups,
     ) -> None:
         self._planner, self._manager, self._echo = planner, manager, echo
         self._sharing, self._replays, self._others = sharing, replays, others
+        self._unfinished = unfinished
         self._group = group.index
         self.waits = False
 
@@ -71,6 +75,7 @@ class StepBuilder:
             computed: computed tokens of every running request.
         """
         plan = StepPlan(
+            saved=self._unfinished.take_saved(),
             accumulations=self._accumulate(computed),
             heard=self._heard(computed),
             compressions=self._compress_due(computed),
@@ -101,6 +106,7 @@ class StepBuilder:
                 planner.contexts.never_packed(item.state_slot)
         plan.released += planner.take_released()
         plan.dropped = planner.take_dropped()
+        plan.loaded = self._unfinished.take_loaded()
         # Who is gone has no state slot by the time that a worker accumulates: if it was packed, its
         # row could not be read.
         plan.accumulations = [a for a in plan.accumulations if a.request_id in planner.requests]
@@ -131,7 +137,8 @@ class StepBuilder:
                 # A generated token, and what was drafted behind it, are no segment.
                 decodes = num_tokens == 1 or request_id in drafted
                 end = first_token + num_tokens
-                scored = not decodes and self._score(plan, request, first_token, end)
+                heard = tracked is not None and first_token < tracked.heard_until
+                scored = not (decodes or heard) and self._score(plan, request, first_token, end)
                 if tracked is not None:
                     tracked.unscored.computed(first_token, end, scored)
                     if tracked.echoed is None:

@@ -45,7 +45,7 @@ class Tails:
         blocks: list[KVCacheBlock] = []
         size = self._manager.block_size
         for index in range(context.num_tokens // size, end // size):
-            name = self._name(request, context.key, index)
+            name = self.name(request, context.key, index)
             block = None if name is None else pool.get_cached_block(name, [group])
             if block is None:
                 break
@@ -68,7 +68,7 @@ class Tails:
         first = max(tracked.cached // size, tracked.covered)
         row = manager.req_to_blocks[request.request_id]
         for index in range(first, known // size):
-            name = self._name(request, tracked.prefix, index)
+            name = self.name(request, tracked.prefix, index)
             if name is None:
                 return
             if row[index].block_hash is None:
@@ -79,11 +79,17 @@ class Tails:
                 )
             tracked.cached = (index + 1) * size
 
-    def _name(self, request: Request, prefix: bytes, index: int) -> BlockHash | None:
-        """Of a block of a request's row, behind a context; None: not all its tokens are known."""
+    def name(self, request: Request, prefix: bytes | None, index: int) -> BlockHash | None:
+        """Of a block of a request's row; None: not all its tokens are known.
+
+        Args:
+            prefix: key of the context that it is behind; None: nothing is packed.
+        """
         size, known = self._manager.block_size, request.block_hashes
         place = (index + 1) * size // self._manager.block_pool.hash_block_size - 1
         if place >= len(known):
             return None
+        if prefix is None:
+            return known[place]
         since = self._forgotten.to_bytes(8, "big")
         return BlockHash(hashlib.sha256(prefix + since + known[place]).digest())
