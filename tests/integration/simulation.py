@@ -683,7 +683,8 @@ class Simulation:
                 keys, position = len(content), numbers(content[:, D:])
                 assert (position.diff() > 0).all(), (rid, head, position)
                 assert position[c * B :].equal(torch.arange(f * B, n)), (rid, head, position)
-                assert numbers(content[:, :D]).equal(tags[position]), (rid, head)
+                # Keys of a head are its multiple of the digits.
+                assert numbers(content[:, :D] / (1 + 2 * head)).equal(tags[position]), (rid, head)
                 kept = set(position.tolist())
                 missing = [p for a, b in self._unheard(rid) for p in range(a, b) if p not in kept]
                 assert not missing, (rid, head, missing)
