@@ -109,10 +109,10 @@ def test_prompts_that_share_a_step_are_cut_where_segments_end():
         sim.add(name, prompt(ord(name), length), 30)
     ends, stock = defaultdict(list), sim.worker.run
 
-    def run(output, tokens):
+    def run(output, *rest):
         for item in output.kv_compress.echoes:
             ends[item.request_id].append(item.end)
-        stock(output, tokens)
+        stock(output, *rest)
 
     sim.worker.run = run
     sim.run()
@@ -126,11 +126,11 @@ def test_what_is_decoded_is_scored_once_in_segments():
     heard, unscored = defaultdict(list), []
     stock = sim.worker.run
 
-    def run(output, tokens):
+    def run(output, *rest):
         for item in output.kv_compress.heard:
             heard[item.request_id].append((item.first, item.end))
         unscored.extend(item.unscored for item in output.kv_compress.compressions)
-        stock(output, tokens)
+        stock(output, *rest)
 
     sim.worker.run = run
     for name in "ab":

@@ -81,7 +81,7 @@ def test_parts_are_nobodys_prompts_or_answers() -> None:
         scored.update(span.request_id for span in output.kv_compress.echoes)
         counts = output.num_scheduled_tokens
         assert all(counts[name] > 1 for name in counts if name != "r"), "a part does not decode"
-        stock(output, tokens)
+        stock(output, *rest)
 
     sim.worker.run = run
     sim.run()

@@ -300,7 +300,7 @@ def test_rows_travel_only_where_they_are_checked(checked, monkeypatch) -> None:
 
     def run(output, tokens) -> None:
         sent.extend(output.kv_compress.expected or ())
-        stock(output, tokens)
+        stock(output, *rest)
 
     sim.worker.run = run
     sim.run()
