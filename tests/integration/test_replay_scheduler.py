@@ -77,7 +77,7 @@ def test_parts_are_nobodys_prompts_or_answers() -> None:
     sim.add("r", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
     scored, stock = set(), sim.worker.run
 
-    def run(output, tokens) -> None:
+    def run(output, *rest) -> None:
         scored.update(span.request_id for span in output.kv_compress.echoes)
         counts = output.num_scheduled_tokens
         assert all(counts[name] > 1 for name in counts if name != "r"), "a part does not decode"

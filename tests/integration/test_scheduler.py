@@ -298,7 +298,7 @@ def test_rows_travel_only_where_they_are_checked(checked, monkeypatch) -> None:
     sim.add("r", prompt(1, 330), 10)
     sent, stock = [], sim.worker.run
 
-    def run(output, tokens) -> None:
+    def run(output, *rest) -> None:
         sent.extend(output.kv_compress.expected or ())
         stock(output, *rest)
 

@@ -64,14 +64,14 @@ def plans_of(sim: Simulation) -> list:
     """Filled as it runs."""
     plans, run = [], sim.worker.run
 
-    def recorded(output, tokens):
+    def recorded(output, *rest):
         plans.append(output.kv_compress)
         cached = output.scheduled_cached_reqs
         computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for item in output.kv_compress.compressions:
             # Whatever comes behind attends to what is kept, as it would without speculation.
             assert computed[item.request_id] == item.num_tokens
-        run(output, tokens)
+        run(output, *rest)
 
     sim.worker.run = recorded
     return plans
@@ -183,13 +183,13 @@ def test_a_last_token_that_is_filled_up(speculates):
     filled = []
     run = sim.worker.run
 
-    def recorded(output, tokens):
+    def recorded(output, *rest):
         filled.extend(
             output.num_scheduled_tokens[new.req_id]
             for new in output.scheduled_new_reqs
             if new.req_id in output.scheduled_spec_decode_tokens
         )
-        run(output, tokens)
+        run(output, *rest)
 
     sim.worker.run = recorded
     sim.run()
