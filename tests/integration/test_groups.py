@@ -116,7 +116,8 @@ def test_pressure_counts_what_windows_will_take(monkeypatch: pytest.MonkeyPatch)
     sim = Simulation(60, {**OPTIONS, "window": 8}, windows=(60,))
     others, planner = sim.scheduler.kv_compress_others, sim.scheduler.kv_compress_planner
     free: list[int] = []
-    monkeypatch.setattr(planner.generations, "press", lambda computed, num_free: free.append(num_free))
+    generations = planner.generations
+    monkeypatch.setattr(generations, "press", lambda computed, num_free: free.append(num_free))
     sim.add("r", prompt(1, 20), 150)
     sim.step()
     for _ in range(140):
