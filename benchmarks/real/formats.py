@@ -205,4 +205,4 @@ FORMATS: dict[str, Format] = {
     "exact4": Format(4, plain, plain),
 }
 """``int4`` is the product's. Those of fewer keys to a page have scales by key or page within it;
-``int4_token`` would have them beside it. The last two say what bits alone cost."""
+``int4_token`` would have them beside it. The last two say what dropping keys alone costs."""

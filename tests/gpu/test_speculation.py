@@ -78,7 +78,7 @@ def test_answers_are_the_same(
         counted = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
         assert scheduler(llm).kv_compress_manager.packed == {}
     assert counted["vllm:spec_decode_num_drafts"] > 0
-    # Rows of several tokens run on other kernels, which round differently; near ties may flip.
+    # Rows of several tokens take other tiles, which round differently; near ties may flip.
     for wanted, answers in ((expected, found), (expected, again), (exact, whole)):
         lengths = [same_start(a, b) for a, b in zip(wanted, answers, strict=True)]
         print(f"{method}, runner {runner}: the same up to token {lengths} of {LENGTH}")

@@ -4,7 +4,7 @@ of our classes no more than they define.
 
 Works on source (``source.py``), so on a wheel that is not installed as well, and on recorded
 answers. ``recorded.json`` holds those of the releases that we support: what an earlier release had
-and a later one lacks has been renamed or removed, and is broken unless ``hooks.py`` says since or
+and a later one lacks has been renamed or removed, and is broken unless ``hooks`` says since or
 until when.
 """
 

@@ -119,7 +119,7 @@ def check_at_call(responses: Any) -> None:
         responses: vLLM's ``OpenAIServingResponses``.
     """
     stock = getattr(responses, "_generate_with_builtin_tools", None)
-    if stock is None:  # a release that checks earlier, or by another name: see hooks.py
+    if stock is None:  # a release that checks earlier, or by another name: see compat/hooks
         return
 
     @functools.wraps(stock)
