@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's entry points into this package. Import-light: vLLM loads them in every process.
 
-Everything that is patched is patched here, once per process, and listed in ``compat/hooks``. Without
+Everything that is patched is patched here, once per process, and listed in ``hooks``. Without
 ``--kv-compress`` the wrappers pass straight through.
 """
 
