@@ -54,6 +54,20 @@ def test_a_retired_context_goes_with_its_last_user() -> None:
     assert contexts.take_released() == [] and contexts.take_dropped() == [one.slot]
 
 
+def test_a_retired_context_does_not_take_its_successor_with_it() -> None:
+    """Dropped while in use and packed anew by another before its last user goes."""
+    contexts = Contexts(range(4))
+    old = held(contexts, b"one", 1)
+    contexts.retire(old)
+    new = held(contexts, b"one", 2)
+    assert contexts.described == [new, old]
+    contexts.leave(old, old.owner)
+    assert contexts.get(b"one") is new and contexts.described == [new]
+    contexts.leave(new, new.owner)
+    contexts.reallocated([1, 2])
+    assert contexts.described == [] and sorted(contexts.take_released()) == [old.slot, new.slot]
+
+
 def test_the_least_recently_used_makes_room_if_nobody_uses_it() -> None:
     contexts = Contexts(range(2))
     one, two = held(contexts, b"one", 1), held(contexts, b"two", 2)

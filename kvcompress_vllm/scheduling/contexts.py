@@ -205,8 +205,9 @@ class Contexts:
                 f"kv_compress: blocks {context.blocks} of a context were given away while "
                 f"{len(context.users)} requests use them"
             )
+        if not context.retired:
+            del self._by_key[context.key]  # of a retired one, another has the key by now
         context.retired = True
-        self._by_key.pop(context.key, None)
         self._retired.discard(context)
         for block in context.blocks:
             del self._by_block[block]

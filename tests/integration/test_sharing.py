@@ -220,6 +220,23 @@ def test_reset_prefix_cache_forgets_contexts() -> None:
     assert (sim.num_compressions, sim.num_cached_tokens) == (2, 0)
 
 
+def test_dropped_in_use_and_packed_anew_before_its_last_user_goes() -> None:
+    sim = Simulation(120, OPTIONS)
+    sim.add("old", [*document(1, 320), 5], 60, kv_compress_context_tokens=320)
+    while not contexts(sim):
+        sim.step()
+    assert sim.scheduler.kv_compress_sharing.drop() == 1
+    sim.add("new", [*document(1, 320), 6], 90, kv_compress_context_tokens=320)
+    while "old" in sim.live:
+        sim.step()
+    (context,) = contexts(sim)
+    assert (context.owner, sim.num_compressions) == ("new", 2)
+    sim.add("late", [*document(1, 320), 7], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert context.hits == 1 and [len(said) for said in sim.outputs.values()] == [60, 90, 4]
+    assert sim.pool.get_num_free_blocks() == 119
+
+
 def test_a_preempted_user_takes_it_again() -> None:
     sim = Simulation(80, OPTIONS)
     for index in range(3):
