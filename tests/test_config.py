@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvcompress_vllm import policies
+from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config import presets
 from kvcompress_vllm.config.options import OPTIONS, KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
@@ -20,6 +21,12 @@ def test_nothing_given_means_the_documented_defaults() -> None:
     assert (config.policy, config.ratio, config.budget_tokens) == ("echo", 2.0, None)
     assert KVCompressConfig.from_dict(config.to_dict()) == config
     json.dumps(config.to_dict())  # additional_config is hashed as JSON
+
+
+def test_what_pages_hold_may_be_undecided() -> None:
+    undecided = KVCompressConfig()
+    assert undecided.page_dtype is None and undecided.page_format is PageFormat.AUTO
+    assert "page_dtype" not in undecided.to_dict() and "page_dtype=auto" in str(undecided)
 
 
 def test_budget_tokens_replaces_the_default_ratio() -> None:

@@ -111,8 +111,10 @@ def config_of(choice: Choice, base: str) -> KVCompressConfig:
     Raises:
         ValueError: options that are not accepted.
     """
-    # Short answers over a fixed cache: nothing is compressed that the cell does not name.
+    # Short answers over a fixed cache: nothing is compressed that the cell does not name, and in 16
+    # bits unless it says otherwise.
     options: dict[str, Any] = {"decode": choice.question == DECODED, "on_pressure": False}
+    options["page_dtype"] = "auto"
     options |= parse_spec(base) | parse_spec(choice.options)
     if choice.question == DECODED and options["decode"] is False:
         raise ValueError(

@@ -13,6 +13,9 @@ GENERAL: dict[str, Any] = {
     "window": 8, "recent": 16, "pool": 15, "allocator": "global", "query_stride": 0,
 }  # fmt: skip
 """What ``auto`` stands for where the policy names nothing else."""
+PREFERRED_PAGES = "fp8"
+"""What ``page_dtype`` is where the cache can have it: at equal memory it keeps more answers than 16
+bits, at every ratio; docs/quality.md."""
 
 
 def or_auto(rule: Rule) -> Rule:

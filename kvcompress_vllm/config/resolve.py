@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from kvcompress_vllm import policies
-from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.combinations import check_mass
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.rules import shown
@@ -44,7 +43,7 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
             check_mass(policy, f"{prefix}mass" if asked else "mass", mass)
         policy = policies.default(mass=True)
     own, kind = config.with_policy(policy), policies.find(policy)
-    m = PageFormat.of(config.page_dtype).blocks_per_page
+    m = config.page_format.blocks_per_page
     least, most = config.min_ratio or 1.0, config.max_ratio
     if mass is not None:
         most = most or max(least, HIGHEST_RATIO * m)

@@ -15,7 +15,7 @@ import yaml
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.config import presets
-from kvcompress_vllm.config.auto import AUTO, GENERAL
+from kvcompress_vllm.config.auto import AUTO, GENERAL, PREFERRED_PAGES
 from kvcompress_vllm.config.combinations import BUDGETS
 from kvcompress_vllm.config.keys import POLICY_OPTIONS, nested
 from kvcompress_vllm.config.options import (
@@ -41,6 +41,8 @@ def default_text(name: str) -> str:
         return f"{policies.default(mass=False)}, with a mass {policies.default(mass=True)}"
     if name == "ratio":
         return f"{DEFAULT_RATIO:g} unless budget_tokens or mass is given"
+    if name == "page_dtype":
+        return f"{PREFERRED_PAGES} where the cache can have it, else {AUTO}"
     if name in GENERAL:
         usual = policies.default(mass=False)
         preferred = getattr(policies.find(usual).defaults, name)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 
-from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import EXPECTED_RATIO, HIGHEST_RATIO
 from kvcompress_vllm.records.budget import RequestBudget
@@ -65,7 +64,7 @@ class ExpectedRatio:
     WEIGHT = 0.1
 
     def __init__(self, config: KVCompressConfig) -> None:
-        m = PageFormat.of(config.page_dtype).blocks_per_page
+        m = config.page_format.blocks_per_page
         low, high = config.min_ratio or 1.0, config.max_ratio or HIGHEST_RATIO * m
         self._share = 1 / min(high, max(low, EXPECTED_RATIO * m))
 

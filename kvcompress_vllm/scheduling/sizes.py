@@ -273,5 +273,5 @@ def check_peak(config: KVCompressConfig, sizes: Sizes) -> None:
         raise ValueError(
             f"kv_compress: prefill_peak_tokens={config.prefill_peak_tokens} is too small: half of "
             f"it must hold the {sizes.blocks_per_page * size} tokens of a packed page "
-            f"(page_dtype={config.page_dtype})"
+            f"(page_dtype={config.page_format.label})"
         )

@@ -22,7 +22,7 @@ from tests.integration.engines import greedy
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS = {"policy": "echo", "policy_options": {"weight": 0}, "ratio": 4}
+OPTIONS = {"policy": "echo", "policy_options": {"weight": 0}, "ratio": 4, "page_dtype": "auto"}
 
 
 def prompt(seed: int, length: int) -> list[int]:

@@ -27,7 +27,7 @@ __all__ = ["test_data_parallel", "told"]
 
 pytestmark = pytest.mark.gpu
 
-UNIFORM = {"ratio": 8, "policy": "kv_compress", "allocator": "uniform"}
+UNIFORM = {"ratio": 8, "policy": "kv_compress", "allocator": "uniform", "page_dtype": "auto"}
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gpu
 def test_questions_after_the_compression(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
     options = {"ratio": 8, "allow_policies": True, "window": 64, "query_stride": 8}
+    options["page_dtype"] = "auto"
     with gpu_engine(options) as llm:
         assert answered(llm, PAIRS, kv_compress_policy="kv_compress") <= 8
         assert answered(llm, PAIRS, kv_compress_policy="keydiff", kv_compress_ratio=3) >= 14

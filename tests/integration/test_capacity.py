@@ -40,7 +40,7 @@ def test_an_8b_model_on_80_gib() -> None:
         assert row["requests"] == (row["blocks"] - 2048) // row["blocks_packed"] + 1
         bits = {"auto": 1, "fp8": 2, "int4": 4}[page_dtype]
         assert row["keys"] == pytest.approx(min(1, bits / ratio), rel=0.05)
-    assert report["configured"] | {"ratio": 4} == fits[4, "auto"]
+    assert report["configured"] | {"ratio": 4} == fits[4, "fp8"]
     text = render(report)
     assert "compressed in all 32 layers" in text and "131,072 bytes per token" in text
 

@@ -15,7 +15,7 @@ from kvcompress_vllm.config.options import OPTIONS
 from kvcompress_vllm.config.spelling import default_text
 from tests.integration.simulation import MODEL
 
-DEFAULT = {"ratio": 2.0, "policy": "echo"}
+DEFAULT = {"ratio": 2.0, "policy": "echo", "page_dtype": "fp8"}
 
 
 def parse(*flags: str) -> EngineArgs:

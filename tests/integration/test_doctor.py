@@ -43,7 +43,7 @@ def test_all_is_well() -> None:
     assert f"contract with vLLM: {checked} names checked, all intact" in lines
     assert any(line.startswith("tested with this vLLM: contract passed, engine") for line in lines)
     assert "plugin kv_compress (vllm.general_plugins): visible to vLLM" in lines
-    assert "PROBLEM" not in result.stdout and "ratio=2.0" in result.stdout
+    assert "PROBLEM" not in result.stdout and "ratio=2.0 page_dtype=fp8" in result.stdout
     assert f"presets: {', '.join(presets.names())}" in lines and "cake" in presets.names()
     assert "CUDA" not in result.stderr, "nobody asked for it"
 
@@ -57,7 +57,7 @@ def test_json() -> None:
     assert report["kernels"]["CPU"].keys() == SCHEMAS.keys()
     assert report["contract"]["checked"] == len(contract.questions())
     assert report["contract"]["broken"] == [] and report["contract"]["tested"]
-    assert KVCompressConfig.from_dict(report["defaults"]) == KVCompressConfig()
+    assert KVCompressConfig.from_dict(report["defaults"]) == KVCompressConfig(page_dtype="fp8")
     assert "kv_compress" in report["policies"] and "cake" in report["presets"]
 
 

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.config import ModelConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 
 from kvcompress_vllm import LLM, policies
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.options import OPTIONS
+from kvcompress_vllm.integration.start.flags import resolved_config
 from tests.integration.engines import engine, greedy, samples, scheduler
+from tests.integration.simulation import MODEL
 
 B, BLOCK_BYTES = 16, 16 * 12 * 2 * 64 * 2
 """Of a block: 12 heads of 64 channels in bfloat16."""
@@ -26,8 +32,8 @@ def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 def fold(llm: LLM) -> int:
     """Keys that are packed in the bytes of one."""
-    name = scheduler(llm).kv_compress_planner.config.page_dtype
-    return PageFormat.of(name).blocks_per_page
+    page_format: PageFormat = scheduler(llm).kv_compress_planner.config.page_format
+    return page_format.blocks_per_page
 
 
 def test_needles_are_found_in_a_quarter_of_the_memory(llm: LLM) -> None:
@@ -93,6 +99,59 @@ def test_a_mass(llm: LLM) -> None:
     usage = output.kv_compress
     assert usage.compressions == 1
     assert usage.blocks_after <= usage.blocks_before / fold(llm) + fold(llm)
+
+
+def configured(options: dict[str, Any], **arguments: Any) -> VllmConfig:
+    arguments = {"max_model_len": 2048, "dtype": "bfloat16", **arguments}
+    args = EngineArgs(str(MODEL), additional_config={"kv_compress": options}, **arguments)
+    return args.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "chosen"),
+    [
+        ({}, "bfloat16", ("fp8", 2)),
+        ({}, "float16", ("fp8", 2)),
+        ({}, "float32", ("auto", 2)),
+        ({"ratio": 8}, "bfloat16", ("fp8", 8)),
+        ({"mass": 0.9}, "bfloat16", ("fp8", None)),
+        ({"page_dtype": "auto"}, "bfloat16", ("auto", 2)),
+        ({"page_dtype": "int4"}, "bfloat16", ("int4", 2)),
+        ({"min_ratio": 2, "ratio": 2.5}, "float32", ("auto", 2.5)),
+    ],
+)
+def test_what_pages_hold_follows_the_cache(
+    options: dict[str, Any], dtype: str, chosen: tuple[str, float | None]
+) -> None:
+    found = resolved_config(configured(options, dtype=dtype))
+    assert found is not None and (found.page_dtype, found.ratio) == chosen
+    assert found.allowed_policies() == (found.policy,)
+
+
+def test_a_choice_is_for_one_engine_only() -> None:
+    """The user's arguments may be used again, for a model whose cache is another."""
+    args = EngineArgs(
+        str(MODEL), max_model_len=2048, dtype="bfloat16", additional_config={"kv_compress": {}}
+    )
+    found = []
+    for dtype in ("bfloat16", "float32", "bfloat16"):
+        args.dtype = dtype
+        config = resolved_config(args.create_engine_config())
+        assert config is not None
+        found.append((config.page_dtype, config.ratio))
+    assert found == [("fp8", 2), ("auto", 2), ("fp8", 2)]
+
+
+def test_heads_that_8_bits_do_not_fit_keep_16(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ModelConfig, "get_head_size", lambda self: 40)
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, "vllm.kv_compress"):
+        found = resolved_config(configured({}))
+    logging.getLogger("vllm").removeHandler(caplog.handler)
+    assert found is not None and (found.page_dtype, found.ratio) == ("auto", 2)
+    assert "page_dtype=auto, for page_dtype=fp8 needs a head size that 16 divides" in caplog.text
 
 
 def test_caches_that_cannot_have_it_are_refused() -> None:

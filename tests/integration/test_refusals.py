@@ -291,6 +291,7 @@ def hybrid(monkeypatch: pytest.MonkeyPatch, kinds: list[str]) -> VllmConfig:
     config = with_model({"layer_types": kinds})
     monkeypatch.setattr(type(config.model_config), "is_hybrid", property(lambda self: True))
     config.cache_config.enable_prefix_caching = False
+    config.additional_config["kv_compress"] = {}  # nothing was chosen for this model yet
     return config
 
 
@@ -357,6 +358,10 @@ def test_packed_pages_of_fewer_bits_have_no_place_beside_states(
     config.model_config.dtype = torch.bfloat16
     with pytest.raises(ValueError, match="page_dtype='int4' is not accepted with layers that keep"):
         check(config)
+    config.additional_config["kv_compress"] = {}
+    check(config)
+    assert config.additional_config["kv_compress"]["page_dtype"] == "auto"
+    assert config.additional_config["kv_compress"]["ratio"] == 2
 
 
 def test_a_model_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,7 +311,7 @@ def test_rows_travel_only_where_they_are_checked(checked, monkeypatch) -> None:
 def test_the_log_says_how_many_fit(monkeypatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(banner.logger, "info", lambda text, *args: lines.append(text % args))
-    Simulation(65, OPTIONS, max_model_len=256)
+    Simulation(65, {**OPTIONS, "page_dtype": "auto"}, max_model_len=256)
     assert "ratio=4.0" in lines[0]
     assert lines[1] == (
         "kv_compress: 64 blocks of 16 tokens; a prompt of 256 tokens takes 16 blocks, 4 once "

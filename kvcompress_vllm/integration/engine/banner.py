@@ -33,7 +33,7 @@ def log_banner(
     length = planner.limits.max_tokens
     beside = others.decoding(length)
     full = -(-length // planner.block_size) + beside
-    packing, page_dtype = planner.sizes().packed(length), planner.config.page_dtype
+    packing, page_dtype = planner.sizes().packed(length), planner.config.page_format.label
     packed = packing.held(full)
     share = min(1, packing.kept * planner.sizes().blocks_per_page / max(1, packing.covered))
     stored = f" in {page_dtype}" if page_dtype != "auto" and packing.gains else ""

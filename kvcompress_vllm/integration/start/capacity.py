@@ -230,7 +230,7 @@ def _fit_configured(
 ) -> None:
     """The options as they are given, whatever budget they have."""
     try:
-        row = _requests(config, configured, None, configured.page_dtype, left, shared)
+        row = _requests(config, configured, None, configured.page_format.label, left, shared)
     except ValueError as error:
         report["problems"].append(str(error))
         return

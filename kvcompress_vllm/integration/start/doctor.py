@@ -15,6 +15,7 @@ import torch
 
 from kvcompress_vllm import __version__, ops, policies
 from kvcompress_vllm.config import presets
+from kvcompress_vllm.config.auto import PREFERRED_PAGES
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.integration.compat import contract, source
 from kvcompress_vllm.integration.compat.tested import TESTED, supported
@@ -59,7 +60,7 @@ def examine() -> dict[str, Any]:
     _examine_torch(report)
     _examine_vllm(report)
     _examine_plugins(report)
-    report["defaults"] = KVCompressConfig().to_dict()
+    report["defaults"] = KVCompressConfig(page_dtype=PREFERRED_PAGES).to_dict()
     report["policies"] = list(policies.names())
     report["presets"] = list(presets.names())
     if not report["presets"]:

@@ -5,17 +5,16 @@ before the engine starts and any weight is read."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
+from kvcompress_vllm.integration.start import pages
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.backend import leave_local_layers
 from kvcompress_vllm.scheduling.limits import Limits
@@ -167,7 +166,7 @@ def check(vllm_config: VllmConfig) -> None:
         if found:
             raise ValueError(_text(refusal, vllm_config, found))
     leave_local_layers(vllm_config)
-    check_page_dtype(vllm_config)
+    pages.choose(vllm_config)
     check_sizes(vllm_config)
     check_exact(vllm_config)
     if current_platform.is_cuda():
@@ -187,27 +186,6 @@ def _text(refusal: Refusal, config: VllmConfig, found: bool | str) -> str:
     if refusal.setting.startswith("--"):
         return f"{text}; leave out {refusal.setting.removesuffix(', the model')} or --kv-compress"
     return f"{text}; without --kv-compress it runs as ever"
-
-
-def check_page_dtype(vllm_config: VllmConfig) -> None:
-    """Refuse packed pages of fewer bits that this cache cannot have.
-
-    Raises:
-        ValueError: naming the option and what is accepted.
-    """
-    config, model = resolved_config(vllm_config), vllm_config.model_config
-    if config is None:
-        return
-    given = vllm_config.cache_config.cache_dtype
-    dtype: Any = model.dtype if given == "auto" else getattr(torch, given)
-    problem = PageFormat.of(config.page_dtype).problem(model.get_head_size(), dtype)
-    if config.page_dtype != "auto" and kinds.has_states(vllm_config):
-        problem = (
-            f"page_dtype={config.page_dtype!r} is not accepted with layers that keep a state in "
-            "the place of keys"
-        )
-    if problem is not None:
-        raise ValueError(f"kv_compress: {problem}; page_dtype=auto works with every model")
 
 
 def check_sizes(vllm_config: VllmConfig) -> None:

@@ -19,7 +19,6 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.cache.state import PackedState, stacked_sinks
 from kvcompress_vllm.compression import replay
 from kvcompress_vllm.compression.compressor import Compressor
@@ -66,7 +65,7 @@ class KVCompressWorkerMixin(Worker):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         window = self.kv_compress_config.window
-        page_format = PageFormat.of(self.kv_compress_config.page_dtype)
+        page_format = self.kv_compress_config.page_format
         layers: Any = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
         drafts = draft_layers(self.model_runner)
