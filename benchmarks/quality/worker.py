@@ -18,7 +18,7 @@ from kvcompress_vllm import policies
 from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 
-ENGINE_OPTIONS = ("sinks", "recent", "min_tokens_per_head", "query_stride", "page_dtype")
+ENGINE_OPTIONS = ("sinks", "recent", "min_tokens_per_head", "query_stride", "page_format")
 """Options that only an engine of its own can change, as the scheduler depends on them."""
 
 
