@@ -45,6 +45,14 @@ COUNTERS = ("vllm:num_preemptions_total", "vllm:prefix_cache_hits_total",
             "vllm:prompt_tokens_total", GENERATED)  # fmt: skip
 GROWTH = 0.05
 """Share by which the server's memory may differ between the second and the last quarter."""
+ENVIRONMENT = {
+    "KVCOMPRESS_CHECK_INTEGRITY": "1",
+    # On CPU, PyTorch and oneDNN keep what they prepared for the latest 1,024 shapes of a product,
+    # half a megabyte each. That fills up for longer than a soak lasts, with or without our flag.
+    "LRU_CACHE_CAPACITY": "32",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+}
+"""Of the servers."""
 
 
 def main() -> None:
@@ -86,12 +94,11 @@ def soak(args: Namespace, name: str) -> dict[str, Any]:
     cases = SharedCases(args.documents, *known) if args.documents else Cases(*known)
     all_cases = [cases.case(number) for number in range(args.requests)]
     kv_tokens = args.kv_tokens or pool_tokens(args, cases, all_cases)
-    environment = {"KVCOMPRESS_CHECK_INTEGRITY": "1"}
     flags = ["--max-num-seqs", str(args.concurrency), *args.serve_args]
     problems: list[str] = []
     if args.kill:
         with serve(
-            args.model, name, args.max_model_len, kv_tokens, flags, environment=environment
+            args.model, name, args.max_model_len, kv_tokens, flags, environment=ENVIRONMENT
         ) as server:
             half = len(all_cases) // 2
             gone = load_and_kill(server, all_cases, args.concurrency, half, load)
@@ -100,7 +107,7 @@ def soak(args: Namespace, name: str) -> dict[str, Any]:
         all_cases = all_cases[done:]
         args = Namespace(**{**vars(args), "requests": len(all_cases)})
     with serve(
-        args.model, name, args.max_model_len, kv_tokens, flags, environment=environment
+        args.model, name, args.max_model_len, kv_tokens, flags, environment=ENVIRONMENT
     ) as server:
         start = time.perf_counter()
         endings, memory = asyncio.run(load(server, all_cases, args.concurrency))

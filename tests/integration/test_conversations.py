@@ -7,13 +7,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-import torch
 
-from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.report import Report
-from tests.integration.simulation import B, H, L, Simulation, numbers
-from tests.integration.test_sharing import OPTIONS, contexts, document
+from tests.integration.simulation import B, Simulation
+from tests.integration.test_sharing import OPTIONS, contexts, document, kept
 
 STRIDE = {**OPTIONS, "context_stride": 256}
 ECHO = {**STRIDE, "policy": "echo"}
@@ -47,19 +45,6 @@ def full_blocks(end: int, prompt: int, stride: int) -> int:
     what the next mark observes must be."""
     known, mark = (end - 1) // B * B, -(-end // stride) * stride
     return min(known, (mark - 4) // B * B) if mark - 4 < prompt else known
-
-
-def kept(sim: Simulation) -> dict[bytes, list[list[int]]]:
-    """Of each context, by head the positions that it keeps."""
-    state, result = State(*sim.worker.state.tables), {}
-    for context in contexts(sim):
-        row = [*context.blocks, *[0] * (context.packing.covered - context.packing.kept)]
-        slot = sim.worker.state.slot_of(row)
-        assert slot == context.slot
-        heads = [state.head(torch.tensor(row), slot, *divmod(head, H)) for head in range(L * H)]
-        keys = [head.keys(sim.worker.pages, context.num_tokens) for head in heads]
-        result[context.key] = [numbers(each[:, each.shape[1] // 2 :]).tolist() for each in keys]
-    return result
 
 
 @pytest.mark.parametrize("options", [STRIDE, ECHO], ids=["kv_compress", "echo"])

@@ -10,14 +10,16 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvcompress_vllm.cache.page_format import PageFormat
+from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.report import Report
-from tests.integration.simulation import Simulation
+from tests.integration.simulation import H, L, Simulation, numbers
 
 OPTIONS = {"policy": "kv_compress", "ratio": 8, "recent": 8, "sinks": 2, "min_tokens_per_head": 8,
            "window": 4, "min_prompt_tokens": 40, "interval": 2}  # fmt: skip
@@ -39,6 +41,19 @@ def held(sim: Simulation) -> int:
 
 def contexts(sim: Simulation) -> list:
     return list(sim.scheduler.kv_compress_planner.contexts)
+
+
+def kept(sim: Simulation) -> dict[bytes, list[list[int]]]:
+    """Of each context, by head the positions that it keeps."""
+    state, result = State(*sim.worker.state.tables), {}
+    for context in contexts(sim):
+        row = [*context.blocks, *[0] * (context.packing.covered - context.packing.kept)]
+        slot = sim.worker.state.slot_of(row)
+        assert slot == context.slot
+        heads = [state.head(torch.tensor(row), slot, *divmod(head, H)) for head in range(L * H)]
+        keys = [head.keys(sim.worker.pages, context.num_tokens) for head in heads]
+        result[context.key] = [numbers(each[:, each.shape[1] // 2 :]).tolist() for each in keys]
+    return result
 
 
 def run(sim: Simulation) -> int:
@@ -431,8 +446,12 @@ def test_a_multiple_at_which_nothing_is_gained_is_none() -> None:
         sim.add("both", document(2, 1200), 2, kv_compress_mass=0.9, kv_compress_context_stride=256)
 
 
+POLICIES = ["echo", "snapkv", "diverse", "kv_compress"]
+
+
 class SharingMachine(RuleBasedStateMachine):
-    """Requests on few documents come, wait, share, grow, are preempted, aborted, forgotten."""
+    """Requests on few documents come, wait, share, go on in what others left unfinished, grow, are
+    preempted, aborted, forgotten. Some have a policy, a budget or a stride of their own."""
 
     @initialize(
         num_blocks=st.integers(33, 70),
@@ -440,70 +459,98 @@ class SharingMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 8),
         decode=st.booleans(),
         asynchronous=st.booleans(),
+        drafts=st.sampled_from([0, 0, 3]),
         options=st.sampled_from(
             [
                 {},
                 {"prefill_peak_tokens": 256},
+                {"prefill_peak_tokens": 256, "policy": "echo", "allow_policies": True},
                 {"mass": 0.8, "ratio": None},
+                {"mass": 0.8, "ratio": None, "allow_policies": True},
                 {"max_ratio": 16},
                 {"share": "auto"},
                 {"policy": "echo"},
                 {"policy": "echo", "exact": "kvzip"},
                 {"policy": "echo", "exact": "kvzip", "share": "auto"},
                 {"context_stride": 256, "share": "auto"},
+                {"context_stride": 256, "allow_policies": True},
                 {"context_stride": 256, "policy": "echo", "max_ratio": 16},
+                {"context_stride": 256, "policy": "echo"},
+                {"context_stride": 256, "policy": "echo", "allow_policies": True},
             ]
         ),
         page_dtype=st.sampled_from([each.label for each in PageFormat]),
     )
     def build(
-        self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, options,
-        page_dtype,
+        self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, drafts,
+        options, page_dtype,
     ):  # fmt: skip
         if "exact" in options:
             max_num_seqs = max(max_num_seqs, 2)
+        self.longest, self.stride = 512, "context_stride" in options
+        if self.stride:  # turns that reach the next mark, in steps that hold a segment
+            self.longest, num_blocks = 900, num_blocks + 40
+            max_num_batched_tokens = 64 if max_num_batched_tokens == 16 else 450
         options = {**OPTIONS, "decode": decode, "page_dtype": page_dtype, **options}
         self.sim = Simulation(
-            num_blocks, options, asynchronous=asynchronous,
+            num_blocks, options, asynchronous=asynchronous, drafts=drafts * self.stride,
             max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs,
+            max_model_len=self.longest,
         )  # fmt: skip
-        self.added, self.wanted, self.prompts = 0, {}, {}
+        self.added, self.wanted, self.prompts, self.asked = 0, {}, {}, {}
+
+    def send(self, tokens, max_tokens, asked):
+        name = f"r{self.added}"
+        self.sim.add(name, tokens, max_tokens, **asked)
+        self.added, self.wanted[name] = self.added + 1, max_tokens
+        self.prompts[name], self.asked[name] = tokens, asked
 
     @rule(
         family=st.integers(0, 2),
         context=st.sampled_from([64, 160, 163, 320]),
         more=st.integers(0, 60),
         max_tokens=st.integers(1, 60),
-        asked=st.sampled_from([{}, {}, {"kv_compress_ratio": 4}, {"kv_compress_protect": "0:30"}]),
+        asked=st.sampled_from(
+            [
+                {},
+                {},
+                {},
+                {"kv_compress_ratio": 4},
+                {"kv_compress_protect": "0:30"},
+                {"kv_compress_mass": 0.7},
+                *({"kv_compress_policy": name} for name in POLICIES),
+            ]
+        ),
         times=st.integers(1, 3),
+        named=st.booleans(),
     )
-    def add(self, family, context, more, max_tokens, asked, times):
-        if self.sim.config.exact != "off":
+    def add(self, family, context, more, max_tokens, asked, times, named):
+        config = self.sim.config
+        if config.exact != "off":
             context = min(context, 160)  # the front end refuses what cannot be repeated within 512
+        if "kv_compress_policy" in asked and not config.allow_policies:
+            asked = {}
+        if named or not self.stride:
+            asked = {**asked, "kv_compress_context_tokens": context}
         for _ in range(times):
-            name = f"r{self.added}"
             tokens = [*document(family, 330)[:context], *document(self.added + 10, more)]
-            if self.sim.config.context_stride is None or times == 3:
-                asked = {**asked, "kv_compress_context_tokens": context}
-            self.sim.add(name, tokens, max_tokens, **asked)
-            self.added, self.wanted[name], self.prompts[name] = self.added + 1, max_tokens, tokens
+            self.send(tokens, max_tokens, asked)
 
     @rule(
         choice=st.randoms(use_true_random=False), more=st.integers(0, 60),
-        max_tokens=st.integers(1, 60), share=st.integers(0, 40),
+        max_tokens=st.integers(1, 60), share=st.integers(0, 40), again=st.booleans(),
     )  # fmt: skip
-    def go_on(self, choice, more, max_tokens, share):
-        """The next turn of a conversation, or another end of the latest one."""
+    def go_on(self, choice, more, max_tokens, share, again):
+        """The next turn of a conversation, or another end of the latest one; by who asks for the
+        same, or for nothing."""
         name = choice.choice(sorted(self.prompts) or [""])
         if not name:
             return
         said = self.sim.outputs[name]
         tokens = [*self.prompts[name], *said[: len(said) - share], *document(self.added + 10, more)]
-        if len(tokens) + max_tokens > 512 or self.sim.config.exact != "off":
+        if len(tokens) + max_tokens > self.longest or self.sim.config.exact != "off":
             return
-        new = f"r{self.added}"
-        self.sim.add(new, tokens, max_tokens)
-        self.added, self.wanted[new], self.prompts[new] = self.added + 1, max_tokens, tokens
+        self.send(tokens, max_tokens, self.asked[name] if again else {})
 
     @rule(steps=st.integers(1, 20))
     def step(self, steps):
@@ -530,11 +577,11 @@ class SharingMachine(RuleBasedStateMachine):
     def reset_prefix_cache(self):
         self.sim.scheduler.reset_prefix_cache(reset_running_requests=True)
 
-    @rule(choice=st.randoms(use_true_random=False))
-    def drop(self, choice):
-        if contexts(self.sim):
-            index = self.sim.scheduler.kv_compress_planner.contexts
-            index.retire(choice.choice(contexts(self.sim)))
+    @rule(choice=st.randoms(use_true_random=False), in_use=st.booleans())
+    def drop(self, choice, in_use):
+        found = [c for c in contexts(self.sim) if c.users or not in_use]
+        if found:
+            assert self.sim.scheduler.kv_compress_sharing.drop(choice.choice(found).name) == 1
 
     @invariant()
     def pool_is_sound(self):
@@ -553,9 +600,26 @@ class SharingMachine(RuleBasedStateMachine):
         assert self.sim.worker.state.slots.keys() == {c.slot for c in contexts(self.sim)}
         assert all(not context.users for context in contexts(self.sim))
         assert planner.contexts._computing == {}
+        self.contexts_are_those_of_misses()
         assert self.sim.scheduler.reset_prefix_cache()
         self.sim.scheduler.schedule()
         assert len(planner.contexts._slots) == planner.contexts._slots.count
+
+    def contexts_are_those_of_misses(self):
+        """Who computes one anew, alone, keeps the same of it."""
+        before, found = kept(self.sim), contexts(self.sim)
+        for index, context in enumerate(found):
+            asked, n = self.asked[context.owner], context.num_tokens
+            policy, named = asked.get("kv_compress_policy"), "kv_compress_context_tokens" in asked
+            if n + 20 > self.longest or not (named or self.stride):
+                continue
+            if named and self.sim.config.reads_echo(policy):
+                continue  # by scores of what a step computed of it
+            assert self.sim.scheduler.reset_prefix_cache()
+            tokens = [*self.prompts[context.owner], *self.sim.outputs[context.owner]]
+            self.sim.add(f"anew {index}", [*tokens[:n], *document(index, 5)], 1, **asked)
+            self.sim.run()
+            assert kept(self.sim)[context.key] == before[context.key]
 
 
 TestSharingMachine = SharingMachine.TestCase

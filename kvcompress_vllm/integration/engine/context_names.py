@@ -25,6 +25,9 @@ class ContextNames:
         planner: knows where requests are compressed.
         requests: all of the scheduler, by id.
         on: whether anything is shared.
+
+    Attributes:
+        on: the same.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class ContextNames:
         on: bool,
     ) -> None:
         self._manager, self._planner, self._requests = manager, planner, requests
-        self._on = on
+        self.on = on
         self._repeated = Repeated() if planner.config.share == "auto" and on else None
 
     def found(self, request: Request, budget: RequestBudget | None) -> RequestBudget | None:
@@ -69,7 +72,7 @@ class ContextNames:
         """Of a request's contexts, by tokens: their tokens (with LoRA, multimodal inputs and salt),
         and all that their packing depends on. Empty: it has none, or none that could be shared."""
         sizes, pool = self._planner.sizes(budget), self._manager.block_pool
-        if not self._on or sizes.budget.query_stride:
+        if not self.on or sizes.budget.query_stride:
             return {}  # accumulated statistics are of the request that computed them
         return {
             n: self._key(request, sizes.budget, n)
@@ -84,7 +87,7 @@ class ContextNames:
         answer; None: it could not be shared, or not all its tokens are known yet."""
         request, n = self._requests[tracked.request_id], tracked.due_at
         hashed = len(request.block_hashes) * self._manager.block_pool.hash_block_size
-        if not self._on or tracked.budget.query_stride or n > hashed:
+        if not self.on or tracked.budget.query_stride or n > hashed:
             return None
         return self._key(request, tracked.budget, n)
 

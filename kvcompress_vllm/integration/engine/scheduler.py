@@ -118,7 +118,7 @@ class _KVCompressMixin(Scheduler):
             planner,
             sharing.tails,
             group,
-            self._echo.blocks if self._echo is not None and sharing.on else None,
+            self._echo.blocks if self._echo is not None and sharing.names.on else None,
         )
         self._admission = Admission(
             self,

@@ -51,8 +51,7 @@ class Sharing:
         requests: all of the scheduler, by id.
 
     Attributes:
-        names: which contexts requests have.
-        on: whether anything is shared.
+        names: which contexts requests have, and whether anything is shared.
         tails: what was computed behind contexts.
     """
 
@@ -71,8 +70,8 @@ class Sharing:
         self._contexts.on_drop = self._forget
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
-        self.on = planner.config.share != "off" and pool.enable_caching and not others
-        self.names = ContextNames(manager, planner, requests, self.on)
+        on = planner.config.share != "off" and pool.enable_caching and not others
+        self.names = ContextNames(manager, planner, requests, on)
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
 
