@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -48,13 +49,16 @@ NODE = {"num_cpus": 16, "num_gpus": 1, "object_store_memory": 100 << 20, "includ
 
 @contextlib.contextmanager
 def nodes(*wanted: dict[str, int]) -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patch:
+    # Paths of sockets must be short.
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         # Of every process that Ray starts from here on.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, sys.path)]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # The engine's own process must end with the actor that is killed.
         patch.setenv("RAY_process_group_cleanup_enabled", "true")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        # Whoever asks for the cluster of this machine gets this one, whatever others run here.
+        patch.setenv("RAY_TMPDIR", folder)
         found = Cluster()
         try:
             for node in wanted:
