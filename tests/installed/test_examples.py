@@ -13,8 +13,8 @@ import pytest
 from tests.installed.conftest import MODEL, ROOT, Environment, Server
 
 EXAMPLES = ROOT / "examples"
-RATIO_8 = "(76 blocks of KV cache before compression, 11 after)"
-RATIO_4 = "(76 blocks of KV cache before compression, 20 after)"
+RATIO_8 = "(76 blocks of KV cache before compression, 12 after)"
+RATIO_4 = "(76 blocks of KV cache before compression, 21 after)"
 RATIO_2 = "(76 blocks of KV cache before compression, 39 after)"
 KEPT = "(0 blocks of KV cache before compression, 0 after)"
 PRINTED = {
