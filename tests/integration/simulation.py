@@ -127,7 +127,7 @@ class PretendWorker:
             if self.state.echo is not None:
                 self.packed[row[0]] = self.echoes[item.request_id][: item.num_tokens].clone()
             self.behind.add(item.request_id)
-        for request_id in output.finished_req_ids:
+        for request_id in output.finished_req_ids | (output.preempted_req_ids or set()):
             self.rows.pop(request_id, None)
             self.behind.discard(request_id)
         for new in output.scheduled_new_reqs:

@@ -8,7 +8,7 @@ import random
 import pytest
 from vllm import SamplingParams
 
-from tests.integration.engines import engine, scheduler
+from tests.integration.engines import engine, samples, scheduler
 
 BUDGET = {"ratio": 8, "policy": "echo", "allow_policies": True, "interval": 2}
 
@@ -128,3 +128,41 @@ def test_a_turn_answers_like_one_that_computes_its_history(chats, policy) -> Non
         assert chats.reset_prefix_cache()
         [again], [usage], [cached] = reply(chats, prompt, **asked)
         assert again == ids and not usage.shared_blocks and not cached
+
+
+def test_turns_of_int4_go_on_in_segments_beside_others(monkeypatch) -> None:
+    """Others have the same history meanwhile, and are judged by other things."""
+    options = {**BUDGET, "ratio": 4, "page_dtype": "int4", "context_stride": 512}
+    asked = [{"kv_compress_policy": "snapkv"}, {"kv_compress_mass": 0.9}, {}]
+    ((prompt, answer),) = samples("single", 560, 1)
+    with engine(
+        options, dtype="bfloat16", max_num_batched_tokens=1024, enable_prefix_caching=True
+    ) as llm:
+        unfinished, loaded = scheduler(llm)._unfinished, []
+        stock = unfinished.take_loaded
+        monkeypatch.setattr(unfinished, "take_loaded", lambda: [*map(keep(loaded), stock())])
+        tokenizer = llm.get_tokenizer()
+        history, question = tokenizer.encode(prompt), "\n" + prompt.rpartition("\n")[2]
+        end = 0
+        for turn in range(4):
+            [ids], [usage], [cached] = reply(llm, history, 30)
+            assert cached == (end - 1 if turn else 0) // 16 * 16
+            assert answer in tokenizer.decode(ids), turn
+            if turn < len(asked):
+                other = [*history, *tokens(turn, 20)]
+                ([said], _, _) = reply(llm, other, 20, **asked[turn])
+                assert len(said) == 20
+            end = len(history) + len(ids)
+            history = [*history, *ids, *tokenizer.encode(question, add_special_tokens=False)]
+        assert usage.compressions == 0 and usage.shared_blocks
+        assert len(loaded) >= 3
+
+
+def keep(found: list):
+    """A function that gives back what it notes."""
+
+    def note(item):
+        found.append(item)
+        return item
+
+    return note
