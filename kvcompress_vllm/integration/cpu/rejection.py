@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,4 +127,5 @@ def mend_expand() -> None:
     cpu_triton_utils._expand_kernel_impl = expand
     kernel = getattr(cpu_triton_utils, "expand_kernel", None)
     if kernel is not None:  # before 0.31 vLLM has wrapped it by now
-        cpu_triton_utils.expand_kernel = type(kernel)(expand)
+        module: Any = cpu_triton_utils
+        module.expand_kernel = type(kernel)(expand)

@@ -40,17 +40,13 @@ def packed_config(config: KVCacheConfig) -> KVCacheConfig:
     tensors = []
     for index in range(most):
         shared = [each.layer_names[index] for each in groups if index < len(each.layer_names)]
+        # A dictionary, as the types of 0.29 and later do not know `shared_by`.
+        where: dict[str, Any] = {"shared_by": shared}
+        size = layer_bytes
         if index < shape.layers:
-            tensors.append(
-                KVCacheTensor(
-                    size=shape.block_bytes * config.num_blocks,
-                    shared_by=shared,
-                    offset=index * layer_bytes,
-                    block_stride=shape.block_bytes,
-                )
-            )
-        else:
-            tensors.append(KVCacheTensor(size=layer_bytes * config.num_blocks, shared_by=shared))
+            size = shape.block_bytes
+            where |= {"offset": index * layer_bytes, "block_stride": size}
+        tensors.append(KVCacheTensor(size=size * config.num_blocks, **where))
     return replace(config, kv_cache_tensors=tensors)
 
 
