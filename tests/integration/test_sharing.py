@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvcompress_vllm import policies
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.curve import LossCurve
@@ -528,8 +529,11 @@ class SharingMachine(RuleBasedStateMachine):
         config = self.sim.config
         if config.exact != "off":
             context = min(context, 160)  # the front end refuses what cannot be repeated within 512
-        if "kv_compress_policy" in asked and not config.allow_policies:
+        policy = asked.get("kv_compress_policy", config.policy)
+        if policy != config.policy and not config.allow_policies:
             asked = {}
+        if config.mass is not None and not policies.find(policy).additive:
+            asked = {}  # the front end refuses these together
         if named or not self.stride:
             asked = {**asked, "kv_compress_context_tokens": context}
         for _ in range(times):
