@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from kvcompress_vllm import LLM
 from tests.integration.engines import engine, greedy, scheduler
@@ -208,3 +210,19 @@ def test_draft_models_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"4 KV heads of size 64 .* has 2 of size 64.*ngram"):
         LLM(str(MODEL), kv_compress=OPTIONS,
             speculative_config=speculating(tmp_path, num_key_value_heads=4))  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [None, "CUSTOM", "FLASH_ATTN"])
+def test_layers_of_a_draft_model_run_on_our_backend(tmp_path: Path, given: str | None) -> None:
+    """Left to itself, runner V1 selects another for them; only together they can share blocks."""
+    asked = {**speculating(tmp_path), "attention_backend": given}
+    args = EngineArgs(
+        str(MODEL), max_model_len=2048, dtype="float32", speculative_config=asked,
+        additional_config={"kv_compress": OPTIONS},
+    )  # fmt: skip
+    if given == "FLASH_ATTN":
+        with pytest.raises(ValueError, match="attention_backend=FLASH_ATTN; with --kv-compress"):
+            args.create_engine_config()
+        return
+    found = args.create_engine_config().speculative_config
+    assert found is not None and found.attention_backend is AttentionBackendEnum.CUSTOM

@@ -16,7 +16,7 @@ from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start import pages
 from kvcompress_vllm.integration.start.flags import resolved_config
-from kvcompress_vllm.integration.worker.backend import leave_local_layers
+from kvcompress_vllm.integration.worker.backend import leave_local_layers, take_draft_layers
 from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.segments import check_block_size
@@ -166,6 +166,7 @@ def check(vllm_config: VllmConfig) -> None:
         if found:
             raise ValueError(_text(refusal, vllm_config, found))
     leave_local_layers(vllm_config)
+    take_draft_layers(vllm_config)
     pages.choose(vllm_config)
     check_sizes(vllm_config)
     check_exact(vllm_config)

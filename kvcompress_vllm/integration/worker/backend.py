@@ -46,6 +46,25 @@ def leave_local_layers(vllm_config: Any) -> None:
         chosen.setdefault(_LOCAL, AttentionBackendEnum.FLASH_ATTN)
 
 
+def take_draft_layers(vllm_config: Any) -> None:
+    """Have vLLM run a draft model's layers on our backend, as they share blocks with the target's.
+    Runner V1 asks for a backend of their own else.
+
+    Raises:
+        ValueError: the user wants them on another.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method == "ngram":
+        return
+    given = speculative.attention_backend
+    if given not in (None, AttentionBackendEnum.CUSTOM):
+        raise ValueError(
+            f"kv_compress: --speculative-config has attention_backend={given.name}; with "
+            "--kv-compress that must be left out"
+        )
+    speculative.attention_backend = AttentionBackendEnum.CUSTOM
+
+
 def tell_chunks_from_full_attention() -> None:
     """Have vLLM choose the backend of layers with chunks as for those with a window; idempotent.
 
