@@ -41,7 +41,7 @@ def test_needles_are_found(llm: LLM) -> None:
     for _ in range(2):  # the second time from the prefix cache
         replies = tokenizer.batch_decode(greedy(llm, [prompt for prompt, _ in asked], 16))
         right = [answer in reply for (_, answer), reply in zip(asked, replies, strict=True)]
-        assert sum(right) >= 5, right
+        assert right == [True] * 6
 
 
 def test_generations_are_packed_while_tokens_are_drafted(llm: LLM) -> None:

@@ -26,7 +26,8 @@ from kvcompress_vllm.config.combinations import BUDGETS
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.sizing import draft_tokens, state_slots
-from kvcompress_vllm.integration.start.attention_kinds import full_layers, has_states
+from kvcompress_vllm.integration.start import pages
+from kvcompress_vllm.integration.start.attention_kinds import full_layers
 from kvcompress_vllm.integration.start.beside import Beside, beside
 from kvcompress_vllm.integration.start.capacity_text import gib
 from kvcompress_vllm.integration.start.flags import resolved_config
@@ -120,7 +121,7 @@ def _report(
 ) -> dict[str, Any]:
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     layers = full_layers(config)
-    stored = torch.empty((), dtype=_cache_dtype(config))
+    stored = torch.empty((), dtype=pages.cache_dtype(config))
     report: dict[str, Any] = {
         "model": model.model,
         "architecture": ", ".join(model.architectures),
@@ -173,14 +174,6 @@ def _model_dtype(config: VllmConfig) -> torch.dtype:
     return found
 
 
-def _cache_dtype(config: VllmConfig) -> torch.dtype:
-    given: Any = config.cache_config.cache_dtype
-    dtype: Any = getattr(torch, given, None)
-    if given == "auto":
-        dtype = config.model_config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.uint8
-
-
 def _fit(
     report: dict[str, Any], config: VllmConfig, gpu_bytes: int, cache_bytes: int | None
 ) -> None:
@@ -204,10 +197,7 @@ def _fit(
         return
     configured = resolved_config(config)
     for page_dtype in ("auto", "fp8", "int4"):
-        dtype = _cache_dtype(config)
-        problem = PageFormat.of(page_dtype).problem(report["head_size"], dtype)
-        if page_dtype != "auto" and has_states(config):
-            problem = "page_dtype is not accepted beside layers that keep a state"
+        problem = pages.problem(config, PageFormat.of(page_dtype))
         for ratio in RATIOS:
             row: dict[str, Any] = {"ratio": ratio, "page_dtype": page_dtype, "requests": None}
             report["fits"].append(row)
@@ -274,7 +264,7 @@ def _requests(
         head_size=model.get_head_size(),
         block_size=block_size // around.kernel_blocks,
         kernel_blocks=around.kernel_blocks,
-        itemsize=_cache_dtype(config).itemsize,
+        itemsize=pages.cache_dtype(config).itemsize,
         scale=1.0,
         page_format=PageFormat.of(page_dtype),
     )
@@ -311,7 +301,7 @@ def _around(config: VllmConfig) -> Beside:
     """What stands beside the compressed layers."""
     model = config.model_config
     heads = model.get_num_kv_heads(config.parallel_config)
-    token_bytes = heads * 2 * model.get_head_size() * _cache_dtype(config).itemsize
+    token_bytes = heads * 2 * model.get_head_size() * pages.cache_dtype(config).itemsize
     return beside(config, token_bytes)
 
 

@@ -28,13 +28,13 @@ def choose(vllm_config: VllmConfig) -> None:
     if config is None:
         return
     wanted = PageFormat.of(config.page_dtype or PREFERRED_PAGES)
-    problem = _problem(vllm_config, wanted)
+    found = problem(vllm_config, wanted)
     if config.page_dtype is not None:
-        if problem is not None:
-            raise ValueError(f"kv_compress: {problem}; page_dtype=auto works with every model")
+        if found is not None:
+            raise ValueError(f"kv_compress: {found}; page_dtype=auto works with every model")
         return
-    if problem is not None:
-        logger.info("kv_compress: page_dtype=auto, for %s", problem)
+    if found is not None:
+        logger.info("kv_compress: page_dtype=auto, for %s", found)
         wanted = PageFormat.AUTO
     # Not into the dictionary that is there: the caller may use it for another model.
     options = {**config.to_dict(), "page_dtype": wanted.label}
@@ -42,13 +42,20 @@ def choose(vllm_config: VllmConfig) -> None:
     vllm_config.additional_config = {**others, KEY: Carried(options)}
 
 
-def _problem(vllm_config: VllmConfig, page_format: PageFormat) -> str | None:
+def problem(vllm_config: VllmConfig, page_format: PageFormat) -> str | None:
     """Why the cache cannot have such pages; None: it can."""
     if page_format is not PageFormat.AUTO and has_states(vllm_config):
         return (
             f"page_dtype={page_format.label!r} is not accepted with layers that keep a state in "
             "the place of keys"
         )
-    model, given = vllm_config.model_config, vllm_config.cache_config.cache_dtype
-    dtype: Any = model.dtype if given == "auto" else getattr(torch, given)
-    return page_format.problem(model.get_head_size(), dtype)
+    return page_format.problem(vllm_config.model_config.get_head_size(), cache_dtype(vllm_config))
+
+
+def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
+    """Of the KV cache; bytes where it is quantised."""
+    given: Any = vllm_config.cache_config.cache_dtype
+    dtype: Any = getattr(torch, given, None)
+    if given == "auto":
+        dtype = vllm_config.model_config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.uint8
