@@ -18,6 +18,7 @@ from kvcompress_vllm.compression.compressor import Compressor
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.ops.reference.rows import State
+from kvcompress_vllm.policies import BUILT_IN, observing_all
 from kvcompress_vllm.records.group import CacheGroup
 from kvcompress_vllm.records.packing import Packing
 from kvcompress_vllm.records.plan import Compression, Observed, PackedRow
@@ -32,7 +33,7 @@ class Request:
 
     def __init__(self, policy: str, page_format: PageFormat, **options: object) -> None:
         self.config = KVCompressConfig(
-            policy=policy, page_dtype=page_format.label, window=W, recent=16, **options
+            policy=policy, page_dtype=page_format.label, window=W, **{"recent": 16, **options}
         )
         stride = self.config.query_stride
         self.state = PackedState(
@@ -75,7 +76,10 @@ class Request:
         item = Compression(
             "r", SLOT, 1, self.num_tokens, *self.packing, covered, list(self.row), new,
             protect=protect, observed=observed,
-            floor_pages=resolve(self.config)._replace(protect=protect).floor_pages(B, covered),
+            floor_pages=min(
+                resolve(self.config)._replace(protect=protect).floor_pages(B, covered),
+                self.packing.all_kept(covered, m),
+            ),
         )  # fmt: skip
         (report,) = [r for pending in self.compressor.run([item]) for r in pending.collect()]
         assert report.failure is None and sum(map(sum, report.kept_pages)) == kept * SLOTS
@@ -154,6 +158,23 @@ def test_what_is_kept_stays_where_it_should(policy: str, page_format: PageFormat
             assert torch.isin(torch.arange(4), held).all()
     pages = request.state.num_pages[SLOT]
     assert int(pages.sum()) == 6 * SLOTS
+
+
+@pytest.mark.parametrize("page_format", [PageFormat.FP8, PageFormat.INT4])
+@pytest.mark.parametrize("sinks, recent", [(4, 1000), (1000, 0), (100, 100)])
+@pytest.mark.parametrize("policy", BUILT_IN)
+def test_shields_may_be_longer_than_what_there_is(
+    policy: str, sinks: int, recent: int, page_format: PageFormat
+) -> None:
+    """What is packed in fewer bits is so before the shields are full, and keeps all keys."""
+    torch.manual_seed(6)
+    stride = {"query_stride": 1} if policy in observing_all() else {}
+    request = Request(policy, page_format, sinks=sinks, recent=recent, **stride)
+    for num_new in (70, 64):
+        request.append(torch.randn(num_new, SLOTS, 2 * D))
+        request.compress(BLOCKS)
+        request.check()
+        assert all(held.tolist() == [*range(request.packing.covered * B)] for held in request.held)
 
 
 @pytest.mark.parametrize("page_format", [PageFormat.FP8, PageFormat.INT4])

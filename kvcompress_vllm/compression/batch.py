@@ -67,8 +67,11 @@ class Batch(Generic[Item]):
     """``[R]`` int64, first candidate unit of every request: B keys are one."""
     spans: list[tuple[int, int]]
     """The same on the host: candidate units ``[begin, end)`` of every request."""
+    sinks: int
+    """First candidate keys of every head that are shielded; no more than every head keeps."""
     recent: list[int]
-    """Candidate keys at the end of every head that the recent window shields."""
+    """Candidate keys at the end of every head that the recent window shields; with the sinks no
+    more than every head keeps, which of a short request in few bits are all of its keys."""
 
     @classmethod
     def of(
@@ -85,20 +88,27 @@ class Batch(Generic[Item]):
             floor_pages: None: as configured.
         """
         device, size = rank.pages.device, rank.group.block_size
+        floor_pages = floor_pages or resolve(config).floor_pages(size)
+        shielded = floor_pages * rank.group.page_keys
+        sinks = min(config.sinks, shielded)
         rows = padded_rows([item.old_blocks for item in items], device)
         starts = _starts(rank.candidate_units(item) * rank.group.pages_per_block for item in items)
         return cls(
             items,
             config,
             policy,
-            floor_pages or resolve(config).floor_pages(size),
+            floor_pages,
             rows,
             rank.state.state_slots(rows),
             to_device([item.covered for item in items], torch.int32, device),
             to_device(starts[:-1], torch.int64, device),
             list(pairwise(starts)),
+            sinks,
             [
-                budget.num_recent(config.recent, item.num_tokens, item.covered, size)
+                min(
+                    shielded - sinks,
+                    budget.num_recent(config.recent, item.num_tokens, item.covered, size),
+                )
                 for item in items
             ],
         )

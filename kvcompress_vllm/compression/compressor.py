@@ -270,7 +270,7 @@ class Compressor:
                 part.covered,
                 torch.stack([freed[i] for i in which]),
                 to_device(part.recent, torch.int32, scores.device),
-                due.config.sinks,
+                due.sinks,
                 due.floor_pages,
                 sum(item.kept for item in part.items) * self.group.target_heads,
             )

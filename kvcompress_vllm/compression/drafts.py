@@ -64,7 +64,7 @@ def with_draft_layers(rank: Rank, due: Batch[Compression], kept: Kept) -> Kept:
     of_targets = kept_keys.split([item.kept * group.target_heads for item in due.items])
     for item, targets in zip(due.items, of_targets, strict=True):
         candidates = rank.candidate_units(item) * group.block_size
-        ours = first_and_latest(candidates, item.kept * group.page_keys, due.config.sinks, device)
+        ours = first_and_latest(candidates, item.kept * group.page_keys, due.sinks, device)
         ours = ours.view(item.kept, group.page_keys)
         keys += [targets, ours.repeat(group.draft_layers * group.heads, 1)]
     first = layout.exclusive_cumsum(kept_pages.flatten(0, 1)).view_as(kept_pages)

@@ -119,7 +119,7 @@ def evidence_of(
         num_kept=item.kept * group.page_keys,
         seq_len=item.num_tokens - left_out,
         num_queries=item.observed.before + item.observed.num_queries if item.observed else window,
-        num_sinks=config.sinks,
+        num_sinks=batch.sinks,
         num_recent=batch.recent[index],
         scale=group.scale,
         device=rank.pages.device,

@@ -143,6 +143,11 @@ def send(sim: Simulation, name: str, request: tuple[int, int, int, dict[str, Any
         (1, 55, 64, {}),
     ],
 )
+@example(  # packed in 8 bits, which drops no key, before the shields are full
+    {"num_blocks": 16, "max_num_batched_tokens": 16, "max_num_seqs": 1},
+    {"ratio": 1, "min_prompt_tokens": 1, "page_dtype": "fp8", "recent": 60},
+    [(0, 33, 1, {"kv_compress_context_tokens": 32}), (0, 66, 40, {})],
+)
 @example(  # one that needs no echo scores finds blocks without, where others may ask for them
     {"num_blocks": 16, "max_num_batched_tokens": 200, "max_num_seqs": 2},
     {"ratio": 1.5, "min_prompt_tokens": 1, "policy": "random", "allow_policies": True},
