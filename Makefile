@@ -63,11 +63,11 @@ releases: install
 wheel: install
 	$(MAKE) distributions
 
-# What `make wheel` does once its tools are there. auditwheel refuses what older systems do not have.
+# What `make wheel` does once its tools are there. auditwheel finds out on which systems it runs.
 distributions:
 	rm -rf build/lib* build/bdist* $(DIST)
 	KVCOMPRESS_BUILD=$(WHEEL_KERNELS) $(VENV)/bin/python -m build --no-isolation --sdist --wheel --outdir $(DIST)/here .
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m auditwheel repair --plat manylinux_2_28_$(shell uname -m) \
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m auditwheel repair --plat auto \
 		--exclude "libtorch*" --exclude "libc10*" --wheel-dir $(DIST) $(DIST)/here/*.whl
 	mv $(DIST)/here/*.tar.gz $(DIST)
 	rm -r $(DIST)/here

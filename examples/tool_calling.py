@@ -17,6 +17,7 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "open_doors",
+        "strict": True,  # newer vLLM holds arguments to their schema only then
         "description": "Opens doors. Takes the code of each city.",
         "parameters": {
             "type": "object",

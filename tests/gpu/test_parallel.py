@@ -19,11 +19,11 @@ from kvcompress_vllm.reporting.metrics import StepReport
 from tests.gpu.test_echo import alike
 from tests.gpu.test_engine import PAIRS, PROMPTS, gpu_engine, right
 from tests.integration.engines import greedy
-from tests.integration.test_parallel import kept, test_data_parallel, told
+from tests.integration.test_parallel import data_parallel, kept, told
 from tests.integration.test_policy_faults import choosing
 from tests.policies.installed import install_for_all
 
-__all__ = ["test_data_parallel", "told"]
+__all__ = ["told"]
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +104,10 @@ def test_pipeline_parallel(
     assert pages and {len(layers) for layers in pages} == {6}
     for layers in pages:
         assert 2 * sum(map(sum, layers[:2])) == sum(map(sum, layers[2:])) > 0
+
+
+def test_data_parallel(tmp_path: Path) -> None:
+    data_parallel(tmp_path, "--gpu-memory-utilization", "0.3")
 
 
 def test_pipeline_and_ratio_1_give_the_tokens_of_one_gpu() -> None:

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from tests.gpu.test_engine import gpu_engine
-from tests.integration.engines import greedy, samples, scheduler
+from tests.integration.engines import gaps, greedy, samples, scheduler
 from tests.integration.heads import save_head
 from tests.integration.simulation import ngram
 
@@ -29,9 +29,9 @@ PROMPTS = [
 LENGTH, DRAFTS = 100, 4
 
 
-def same_start(a: list[int], b: list[int]) -> int:
-    """Tokens that are the same from the beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+NEAR_TIE = 0.2
+"""Logits are in bf16, a sixteenth apart; rows of several tokens take other tiles, which round
+differently."""
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
@@ -62,9 +62,7 @@ def test_answers_are_the_same(
         head = {"method": method, "model": save_head(tmp_path, method),
                 "num_speculative_tokens": DRAFTS}  # fmt: skip
     settings: dict[str, Any] = {"enforce_eager": eager, "max_model_len": 2048}
-    with gpu_engine(OPTIONS, **settings) as llm:
-        expected = greedy(llm, PROMPTS, LENGTH, ignore_eos=True)
-        exact = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, extra_args={"kv_compress_ratio": 1})
+    whole = {"extra_args": {"kv_compress_ratio": 1}}
     with gpu_engine(
         OPTIONS,
         **settings,
@@ -74,12 +72,14 @@ def test_answers_are_the_same(
     ) as llm:
         found = greedy(llm, PROMPTS, LENGTH, ignore_eos=True)
         again = greedy(llm, PROMPTS, LENGTH, ignore_eos=True)  # prefix hits
-        whole = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, extra_args={"kv_compress_ratio": 1})
+        exact = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, **whole)
         counted = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
         assert scheduler(llm).kv_compress_manager.packed == {}
     assert counted["vllm:spec_decode_num_drafts"] > 0
-    # Rows of several tokens take other tiles, which round differently; near ties may flip.
-    for wanted, answers in ((expected, found), (expected, again), (exact, whole)):
-        lengths = [same_start(a, b) for a, b in zip(wanted, answers, strict=True)]
-        print(f"{method}, runner {runner}: the same up to token {lengths} of {LENGTH}")
-        assert sum(lengths) > 0.7 * LENGTH * len(PROMPTS)
+    with gpu_engine(OPTIONS, **settings) as llm:
+        for answers, asked in ((found, {}), (again, {}), (exact, whole)):
+            apart = gaps(llm, PROMPTS, answers, ignore_eos=True, **asked)
+            print(f"{method}, runner {runner}: the same up to (token, gap) {apart} of {LENGTH}")
+            assert max(gap for _, gap in apart) < NEAR_TIE
+        # What else is kept is no near tie.
+        assert max(gap for _, gap in gaps(llm, PROMPTS, found, ignore_eos=True, **whole)) > NEAR_TIE

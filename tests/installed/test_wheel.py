@@ -34,7 +34,7 @@ print(json.dumps([add.__module__, EngineArgs.create_engine_config.__module__, en
 
 
 def test_one_wheel_serves_every_python_and_torch(wheel: Path) -> None:
-    assert re.search(r"-cp310-abi3-manylinux_2_27_\w+\.manylinux_2_28_\w+\.whl$", wheel.name)
+    assert re.search(r"-cp310-abi3-manylinux_2_27_[a-z0-9_]+\.whl$", wheel.name)
     assert list(wheel.parent.glob("kvcompress_vllm-*.tar.gz"))
     with zipfile.ZipFile(wheel) as archive:
         libraries = [name for name in archive.namelist() if ".so" in name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -66,6 +67,33 @@ def greedy(llm: LLM, prompts: list[str], max_tokens: int = 24, **params: Any) ->
     sampling = SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, **params})
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     return [list(choice.token_ids) for output in outputs for choice in output.outputs]
+
+
+def gaps(
+    llm: LLM, prompts: list[str], answers: list[list[int]], **params: Any
+) -> list[tuple[int, float]]:
+    """Where answers leave those of this engine, as (token, by how much this engine preferred its
+    own there); (length, 0) where they do not. Rounding flips near ties alone.
+
+    Args:
+        params: of the requests; at most the five likeliest tokens are known, others are infinitely
+            far.
+    """
+    length = max(map(len, answers))
+    sampling = SamplingParams(temperature=0, max_tokens=length, logprobs=5, **params)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    found = []
+    for output, answer in zip(outputs, answers, strict=True):
+        own = output.outputs[0]
+        pairs = enumerate(zip(own.token_ids, answer, strict=True))
+        index = next((i for i, (a, b) in pairs if a != b), None)
+        if index is None:
+            found.append((length, 0.0))
+            continue
+        known = {token: entry.logprob for token, entry in own.logprobs[index].items()}
+        other = known.get(answer[index], -math.inf)
+        found.append((index, known[own.token_ids[index]] - other))
+    return found
 
 
 @cache

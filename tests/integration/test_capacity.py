@@ -100,15 +100,16 @@ def test_windows_hold_blocks_of_every_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "layers", "block_size", "groups"),
+    ("name", "changes", "layers", "block_sizes", "groups"),
     [
+        # States of 16 bits, or of 32: what vLLM makes them on CPU from 0.33 on.
         ("GraniteMoeHybridConfig",
          {"num_hidden_layers": 40, "hidden_size": 4096, "num_attention_heads": 32,
           "num_key_value_heads": 8, "mamba_n_heads": 128, "mamba_d_head": 64,
           "mamba_d_state": 128, "mamba_n_groups": 1, "num_local_experts": 0,
           "intermediate_size": 4096,
           "layer_types": (["mamba"] * 9 + ["attention"]) * 4},
-         4, 528, 9),
+         4, (528, 1040), 9),
         ("FalconH1Config",
          {"num_hidden_layers": 8, "hidden_size": 2048, "num_attention_heads": 8,
           "num_key_value_heads": 2, "head_dim": 128, "mamba_d_ssm": 3072, "mamba_n_heads": 48,
@@ -118,15 +119,15 @@ def test_windows_hold_blocks_of_every_request(tmp_path: Path) -> None:
     ids=["Granite 4 H Small", "Falcon-H1"],
 )  # fmt: skip
 def test_states_make_blocks_long(
-    name: str, changes: dict[str, Any], layers: int, block_size: int | None, groups: int,
-    tmp_path: Path,
+    name: str, changes: dict[str, Any], layers: int, block_sizes: tuple[int, ...] | None,
+    groups: int, tmp_path: Path,
 ) -> None:  # fmt: skip
     model = config_of(name, tmp_path, max_position_embeddings=131072, **changes)
     flags = ["--kv-compress", "ratio=8", "--no-enable-prefix-caching"]
     report = capacity.examine(model, flags, 80 * GIB, 32768)
     assert report["problems"] == [] and len(report["compressed_layers"]) == layers
     size = report["block_size"]
-    assert size % 16 == 0 and size == (block_size or size) and size > 256
+    assert size % 16 == 0 and size in (block_sizes or (size,)) and size > 256
     assert report["other_blocks"] == groups
     own = rows(report)[8, "auto"]
     full = -(-32768 // size)

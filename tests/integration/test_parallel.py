@@ -148,10 +148,14 @@ def test_tensor_parallel() -> None:
 
 
 def test_data_parallel(tmp_path: Path) -> None:
+    data_parallel(tmp_path)
+
+
+def data_parallel(tmp_path: Path, *more: str) -> None:
     """Two engines behind one server: metrics of each, and the page's sums."""
     pairs = samples("single", 500, 6)
     flags = ("--kv-compress", "ratio=8", "--data-parallel-size", "2", "--api-server-count", "1")
-    with serve(tmp_path, *flags) as server:
+    with serve(tmp_path, *flags, *more) as server:
         assert [complete(server, prompt) for prompt, _ in pairs] == [a for _, a in pairs]
         text = httpx.get(f"{server.url}/metrics").text
         page = httpx.get(f"{server.url}/kv-compress/data").json()

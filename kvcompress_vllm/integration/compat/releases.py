@@ -58,6 +58,12 @@ def cache_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
     return found
 
 
+def hash_lookahead(vllm_config: Any) -> int:
+    """Tokens behind a block on which its hash depends: with draft models newer releases have some,
+    as the draft's keys of a token depend on the next."""
+    return getattr(vllm_config, "num_hash_lookahead_tokens", 0)
+
+
 def waiting_queues(scheduler: Any) -> list[Any]:
     """vLLM's queues of requests that wait, next first; 0.31 and later have but one."""
     skipped = getattr(scheduler, "skipped_waiting", None)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +31,22 @@ def mend_slot_mapping() -> None:
     fallback = cpu_triton_utils._compute_slot_mapping_kernel_impl
     if len(inspect.signature(fallback).parameters) != len(names):
         cpu_triton_utils._compute_slot_mapping_kernel_impl = _by_name(names)
+
+
+def mend_kernel_scan() -> None:
+    """Where vLLM looks for its kernels in whatever modules hold (0.33), some of that has no mapping
+    in ``__dict__``: llvmlite's library, which n-grams import; the next engine does not start."""
+    try:
+        dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
+    except ImportError:  # older releases
+        return
+    dispatcher.vars = _attributes
+
+
+def _attributes(value: Any) -> Mapping[str, Any]:
+    """``vars``, empty where that is no mapping."""
+    found = vars(value)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _by_name(names: tuple[str, ...]) -> Callable[..., None]:

@@ -47,6 +47,7 @@ class KVCompressCpuPlatform(CpuPlatform):
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
         newer.mend_slot_mapping()
+        newer.mend_kernel_scan()
         super().register_triton_kernel_overrides()
 
     @classmethod

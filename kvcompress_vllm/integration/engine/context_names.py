@@ -25,6 +25,7 @@ class ContextNames:
         planner: knows where requests are compressed.
         requests: all of the scheduler, by id.
         on: whether anything is shared.
+        lookahead: tokens behind a block on which its hash depends, too: keys of draft models do.
 
     Attributes:
         on: the same.
@@ -36,30 +37,31 @@ class ContextNames:
         planner: CompressionPlanner,
         requests: Mapping[str, Request],
         on: bool,
+        lookahead: int = 0,
     ) -> None:
         self._manager, self._planner, self._requests = manager, planner, requests
         self.on = on
+        self._unhashed = -(-lookahead // manager.block_pool.hash_block_size)
         self._repeated = Repeated() if planner.config.share == "auto" and on else None
 
     def found(self, request: Request, budget: RequestBudget | None) -> RequestBudget | None:
         """The budget of a new request, with a context where its prompt begins like one before it
         (``share=auto``), and it names none itself."""
-        repeated, pool = self._repeated, self._manager.block_pool
+        repeated = self._repeated
         planner, contexts = self._planner, self._planner.contexts
         own = planner.sizes(budget).budget
         named = own.context_tokens is not None or own.context_stride
         if repeated is None or named or own.query_stride:
             return budget
-        size, hashes = pool.hash_block_size, request.block_hashes
         stride = math.lcm(STRIDE, self._manager.block_size)
-        last = min(request.num_tokens - 1, len(hashes) * size)
+        last = min(request.num_tokens - 1, self._named(request))
         lengths = range(stride, last + 1, stride)
 
         def held(length: int) -> bool:
             key = self._key(request, own, length)
             return contexts.get(key) is not None or contexts.computing(key) is not None
 
-        n = repeated.context([(n, hashes[n // size - 1]) for n in lengths], held)
+        n = repeated.context([(n, self._name(request, n)) for n in lengths], held)
         if n is None:
             return budget
         exact = planner.config.exact != "off" and planner.observers.reads_echo(own.policy)
@@ -71,7 +73,7 @@ class ContextNames:
     def of(self, request: Request, budget: RequestBudget | None) -> dict[int, bytes]:
         """Of a request's contexts, by tokens: their tokens (with LoRA, multimodal inputs and salt),
         and all that their packing depends on. Empty: it has none, or none that could be shared."""
-        sizes, pool = self._planner.sizes(budget), self._manager.block_pool
+        sizes = self._planner.sizes(budget)
         if not self.on or sizes.budget.query_stride:
             return {}  # accumulated statistics are of the request that computed them
         return {
@@ -79,15 +81,14 @@ class ContextNames:
             for n in self._planner.marks(sizes, request.num_tokens)
             # What ends there may keep more than half of the peak.
             if n < request.num_tokens or (n == request.num_tokens and not sizes.limits.peak_blocks)
-            if len(request.block_hashes) >= n // pool.hash_block_size
+            if n <= self._named(request)
         }
 
     def due(self, tracked: Tracked) -> bytes | None:
         """Of the context that a request with a stride is compressed as now, in its prompt or its
         answer; None: it could not be shared, or not all its tokens are known yet."""
         request, n = self._requests[tracked.request_id], tracked.due_at
-        hashed = len(request.block_hashes) * self._manager.block_pool.hash_block_size
-        if not self.on or tracked.budget.query_stride or n > hashed:
+        if not self.on or tracked.budget.query_stride or n > self._named(request):
             return None
         return self._key(request, tracked.budget, n)
 
@@ -98,5 +99,33 @@ class ContextNames:
     def _key(self, request: Request, budget: RequestBudget, n: int) -> bytes:
         protect = tuple((start, min(end, n)) for start, end in budget.protect if start < n)
         alike = budget._replace(protect=protect, context_tokens=n)
-        place = n // self._manager.block_pool.hash_block_size
-        return hashlib.sha256(request.block_hashes[place - 1] + repr(alike).encode()).digest()
+        return hashlib.sha256(self._name(request, n) + repr(alike).encode()).digest()
+
+    def _named(self, request: Request) -> int:
+        """Tokens of a request that have a name by now."""
+        size = self._manager.block_pool.hash_block_size
+        hashed = len(request.block_hashes) * size
+        if not self._unhashed or not self._has_tokens(request):
+            return hashed
+        return min(hashed + self._unhashed * size, request.num_tokens)
+
+    def _name(self, request: Request, n: int) -> bytes:
+        """Of a request's first ``n`` tokens, which does not depend on what follows them::
+
+        hashes       h0 h1 h2 h3          h3 is of t4 as well
+        tokens    |  t0 t1 t2 t3 | t4     a name of four: h2 and the tokens of block 3
+        """
+        size, hashes = self._manager.block_pool.hash_block_size, request.block_hashes
+        last = n // size - 1
+        if not self._unhashed or not self._has_tokens(request):
+            return hashes[last]
+        before = max(-1, last - self._unhashed)
+        tokens = list(request.all_token_ids[(before + 1) * size : n])
+        known = hashes[before] if before >= 0 else b""
+        salt = request.cache_salt, request.lora_request and request.lora_request.lora_name
+        return hashlib.sha256(known + repr((salt, tokens)).encode()).digest()
+
+    @staticmethod
+    def _has_tokens(request: Request) -> bool:
+        """Whether token ids say all that a request's keys depend on."""
+        return request.prompt_token_ids is not None and not request.mm_features

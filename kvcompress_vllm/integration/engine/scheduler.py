@@ -21,6 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
+from kvcompress_vllm.integration.compat.releases import hash_lookahead
 from kvcompress_vllm.integration.engine import utilities
 from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
@@ -93,7 +94,11 @@ class _KVCompressMixin(Scheduler):
             self, self.kv_compress_planner, others, self._recorder, self._usage
         )
         self.kv_compress_sharing = Sharing(
-            others, self.kv_compress_planner, self._usage, self.requests
+            others,
+            self.kv_compress_planner,
+            self._usage,
+            self.requests,
+            hash_lookahead(self.vllm_config),
         )
         manager.on_release = self._release
         self._failures: dict[str, str] = {}

@@ -49,6 +49,7 @@ class Sharing:
         planner: knows who uses what.
         usage: is told what requests took.
         requests: all of the scheduler, by id.
+        lookahead: as of :class:`ContextNames`.
 
     Attributes:
         names: which contexts requests have, and whether anything is shared.
@@ -61,6 +62,7 @@ class Sharing:
         planner: CompressionPlanner,
         usage: UsageLog,
         requests: Mapping[str, Request],
+        lookahead: int,
     ) -> None:
         manager = others.manager
         self.tails = Tails(manager)
@@ -71,7 +73,7 @@ class Sharing:
         self._waiting: dict[str, Request] = {}
         self._recorder = SharedRecorder()
         on = planner.config.share != "off" and pool.enable_caching and not others
-        self.names = ContextNames(manager, planner, requests, on)
+        self.names = ContextNames(manager, planner, requests, on, lookahead)
         self._started: deque[tuple[str, bytes]] = deque(maxlen=_REMEMBERED)
         stock = pool.get_new_blocks
 
