@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress_vllm.integration.cpu import drafting, rejection
+from kvcompress_vllm.integration.cpu import drafting, experts, rejection
 from kvcompress_vllm.integration.cpu.activations import ACTIVATIONS
 
 _LIBRARY: torch.library.Library | None = None
@@ -66,6 +66,7 @@ def register() -> None:
         ),
         *rejection.OPS.items(),
         *drafting.OPS.items(),
+        *experts.OPS.items(),
         ("greedy_argmax(Tensor logits) -> Tensor", greedy_argmax),
         ("fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor", fused_gumbel_argmax),
     ):

@@ -155,6 +155,14 @@ def _full_groups(kinds: Sequence[str]) -> int:
     return -(-counts[COMPRESSED] // group_size(counts))
 
 
+def keep_windows_everywhere(config: VllmConfig) -> None:
+    """Have vLLM cache what layers with a window hold at every block. Newer releases do so only where
+    a prompt ends, which is behind a compression, where nothing is cached."""
+    cache: Any = config.cache_config
+    if getattr(cache, "prefix_cache_retention_interval", None) == 0 and has_others(config):
+        cache.prefix_cache_retention_interval = None
+
+
 def drop_idle_window(config: VllmConfig) -> None:
     """Have vLLM build full attention where no request can outgrow the window of all layers.
 

@@ -166,6 +166,7 @@ def check(vllm_config: VllmConfig) -> None:
         if found:
             raise ValueError(_text(refusal, vllm_config, found))
     leave_local_layers(vllm_config)
+    kinds.keep_windows_everywhere(vllm_config)
     take_draft_layers(vllm_config)
     pages.choose(vllm_config)
     check_sizes(vllm_config)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress_vllm.compression.echo import Rotation
+from kvcompress_vllm.integration.worker import transformers_rotary
 from kvcompress_vllm.ops.reference import rotated
 
 CLOSE = 0.05
@@ -38,7 +39,11 @@ def rotations(
     found = []
     for name, layer in layers.items():
         try:
-            rope = _rotary_of(owners.get(id(layer)))
+            owner = owners.get(id(layer))
+            if transformers_rotary.written_there(owner):
+                found.append(transformers_rotary.rotation(model, owner, distance, device))
+                continue
+            rope = _rotary_of(owner)
             if id(rope) not in known:
                 known[id(rope)] = _rotation(rope, distance, device)
         except Exception as error:  # modules of models to come may raise anything
