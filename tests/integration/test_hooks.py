@@ -181,8 +181,8 @@ def test_what_a_signature_does_not_take(stock: str, own: str, expected: list[str
 
 def test_patches_are_all_registered() -> None:
     """Each function that the source puts in the place of one of vLLM's has its hook."""
-    # Of our block manager, of our contexts, of our other groups, of a response under way.
-    own = {"on_release", "on_drop", "on_packed", "append_output"}
+    # Of our block manager, of our contexts, of our other groups, of a response under way; Python's.
+    own = {"on_release", "on_drop", "on_packed", "append_output", "vars"}
     found = {patch.name for patch in ours.reliance().patches} - own
     annotated = {
         name

@@ -18,6 +18,16 @@ def claim_no_amx() -> None:
     torch.cpu._is_amx_tile_supported = lambda: False
 
 
+_NODES = "assigned_physical_gpu_ids"
+
+
+def share_the_node(parallel_config: Any) -> None:
+    """With data parallelism each engine gets a NUMA node by its number, whether it is there or
+    not; here they share cores and memory."""
+    if getattr(parallel_config, _NODES, None) is not None:
+        setattr(parallel_config, _NODES, None)
+
+
 def mend_slot_mapping() -> None:
     """Where vLLM's CPU fallback does not take what the kernel that it stands for takes (0.32.0:
     ``block_size`` is gone from the kernel only), replace it."""

@@ -88,6 +88,6 @@ class KVCompressCpuPlatform(CpuPlatform):
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = method
         if backend == "uni":
             parallel.distributed_executor_backend = "uni"
-        if parallel.world_size > 1:
+        if max(parallel.world_size, parallel.data_parallel_size) > 1:
             # vLLM wants a NUMA node per rank; without a wish of the user, share the cores.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -7,9 +7,12 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip
 
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from kvcompress_vllm.integration.cpu import newer
 from kvcompress_vllm.integration.cpu.platform import KVCompressCpuPlatform
 from kvcompress_vllm.integration.worker.longest_request import LongestRequestMixin
 from kvcompress_vllm.integration.worker.worker import KVCompressWorkerMixin
@@ -18,14 +21,26 @@ from kvcompress_vllm.integration.worker.worker import KVCompressWorkerMixin
 class KVCompressCPUWorker(LongestRequestMixin, KVCompressWorkerMixin, CPUWorker):
     """Compression on a machine without GPU."""
 
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        if isinstance(current_platform, KVCompressCpuPlatform):
+            newer.share_the_node(vllm_config.parallel_config)
+        super().__init__(vllm_config, *args, **kwargs)
+
     def determine_available_memory(self) -> int:
-        alone = self.parallel_config.pipeline_parallel_size == 1
-        if isinstance(current_platform, KVCompressCpuPlatform) and alone:
+        if isinstance(current_platform, KVCompressCpuPlatform):
             # vLLM warms up to compile; on this platform nothing is compiled, and the dummy batch of
-            # the largest size only delays the first request. A pipeline stage receives into
-            # buffers that this batch makes.
+            # the largest size only delays the first request.
             self.model_runner.warming_up_model = lambda: None
+            self._make_receive_buffers()
         return super().determine_available_memory()
+
+    def _make_receive_buffers(self) -> None:
+        """What later pipeline stages receive into, which else that batch makes."""
+        runner = self.model_runner
+        if not get_pp_group().is_first_rank:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
+            )
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)

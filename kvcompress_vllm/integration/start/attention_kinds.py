@@ -156,8 +156,8 @@ def _full_groups(kinds: Sequence[str]) -> int:
 
 
 def keep_windows_everywhere(config: VllmConfig) -> None:
-    """Have vLLM cache what layers with a window hold at every block. Newer releases do so only where
-    a prompt ends, which is behind a compression, where nothing is cached."""
+    """Have vLLM cache what layers with a window hold at every block. Newer releases do so where a
+    prompt ends alone, which is behind a compression, where nothing is cached."""
     cache: Any = config.cache_config
     if getattr(cache, "prefix_cache_retention_interval", None) == 0 and has_others(config):
         cache.prefix_cache_retention_interval = None

@@ -15,7 +15,7 @@ import textwrap
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvcompress_vllm.compression.echo import Rotation
 from kvcompress_vllm.ops.reference import rotated

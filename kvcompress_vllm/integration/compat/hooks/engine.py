@@ -94,4 +94,6 @@ HOOKS = (
          "says where states were", "never"),
     Hook("vllm.config.speculative:SpeculativeConfig.use_eagle", ("self",),
          "whether vLLM keeps room for what is drafted next", "never"),
+    Hook("vllm.config.speculative:SpeculativeConfig", ("attention_backend",),
+         "draft layers run on our backend", "vLLM gives them the target's"),
 )  # fmt: skip
