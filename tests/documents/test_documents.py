@@ -117,6 +117,7 @@ def test_throughput_is_that_of_the_results() -> None:
         for name in (
             "throughput-19300-tokens",
             "throughput-19300-int4-h200",
+            "parallel-8b-h200",
             "throughput-all-memory",
             "serve-19300-tokens",
         )
