@@ -71,9 +71,10 @@ def _turns(owner: Any) -> bool:
         ValueError: its source does not say so plainly.
     """
     source = textwrap.dedent(inspect.getsource(type(owner).forward))
+    statements = _statements(ast.parse(source), ())
     calls = [
         (above, node)
-        for above, node in _statements(ast.parse(source), ())
+        for above, node in statements
         if isinstance(node, ast.Assign)
         and isinstance(node.value, ast.Call)
         and ast.unparse(node.value.func) == _APPLY
@@ -82,7 +83,7 @@ def _turns(owner: Any) -> bool:
         raise ValueError(f"{type(owner).__name__} calls {_APPLY} {len(calls)} times")
     [(above, call)] = calls
     query = ast.unparse(call.targets[0]).strip("()").partition(",")[0]
-    for _, node in _statements(ast.parse(source), ()):
+    for _, node in statements:
         if isinstance(node, ast.Assign) and node.lineno > call.lineno:
             norms = "norm" in ast.unparse(node.value).lower()
             if norms and query in ast.unparse(node.targets[0]):
