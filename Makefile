@@ -48,7 +48,7 @@ serve: install
 # `make test ARGS="tests/ops -k select"` runs a part of them, `make test WORKERS=2` two files at a time.
 WORKERS ?=
 test: install
-	$(VENV)/bin/python -m pytest $(if $(WORKERS),-n $(WORKERS) --dist loadgroup) $(ARGS)
+	$(VENV)/bin/python -m pytest $(if $(WORKERS),-n $(WORKERS)) $(ARGS)
 
 # Does compression work with this vLLM? A minute; `make test` is thorough.
 engine: install

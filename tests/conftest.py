@@ -26,14 +26,19 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook of this name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``-n 2 --dist loadgroup`` a file is one process's, as its tests may share an engine. So
-    are the files that build in this folder."""
-    for item in items:
-        name = item.nodeid.partition("::")[0]
-        builds = name.startswith("tests/installed/") or name == "tests/test_build.py"
-        item.add_marker(pytest.mark.xdist_group("builds" if builds else name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n 2`` a file is one process's, as its tests may share an engine. So are the files
+    that build in this folder. (xdist 3.8 finds no ``xdist_group`` with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = nodeid.partition("::")[0]
+            builds = name.startswith("tests/installed/") or name == "tests/test_build.py"
+            return "builds" if builds else name
+
+    return ByFile(config, log)
 
 
 @contextlib.contextmanager
