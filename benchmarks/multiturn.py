@@ -6,7 +6,7 @@
 Several users talk at once, each at the pace of the answers. Every turn sends the whole conversation
 so far: a prefix that all users share, a first message, and for each further turn the answer just
 received and a new message. vLLM's prefix caching is on, except in ``uncached``, which is stock vLLM
-without it. One JSON line per engine, a table, and with ``--plot`` a figure.
+without it. One JSON line per engine and length of answers, tables, and with ``--plot`` a figure.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -26,6 +27,7 @@ from benchmarks.server import Server, completion_chunks, serve
 
 UNCACHED = "uncached"
 TOKENS = range(1000, 4000)
+PREEMPTED = "vllm:num_preemptions_total"
 
 
 class Turn(NamedTuple):
@@ -45,50 +47,58 @@ def main() -> None:
     parser.add_argument("--shared-tokens", type=int, default=500, help="what all users begin with")
     parser.add_argument("--first-tokens", type=int, default=2000, help="of the first message")
     parser.add_argument("--turn-tokens", type=int, default=200, help="of every further message")
-    parser.add_argument("--output-tokens", type=int, default=200, help="of every answer")
+    parser.add_argument(
+        "--output-tokens", default="200", help="of every answer; comma-separated: one after another"
+    )
     parser.add_argument("serve_args", nargs="*", help="after --, further flags of vllm serve")
     args = parser.parse_args()
+    args.output_tokens = [int(tokens) for tokens in args.output_tokens.split(",")]
     runs: list[dict[str, Any]] = []
     for name in args.engines:
-        runs.append(measure(args, name))
-        print(json.dumps(runs[-1]), flush=True)
-        if args.output:
-            with args.output.open("a") as file:
-                print(json.dumps(runs[-1]), file=file)
-    print_table(runs)
+        for run in measure(args, name):
+            runs.append(run)
+            print(json.dumps(run), flush=True)
+            if args.output:
+                with args.output.open("a") as file:
+                    print(json.dumps(run), file=file)
+    for tokens in args.output_tokens:
+        print(f"answers of {tokens} tokens")
+        print_table([run for run in runs if run["output_tokens"] == tokens])
     if args.plot:
         from benchmarks.plots import plot_multiturn
 
         plot_multiturn(runs, args.plot)
 
 
-def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """All conversations on one engine.
+def measure(args: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
+    """All conversations on one engine, once for every length of answers.
 
     Raises:
         RuntimeError: a request failed or got less than all of its output.
     """
-    longest = args.shared_tokens + args.first_tokens + args.turns * args.output_tokens
+    longest = args.shared_tokens + args.first_tokens + args.turns * max(args.output_tokens)
     longest += (args.turns - 1) * args.turn_tokens + BLOCK_SIZE
     caching = "--no-enable-prefix-caching" if name == UNCACHED else "--enable-prefix-caching"
     flags = [caching, "--enable-prompt-tokens-details", *args.serve_args]
     engine = STOCK if name == UNCACHED else name
     with serve(args.model, engine, longest, args.kv_tokens, flags) as server:
-        asyncio.run(talk(args, server, users=1, turns=2, seed=-1))  # kernels, first compression
-        before = server.metrics()
-        start = time.perf_counter()
-        turns = asyncio.run(talk(args, server, args.users, args.turns, seed=0))
-        seconds = time.perf_counter() - start
-        metrics = server.metrics()
-    preempted = "vllm:num_preemptions_total"
-    return {
-        "engine": name,
-        "users": args.users,
-        "kv_tokens": args.kv_tokens,
-        "seconds": round(seconds, 2),
-        "preemptions": int(metrics[preempted] - before[preempted]),
-        "turns": [summary([t for t in turns if t.turn == turn]) for turn in range(args.turns)],
-    }
+        # Kernels, first compression.
+        asyncio.run(talk(args, server, args.output_tokens[0], users=1, turns=2, seed=-1))
+        for seed, tokens in enumerate(args.output_tokens):
+            before = server.metrics()
+            start = time.perf_counter()
+            turns = asyncio.run(talk(args, server, tokens, args.users, args.turns, seed))
+            seconds = time.perf_counter() - start
+            preempted = server.metrics()[PREEMPTED] - before[PREEMPTED]
+            yield {
+                "engine": name,
+                "users": args.users,
+                "kv_tokens": args.kv_tokens,
+                "output_tokens": tokens,
+                "seconds": round(seconds, 2),
+                "preemptions": int(preempted),
+                "turns": [summary([t for t in turns if t.turn == n]) for n in range(args.turns)],
+            }
 
 
 def summary(turns: list[Turn]) -> dict[str, Any]:
@@ -109,7 +119,7 @@ def summary(turns: list[Turn]) -> dict[str, Any]:
 
 
 async def talk(
-    args: argparse.Namespace, server: Server, users: int, turns: int, seed: int
+    args: argparse.Namespace, server: Server, tokens: int, users: int, turns: int, seed: int
 ) -> list[Turn]:
     """All users talk at once."""
     shared = random.Random(seed).choices(TOKENS, k=args.shared_tokens)
@@ -126,7 +136,7 @@ async def talk(
             for turn in range(turns):
                 if turn:
                     history = history + choice.choices(TOKENS, k=args.turn_tokens)
-                answer, measured = await ask(session, server, history, args.output_tokens, turn)
+                answer, measured = await ask(session, server, history, tokens, turn)
                 history = history + answer
                 done.append(measured)
             return done

@@ -15,6 +15,7 @@ import asyncio
 import json
 import random
 import time
+from itertools import product
 from typing import Any
 
 from tqdm import tqdm
@@ -63,6 +64,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
         "--engine-args", type=json.loads, default={}, help='JSON: {"enforce_eager": true}'
+    )
+    parser.add_argument(
+        "--request-ratios",
+        type=lambda text: [float(ratio) for ratio in text.split(",")],
+        default=[None],
+        metavar="RATIO,...",
+        help="engines that compress run once for each of these, asked by every request; starting "
+        "a large model takes minutes",
     )
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -120,11 +129,13 @@ async def measure(args: argparse.Namespace, ranks: str, name: str) -> None:
     choice = random.Random(0)
     try:
         await generate(engine, workload._replace(num_prompts=4, output_len=8), choice, "warm")
-        for repeat in range(args.repeats):
-            seconds = await generate(engine, workload, choice, str(repeat))
+        ratios = [None] if given is None else args.request_ratios
+        for ratio, repeat in product(ratios, range(args.repeats)):
+            asked = {} if ratio is None else {"kv_compress_ratio": ratio}
+            seconds = await generate(engine, workload, choice, f"{ratio}-{repeat}", asked)
             tokens = workload.input_len + workload.output_len
             line = {
-                "engine": name,
+                "engine": name if ratio is None else f"{name}, {ratio:g} asked",
                 "layout": ranks,
                 "workload": str(workload),
                 "start_s": ready,
@@ -146,8 +157,17 @@ def dummy(model: str) -> bool:
     return folder.is_dir() and not any(folder.glob("*.safetensors"))
 
 
-async def generate(engine: Any, workload: Workload, choice: random.Random, name: str) -> float:
+async def generate(
+    engine: Any,
+    workload: Workload,
+    choice: random.Random,
+    name: str,
+    asked: dict[str, Any] | None = None,
+) -> float:
     """Seconds from the first request to the last answer.
+
+    Args:
+        asked: what every request asks of us.
 
     Raises:
         RuntimeError: a request did not get all of its output.
@@ -157,7 +177,7 @@ async def generate(engine: Any, workload: Workload, choice: random.Random, name:
 
     params = SamplingParams(
         temperature=0, max_tokens=workload.output_len, ignore_eos=True, detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.FINAL_ONLY, extra_args=asked or None,
     )  # fmt: skip
 
     async def ask(number: int, ids: list[int]) -> int:

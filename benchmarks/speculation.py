@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=1 << 30)
     parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -103,6 +104,7 @@ def answers(args: argparse.Namespace, ratio: str, kind: str) -> dict[str, Any]:
         max_num_batched_tokens=2048,
         block_size=16,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        gpu_memory_utilization=args.gpu_memory_utilization,
         disable_log_stats=False,
         speculative_config=speculative,
     )

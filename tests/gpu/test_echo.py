@@ -22,7 +22,8 @@ from tests.integration.engines import greedy
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS = {"policy": "echo", "policy_options": {"weight": 0}, "ratio": 4, "page_dtype": "auto"}
+OPTIONS = {"policy": "echo", "policy_options": {"weight": 0}, "ratio": 4}
+FORMATS = pytest.mark.parametrize("page_dtype", ["auto", "fp8"])
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -50,10 +51,12 @@ def alike(one, other) -> float:
     )
 
 
-def test_chunks_and_hits_keep_the_same_keys() -> None:
+@FORMATS
+def test_chunks_and_hits_keep_the_same_keys(page_dtype: str) -> None:
+    options = {**OPTIONS, "page_dtype": page_dtype}
     kept = {}
     for budget in (300, 4096):
-        with gpu_engine(OPTIONS, max_num_batched_tokens=budget, max_num_seqs=8) as llm:
+        with gpu_engine(options, max_num_batched_tokens=budget, max_num_seqs=8) as llm:
             kept[budget] = read(llm, PROMPTS)[1]
             outputs, again = read(llm, PROMPTS)
             assert [output.num_cached_tokens for output in outputs] == [512, 1280, 256, 768]
@@ -61,8 +64,9 @@ def test_chunks_and_hits_keep_the_same_keys() -> None:
     assert alike(kept[300], kept[4096]) > 0.97
 
 
-def test_generations_are_scored_and_compressed_again() -> None:
-    with gpu_engine(OPTIONS) as llm:
+@FORMATS
+def test_generations_are_scored_and_compressed_again(page_dtype: str) -> None:
+    with gpu_engine({**OPTIONS, "page_dtype": page_dtype}) as llm:
         outputs, kept = read(llm, PROMPTS, 400)
         assert all(len(output.outputs[0].token_ids) == 400 for output in outputs)
         # Of the keys that compete at last, some that were decoded are kept by more than recency.

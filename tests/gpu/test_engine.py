@@ -28,7 +28,7 @@ PROMPTS = [prompt for prompt, _ in PAIRS]
 
 def gpu_engine(options, **arguments):
     defaults = {"dtype": "bfloat16", "enforce_eager": False, "kv_cache_memory_bytes": 1 << 31,
-                "gpu_memory_utilization": 0.3, "num_gpu_blocks_override": 2000}  # fmt: skip
+                "gpu_memory_utilization": 0.05, "num_gpu_blocks_override": 2000}  # fmt: skip
     return engine(options, **{**defaults, **arguments})
 
 

@@ -27,7 +27,7 @@ __all__ = ["told"]
 
 pytestmark = pytest.mark.gpu
 
-UNIFORM = {"ratio": 8, "policy": "kv_compress", "allocator": "uniform", "page_dtype": "auto"}
+UNIFORM = {"ratio": 8, "policy": "kv_compress", "allocator": "uniform"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +35,14 @@ def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
 
 
-def test_tensor_parallel() -> None:
+@pytest.mark.parametrize("page_dtype", ["auto", "fp8"])
+def test_tensor_parallel(page_dtype: str) -> None:
     """Heads that do not compete keep (nearly) what they keep on one rank: products are summed over
     ranks in another order. Done again, everything is the same, on every rank."""
-    with gpu_engine(UNIFORM) as llm:
+    options = {**UNIFORM, "page_dtype": page_dtype}
+    with gpu_engine(options) as llm:
         (alone,) = kept(llm, PROMPTS[0])
-    with gpu_engine(UNIFORM, tensor_parallel_size=2) as llm:
+    with gpu_engine(options, tensor_parallel_size=2) as llm:
         ranks = kept(llm, PROMPTS[0])
         llm.reset_prefix_cache()
         assert kept(llm, PROMPTS[0]) == ranks
@@ -107,7 +109,8 @@ def test_pipeline_parallel(
 
 
 def test_data_parallel(tmp_path: Path) -> None:
-    data_parallel(tmp_path, "--gpu-memory-utilization", "0.3")
+    # Beside other engines.
+    data_parallel(tmp_path, "--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", "1G")
 
 
 def test_pipeline_and_ratio_1_give_the_tokens_of_one_gpu() -> None:

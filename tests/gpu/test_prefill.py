@@ -16,13 +16,18 @@ from tests.integration.hidden import answered
 pytestmark = pytest.mark.gpu
 
 
-def test_questions_after_the_compression(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page_dtype, bits", [("auto", 16), ("fp8", 8)])
+def test_questions_after_the_compression(
+    page_dtype: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ratios count bits, too: the same keys are kept."""
+    times = 16 // bits
     monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
-    options = {"ratio": 8, "allow_policies": True, "window": 64, "query_stride": 8}
-    options["page_dtype"] = "auto"
+    options = {"ratio": 8 * times, "allow_policies": True, "window": 64, "query_stride": 8,
+               "page_dtype": page_dtype}  # fmt: skip
     with gpu_engine(options) as llm:
         assert answered(llm, PAIRS, kv_compress_policy="kv_compress") <= 8
-        assert answered(llm, PAIRS, kv_compress_policy="keydiff", kv_compress_ratio=3) >= 14
+        assert answered(llm, PAIRS, kv_compress_policy="keydiff", kv_compress_ratio=3 * times) >= 14
         assert answered(llm, PAIRS, protect=True) >= 17
         assert answered(llm, PAIRS, protect=True, kv_compress_policy="h2o") >= 14
 

@@ -5,8 +5,10 @@ checks which scores each head holds."""
 from __future__ import annotations
 
 import pytest
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.request import RequestStatus
 
+from kvcompress_vllm.integration.compat.releases import waiting_queues
 from kvcompress_vllm.scheduling import replay, slots
 from tests.integration.simulation import Simulation
 from tests.integration.test_sharing import OPTIONS, contexts, document, held
@@ -186,3 +188,27 @@ def test_keys_that_nobody_heard_stay_beside_a_context(monkeypatch) -> None:
     assert sim.num_compressions > 4 and sim.pool.get_num_free_blocks() == 899
     # A context itself never keeps for that: it is packed from what its prompt was scored as.
     assert all(len(tokens) in (100, 300) for tokens in sim.outputs.values())
+
+
+@pytest.mark.parametrize("policy", [SchedulingPolicy.FCFS, SchedulingPolicy.PRIORITY])
+def test_who_waits_for_room_does_not_keep_a_part_from_starting(policy) -> None:
+    """The owner waits for it with blocks for which others wait, though they came first: they were
+    held back once, which puts them before everybody, or are more urgent."""
+    sim = Simulation(60, EXACT, max_model_len=1024)
+    scheduler = sim.scheduler
+    scheduler.policy = policy
+    if policy is SchedulingPolicy.PRIORITY:
+        scheduler.waiting, scheduler.skipped_waiting = map(create_request_queue, [policy] * 2)
+    sim.add("owner", [*document(1, 320), *document(3, 300)], 4, kv_compress_context_tokens=320)
+    while not scheduler.running or scheduler.running[0].num_computed_tokens < 300:
+        sim.step()
+    assert not parts(sim)
+    sim.add("waits", document(2, 600), 4)
+    request, first = scheduler.requests["waits"], waiting_queues(scheduler)[0]
+    request.priority = -1
+    for queue in waiting_queues(scheduler):
+        queue.remove_requests([request])
+    first.prepend_request(request)
+    sim.run(400)
+    assert {name: len(ids) for name, ids in sim.outputs.items()} == {"owner": 4, "waits": 4}
+    assert sim.worker.replayed.keys() == {"owner"} and sim.pool.get_num_free_blocks() == 59

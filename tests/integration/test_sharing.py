@@ -486,8 +486,8 @@ class SharingMachine(RuleBasedStateMachine):
         self, num_blocks, max_num_batched_tokens, max_num_seqs, decode, asynchronous, drafts,
         options, page_dtype,
     ):  # fmt: skip
-        if "exact" in options:
-            max_num_seqs = max(max_num_seqs, 2)
+        if options.get("policy") == "echo":
+            max_num_seqs = max(max_num_seqs, 2)  # a repetition takes another
         self.longest, self.stride = 512, "context_stride" in options
         if self.stride:  # turns that reach the next mark, in steps that hold a segment
             self.longest, num_blocks = 900, num_blocks + 40
@@ -524,10 +524,13 @@ class SharingMachine(RuleBasedStateMachine):
         ),
         times=st.integers(1, 3),
         named=st.booleans(),
+        exact=st.booleans(),
     )
-    def add(self, family, context, more, max_tokens, asked, times, named):
+    def add(self, family, context, more, max_tokens, asked, times, named, exact):
         config = self.sim.config
-        if config.exact != "off":
+        if exact and named and config.policy == "echo" and not config.prefill_peak_tokens:
+            asked = {"kv_compress_exact": "kvzip"}
+        if config.exact != "off" or "kv_compress_exact" in asked:
             context = min(context, 160)  # the front end refuses what cannot be repeated within 512
         policy = asked.get("kv_compress_policy", config.policy)
         if policy != config.policy and not config.allow_policies:

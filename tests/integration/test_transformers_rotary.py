@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
 
 from kvcompress_vllm.integration.worker.rotary import rotations
 from kvcompress_vllm.ops.reference import rotated
@@ -38,7 +39,9 @@ DISTANCE = 256
 def model_of(name: str, changes: dict[str, Any]) -> Any:
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
     torch.manual_seed(0)
-    return transformers.AutoModel.from_config(config).eval()
+    # An engine that ran such a model in this process has left its decorator on the class.
+    with set_current_vllm_config(VllmConfig()):
+        return transformers.AutoModel.from_config(config).eval()
 
 
 def found_in(model: Any) -> list[Any]:

@@ -176,6 +176,19 @@ class Replays:
                 self._enqueue(part)
         return failures
 
+    def hold_back(self) -> list[Request]:
+        """Take everybody else out of the queues while a part waits to start. Who computed its
+        context waits for it, with blocks that whoever is before it may wait for. They are put back
+        like those of :meth:`Sharing.hold_back` after the step is scheduled."""
+        queues = waiting_queues(self._scheduler) if self._repetitions else ()
+        waiting = [request for queue in queues for request in queue]
+        held = [request for request in waiting if request.request_id not in self._parts]
+        if len(held) == len(waiting):
+            return []
+        for queue in queues:
+            queue.remove_requests(held)
+        return held
+
     def blocks(self, request: Request) -> list[KVCacheBlock]:
         """Those of its context, for a part that starts."""
         repetition = self._parts[request.request_id]
@@ -225,14 +238,9 @@ class Replays:
         return repetition
 
     def _enqueue(self, part: Request) -> None:
-        """Let it start before whoever waits: all that wait for its context wait for it."""
         setattr(part, PRIVATE, True)
         part.kv_compress_budget = self._budget  # type: ignore[attr-defined]
         self._scheduler.add_request(part)
-        for queue in waiting_queues(self._scheduler):
-            if part in list(queue):
-                queue.remove_request(part)
-                queue.prepend_request(part)
 
     def _drop(self, owner: str) -> None:
         part = self._repetitions.pop(owner).part

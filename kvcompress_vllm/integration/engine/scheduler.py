@@ -173,7 +173,7 @@ class _KVCompressMixin(Scheduler):
         computed = unverified.of_all({r.request_id: r.num_computed_tokens for r in self.running})
         self._failures |= self._replays.advance(computed)
         plan = self._steps.begin(computed)
-        held = self.kv_compress_sharing.hold_back(self)
+        held = self._replays.hold_back() or self.kv_compress_sharing.hold_back(self)
         output = super().schedule(*args, **kwargs)
         self.kv_compress_sharing.put_back(self, held)
         self._steps.complete(
