@@ -4,6 +4,8 @@ checks which scores each head holds."""
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.request import RequestStatus
@@ -212,3 +214,29 @@ def test_who_waits_for_room_does_not_keep_a_part_from_starting(policy) -> None:
     sim.run(400)
     assert {name: len(ids) for name, ids in sim.outputs.items()} == {"owner": 4, "waits": 4}
     assert sim.worker.replayed.keys() == {"owner"} and sim.pool.get_num_free_blocks() == 59
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_many_on_few_documents_all_end(seed, asynchronous) -> None:
+    """Repeated or not, in a pool that holds two or three of them, some waiting for others' contexts
+    and some for room."""
+    choice = Random(seed)
+    sim = Simulation(
+        45, {**EXACT, "exact": "off"}, asynchronous=asynchronous, max_model_len=512,
+        max_num_batched_tokens=200,
+    )  # fmt: skip
+    wanted = {}
+    for index in range(25):
+        tokens = [*document(choice.randrange(3), 160), *document(10 + index, choice.randrange(300))]
+        name = f"r{index}"
+        wanted[name] = choice.randint(1, 30)
+        asked = {"kv_compress_context_tokens": choice.choice([64, 160])}
+        if choice.random() < 0.4:
+            asked["kv_compress_exact"] = "kvzip"
+        sim.add(name, tokens, wanted[name], **asked)
+        for _ in range(choice.randrange(4)):
+            sim.step()
+    sim.run(3000)
+    assert {name: len(ids) for name, ids in sim.outputs.items()} == wanted
+    assert sim.worker.replayed and sim.pool.get_num_free_blocks() == 44
