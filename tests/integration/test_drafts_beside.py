@@ -109,8 +109,8 @@ def test_conversations(
     assert [context.num_tokens for context in contexts(speculative)] == [256, 512]
     more = {name: value - before[name] for name, value in counted(speculative).items()}
     assert more["draft_tokens"] > 0
-    if right:
-        assert more["accepted_tokens"] > 0
+    if right:  # but where a draft ends at a compression, or with the answer
+        assert more["accepted_tokens"] > 0.9 * right / DRAFTS * more["draft_tokens"]
 
 
 def test_contexts_that_are_repeated(speculative: Any, expected: dict[str, Any]) -> None:
