@@ -36,7 +36,7 @@ class KVCompressCPUWorker(LongestRequestMixin, KVCompressWorkerMixin, CPUWorker)
 
     def _make_receive_buffers(self) -> None:
         """What later pipeline stages receive into, which else that batch makes."""
-        runner = self.model_runner
+        runner: Any = self.model_runner
         if not get_pp_group().is_first_rank:
             runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
                 batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
