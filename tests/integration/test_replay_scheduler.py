@@ -200,7 +200,8 @@ def test_who_waits_for_room_does_not_keep_a_part_from_starting(policy) -> None:
     scheduler = sim.scheduler
     scheduler.policy = policy
     if policy is SchedulingPolicy.PRIORITY:
-        scheduler.waiting, scheduler.skipped_waiting = map(create_request_queue, [policy] * 2)
+        for name in {"waiting", "skipped_waiting"} & vars(scheduler).keys():
+            setattr(scheduler, name, create_request_queue(policy))
     sim.add("owner", [*document(1, 320), *document(3, 300)], 4, kv_compress_context_tokens=320)
     while not scheduler.running or scheduler.running[0].num_computed_tokens < 300:
         sim.step()

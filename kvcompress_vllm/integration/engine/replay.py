@@ -177,17 +177,12 @@ class Replays:
         return failures
 
     def hold_back(self) -> list[Request]:
-        """Take everybody else out of the queues while a part waits to start. Who computed its
-        context waits for it, with blocks that whoever is before it may wait for. They are put back
-        like those of :meth:`Sharing.hold_back` after the step is scheduled."""
+        """Who waits, but for a part that does: all others. Who computed its context waits for it,
+        with blocks that whoever comes before it may wait for."""
         queues = waiting_queues(self._scheduler) if self._repetitions else ()
         waiting = [request for queue in queues for request in queue]
-        held = [request for request in waiting if request.request_id not in self._parts]
-        if len(held) == len(waiting):
-            return []
-        for queue in queues:
-            queue.remove_requests(held)
-        return held
+        others = [request for request in waiting if request.request_id not in self._parts]
+        return others if len(others) < len(waiting) else []
 
     def blocks(self, request: Request) -> list[KVCacheBlock]:
         """Those of its context, for a part that starts."""

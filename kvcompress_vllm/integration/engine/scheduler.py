@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.compat.releases import hash_lookahead
-from kvcompress_vllm.integration.engine import utilities
+from kvcompress_vllm.integration.engine import queues, utilities
 from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
 from kvcompress_vllm.integration.engine.chunks import Chunks
@@ -174,8 +174,8 @@ class _KVCompressMixin(Scheduler):
         self._failures |= self._replays.advance(computed)
         plan = self._steps.begin(computed)
         held = self._replays.hold_back() or self.kv_compress_sharing.hold_back(self)
-        output = super().schedule(*args, **kwargs)
-        self.kv_compress_sharing.put_back(self, held)
+        with queues.without(self, held):
+            output = super().schedule(*args, **kwargs)
         self._steps.complete(
             plan,
             output.num_scheduled_tokens,

@@ -160,8 +160,8 @@ class Sharing:
         queue.prepend_n(idle)
 
     def hold_back(self, scheduler: Scheduler) -> list[Request]:
-        """Take requests out of the queues whose context another computes now, or will before them;
-        they would compute it once more. ``put_back`` them after the step is scheduled."""
+        """Waiting requests whose context another computes now, or will before them; they would
+        compute it once more."""
         contexts = self._contexts
         held: list[Request] = []
         if not self._waiting:
@@ -174,8 +174,7 @@ class Sharing:
             return "computed" if key in first or contexts.computing(key) is not None else None
 
         repeated = self._planner.replays
-        queues = waiting_queues(scheduler)
-        for queue in queues:
+        for queue in waiting_queues(scheduler):
             for request in queue:
                 keys = self.wanted(request)
                 if not keys:
@@ -198,17 +197,8 @@ class Sharing:
                         continue
                     repeated = True
                 first.update(keys.values())
-        if held:
-            for queue in queues:
-                queue.remove_requests(held)
         self._recorder.waited(len(held))
         return held
-
-    def put_back(self, scheduler: Scheduler, held: list[Request]) -> None:
-        """See ``hold_back``; they come before those that arrived after them."""
-        first, *_ = waiting_queues(scheduler)
-        for request in reversed(held):
-            first.prepend_request(request)
 
     def started(self, request: Request, context: Context | None, found: int) -> None:
         """Note that a request no longer waits, and what it took: with what it found behind the

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's queues of waiting requests, without those that a step must not start."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from kvcompress_vllm.integration.compat.releases import waiting_queues
+
+
+@contextmanager
+def without(scheduler: Scheduler, held: Collection[Request]) -> Iterator[None]:
+    """Take requests out of the queues until the block is left. Each is then where it was before:
+    who waits for something else than room must not pass those who wait for room."""
+    if not held:
+        yield
+        return
+    queues = [(queue, list(queue)) for queue in waiting_queues(scheduler)]
+    names = {request.request_id for request in held}
+    for queue, _ in queues:
+        queue.remove_requests(held)
+    try:
+        yield
+    finally:
+        for queue, before in queues:
+            out = [request for request in before if request.request_id in names]
+            if not isinstance(queue, deque):  # a heap, which knows their order
+                for request in out:
+                    queue.prepend_request(request)
+            elif out:
+                place = {request.request_id: index for index, request in enumerate(before)}
+                left = list(queue)
+                queue.remove_requests(left)
+                # vLLM puts those first whom it has preempted meanwhile.
+                order = sorted(left + out, key=lambda r: place.get(r.request_id, -1))
+                for request in reversed(order):
+                    queue.prepend_request(request)
