@@ -28,15 +28,13 @@ def without(scheduler: Scheduler, held: Collection[Request]) -> Iterator[None]:
         yield
     finally:
         for queue, before in queues:
-            out = [request for request in before if request.request_id in names]
-            if not isinstance(queue, deque):  # a heap, which knows their order
-                for request in out:
-                    queue.prepend_request(request)
-            elif out:
+            out: list[Request] = [request for request in before if request.request_id in names]
+            ordered = isinstance(queue, deque)  # else a heap, which knows where they belong
+            if out and ordered:
                 place = {request.request_id: index for index, request in enumerate(before)}
                 left = list(queue)
                 queue.remove_requests(left)
                 # vLLM puts those first whom it has preempted meanwhile.
-                order = sorted(left + out, key=lambda r: place.get(r.request_id, -1))
-                for request in reversed(order):
-                    queue.prepend_request(request)
+                out = sorted(left + out, key=lambda r: place.get(r.request_id, -1))
+            for request in reversed(out):
+                queue.prepend_request(request)
