@@ -118,6 +118,7 @@ def test_throughput_is_that_of_the_results() -> None:
             "throughput-19300-tokens",
             "throughput-19300-int4-h200",
             "parallel-8b-h200",
+            "parallel-two-h200",
             "throughput-all-memory",
             "serve-19300-tokens",
         )
