@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -14,21 +14,28 @@ from kvcompress_vllm.integration.compat.releases import waiting_queues
 
 
 @contextmanager
-def without(scheduler: Scheduler, held: Collection[Request]) -> Iterator[None]:
-    """Take requests out of the queues until the block is left. Each is then where it was before:
-    who waits for something else than room must not pass those who wait for room."""
-    if not held:
+def without(
+    scheduler: Scheduler, held: Sequence[Request], served: Sequence[Request] = ()
+) -> Iterator[None]:
+    """Take requests out of the queues until the block is left.
+
+    Args:
+        held: are then where they were before: who waits for something else than room must not
+            pass those who wait for room.
+        served: come then before all others.
+    """
+    if not held and not served:
         yield
         return
     queues = [(queue, list(queue)) for queue in waiting_queues(scheduler)]
     names = {request.request_id for request in held}
     for queue, _ in queues:
-        queue.remove_requests(held)
+        queue.remove_requests([*held, *served])
     try:
         yield
     finally:
         for queue, before in queues:
-            out: list[Request] = [request for request in before if request.request_id in names]
+            out: list[Request] = [r for r in before if r.request_id in names]
             ordered = isinstance(queue, deque)  # else a heap, which knows where they belong
             if out and ordered:
                 place = {request.request_id: index for index, request in enumerate(before)}
@@ -38,3 +45,5 @@ def without(scheduler: Scheduler, held: Collection[Request]) -> Iterator[None]:
                 out = sorted(left + out, key=lambda r: place.get(r.request_id, -1))
             for request in reversed(out):
                 queue.prepend_request(request)
+        for request in reversed(served):
+            queues[0][0].prepend_request(request)

@@ -173,8 +173,11 @@ class _KVCompressMixin(Scheduler):
         computed = unverified.of_all({r.request_id: r.num_computed_tokens for r in self.running})
         self._failures |= self._replays.advance(computed)
         plan = self._steps.begin(computed)
-        held = self._replays.hold_back() or self.kv_compress_sharing.hold_back(self)
-        with queues.without(self, held):
+        served: list[Request] = []
+        held = self._replays.hold_back()
+        if not held:
+            served, held = self.kv_compress_sharing.hold_back(self)
+        with queues.without(self, held, served):
             output = super().schedule(*args, **kwargs)
         self._steps.complete(
             plan,

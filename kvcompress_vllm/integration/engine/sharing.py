@@ -159,19 +159,26 @@ class Sharing:
             queue.remove(block)
         queue.prepend_n(idle)
 
-    def hold_back(self, scheduler: Scheduler) -> list[Request]:
-        """Waiting requests whose context another computes now, or will before them; they would
-        compute it once more."""
+    def hold_back(self, scheduler: Scheduler) -> tuple[list[Request], list[Request]]:
+        """Waiting requests whose context another computes now, and those whose context another
+        will compute before them; they would compute it once more.
+
+        The first go before everybody else once it is packed: later it may be gone. Those who are
+        passed wait for no more than these, as who comes then keeps the place in the queue.
+        """
         contexts = self._contexts
+        served: list[Request] = []
         held: list[Request] = []
         if not self._waiting:
-            return held
+            return served, held
         first: set[bytes] = set()
 
         def state_of(key: bytes) -> str | None:
             if contexts.get(key) is not None:
                 return "held"
-            return "computed" if key in first or contexts.computing(key) is not None else None
+            if contexts.computing(key) is not None:
+                return "computed"
+            return "awaited" if key in first else None
 
         repeated = self._planner.replays
         for queue in waiting_queues(scheduler):
@@ -185,8 +192,8 @@ class Sharing:
                         continue
                 else:
                     state = next(filter(None, map(state_of, reversed(keys.values()))), None)
-                    if state == "computed":
-                        held.append(request)
+                    if state in ("computed", "awaited"):
+                        (served if state == "computed" else held).append(request)
                         continue
                     if state == "held" and len(keys) == 1:
                         continue
@@ -197,8 +204,8 @@ class Sharing:
                         continue
                     repeated = True
                 first.update(keys.values())
-        self._recorder.waited(len(held))
-        return held
+        self._recorder.waited(len(served) + len(held))
+        return served, held
 
     def started(self, request: Request, context: Context | None, found: int) -> None:
         """Note that a request no longer waits, and what it took: with what it found behind the
