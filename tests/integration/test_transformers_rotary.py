@@ -10,10 +10,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 
 from kvcompress_vllm.integration.worker.rotary import rotations
 from kvcompress_vllm.ops.reference import rotated
+from tests.integration.simulation import MODEL
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -40,7 +42,8 @@ def model_of(name: str, changes: dict[str, Any]) -> Any:
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
     torch.manual_seed(0)
     # An engine that ran such a model in this process has left its decorator on the class.
-    with set_current_vllm_config(VllmConfig()):
+    any_model = EngineArgs(str(MODEL), enforce_eager=True).create_engine_config()
+    with set_current_vllm_config(any_model):
         return transformers.AutoModel.from_config(config).eval()
 
 
