@@ -102,6 +102,7 @@ def plot_serve(runs: Runs, path: Path) -> None:
 def plot_multiturn(runs: Runs, path: Path) -> None:
     """Prefix cache hits and time to first token of every turn."""
     panels = [("hit_rate", "prefix cache hit rate"), ("ttft_p50_ms", "time to first token, ms")]
+    several = len({run.get("output_tokens") for run in runs}) > 1
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     for axis, (key, title) in zip(axes, panels, strict=True):
         for run in runs:
@@ -109,6 +110,8 @@ def plot_multiturn(runs: Runs, path: Path) -> None:
             values = [turn[key] for turn in run["turns"]]
             name = run["engine"]
             label = "stock, no prefix caching" if name == "uncached" else _label(name)
+            if several:
+                label += f", answers of {run['output_tokens']}"
             axis.plot(turns, values, marker=".", label=label)
         axis.set_xlabel("turn")
         axis.set_title(title)

@@ -231,11 +231,22 @@ def preempted(llm: LLM, asked: list[list[int]], **options: Any) -> list[list[int
     return [found[f"p{index}"] for index in range(len(asked))]
 
 
-def equal(found: list[list[int]], wanted: list[list[int]]) -> str:
-    same = sum(
+def same(found: list[list[int]], wanted: list[list[int]]) -> int:
+    """How many tokens are the same."""
+    return sum(
         a == b for f, w in zip(found, wanted, strict=True) for a, b in zip(f, w, strict=True)
     )
-    return f"{same}/{sum(map(len, wanted))}"
+
+
+def equal(found: list[list[int]], wanted: list[list[int]]) -> str:
+    return f"{same(found, wanted)}/{sum(map(len, wanted))}"
+
+
+def check_alike(name: str, found: list[list[int]], wanted: list[list[int]]) -> None:
+    """Random weights have near ties; kernels that round differently decide them differently."""
+    assert sum(f[0] == w[0] for f, w in zip(found, wanted, strict=True)) >= len(wanted) - 1
+    print(f"{name}: {equal(found, wanted)} tokens are stock's")
+    assert same(found, wanted) >= len(wanted) * OUTPUT // 2
 
 
 def examine(name: str, folder: Path) -> Row:

@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from tests.families import FAMILIES, OUTPUT, generate, preempted, prompts, save
+from tests.families import FAMILIES, OUTPUT, check_alike, generate, preempted, prompts, save
 from tests.gpu.test_engine import gpu_engine
 from tests.integration.engines import scheduler
 
@@ -50,14 +50,7 @@ def test_states_beside_pages(
     with gpu_engine({"ratio": 1, "max_ratio": 8, "min_prompt_tokens": 32}, **settings) as llm:
         group = scheduler(llm).kv_compress_group
         print(f"{name}: blocks of {group.kernel_blocks} kernel blocks")
-        exact = generate(llm, asked)
-        # Random weights have near ties; kernels that round differently decide them differently.
-        assert sum(e[0] == s[0] for e, s in zip(exact, stock, strict=True)) >= len(asked) - 1
-        same = sum(
-            a == b for e, s in zip(exact, stock, strict=True) for a, b in zip(e, s, strict=True)
-        )
-        print(f"{name}: {same} of {6 * OUTPUT} tokens are stock's")
-        assert same >= 3 * OUTPUT
+        check_alike(name, generate(llm, asked), stock)
         # Full blocks that held states are zeroed and reused, and rows are packed and grow.
         for options in ({}, {"kv_compress_ratio": 4}):
             assert all(len(tokens) == OUTPUT for tokens in preempted(llm, asked, **options))
