@@ -153,9 +153,11 @@ def has_weights(model: str | None) -> bool:
     return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def build(args: argparse.Namespace, name: str, workloads: list[Workload]) -> Any:
+def build(
+    args: argparse.Namespace, name: str, workloads: list[Workload], prefix_caching: bool = False
+) -> Any:
     """The engine, with vLLM's defaults except for the size of the cache and prefix caching, which
-    is off because no two prompts share anything."""
+    is off where no two prompts share anything."""
     from kvcompress_vllm import LLM
 
     return LLM(
@@ -165,7 +167,7 @@ def build(args: argparse.Namespace, name: str, workloads: list[Workload]) -> Any
         skip_tokenizer_init=True,
         max_model_len=max(w.input_len + w.output_len for w in workloads) + BLOCK_SIZE,
         max_num_seqs=args.max_num_seqs,
-        enable_prefix_caching=False,
+        enable_prefix_caching=prefix_caching,
         block_size=BLOCK_SIZE,
         disable_log_stats=False,
         **arguments(name, args.kv_tokens),

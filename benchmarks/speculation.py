@@ -5,7 +5,9 @@
 
 Every ratio answers the same prompts greedily, without speculation and with it, each in a process of
 its own. One JSON line per ratio: answers that are the same token by token, the first differences,
-and acceptance. Prompts are of all retrieval tasks in turn, from the test seeds.
+and acceptance. Prompts are of all retrieval tasks in turn, from the test seeds; with ``--texts`` of
+a real model, questions about real text (``benchmarks.real``), of documents that no head of
+``benchmarks.eagle_head`` was trained on.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ def main() -> None:
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=1 << 30)
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
+    parser.add_argument("--texts", type=Path, help="folder of benchmarks.models text")
+    parser.add_argument("--tokens", type=int, default=1000, help="of a context of real text")
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -86,15 +90,9 @@ def answers(args: argparse.Namespace, ratio: str, kind: str) -> dict[str, Any]:
     """Greedy answers of one engine, and what was drafted."""
     from vllm import SamplingParams
 
-    from benchmarks.retrieval import TaskGen
     from kvcompress_vllm import LLM
 
-    generator = TaskGen.load(args.model)
-    prompts = [
-        generator.task(TASKS[i % len(TASKS)], LENGTHS[i // len(TASKS) % len(LENGTHS)],
-                       FIRST_SEED + i)[0]
-        for i in range(args.prompts)
-    ]  # fmt: skip
+    prompts = questions(args) if args.texts else tasks(args)
     speculative = json.loads(args.speculative_config) if kind == "drafts" else None
     llm = LLM(
         model=args.model,
@@ -116,6 +114,34 @@ def answers(args: argparse.Namespace, ratio: str, kind: str) -> dict[str, Any]:
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "counted": {name: found.get(f"vllm:spec_decode_num_{name}", 0) for name in names},
     }
+
+
+def tasks(args: argparse.Namespace) -> list[Any]:
+    """Prompts of the retrieval tasks."""
+    from benchmarks.retrieval import TaskGen
+
+    generator = TaskGen.load(args.model)
+    return [
+        generator.task(TASKS[i % len(TASKS)], LENGTHS[i // len(TASKS) % len(LENGTHS)],
+                       FIRST_SEED + i)[0]
+        for i in range(args.prompts)
+    ]  # fmt: skip
+
+
+def questions(args: argparse.Namespace) -> list[Any]:
+    """Prompts of real text, each with a question about it."""
+    from transformers import AutoTokenizer
+    from vllm.inputs import TokensPrompt
+
+    from benchmarks.real.samples import SOURCES, Maker
+
+    maker = Maker(AutoTokenizer.from_pretrained(args.model), args.texts, held_out=True)
+    found = []
+    for i in range(args.prompts):
+        sample = maker.facts(SOURCES[i % len(SOURCES)], args.tokens, FIRST_SEED + i)
+        question = sample.questions[i // len(SOURCES) % len(sample.questions)]
+        found.append(TokensPrompt(prompt_token_ids=sample.context + question.asked))
+    return found
 
 
 if __name__ == "__main__":

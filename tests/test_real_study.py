@@ -319,6 +319,14 @@ def test_samples_have_facts_and_exact_lengths(tmp_path):
         maker.facts("words", 100, 7)
 
 
+def test_held_out_texts_are_in_no_other_half(tmp_path):
+    for index in range(11):
+        (tmp_path / f"{index:02}.txt").write_text(f"text {index}")
+    held, others = samples.documents(tmp_path, True), samples.documents(tmp_path, False)
+    assert held == ("text 0", "text 5", "text 10")
+    assert sorted(held + others) == sorted(samples.documents(tmp_path))
+
+
 def test_tables_say_what_share_of_the_full_caches_answers_is_left(tmp_path, capsys):
     def line(policy: str, seed: int, right: int, ratio: float) -> dict:
         return {

@@ -25,7 +25,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.samples import Maker, Sample, read, write, write_text
+from benchmarks.real.samples import SOURCES, Maker, Sample, read, write, write_text
 
 REPEAT = "\n\nRepeat the previous context exactly.\n\n"
 """KVzip's prompt."""
@@ -265,7 +265,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("model", type=Path)
     make.add_argument("texts", type=Path, help="a folder per source")
     make.add_argument("output", type=Path)
-    make.add_argument("--sources", type=words, default=["essays", "shakespeare"])
+    make.add_argument("--sources", type=words, default=list(SOURCES))
     make.add_argument("--lengths", type=integers, default=[1000])
     make.add_argument("--samples", type=int, default=10, help="per source and length")
     make.add_argument("--first-seed", type=int, default=0)

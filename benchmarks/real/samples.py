@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("passkey", "person", "fruits", "words", "city", "phone", "car", "meeting")
+SOURCES = ("essays", "shakespeare")
+"""Folders that ``python -m benchmarks.models text`` writes."""
 TEXT = "text"
 """The kind of a sample without questions: text and how it goes on."""
 
@@ -162,13 +164,20 @@ def facts(rng: random.Random) -> tuple[list[str], dict[str, tuple[str, str, str]
 
 
 @lru_cache
-def documents(directory: Path) -> tuple[str, ...]:
+def documents(directory: Path, held_out: bool | None = None) -> tuple[str, ...]:
     """The texts of a source.
+
+    Args:
+        held_out: only every fifth of them, or only the others; None: all.
 
     Raises:
         ValueError: there are none.
     """
-    texts = tuple(path.read_text(encoding="utf-8") for path in sorted(directory.glob("*.txt")))
+    texts = tuple(
+        path.read_text(encoding="utf-8")
+        for index, path in enumerate(sorted(directory.glob("*.txt")))
+        if held_out is None or held_out is (index % 5 == 0)
+    )
     if not texts:
         raise ValueError(
             f"no texts in {directory}; python -m benchmarks.models text {directory.parent} "
@@ -194,13 +203,20 @@ def running_text(texts: tuple[str, ...], characters: int, rng: random.Random) ->
 
 
 class Maker:
-    """Samples of a tokenizer (``transformers``'s) and a directory of texts per source."""
+    """Samples of a tokenizer (``transformers``'s) and a directory of texts per source.
 
-    def __init__(self, tokenizer: Any, texts: Path) -> None:
+    Args:
+        held_out: as of :func:`documents`.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Path, held_out: bool | None = None) -> None:
         self._tokenizer = tokenizer
-        self._texts = texts
+        self._texts, self._held_out = texts, held_out
         start = tokenizer("a").input_ids[:1]
         self._start = [i for i in start if i == tokenizer.bos_token_id]
+
+    def _documents(self, source: str) -> tuple[str, ...]:
+        return documents(self._texts / source, self._held_out)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
@@ -217,7 +233,7 @@ class Maker:
         room = length - len(self._ids(" ".join(sentences))) - len(sentences) - len(self._start)
         if room < 64:
             raise ValueError(f"length {length} is not accepted; facts and text need more tokens")
-        text = running_text(documents(self._texts / source), 8 * length, rng)
+        text = running_text(self._documents(source), 8 * length, rng)
         # The last tokens are text: nothing that is asked for lies within a recent window.
         front = self._tokenizer.decode(self._ids(text)[: room - 40])
         places = [found.end() for found in re.finditer(r"[.!?]\s+", front)] or [0]
@@ -244,6 +260,6 @@ class Maker:
     def text(self, source: str, length: int, continuation: int, seed: int) -> Sample:
         """Text and the ``continuation`` tokens that follow."""
         rng = random.Random(f"text-{source}-{length}-{seed}")
-        text = running_text(documents(self._texts / source), 8 * (length + continuation), rng)
+        text = running_text(self._documents(source), 8 * (length + continuation), rng)
         tokens = (self._start + self._ids(text))[: length + continuation]
         return Sample(source, length, seed, tokens[:length], [], tokens[length:])
