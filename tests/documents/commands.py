@@ -77,6 +77,7 @@ COMMANDS = {
     r"python -m benchmarks\.ops": "GPU: kernels",
     r"python -m benchmarks\.soak .*": "long: tests/test_soak.py has its parts",
     r"python -m benchmarks\.speculation .*": "long: minutes; tests/integration/test_speculation.py",
+    r"python -m benchmarks\.eagle_head .*": "long: minutes; tests/test_eagle_head.py",
     r"python -m benchmarks\.scheduler_step": "long: minutes on a quiet machine",
     r"python -m benchmarks\.quality .*": "tests/integration/test_quality.py::test_measured_cells",
     r"python -m benchmarks\.models .*": "network: a model and texts from package registries",
