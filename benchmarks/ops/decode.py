@@ -44,6 +44,10 @@ CODED = (
 )
 
 
+PREFILLS = ((1, 2048, 6000), (1, 200, 6000), (8, 200, 6000), (8, 200, 24000), (8, 32, 6000))
+"""Requests, tokens that each reads, keys per head."""
+
+
 def bench_decode(report: Report, device: torch.device) -> None:
     flash = load_flash()
     for requests, mean, sigma in DECODES:
@@ -94,18 +98,35 @@ def bench_speculation(report: Report, device: torch.device) -> None:
 
 
 def bench_prefill(report: Report, device: torch.device) -> None:
-    """One request prefills a chunk beside one that decodes."""
-    chunk = 2048
-    batch = Decode(2, 6000, 1, device)
-    query = torch.randn(chunk + 1, HEADS * GROUP, HEAD_SIZE, device=device).bfloat16()
-    start = torch.tensor([0, chunk, chunk + 1], dtype=torch.int32, device=device)
-    out = torch.empty_like(query)
-    step = partial(ops.paged_attention, query, batch.pages, *batch.rows, start, 0, SCALE, out)
-    time = seconds([step])
-    keys = int(batch.keys[0, 0].sum())
-    flops = 4 * HEAD_SIZE * GROUP * chunk * (keys - HEADS * chunk / 2)
-    case = f"{chunk} tokens over {keys // HEADS} keys"
-    report.add("prefill", case, time, tflops=round(flops / time / 1e12))
+    """Requests that read a chunk over what is packed: the next turns of conversations, and one
+    long prompt."""
+    flash = load_flash()
+    for page_format in PageFormat:
+        for requests, chunk, mean in PREFILLS:
+            torch.cuda.empty_cache()
+            batch = Decode(requests, mean, 0, device, page_format=page_format)
+            shape = (requests * chunk, HEADS * GROUP, HEAD_SIZE)
+            query = torch.randn(shape, device=device).bfloat16()
+            start = torch.arange(requests + 1, dtype=torch.int32, device=device) * chunk
+            out = torch.empty_like(query)
+            steps = [
+                partial(
+                    ops.paged_attention, query, batch.pages, *batch.rows, start, layer, SCALE, out
+                )
+                for layer in range(batch.layers)
+            ]
+            time = seconds(steps)
+            keys = int(batch.keys[:, 0].sum()) - requests * HEADS * chunk / 2
+            flops = 4 * HEAD_SIZE * GROUP * chunk * keys
+            compared = flash if page_format is PageFormat.AUTO else None
+            report.add(
+                f"prefill {page_format.label}",
+                f"{requests} x {chunk} tokens over {mean} keys",
+                time,
+                tflops=round(flops / time / 1e12),
+                flash_us=compared and round(flash_time(batch, compared, query) * 1e6, 2),
+            )
+            del batch
 
 
 def load_flash() -> Callable[..., Tensor] | None:
@@ -121,11 +142,19 @@ def load_flash() -> Callable[..., Tensor] | None:
     return partial(interface.flash_attn_varlen_func, fa_version=3)
 
 
-def flash_time(batch: Decode, flash: Callable[..., Tensor]) -> float:
-    """On the same pages, each (request, KV head) a sequence; its tables are made beforehand."""
-    query = batch.query.view(-1, GROUP, HEAD_SIZE)
+def flash_time(batch: Decode, flash: Callable[..., Tensor], asked: Tensor | None = None) -> float:
+    """On the same pages, each (request, KV head) a sequence; its tables are made beforehand.
+
+    Args:
+        asked: queries of all requests, as many of each; None: those of the batch.
+    """
+    asked = batch.query if asked is None else asked
+    tokens = asked.shape[0] // batch.requests
+    query = asked.view(batch.requests, tokens, HEADS, GROUP, HEAD_SIZE)
+    query = query.transpose(1, 2).reshape(-1, GROUP, HEAD_SIZE)
+    sequences = batch.requests * HEADS
     keys, values = batch.pages[..., :HEAD_SIZE], batch.pages[..., HEAD_SIZE:]
-    start = torch.arange(query.shape[0] + 1, dtype=torch.int32, device=batch.device)
+    start = torch.arange(sequences + 1, dtype=torch.int32, device=batch.device) * tokens
     out = torch.empty_like(query)
     steps = []
     for layer in range(batch.layers):
@@ -135,7 +164,7 @@ def flash_time(batch: Decode, flash: Callable[..., Tensor]) -> float:
             query,
             keys.unsqueeze(2),
             values.unsqueeze(2),
-            max_seqlen_q=1,
+            max_seqlen_q=tokens,
             cu_seqlens_q=start,
             max_seqlen_k=int(lengths.max()),
             seqused_k=lengths,
@@ -143,7 +172,7 @@ def flash_time(batch: Decode, flash: Callable[..., Tensor]) -> float:
             softmax_scale=SCALE,
             causal=True,
             out=out,
-            num_splits=1 if query.shape[0] > 992 else 0,  # it balances splits up to here
+            num_splits=1 if sequences > 992 else 0,  # it balances splits up to here
         )
         steps.append(step)
     return seconds(steps)
