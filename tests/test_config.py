@@ -121,6 +121,20 @@ def test_policy_options_are_written_in_three_ways(tmp_path: Path) -> None:
     assert "policy_options.gamma=100" in str(wanted)
 
 
+@pytest.mark.parametrize("spec", ["echo,policy=snapkv", "echo,snapkv", "roco,policy=kv_compress"])
+def test_another_policy_comes_without_the_options_of_a_presets_own(spec):
+    given = parse_spec(spec)
+    config = KVCompressConfig.from_dict(given)
+    assert config.policy == given["policy"] != spec.split(",")[0]
+    assert "value_norms" not in config.policy_options
+
+
+def test_options_of_a_presets_policy_stay_beside_its_name():
+    assert parse_spec("echo,policy=echo,policy_options.weight=0.2")["policy_options"] == {
+        "value_norms": True, "norm": "L1", "weight": 0.2,
+    }  # fmt: skip
+
+
 def test_options_of_a_policy_may_come_before_its_name() -> None:
     check({"query_stride": 4})
     check({"query_stride": 4, "policy": "roco"})

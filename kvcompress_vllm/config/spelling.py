@@ -121,10 +121,13 @@ def _check_policy_options(options: Mapping[Any, Any]) -> None:
 
 
 def over(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` where ``options`` say nothing. A budget replaces whichever there was."""
+    """``base`` where ``options`` say nothing. A budget replaces whichever there was, and another
+    policy comes without the options of the first."""
     merged, given = nested(base), nested(options)
     if set(BUDGETS) & given.keys():
         merged = {key: value for key, value in merged.items() if key not in BUDGETS}
+    if given.get("policy", merged.get("policy")) != merged.get("policy"):
+        merged.pop(POLICY_OPTIONS, None)
     both = merged.get(POLICY_OPTIONS), given.get(POLICY_OPTIONS)
     if isinstance(both[0], Mapping) and isinstance(both[1], Mapping):
         given[POLICY_OPTIONS] = {**both[0], **both[1]}
