@@ -99,6 +99,19 @@ def test_windows_hold_blocks_of_every_request(tmp_path: Path) -> None:
     assert f"{6 * per_group} blocks belong to layers that do not" in capacity_text.render(report)
 
 
+def test_few_heads_are_warned_of(tmp_path: Path) -> None:
+    """Gemma 3 270M: 3 layers of 18 with one head; with 4 heads each there would be enough."""
+    for heads, warned in ((1, True), (4, False)):
+        model = config_of(
+            "Gemma3TextConfig", tmp_path / str(heads), num_hidden_layers=18, hidden_size=640,
+            head_dim=256, intermediate_size=2048, num_attention_heads=4,
+            num_key_value_heads=heads, sliding_window=512,
+        )  # fmt: skip
+        report = capacity.examine(model, ["--kv-compress"], 80 * GIB, 8192)
+        text = f"only {3 * heads} heads (3 layers of {heads}) share the budget of a request"
+        assert (text in capacity_text.render(report)) is warned
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "layers", "block_sizes", "groups"),
     [

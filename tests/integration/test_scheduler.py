@@ -320,6 +320,15 @@ def test_the_log_says_how_many_fit(monkeypatch) -> None:
     assert len(lines) == 2
 
 
+@pytest.mark.parametrize(("ratio", "warned"), [(4, True), (1, False)])
+def test_few_heads_are_warned_of_where_keys_are_dropped(ratio, warned, monkeypatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(banner.logger, "warning", lambda text, *args: lines.append(text % args))
+    Simulation(65, {**OPTIONS, "page_dtype": "auto", "ratio": ratio}, max_model_len=256)
+    assert [line for line in lines if "share the budget of a request" in line] == lines[:warned]
+    assert len(lines) == warned
+
+
 def test_waiting_for_the_reserve_only_delays_a_compression() -> None:
     """The pool is full when the lone prompt is due: it decodes uncompressed, then catches up."""
     sim = Simulation(34, {**OPTIONS, "ratio": 2}, prefix_caching=False)

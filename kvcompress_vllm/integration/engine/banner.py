@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from vllm.config import SchedulerConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
 from kvcompress_vllm.integration.engine.groups import OtherGroups
-from kvcompress_vllm.integration.sizing import step_tokens
+from kvcompress_vllm.integration.sizing import few_heads, step_tokens
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.segments import SEGMENT
 
@@ -51,7 +52,11 @@ def log_banner(
         blocks / max(1, packed),
         blocks / full,
     )
-    drafts = getattr(groups[others.index].kv_cache_spec, "draft_layers", 0)
+    spec: Any = groups[others.index].kv_cache_spec
+    drafts = getattr(spec, "draft_layers", 0)
+    few = few_heads(len(groups[others.index].layer_names) - drafts, spec.num_kv_heads)
+    if few is not None and packing.gains and share < 1:
+        logger.warning("kv_compress: %s", few)
     if drafts:
         logger.info(
             "kv_compress: %d of %d layers are the draft model's: they keep the first keys and the "

@@ -25,7 +25,7 @@ from kvcompress_vllm.compression.scratch import scratch_bytes, usable_policies
 from kvcompress_vllm.config.combinations import BUDGETS
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
-from kvcompress_vllm.integration.sizing import draft_tokens, state_slots
+from kvcompress_vllm.integration.sizing import draft_tokens, few_heads, state_slots
 from kvcompress_vllm.integration.start import pages
 from kvcompress_vllm.integration.start.attention_kinds import full_layers
 from kvcompress_vllm.integration.start.beside import Beside, beside
@@ -154,6 +154,9 @@ def _report(
     if refusal is None:
         report["options"] = str(resolved_config(config))
         group = report["heads_per_gpu"] = model.get_num_kv_heads(parallel)
+        few = few_heads(len(layers), group)
+        if few is not None:
+            report["warnings"].append(few)
         problem = ops.cuda_problem(
             report["head_size"],
             model.get_num_attention_heads(parallel) // group,
