@@ -108,6 +108,7 @@ def engine_config() -> VllmConfig:
         ("parallel_config", "prefill_context_parallel_size", 2, "prefill context parallelism"),
         ("parallel_config", "enable_dbo", True, "dual-batch overlap"),
         ("model_config", "enable_sleep_mode", True, "sleep mode"),
+        ("model_config", "enable_return_routed_experts", True, "returned routed experts"),
         ("cache_config", "kv_sharing_fast_prefill", True, "KV sharing"),
         ("cache_config", "cache_dtype", "int8_per_token_head", "a quantised KV cache"),
         ("cache_config", "cache_dtype", "float16", "a KV cache of another dtype"),

@@ -17,7 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kvcompress_vllm.config.options import KVCompressConfig
-from kvcompress_vllm.integration.frontend import requests, wish
+from kvcompress_vllm.integration.frontend import checks, contexts, requests, wish
 from kvcompress_vllm.integration.frontend.body import check_body
 from kvcompress_vllm.integration.frontend.checks import BadRequestError, bad_request
 from kvcompress_vllm.integration.frontend.requests import (
@@ -152,6 +152,44 @@ def test_bodies() -> None:
     assert body_error(vllm_xargs={"kv_compress": False}, **beams) == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, None),
+        ({"share": "auto"}, "share=auto"),
+        ({"context_stride": 512}, "context_stride=512"),
+        ({"prefill_peak_tokens": 1024}, "prefill_peak_tokens=1024"),
+    ],
+)
+def test_beams_that_would_be_compressed_all_the_same(options, named) -> None:
+    """vLLM makes their requests without what ours asked for."""
+    body = {"use_beam_search": True, "vllm_xargs": {"kv_compress": False}}
+    config = KVCompressConfig.from_dict(options)
+    if named is None:
+        check_body(body, config)
+    else:
+        with pytest.raises(ValueError, match=f"use_beam_search by a server with {named}, which"):
+            check_body(body, config)
+    check_body({**body, "vllm_xargs": {"kv_compress": True}}, config)
+    check_body({**body, "use_beam_search": False}, config)
+
+
+@pytest.mark.parametrize("path", ["/generative_scoring", "/cohere/v2/chat"])
+def test_routes_that_drop_what_is_asked(path) -> None:
+    for asked in ({"kv_compress": False}, {"kv_compress_ratio": 4}):
+        with pytest.raises(ValueError, match=f"is not accepted by {path}, where vLLM drops"):
+            check_body({"vllm_xargs": asked}, None, path)
+        check_body({"vllm_xargs": asked}, None, "/v1/completions")
+    check_body({"vllm_xargs": {"other": 1}}, None, path)
+
+
+def test_what_is_repeated_is_text() -> None:
+    """Of a chat with parts that are embeddings vLLM has token ids for these, too."""
+    assert requests.has_embeddings(SimpleNamespace(prompt_token_ids=[1, 1], prompt_embeds=[[0.5]]))
+    assert requests.has_embeddings(SimpleNamespace(prompt_token_ids=None, prompt_embeds=[[0.5]]))
+    assert not requests.has_embeddings(SimpleNamespace(prompt_token_ids=[1], prompt_embeds=None))
+
+
 def test_a_context_is_within_the_prompt() -> None:
     def error(context: int, ids: Any, embeds: Any = None) -> str:
         params = SamplingParams(extra_args={"kv_compress_context_tokens": context})
@@ -278,3 +316,30 @@ def test_a_stride_where_nobody_can_share_a_context(monkeypatch: pytest.MonkeyPat
         requests.check_sharing(SimpleNamespace(), SimpleNamespace(), budget)
     monkeypatch.setattr(requests, "unshared", lambda config: None)
     requests.check_sharing(SimpleNamespace(), SimpleNamespace(), budget)
+
+
+def test_images_are_seen_before_the_response_begins(monkeypatch) -> None:
+    """What is refused of a prompt with images is refused at the call, as of every other."""
+    seen: list[Any] = []
+    monkeypatch.setattr(checks, "resolved_config", lambda config: KVCompressConfig())
+    for name in ("check_request", "check_length", "check_context"):
+        monkeypatch.setattr(requests, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        requests, "check_sharing", lambda config, request, budget: seen.append(request)
+    )
+    for images in (None, {"image": [object()]}):
+        prompt = {"prompt_token_ids": [1], **({"mm_kwargs": images} if images else {})}
+        checks.check(None, prompt, SamplingParams())
+    assert [bool(request.mm_features) for request in seen] == [False, True]
+
+
+def test_a_context_goes_to_the_engines_of_this_server() -> None:
+    def engines(size: int, local: int, only: bool) -> int:
+        return contexts._engines(
+            SimpleNamespace(
+                data_parallel_size=size, data_parallel_size_local=local, local_engines_only=only
+            )
+        )
+
+    assert engines(1, 1, False) == 1 and engines(4, 2, False) == 4
+    assert engines(4, 1, True) == 1 and engines(4, 2, True) == 2

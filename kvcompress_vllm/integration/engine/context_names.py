@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager, budget_of
+from kvcompress_vllm.integration.frontend.requests import has_embeddings
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 from kvcompress_vllm.scheduling.repeated import STRIDE, Repeated
@@ -128,4 +129,4 @@ class ContextNames:
     @staticmethod
     def _has_tokens(request: Request) -> bool:
         """Whether token ids say all that a request's keys depend on."""
-        return request.prompt_token_ids is not None and not request.mm_features
+        return not has_embeddings(request) and not request.mm_features

@@ -21,6 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.compat.releases import waiting_queues
 from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, KVCompressManager
+from kvcompress_vllm.integration.frontend.requests import has_embeddings
 from kvcompress_vllm.records.budget import KEEP_ALL, RequestBudget
 from kvcompress_vllm.records.plan import Replay
 from kvcompress_vllm.scheduling import replay
@@ -136,7 +137,7 @@ class Replays:
         n = budget.context_tokens or 0
         if not replay.may_repeat(n, self._scheduler.max_model_len):
             raise ValueError(f"exact=kvzip: no room to repeat a context of {n} tokens")
-        if request.prompt_token_ids is None or request.mm_features:
+        if has_embeddings(request) or request.mm_features:
             raise ValueError("exact=kvzip: what is repeated must be text")
         if not self._manager.enable_caching or self._scheduler.max_num_running_reqs < 2:
             raise ValueError("exact=kvzip needs the prefix cache and two sequences at a time")

@@ -98,7 +98,10 @@ def check(vllm_config: Any, prompt: Any, params: Any) -> None:
             ids, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
         if ids is not None or embeds is not None:
             rendered = SimpleNamespace(
-                sampling_params=params, prompt_token_ids=ids, prompt_embeds=embeds
+                sampling_params=params,
+                prompt_token_ids=ids,
+                prompt_embeds=embeds,
+                mm_features=prompt.get("mm_kwargs"),
             )
             requests.check_length(config, vllm_config, rendered, budget)
             requests.check_context(config, rendered)
@@ -190,5 +193,7 @@ async def checked_body(raw_request: Request) -> None:
     # FastAPI has read and parsed it, and the request keeps it.
     body = await raw_request.json() if await raw_request.body() else None
     if isinstance(body, dict):
+        client = getattr(raw_request.app.state, "engine_client", None)
+        config = None if client is None else resolved_config(client.vllm_config)
         with bad_request():
-            check_body(body)
+            check_body(body, config, raw_request.url.path)

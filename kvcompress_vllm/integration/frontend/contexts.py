@@ -52,7 +52,7 @@ async def add(request: Request) -> JSONResponse:
     prompt, params = _request(client, tokens, asked)
     if salt is not None:
         prompt[SALT] = salt
-    engines = client.vllm_config.parallel_config.data_parallel_size
+    engines = _engines(client.vllm_config.parallel_config)
     for rank in range(engines):
         name, final = f"kv-compress-context-{uuid.uuid4().hex}", None
         with checks.bad_request():
@@ -95,6 +95,13 @@ async def drop(request: Request, name: str) -> JSONResponse:
     if not await client.engine_core.call_utility_async(DROP, name):
         raise HTTPException(404, f"kv_compress: no context {shown(name)} is held")
     return JSONResponse({"dropped": 1})
+
+
+def _engines(parallel: Any) -> int:
+    """Engines of this server: with a load balancer outside, others have the rest."""
+    local: int = parallel.data_parallel_size_local
+    everywhere: int = parallel.data_parallel_size
+    return local if parallel.local_engines_only else everywhere
 
 
 async def _tokens(request: Request, body: dict[str, Any]) -> tuple[list[int], Any]:

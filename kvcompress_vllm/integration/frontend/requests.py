@@ -114,12 +114,18 @@ def check_sharing(vllm_config: Any, request: Any, budget: RequestBudget) -> None
     longest, problem = vllm_config.model_config.max_model_len, exact_problem(vllm_config)
     if problem is None and not may_repeat(budget.context_tokens or 0, longest):
         problem = f"{CONTEXT}={budget.context_tokens} must be at most {longest - ROOM}"
-    if problem is None and request.prompt_token_ids is None:
+    if problem is None and has_embeddings(request):
         problem = "the prompt has embeddings, and what is repeated must be tokens"
     if problem is None and getattr(request, "mm_features", None):
         problem = "the prompt has images or the like, and what is repeated must be text"
     if problem is not None:
         raise ValueError(f"{EXACT}=kvzip is not accepted: {problem}; {EXACT}=off is")
+
+
+def has_embeddings(request: Any) -> bool:
+    """Whether a prompt, or parts of it, are embeddings; in the second case vLLM has token ids for
+    all of it, which say nothing in the places of these."""
+    return request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None
 
 
 def _prompt_tokens(request: Any) -> int:

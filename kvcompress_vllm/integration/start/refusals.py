@@ -89,6 +89,12 @@ def _drafts_otherwise(config: VllmConfig) -> bool | str:
     return False
 
 
+def _returns_experts(config: VllmConfig) -> bool:
+    # Where the flag is depends on the release.
+    places = config.model_config, getattr(config, "aux_output_config", None)
+    return any(getattr(place, "enable_return_routed_experts", False) for place in places)
+
+
 REFUSALS = (
     Refusal(
         "pooling and embedding models",
@@ -139,6 +145,8 @@ REFUSALS = (
     ),
     Refusal("dual-batch overlap", "--enable-dbo", lambda c: c.parallel_config.use_ubatching),
     Refusal("sleep mode", "--enable-sleep-mode", lambda c: c.model_config.enable_sleep_mode),
+    # Kept by physical block, which a compression gives away or packs.
+    Refusal("returned routed experts", "--enable-return-routed-experts", _returns_experts),
     Refusal(
         "KV sharing between layers",
         "--kv-sharing-fast-prefill, the model",
