@@ -7,6 +7,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.request import RequestStatus
 
@@ -241,3 +242,65 @@ def test_many_on_few_documents_all_end(seed, asynchronous) -> None:
     sim.run(3000)
     assert {name: len(ids) for name, ids in sim.outputs.items()} == wanted
     assert sim.worker.replayed and sim.pool.get_num_free_blocks() == 44
+
+
+def test_a_context_that_goes_as_its_taker_starts_is_not_repeated_beside_another(
+    monkeypatch,
+) -> None:
+    """It was held when the step began, so nobody held its taker back, and gave its blocks to who
+    computes another. Two that await a repetition leave no place for either's."""
+    sim = Simulation(
+        80, EXACT, max_model_len=1024, max_num_seqs=2, max_num_batched_tokens=1024
+    )  # fmt: skip
+    monkeypatch.setattr(sim.scheduler.kv_compress_sharing, "hold_back", lambda scheduler: ([], []))
+    for family in range(2):
+        tokens = [*document(family, 320), *document(9, 40)]
+        sim.add(f"r{family}", tokens, 4, kv_compress_context_tokens=320)
+    sim.run(400)
+    assert {name: len(ids) for name, ids in sim.outputs.items()} == {"r0": 4, "r1": 4}
+    assert sim.worker.replayed.keys() == {"r0", "r1"}
+
+
+def test_a_pause_waits_for_repetitions_that_are_under_way() -> None:
+    """``pause(mode="wait")`` ends once nobody runs, and admits nobody until then: but the parts."""
+    sim = Simulation(80, EXACT, max_model_len=1024)
+    scheduler = sim.scheduler
+    sim.add("runs", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.step()
+    assert not parts(sim)
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    sim.add("new", document(2, 100), 4)
+    for _ in range(200):
+        sim.step()
+    assert len(sim.outputs["runs"]) == 4 and not sim.outputs["new"]
+    assert scheduler.pause_state == PauseState.PAUSED_NEW and "runs" in sim.worker.replayed
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    sim.run(200)
+    assert len(sim.outputs["new"]) == 4
+
+
+def test_one_that_cannot_start_leads_nobody() -> None:
+    """Its grammar is not compiled, say: others need not wait for it to compute what they share."""
+    sim = Simulation(120, EXACT, max_model_len=1024)
+    for name, family in (("blocked", 1), ("same", 1), ("other", 2)):
+        sim.add(name, [*document(family, 320), 5], 4, kv_compress_context_tokens=320)
+    scheduler = sim.scheduler
+    sharing, blocked = scheduler.kv_compress_sharing, scheduler.requests["blocked"]
+
+    def held_back() -> set[str]:
+        return {request.request_id for request in sharing.hold_back(scheduler)[1]}
+
+    assert held_back() == {"same", "other"}
+    blocked.status = next(s for s in RequestStatus if s.name.startswith("WAITING_FOR_"))
+    assert held_back() == {"other"}  # one context is repeated at a time
+    blocked.status = RequestStatus.WAITING
+    sim.run()
+
+
+def test_one_at_a_time_leaves_no_place_for_a_repetition() -> None:
+    """``--max-num-active-seqs 1`` of vLLM 0.33."""
+    sim = Simulation(120, EXACT, max_model_len=1024)
+    sim.scheduler.max_num_active_reqs = 1
+    sim.pass_by("none", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.run(50)
+    assert sim.failed == {"none"}

@@ -8,7 +8,8 @@ What each release changed, and how it was tested: ``docs/releases.md``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -68,6 +69,33 @@ def waiting_queues(scheduler: Any) -> list[Any]:
     """vLLM's queues of requests that wait, next first; 0.31 and later have but one."""
     skipped = getattr(scheduler, "skipped_waiting", None)
     return [scheduler.waiting] if skipped is None else [skipped, scheduler.waiting]
+
+
+@contextmanager
+def admitting(scheduler: Any, needed: bool) -> Iterator[None]:
+    """Where needed, start requests although new ones are paused (``pause(mode="wait")``): a running
+    one waits for them."""
+    state = getattr(scheduler, "_pause_state", None)
+    if not needed or state is None or state.name != "PAUSED_NEW":
+        yield
+        return
+    scheduler._pause_state = type(state).UNPAUSED
+    try:
+        yield
+    finally:
+        scheduler._pause_state = state
+
+
+def sequences_at_a_time(limits: Any) -> int:
+    """How many requests run at once.
+
+    Args:
+        limits: a scheduler, or the configuration of one; from 0.33 on it may admit fewer than it
+            has room for.
+    """
+    names = ("max_num_running_reqs", "max_num_active_reqs", "max_num_seqs", "max_num_active_seqs")
+    found = [getattr(limits, name, None) for name in names]
+    return min(count for count in found if count is not None)
 
 
 def those_taken(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:

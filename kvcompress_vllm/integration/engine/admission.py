@@ -120,6 +120,8 @@ class Admission:
             manager.watermark_blocks = 0
             return self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         budget, context = budget_of(request), self.hit(request)
+        if context is None and self._would_repeat_beside(request, budget):
+            return None
         if not planner.newcomers.can_admit(request.num_tokens, budget, context):
             self._recorder.refused("slots")
             return None
@@ -146,6 +148,14 @@ class Admission:
         elif context is not None:
             self._sharing.leave(request.request_id)
         return blocks
+
+    def _would_repeat_beside(self, request: Request, budget: RequestBudget | None) -> bool:
+        """Whether a request would await a repetition beside another that does: each keeps blocks,
+        and a place, that the other's may need. Asked here, too, as what a request was to take when
+        the step began may be gone by now. A context that ends the prompt blocks nobody."""
+        if not (self._planner.replays and self._sharing.names.repeats(request)):
+            return False
+        return (self._planner.sizes(budget).context or 0) < request.num_tokens
 
     def hit(self, request: Request) -> Context | None:
         """The context that a request takes which is about to start its prefill; None: none."""

@@ -19,7 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.config.resolve import resolve
-from kvcompress_vllm.integration.compat.releases import waiting_queues
+from kvcompress_vllm.integration.compat.releases import sequences_at_a_time, waiting_queues
 from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, KVCompressManager
 from kvcompress_vllm.integration.frontend.requests import has_embeddings
 from kvcompress_vllm.records.budget import KEEP_ALL, RequestBudget
@@ -139,7 +139,7 @@ class Replays:
             raise ValueError(f"exact=kvzip: no room to repeat a context of {n} tokens")
         if has_embeddings(request) or request.mm_features:
             raise ValueError("exact=kvzip: what is repeated must be text")
-        if not self._manager.enable_caching or self._scheduler.max_num_running_reqs < 2:
+        if not self._manager.enable_caching or sequences_at_a_time(self._scheduler) < 2:
             raise ValueError("exact=kvzip needs the prefix cache and two sequences at a time")
 
     def advance(self, computed: Mapping[str, int]) -> dict[str, str]:
@@ -177,13 +177,14 @@ class Replays:
                 self._enqueue(part)
         return failures
 
-    def hold_back(self) -> list[Request]:
-        """Who waits, but for a part that does: all others. Who computed its context waits for it,
-        with blocks that whoever comes before it may wait for."""
+    def hold_back(self) -> tuple[bool, list[Request]]:
+        """Whether a part waits, and then who waits beside it: all others. Who computed its context
+        waits for it, with blocks that whoever comes before it may wait for."""
         queues = waiting_queues(self._scheduler) if self._repetitions else ()
         waiting = [request for queue in queues for request in queue]
         others = [request for request in waiting if request.request_id not in self._parts]
-        return others if len(others) < len(waiting) else []
+        waits = len(others) < len(waiting)
+        return waits, others if waits else []
 
     def blocks(self, request: Request) -> list[KVCacheBlock]:
         """Those of its context, for a part that starts."""

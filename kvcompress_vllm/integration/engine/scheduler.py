@@ -21,7 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
 from kvcompress_vllm.config.rules import printable
-from kvcompress_vllm.integration.compat.releases import hash_lookahead
+from kvcompress_vllm.integration.compat.releases import admitting, hash_lookahead
 from kvcompress_vllm.integration.engine import queues, utilities
 from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.banner import log_banner, warn_of_small_steps
@@ -174,10 +174,10 @@ class _KVCompressMixin(Scheduler):
         self._failures |= self._replays.advance(computed)
         plan = self._steps.begin(computed)
         served: list[Request] = []
-        held = self._replays.hold_back()
-        if not held:
+        part_waits, held = self._replays.hold_back()
+        if not part_waits:
             served, held = self.kv_compress_sharing.hold_back(self)
-        with queues.without(self, held, served):
+        with queues.without(self, held, served), admitting(self, part_waits):
             output = super().schedule(*args, **kwargs)
         self._steps.complete(
             plan,

@@ -20,7 +20,7 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.integration.compat.releases import waiting_queues
 from kvcompress_vllm.integration.engine.context_names import ContextNames
@@ -197,6 +197,8 @@ class Sharing:
                         continue
                     if state == "held" and len(keys) == 1:
                         continue
+                if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+                    continue  # who waits for a grammar, say, computes nothing for others yet
                 if self.names.repeats(request):
                     # One context is repeated at a time: its blocks wait for room to do so.
                     if repeated:

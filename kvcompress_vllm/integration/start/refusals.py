@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from kvcompress_vllm import ops
 from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.integration.compat.releases import sequences_at_a_time
 from kvcompress_vllm.integration.sizing import step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start import pages
@@ -73,6 +74,12 @@ def _drafts_otherwise(config: VllmConfig) -> bool | str:
         return f"has method={method!r} with parallel_drafting; without it is accepted"
     if config.parallel_config.pipeline_parallel_size > 1:
         return f"has method={method!r} on several pipeline stages; method='ngram' is accepted"
+    if getattr(config, "num_prefill_lookahead_tokens", 0) > 1:
+        return (
+            f"has method={method!r} with several modules that read ahead of a prefill: vLLM ends "
+            "no step shortly before a prompt's end, where a compression may be due; "
+            "method='ngram' is accepted"
+        )
     target, draft = (
         (model.get_num_kv_heads(parallel), model.get_head_size())
         for model, parallel in (
@@ -232,8 +239,11 @@ def exact_problem(vllm_config: VllmConfig) -> str | None:
     can."""
     if not vllm_config.cache_config.enable_prefix_caching:
         return "--no-enable-prefix-caching is given, so that no request shares a context"
-    if vllm_config.scheduler_config.max_num_seqs < 2:
-        return "--max-num-seqs must be 2 at least: a context is repeated beside its request"
+    if sequences_at_a_time(vllm_config.scheduler_config) < 2:
+        return (
+            "--max-num-seqs, and --max-num-active-seqs where it is given, must be 2 at least: a "
+            "context is repeated beside its request"
+        )
     if vllm_config.model_config.skip_tokenizer_init:
         return "--skip-tokenizer-init is given; the prompt that asks for it must be tokenised"
     return unshared(vllm_config)
