@@ -17,6 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from kvcompress_vllm.config.options import KVCompressConfig
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.frontend import checks, contexts, requests, wish
 from kvcompress_vllm.integration.frontend.body import check_body
 from kvcompress_vllm.integration.frontend.checks import BadRequestError, bad_request
@@ -343,3 +344,26 @@ def test_a_context_goes_to_the_engines_of_this_server() -> None:
 
     assert engines(1, 1, False) == 1 and engines(4, 2, False) == 4
     assert engines(4, 1, True) == 1 and engines(4, 2, True) == 2
+
+
+def test_a_mass_and_a_context_on_several_stages(monkeypatch) -> None:
+    """The request would compute nothing until it hears how much it keeps, and a stage tells the
+    last of that with tokens alone."""
+    monkeypatch.setattr(requests, "unshared", lambda config: None)
+    prompt = SimpleNamespace(prompt_token_ids=[1] * 400)
+
+    def error(stages: int, **wish: Any) -> str:
+        config = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=stages))
+        budget = resolve(KVCompressConfig(), Wish(**wish))
+        try:
+            requests.check_sharing(config, prompt, budget)
+        except ValueError as refused:
+            return str(refused)
+        return ""
+
+    assert error(1, mass=0.9, context_tokens=256) == error(2, mass=0.9) == ""
+    assert error(2, ratio=4.0, context_tokens=256) == ""
+    assert error(2, mass=0.9, context_tokens=256) == (
+        "kv_compress_context_tokens=256 is not accepted with a mass on several pipeline stages; "
+        "leave it out, or give a ratio"
+    )

@@ -79,7 +79,7 @@ def admitting(scheduler: Any, needed: bool) -> Iterator[None]:
     if not needed or state is None or state.name != "PAUSED_NEW":
         yield
         return
-    scheduler._pause_state = type(state).UNPAUSED
+    scheduler._pause_state = type(state)["UNPAUSED"]
     try:
         yield
     finally:
@@ -94,7 +94,7 @@ def sequences_at_a_time(limits: Any) -> int:
             has room for.
     """
     names = ("max_num_running_reqs", "max_num_active_reqs", "max_num_seqs", "max_num_active_seqs")
-    found = [getattr(limits, name, None) for name in names]
+    found: list[int | None] = [getattr(limits, name, None) for name in names]
     return min(count for count in found if count is not None)
 
 

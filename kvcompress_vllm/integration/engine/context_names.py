@@ -67,7 +67,7 @@ class ContextNames:
             return budget
         exact = planner.config.exact != "off" and planner.observers.reads_echo(own.policy)
         exact = exact and may_repeat(n, planner.limits.max_tokens) and not request.mm_features
-        exact = exact and request.prompt_token_ids is not None
+        exact = exact and not has_embeddings(request)
         with_context = own._replace(context_tokens=n, exact=exact)
         return with_context if planner.sizes(with_context).reaches_context else budget
 

@@ -33,7 +33,7 @@ from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.integration.engine.step import StepBuilder
 from kvcompress_vllm.integration.engine.unfinished import UnfinishedSegments
-from kvcompress_vllm.integration.frontend.requests import received_budget
+from kvcompress_vllm.integration.frontend.requests import received_budget, stalls_alone
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
 from kvcompress_vllm.integration.sizing import (
@@ -157,7 +157,8 @@ class _KVCompressMixin(Scheduler):
                 self._replays.check(request, budget)
             problem = self._admission.too_large(request, budget)
             found = self.kv_compress_sharing.names.found(request, budget)
-            if self._admission.too_large(request, found) is None:
+            stalls = found is not None and stalls_alone(self.vllm_config, found)
+            if not stalls and self._admission.too_large(request, found) is None:
                 budget = found
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"

@@ -196,4 +196,4 @@ async def checked_body(raw_request: Request) -> None:
         client = getattr(raw_request.app.state, "engine_client", None)
         config = None if client is None else resolved_config(client.vllm_config)
         with bad_request():
-            check_body(body, config, raw_request.url.path)
+            check_body(body, config, raw_request["path"])

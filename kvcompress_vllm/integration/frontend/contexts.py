@@ -99,9 +99,9 @@ async def drop(request: Request, name: str) -> JSONResponse:
 
 def _engines(parallel: Any) -> int:
     """Engines of this server: with a load balancer outside, others have the rest."""
-    local: int = parallel.data_parallel_size_local
     everywhere: int = parallel.data_parallel_size
-    return local if parallel.local_engines_only else everywhere
+    local: int = getattr(parallel, "data_parallel_size_local", everywhere)
+    return local if getattr(parallel, "local_engines_only", False) else everywhere
 
 
 async def _tokens(request: Request, body: dict[str, Any]) -> tuple[list[int], Any]:

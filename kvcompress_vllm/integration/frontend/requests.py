@@ -109,6 +109,11 @@ def check_sharing(vllm_config: Any, request: Any, budget: RequestBudget) -> None
     alone = unshared(vllm_config)
     if budget.context_stride and alone is not None:
         raise ValueError(f"{STRIDE}={budget.context_stride} is not accepted: {alone}; leave it out")
+    if budget.context_tokens and stalls_alone(vllm_config, budget):
+        raise ValueError(
+            f"{CONTEXT}={budget.context_tokens} is not accepted with a mass on several pipeline "
+            "stages; leave it out, or give a ratio"
+        )
     if not budget.exact:
         return
     longest, problem = vllm_config.model_config.max_model_len, exact_problem(vllm_config)
@@ -120,6 +125,16 @@ def check_sharing(vllm_config: Any, request: Any, budget: RequestBudget) -> None
         problem = "the prompt has images or the like, and what is repeated must be text"
     if problem is not None:
         raise ValueError(f"{EXACT}=kvzip is not accepted: {problem}; {EXACT}=off is")
+
+
+def stalls_alone(vllm_config: Any, budget: RequestBudget) -> bool:
+    """Whether a compression in the middle of a prompt would wait for what no step brings.
+
+    How much a mass keeps is known once the workers have scored the keys. Of several pipeline stages
+    the last hears from the others only with tokens, and such a request computes none meanwhile.
+    """
+    stages: int = vllm_config.parallel_config.pipeline_parallel_size
+    return budget.mass is not None and stages > 1
 
 
 def has_embeddings(request: Any) -> bool:
