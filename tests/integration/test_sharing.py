@@ -20,6 +20,7 @@ from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.report import Report
+from kvcompress_vllm.scheduling.segments import SEGMENT
 from tests.integration.simulation import H, L, Simulation, numbers
 
 OPTIONS = {"policy": "kv_compress", "ratio": 8, "recent": 8, "sinks": 2, "min_tokens_per_head": 8,
@@ -641,8 +642,12 @@ class SharingMachine(RuleBasedStateMachine):
             policy, named = asked.get("kv_compress_policy"), "kv_compress_context_tokens" in asked
             if n + 20 > self.longest or not (named or self.stride):
                 continue
-            if named and self.sim.config.reads_echo(policy):
-                continue  # by scores of what a step computed of it
+            tokens_at_once = self.sim.vllm_config.scheduler_config.max_num_batched_tokens
+            small = named or tokens_at_once < SEGMENT
+            if small and self.sim.config.reads_echo(policy):
+                # By scores of what a step computed of it. A segment that an answer ends has them
+                # all at once; one that steps cut, in a prompt, has not, and is nobody's context.
+                continue
             assert self.sim.scheduler.reset_prefix_cache()
             tokens = [*self.prompts[context.owner], *self.sim.outputs[context.owner]]
             self.sim.add(f"anew {index}", [*tokens[:n], *document(index, 5)], 1, **asked)
