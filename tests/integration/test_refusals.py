@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,13 @@ from kvcompress_vllm import ops
 from kvcompress_vllm.integration.cpu.attention import LocalCpuBackend
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressSpec
 from kvcompress_vllm.integration.start import attention_kinds, refusals
-from kvcompress_vllm.integration.start.refusals import REFUSALS, check, check_kernels, unshared
+from kvcompress_vllm.integration.start.refusals import (
+    REFUSALS,
+    check,
+    check_kernels,
+    exact_problem,
+    unshared,
+)
 from kvcompress_vllm.integration.worker.backend import leave_local_layers
 from kvcompress_vllm.integration.worker.longest_request import check_longest_request
 from tests.integration.simulation import MODEL
@@ -490,3 +497,26 @@ def test_cuda_graphs_need_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     check(eager)
     monkeypatch.setattr(ops, "backends", lambda: {"CUDA": {"write_kv": True}})
     check(graphs)
+
+
+def test_flags_of_newer_vllm_are_found_where_they_are() -> None:
+    """Attributes that the installed release may not have."""
+    experts = next(r for r in REFUSALS if r.feature == "returned routed experts")
+    there = SimpleNamespace(enable_return_routed_experts=True)
+    nothing = SimpleNamespace()
+    assert experts.applies(SimpleNamespace(model_config=nothing, aux_output_config=there))
+    assert experts.applies(SimpleNamespace(model_config=there))
+    assert not experts.applies(SimpleNamespace(model_config=nothing))
+    drafts = next(r for r in REFUSALS if r.feature == "this speculative decoding")
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(method="mtp", parallel_drafting=False),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        num_prefill_lookahead_tokens=2,
+    )
+    assert "read ahead of a prefill" in drafts.applies(config)
+    for limits in ({"max_num_seqs": 1}, {"max_num_seqs": 8, "max_num_active_seqs": 1}):
+        config = SimpleNamespace(
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
+            scheduler_config=SimpleNamespace(**limits),
+        )
+        assert "must be 2 at least" in (exact_problem(config) or "")
