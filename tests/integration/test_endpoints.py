@@ -286,6 +286,7 @@ def test_batches(tmp_path: Path) -> None:
         {**good, "vllm_xargs": {"kv_compress_ratio": 0.5}},
         {**good, "kvcompress_ratio": 2},
         {**good, "vllm_xargs": {"kv_compress": False}},
+        {**good, "n": 2, "use_beam_search": True, "vllm_xargs": {"kv_compress_ratio": 2}},
     ]
     lines = [
         {"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -304,9 +305,10 @@ def test_batches(tmp_path: Path) -> None:
     told = {line["custom_id"]: line for line in map(json.loads, results.read_text().splitlines())}
     usage = [told[i]["response"]["body"]["usage"]["kv_compress"] for i in ("0", "3")]
     assert usage[0]["compressions"] == 1 and usage[1] == NEVER
-    errors = [told[i]["error"]["error"]["message"] for i in ("1", "2")]
+    errors = [told[i]["error"]["error"]["message"] for i in ("1", "2", "4")]
     assert "kv_compress_ratio=0.5 is not accepted" in errors[0]
     assert "kvcompress_ratio in the body is not accepted" in errors[1]
+    assert "kv_compress_ratio is not accepted with use_beam_search" in errors[2]
 
 
 def test_offline() -> None:

@@ -142,13 +142,15 @@ def check_batches(chat: Any) -> None:
         chat: vLLM's ``OpenAIServingChat``.
     """
     stock = chat.create_chat_completion
+    config = resolved_config(chat.engine_client.vllm_config)
 
     @functools.wraps(stock)
     async def create_chat_completion(request: Any, raw_request: Any = None) -> Any:
         if raw_request is None:
+            body = {**(request.model_extra or {}), XARGS: request.vllm_xargs}
+            body["use_beam_search"] = request.use_beam_search
             with bad_request():
-                unknown = request.model_extra or {}
-                check_body({**unknown, XARGS: request.vllm_xargs})
+                check_body(body, config)
         return await stock(request, raw_request)
 
     chat.create_chat_completion = create_chat_completion
