@@ -92,11 +92,14 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   q.least_tokens = p.most_tokens + 1;
   q.logits = p.logits;
   q.aligned = p.aligned;
+  q.aligned_out = is_aligned(p.out, 4) && p.out_stride_t % 2 == 0 && p.out_stride_h % 2 == 0;
   const auto prefill = [&](auto type) {
     if (page_format == kAuto) {
-      launch_prefill<decltype(type), false>(launch, q, head_size, tokens);
+      launch_prefill<decltype(type), kAuto>(launch, q, head_size, tokens);
+    } else if (page_format == kFp8) {
+      launch_prefill<decltype(type), kFp8>(launch, q, head_size, tokens);
     } else {
-      launch_prefill<decltype(type), true>(launch, q, head_size, tokens);
+      launch_prefill<decltype(type), kInt4>(launch, q, head_size, tokens);
     }
   };
   if (pages.scalar_type() == ScalarType::Half) {

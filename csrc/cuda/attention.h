@@ -11,7 +11,7 @@ namespace kvc::gpu {
 template <typename T, int kFormat>
 void launch_decode(const Launch& launch, const Tensor& like, DecodeParams p, int64_t head_size);
 
-template <typename T, bool kCodes>
+template <typename T, int kFormat>
 void launch_prefill(const Launch& launch, const PrefillParams& p, int64_t head_size,
                     int64_t tokens);
 

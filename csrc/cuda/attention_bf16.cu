@@ -5,7 +5,5 @@ namespace kvc::gpu {
 
 template void launch_decode<__nv_bfloat16, kAuto>(const Launch&, const Tensor&, DecodeParams,
                                                   int64_t);
-template void launch_prefill<__nv_bfloat16, false>(const Launch&, const PrefillParams&, int64_t,
-                                                   int64_t);
 
 }  // namespace kvc::gpu

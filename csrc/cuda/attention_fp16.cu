@@ -4,6 +4,5 @@
 namespace kvc::gpu {
 
 template void launch_decode<__half, kAuto>(const Launch&, const Tensor&, DecodeParams, int64_t);
-template void launch_prefill<__half, false>(const Launch&, const PrefillParams&, int64_t, int64_t);
 
 }  // namespace kvc::gpu

@@ -100,18 +100,31 @@ void launch_decode(const Launch& launch, const Tensor& like, DecodeParams p, int
   });
 }
 
-template <typename T, bool kCodes>
+template <typename T, int kFormat>
 void launch_prefill(const Launch& launch, const PrefillParams& p, int64_t head_size,
                     int64_t tokens) {
   dispatch_head_size(head_size, [&](auto size) {
     constexpr int kHeadSize = decltype(size)::value;
-    using Shape = PrefillShape<T, kHeadSize>;
-    const auto kernel = prefill_kernel<T, kHeadSize, kCodes>;
-    launch.reserve_shared(kernel, Shape::kShared);
-    const dim3 grid(static_cast<unsigned>(tokens / (Shape::kRows / p.group) + p.num_requests),
-                    p.num_heads);
-    kernel<<<grid, Shape::kThreads, Shape::kShared, launch.stream()>>>(p);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if constexpr (kHeadSize % head_size_multiple(kFormat) == 0) {  // others are refused before
+      const auto run = [&](auto count) {
+        constexpr int kTiles = decltype(count)::value;
+        using Shape = PrefillShape<T, kHeadSize, kTiles>;
+        const auto kernel = prefill_kernel<T, kHeadSize, kFormat, kTiles>;
+        launch.reserve_shared(kernel, Shape::kShared);
+        const int64_t tiles = tokens / (Shape::kRows / p.group) + p.num_requests;
+        const dim3 grid(static_cast<unsigned>(tiles), p.num_heads);
+        kernel<<<grid, Shape::kThreads, Shape::kShared, launch.stream()>>>(p);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      };
+      using Largest = PrefillShape<T, kHeadSize, PrefillShape<T, kHeadSize, 1>::kMostTiles>;
+      // Blocks of more rows are fewer: only where each processor still gets two.
+      const int64_t blocks = tokens / (Largest::kRows / p.group) * p.num_heads;
+      if (blocks >= 2 * launch.attribute(cudaDevAttrMultiProcessorCount)) {
+        run(std::integral_constant<int, Largest::kMostTiles>{});
+      } else {
+        run(std::integral_constant<int, 1>{});
+      }
+    }
   });
 }
 

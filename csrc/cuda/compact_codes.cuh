@@ -82,10 +82,41 @@ __device__ __forceinline__ uint32_t recode(uint32_t word, int index, int head_si
   return result;
 }
 
+// Whether recode() changes no code of words `lane`, lane + 32, ...: the scales are the same, and so
+// large beside the zeros that no rounding leads to another code.
+template <int kFormat>
+__device__ __forceinline__ bool same_codes(int head_size, const uint16_t* old_scales,
+                                           const uint16_t* new_scales) {
+  bool same = true;
+  const int count = scales_columns(kFormat, head_size);
+  for (int i = threadIdx.x % kWarp; i < count; i += kWarp) {
+    const float scale = scale_float(__ldg(old_scales + i));
+    same &= __ldg(old_scales + i) == __ldg(new_scales + i) && scale >= 0x1p-126f;
+    if constexpr (kFormat == kInt4) {
+      const uint16_t zero = __ldg(old_scales + count + i);
+      same &= zero == __ldg(new_scales + count + i) && fabsf(scale_float(zero)) <= 0x1p20f * scale;
+    }
+  }
+  return same;
+}
+
 constexpr int kKeysTogether = 8;  // of a warp: loads in flight per lane
 
 // Bytes of shared memory per warp: a code each, before they are packed.
 constexpr int quantise_bytes(int head_size) { return kKeysTogether * 2 * head_size; }
+
+// Word `word` of a key's codes, of which `staged` has a byte each.
+template <int kFormat>
+__device__ __forceinline__ uint32_t staged_codes(const uint8_t* staged, int word) {
+  if constexpr (kFormat == kFp8) return reinterpret_cast<const uint32_t*>(staged)[word];
+  // Eight bytes, a code in the lower half of each.
+  const uint2 bytes = reinterpret_cast<const uint2*>(staged)[word];
+  const auto pack_four = [](uint32_t x) {
+    x = (x | x >> 4) & 0x00FF00FFu;
+    return (x | x >> 8) & 0xFFFFu;
+  };
+  return pack_four(bytes.x) | pack_four(bytes.y) << 16;
+}
 
 // One warp per new page.
 template <typename T, int kFormat, int kThreads>
@@ -114,6 +145,9 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
   char* out = pages + target * page_bytes;
   const uint16_t* new_scales = q.new_scales + static_cast<int64_t>(index) * p.rows.scales_size;
   const int32_t* keys = p.kept_keys + page * page_keys;
+  // Most compressions after the first widen no scale.
+  const bool same =
+      __all_sync(kAllLanes, packed == 0 || same_codes<kFormat>(head_size, head.scales, new_scales));
   for (int base = 0; base < page_keys; base += kWarp) {
     const int rows = min(kWarp, page_keys - base);
     // Lane i finds where key i lies now; the last bit tells codes, which are 16-byte aligned, too.
@@ -162,27 +196,35 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
       for (int start = 0; start < code_bytes / 4; start += kWarp) {
         const int word = start + lane;
         const bool live = word < code_bytes / 4;
+        const auto read = [&](int k) {
+          const int64_t source = __shfl_sync(kAllLanes, from, min(row + k, rows - 1));
+          if (!live) return 0u;
+          if (source & 1) {
+            return __ldg(reinterpret_cast<const uint32_t*>(pages + (source & ~int64_t{1})) + word);
+          }
+          return staged_codes<kFormat>(staged + k * 2 * head_size, word);
+        };
+        const auto write = [&](int k, uint32_t codes) {
+          if (!live || row + k >= rows) return;
+          char* to = out + static_cast<int64_t>(base + row + k) * code_bytes;
+          reinterpret_cast<uint32_t*>(to)[word] = codes;
+        };
+        if (same) {
+          uint32_t codes[kKeysTogether];
+#pragma unroll
+          for (int k = 0; k < kKeysTogether; ++k) codes[k] = read(k);
+#pragma unroll
+          for (int k = 0; k < kKeysTogether; ++k) write(k, codes[k]);
+          continue;
+        }
 #pragma unroll 1  // recode() is long
         for (int k = 0; k < kKeysTogether; ++k) {
-          const int64_t source = __shfl_sync(kAllLanes, from, min(row + k, rows - 1));
-          if (!live || row + k >= rows) continue;
-          uint32_t codes;
-          if (source & 1) {
-            codes = __ldg(reinterpret_cast<const uint32_t*>(pages + (source & ~int64_t{1})) + word);
+          uint32_t codes = read(k);
+          const bool coded = __shfl_sync(kAllLanes, from, min(row + k, rows - 1)) & 1;
+          if (live && coded) {
             codes = recode<kFormat>(codes, word, head_size, head.scales, new_scales);
-          } else if constexpr (kFormat == kFp8) {
-            codes = reinterpret_cast<const uint32_t*>(staged + k * 2 * head_size)[word];
-          } else {
-            // Eight bytes, a code in the lower half of each.
-            const uint2 bytes = reinterpret_cast<const uint2*>(staged + k * 2 * head_size)[word];
-            const auto pack_four = [](uint32_t x) {
-              x = (x | x >> 4) & 0x00FF00FFu;
-              return (x | x >> 8) & 0xFFFFu;
-            };
-            codes = pack_four(bytes.x) | pack_four(bytes.y) << 16;
           }
-          reinterpret_cast<uint32_t*>(out + static_cast<int64_t>(base + row + k) *
-                                                code_bytes)[word] = codes;
+          write(k, codes);
         }
       }
       __syncwarp();

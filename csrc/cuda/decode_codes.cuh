@@ -54,6 +54,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& out = this->out_[d][n][half * 2 + i];
+            if constexpr (kFormat == kInt4) out -= Code::kAdded * weights_[n][i];
             out = out * scale + zero * sum[i];
           }
         }
@@ -73,13 +74,14 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   using Code = Unpack<T, kFormat>;
   static constexpr int kUnits = blocks_per_page(kFormat);  // of 16 keys, which lie kRow apart
   static constexpr int kTogether = 2;
+  static constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3C003C00u : 0x3F803F80u;
   static constexpr int kTogetherChannels = rotated_together(kHeadSize);
   static constexpr int kKeyChunk = kRow / 8, kValueChunk = kRow / 16;  // bytes of a lane
 
   __device__ __forceinline__ void enter_channels(uint32_t scales, float scale_log2) {
     const int lane = threadIdx.x % kWarp;
     factor_ = scale_log2;
-    float along[kTiles] = {};  // q . zero
+    float along[kTiles] = {};  // q . zero, without what raw_pair() adds to the products
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       float q[kHeadSize / 4];  // channel bits 0, 3 and further of place bits 0, 1, ...
@@ -100,8 +102,10 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
         const uint32_t at = scales + (i * 8 + lane % 4 * 2) * 2;
         const float2 scale = pair_floats(load_shared(at), __nv_bfloat16{});
         const float2 zero = pair_floats(load_shared(at + 4 * kHeadSize), __nv_bfloat16{});
-        along[n] += q[2 * i] * zero.x + q[2 * i + 1] * zero.y;
-        this->query_[i / 2][n][i % 2] = pack<T>(q[2 * i] * scale.x, q[2 * i + 1] * scale.y);
+        uint32_t& query = this->query_[i / 2][n][i % 2];
+        query = pack<T>(q[2 * i] * scale.x, q[2 * i + 1] * scale.y);
+        const float2 added = pair_floats(query, T{});
+        along[n] += q[2 * i] * zero.x + q[2 * i + 1] * zero.y - Code::kAdded * (added.x + added.y);
       }
     }
 #pragma unroll
@@ -112,6 +116,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
         offset_[n][i] = __shfl_sync(kAllLanes, along[n], lane % 4 * 8 + i * 4);
       }
     }
+    for (float (&weights)[4] : weights_) weights[0] = weights[1] = weights[2] = weights[3] = 0.f;
 #pragma unroll
     for (int d = 0; d < kHeadSize / 16; ++d) {
 #pragma unroll
@@ -149,9 +154,9 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
 #pragma unroll
       for (int k = 0; k < kHeadSize / 16; ++k) {
         const int word = k * 2 / Code::kPairs, j = k * 2 % Code::kPairs;
-        const uint32_t tile[4] = {Code::pair(low.words[word], j), Code::pair(high.words[word], j),
-                                  Code::pair(low.words[word], j + 1),
-                                  Code::pair(high.words[word], j + 1)};
+        const uint32_t tile[4] = {
+            Code::raw_pair(low.words[word], j), Code::raw_pair(high.words[word], j),
+            Code::raw_pair(low.words[word], j + 1), Code::raw_pair(high.words[word], j + 1)};
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           multiply_add<T>(logits[u][n], tile, this->query_[k][n][0], this->query_[k][n][1]);
@@ -219,6 +224,10 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
 #pragma unroll
           for (int i = 0; i < 4; ++i) this->out_[d][n][i] *= scales[n][i % 2];
         }
+        if constexpr (kFormat == kInt4) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) weights_[n][i] *= scales[n][i % 2];
+        }
       }
     }
     const uint32_t v_lane = keys + kRow / 2 + lane % 4 * 2 * kStride + lane / 4 * kValueChunk;
@@ -229,14 +238,21 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
       for (int i = 0; i < 4; ++i) {
         values[i].load(v_lane + u * kRow + (i % 2 + i / 2 * 8) * kStride);
       }
+      if constexpr (kFormat == kInt4) {
+        const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          multiply_add<T>(weights_[n], ones, weights[u][n][0], weights[u][n][1]);
+        }
+      }
 #pragma unroll
       for (int half = 0; half < kValueChunk / 2; ++half) {
         const uint32_t left = halves(values[0], values[1], half);
         const uint32_t right = halves(values[2], values[3], half);
 #pragma unroll
         for (int j = 0; j < Code::kPairs; j += 2) {
-          const uint32_t tile[4] = {Code::pair(left, j), Code::pair(left, j + 1),
-                                    Code::pair(right, j), Code::pair(right, j + 1)};
+          const uint32_t tile[4] = {Code::raw_pair(left, j), Code::raw_pair(left, j + 1),
+                                    Code::raw_pair(right, j), Code::raw_pair(right, j + 1)};
           const int d = (half * Code::kPairs + j) / 2;
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) {
@@ -250,6 +266,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   // The query as it was; another name than the base's, which `this->` would find second.
   uint32_t unscaled_[kFormat == kInt4 ? kHeadSize / 16 : 1][kTiles][2];
   uint32_t of_values_[kFormat == kInt4 ? kHeadSize / 16 : 1][2];  // zero and scale of V
+  float weights_[kFormat == kInt4 ? kTiles : 1][4];  // sums of the weights as they were multiplied
   float offset_[kTiles][2];  // q . zero, of columns 2 * (lane % 4) and the next, base 2
   float factor_;             // of the products, base 2
 };

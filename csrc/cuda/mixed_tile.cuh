@@ -3,7 +3,7 @@
 // For kernels whose arithmetic, not memory, takes the time; decode reads codes by itself.
 #pragma once
 
-#include "codes.cuh"
+#include "code_tile.cuh"
 #include "page_cursor.cuh"
 
 namespace kvc::gpu {
@@ -107,26 +107,26 @@ __device__ __forceinline__ void read_key_channels(const HeadPages& head, const c
   }
 }
 
-// K or V of packed keys of int4, turned back by a warp: lane i holds channels i, i + 32, ...
+// K of packed keys of int4, turned back by a warp: lane i holds channels i, i + 32, ...
 template <int kHeadSize>
 class TurnedCodes {
  public:
   static constexpr int kCount = kHeadSize / kWarp;
 
-  __device__ __forceinline__ TurnedCodes(const uint16_t* scales, bool values) : values_(values) {
+  __device__ __forceinline__ explicit TurnedCodes(const uint16_t* scales) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int channel = i * kWarp + lane, at = values * kHeadSize + channel;
-      scale_[i] = scale_float(__ldg(scales + at));
-      zero_[i] = scale_float(__ldg(scales + 2 * kHeadSize + at));
-      place_[i] = values ? value_place(kHeadSize, channel) : key_place(kInt4, kHeadSize, channel);
+      const int channel = i * kWarp + lane;
+      scale_[i] = scale_float(__ldg(scales + channel));
+      zero_[i] = scale_float(__ldg(scales + 2 * kHeadSize + channel));
+      place_[i] = key_place(kInt4, kHeadSize, channel);
     }
   }
 
   // All lanes of the warp, of the same key.
   __device__ __forceinline__ void read(const char* key, float (&x)[kCount]) const {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(key + values_ * kHeadSize / 2);
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(key);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const uint32_t code = __ldg(words + place_[i] / 8) >> place_[i] % 8 * 4 & 15;
@@ -138,21 +138,27 @@ class TurnedCodes {
   }
 
  private:
-  bool values_;
   float scale_[kCount], zero_[kCount];
   int place_[kCount];
 };
 
-// Keys [first, first + kKeys), K or K and V of each, into rows of kStride bytes; rows from num_keys
-// on become zero. All threads of the block take part; visible to all after a barrier.
-template <typename T, int kHeadSize, int kKeys, int kStride, int kThreads, bool kValues>
+// K of keys [first, first + kKeys) into rows of kStride bytes; rows from num_keys on become zero.
+// All threads of the block take part; visible to all after a barrier.
+template <typename T, int kHeadSize, int kKeys, int kStride, int kThreads>
 __device__ __forceinline__ void load_mixed_tile(char* shared, const char* pages,
                                                 const HeadPages& head, int first, int num_keys) {
   constexpr int kWarps = kThreads / kWarp, kRows = kKeys / kWarps, kPair = 4 * kHeadSize;
-  constexpr int kGroups = kHeadSize / 8 * (kValues ? 2 : 1);
+  constexpr int kGroups = kHeadSize / 8;
   static_assert(kKeys % kWarps == 0 && kRows <= kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int format = head.page_blocks == blocks_per_page(kFp8) ? kFp8 : kInt4;
+  if (format == kFp8 && first + kKeys <= min(head.packed_keys(), num_keys)) {
+    CodeTile<T, kHeadSize, kFp8, kKeys, kStride, kThreads, false> tile(head, pages);
+    tile.locate(first);
+    tile.fetch();
+    tile.store_scaled(shared, __ldg(head.scales));
+    return;
+  }
   char* rows = shared + warp * kRows * kStride;
   // Lane i finds where key i of the warp's is: 0 none, the last bit tells codes.
   const char* from = nullptr;
@@ -168,19 +174,16 @@ __device__ __forceinline__ void load_mixed_tile(char* shared, const char* pages,
     constexpr int kFormat = decltype(of)::value;
     if constexpr (kFormat == kInt4) {
       if (head.packed > 0) {
-#pragma unroll 1
-        for (int side = 0; side < (kValues ? 2 : 1); ++side) {
-          const TurnedCodes<kHeadSize> codes(head.scales, side);
+        const TurnedCodes<kHeadSize> codes(head.scales);
 #pragma unroll 2
-          for (int i = 0; i < kRows; ++i) {
-            const uint64_t at = __shfl_sync(kAllLanes, address, i);
-            if (!(at & 1)) continue;
-            float x[TurnedCodes<kHeadSize>::kCount];
-            codes.read(reinterpret_cast<const char*>(at - 1), x);
-            T* to = reinterpret_cast<T*>(rows + i * kStride) + side * kHeadSize + lane;
+        for (int i = 0; i < kRows; ++i) {
+          const uint64_t at = __shfl_sync(kAllLanes, address, i);
+          if (!(at & 1)) continue;
+          float x[TurnedCodes<kHeadSize>::kCount];
+          codes.read(reinterpret_cast<const char*>(at - 1), x);
+          T* to = reinterpret_cast<T*>(rows + i * kStride) + lane;
 #pragma unroll
-            for (int c = 0; c < kHeadSize / kWarp; ++c) to[c * kWarp] = from_float<T>(x[c]);
-          }
+          for (int c = 0; c < kHeadSize / kWarp; ++c) to[c * kWarp] = from_float<T>(x[c]);
         }
       }
     }
@@ -196,9 +199,9 @@ __device__ __forceinline__ void load_mixed_tile(char* shared, const char* pages,
         char* row = rows + i * kStride;
         if (at & 1) {
           if constexpr (kFormat == kInt4) continue;
-          T* side = reinterpret_cast<T*>(row) + (group >= kHeadSize / 8 ? kHeadSize : 0);
+          T* to = reinterpret_cast<T*>(row);
           codes.each(reinterpret_cast<const char*>(at - 1),
-                     [&](int channel, float x) { side[channel] = from_float<T>(x); });
+                     [&](int channel, float x) { to[channel] = from_float<T>(x); });
         } else {
           uint4 word = make_uint4(0, 0, 0, 0);
           if (at != 0) word = __ldg(reinterpret_cast<const uint4*>(at) + group);

@@ -70,12 +70,16 @@ __device__ __forceinline__ void copy_keys(uint32_t shared, const char* pages, co
   const int64_t page_bytes = static_cast<int64_t>(head.block_size) * kPair;
   const char* base = pages + (first & mask) * kPair;  // not 0 only if a page holds several units
   ids->prepare(head, page, ceil_div(kKeys, head.block_size));
-  const auto copy_row = [&](int i, const char* from, int row_in_page, bool live) {
-    const int row = (i * kThreads + thread) / kWords, word = (i * kThreads + thread) % kWords;
-    copy_async(shared + row * kStride + word * 16, from + row_in_page * kPair + word * 16, live,
-               policy...);
+  // Constants from step to step where a step takes whole rows.
+  constexpr bool kWhole = kThreads % kWords == 0;
+  const auto row_of = [&](int i) {
+    return kWhole ? i * (kThreads / kWords) + thread / kWords : (i * kThreads + thread) / kWords;
   };
-  const auto row_of = [&](int i) { return (i * kThreads + thread) / kWords; };
+  const auto copy_row = [&](int i, const char* from, int row_in_page, bool live) {
+    const int word = kWhole ? thread % kWords : (i * kThreads + thread) % kWords;
+    copy_async(shared + row_of(i) * kStride + word * 16, from + row_in_page * kPair + word * 16,
+               live, policy...);
+  };
   // In one page all addresses differ by constants; twice, because most units are whole.
   if (kKeys <= head.block_size && first + kKeys <= num_keys) {
     base += ids->get(page) * page_bytes;
@@ -85,6 +89,13 @@ __device__ __forceinline__ void copy_keys(uint32_t shared, const char* pages, co
     base += ids->get(page) * page_bytes;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) copy_row(i, base, row_of(i), first + row_of(i) < num_keys);
+  } else if (kKeys == 2 * head.block_size && first + kKeys <= num_keys) {
+    const char* low = base + ids->get(page) * page_bytes;
+    const char* high = base + ids->get(page + 1) * page_bytes - kKeys / 2 * kPair;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      copy_row(i, row_of(i) < kKeys / 2 ? low : high, row_of(i), true);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {

@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(StatisticsShape<T, kHeadSize>::kThreads)
       char* stage = ring + (tile - tile_begin) % Shape::kStages * Shape::kStage;
       const char* pages = static_cast<const char*>(p.pages);
       if constexpr (kCodes) {
-        load_mixed_tile<T, kHeadSize, kKeys, Math::kStride, kThreads, false>(
-            stage, pages, head, tile * kKeys, num_keys);
+        load_mixed_tile<T, kHeadSize, kKeys, Math::kStride, kThreads>(stage, pages, head,
+                                                                      tile * kKeys, num_keys);
       } else {
         copy_keys<kKeys, kKeyBytes / 16, Math::kStride, 2 * kKeyBytes, kThreads>(
             shared_address(stage), pages, head, &ids, tile * kKeys, num_keys, threadIdx.x);

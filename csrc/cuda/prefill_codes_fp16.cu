@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "attention_launch.cuh"
-
-namespace kvc::gpu {
-
-template void launch_prefill<__half, true>(const Launch&, const PrefillParams&, int64_t, int64_t);
-
-}  // namespace kvc::gpu
