@@ -10,6 +10,7 @@ import httpx
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from vllm import SamplingParams
 from vllm.sequence import IntermediateTensors
 
 from kvcompress_vllm.cache.transfer import Stopwatch
@@ -20,6 +21,8 @@ from kvcompress_vllm.integration.worker.steps import join, with_parcels
 from kvcompress_vllm.records.plan import Compression
 from kvcompress_vllm.reporting.metrics import StepReport
 from tests.integration.engines import engine, samples, transformers_greedy
+from tests.integration.heads import save_head
+from tests.integration.simulation import ngram
 from tests.integration.test_policy_faults import choosing
 from tests.integration.test_server import complete, serve
 from tests.policies.installed import install_for_all
@@ -145,6 +148,28 @@ def test_tensor_parallel() -> None:
     assert [len(heads) for heads in ranks] == [6, 6] and again == ranks
     assert [heads for pair in zip(*ranks, strict=True) for heads in pair] == alone
     assert output.token_ids == expected.token_ids
+
+
+def test_tensor_parallel_beside_speculation(tmp_path: Path) -> None:
+    """Rows of several tokens, and a draft layer, on two ranks: answers are as without."""
+    head = {"method": "eagle", "model": save_head(tmp_path), "num_speculative_tokens": 4}
+    prompts = [prompt for task in ("single", "kv40", "copy") for prompt, _ in samples(task, 500, 2)]
+    options = {"ratio": 8, "min_prompt_tokens": 64, "interval": 2, "recent": 16}
+    sampling = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    expected = None
+    for drafts in (None, ngram(4), head):
+        with engine(
+            options, tensor_parallel_size=2, speculative_config=drafts, disable_log_stats=False
+        ) as llm:
+            for _ in range(2):  # the second time with prefix hits
+                outputs = llm.generate(prompts, sampling, use_tqdm=False)
+                found = [list(output.outputs[0].token_ids) for output in outputs]
+                expected = expected or found
+                assert found == expected
+                assert min(output.kv_compress.compressions for output in outputs) > 1
+            counted = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+        if drafts is not None:
+            assert counted["vllm:spec_decode_num_draft_tokens"] > 100
 
 
 def test_data_parallel(tmp_path: Path) -> None:
