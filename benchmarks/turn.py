@@ -5,9 +5,10 @@
 
 Every user has had a conversation (``--history`` tokens, an answer of ``--answer``) and says
 ``--new`` tokens more, all at the same time, with prefix caching. Measured is until everybody has a
-first token: seconds without a profiler, then, on conversations that are just as long, what ran on
-the GPU (on the CPU where there is none). Every engine runs in a process of its own. One JSON line
-per engine, and a table of the kernels that take longest.
+first token: seconds without a profiler, in all and of every step, then, on conversations that are
+just as long, what ran on the GPU (on the CPU where there is none) and for how long nothing did.
+Every engine runs in a process of its own. One JSON line per engine, and tables of the kernels that
+take longest and of the longest pauses between kernels.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import os
 import random
 import re
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.offline import STOCK, Workload, build, engine_parser, run_alone
 
-KERNELS = 14
-"""Rows of a table."""
+KERNELS, PAUSES = 14, 6
+"""Rows of the tables."""
 
 
 def main() -> None:
@@ -57,7 +60,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     choice = random.Random(0)
     on_gpu = torch.cuda.is_available()
     turn(llm, talked(llm, args, choice))  # warms up
-    seconds, steps = turn(llm, talked(llm, args, choice))
+    steps = turn(llm, talked(llm, args, choice))
     prompts = talked(llm, args, choice)
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=kinds) as profiled:
@@ -68,11 +71,18 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         if micros and (not on_gpu or "CUDA" in str(event.device_type)):
             kernels.append([shortened(event.key), event.count, round(micros / 1000, 3)])
     kernels.sort(key=lambda row: -row[2])
+    ran = [
+        (event.time_range.start, event.time_range.end, shortened(event.name))
+        for event in profiled.events()
+        if on_gpu and "CUDA" in str(event.device_type)
+    ]
     return {
         "history": args.history,
         "users": args.users,
-        "seconds": round(seconds, 4),
-        "steps": steps,
+        "seconds": round(sum(steps), 4),
+        "steps": len(steps) - 1,
+        "steps_ms": [round(1000 * step, 1) for step in steps],
+        "pauses": pauses(ran)[:PAUSES],
         "kernels_ms": round(sum(row[2] for row in kernels), 2),
         "kernels": kernels[:KERNELS],
     }
@@ -95,20 +105,36 @@ def talked(llm: Any, args: argparse.Namespace, choice: random.Random) -> list[li
     ]
 
 
-def turn(llm: Any, prompts: list[list[int]]) -> tuple[float, int]:
-    """Seconds until everybody has a token, and the engine's steps."""
+def pauses(ran: Sequence[tuple[float, float, str]]) -> list[tuple[float, str, str]]:
+    """Times at which nothing ran, longest first: milliseconds, what ran before and what behind.
+
+    Args:
+        ran: begin and end in microseconds, and a name; of several streams.
+    """
+    found, last, before = [], None, ""
+    for begin, end, name in sorted(ran):
+        if last is not None and begin > last:
+            found.append((round((begin - last) / 1000, 3), before, name))
+        if last is None or end > last:
+            last, before = end, name
+    return sorted(found, key=lambda pause: -pause[0])
+
+
+def turn(llm: Any, prompts: list[list[int]]) -> list[float]:
+    """Seconds until everybody has a token: to hand in the requests, then by step of the engine."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    engine, steps = llm.llm_engine, 0
+    engine = llm.llm_engine
     sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    start = time.perf_counter()
+    at = [time.perf_counter()]
     for index, tokens in enumerate(prompts):
-        engine.add_request(f"{start}-{index}", TokensPrompt(prompt_token_ids=tokens), sampling)
+        engine.add_request(f"{at[0]}-{index}", TokensPrompt(prompt_token_ids=tokens), sampling)
+    at.append(time.perf_counter())
     while engine.has_unfinished_requests():
         engine.step()
-        steps += 1
-    return time.perf_counter() - start, steps
+        at.append(time.perf_counter())
+    return [end - begin for begin, end in pairwise(at)]
 
 
 def shortened(name: str) -> str:
@@ -120,10 +146,13 @@ def shortened(name: str) -> str:
 def print_table(run: dict[str, Any]) -> None:
     print(
         f"{run['engine']}: {run['users']} users behind {run['history']} tokens: "
-        f"{1000 * run['seconds']:.1f} ms in {run['steps']} steps; kernels {run['kernels_ms']} ms"
+        f"{1000 * run['seconds']:.1f} ms in {run['steps']} steps "
+        f"({' + '.join(map(str, run['steps_ms']))}); kernels {run['kernels_ms']} ms"
     )
     for name, count, millis in run["kernels"]:
         print(f"{millis:10.2f} ms {count:7d} x  {name}")
+    for millis, before, behind in run["pauses"]:
+        print(f"{millis:10.2f} ms without, between {before} and {behind}")
 
 
 if __name__ == "__main__":

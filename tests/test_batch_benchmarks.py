@@ -12,6 +12,7 @@ from benchmarks.batch_ray import draw, tokens
 from benchmarks.offline import arguments as of_engine
 from benchmarks.offline import options
 from benchmarks.parallel import layout
+from benchmarks.turn import pauses
 
 
 def arguments(**given: object) -> argparse.Namespace:
@@ -57,3 +58,9 @@ def test_names_of_engines() -> None:
     expected = {"kv_cache_dtype": "fp8", "enforce_eager": True, "num_gpu_blocks_override": 201}
     assert given == expected
     assert of_engine("8", 1600) == {"num_gpu_blocks_override": 101} and of_engine("8", None) == {}
+
+
+def test_pauses_are_where_no_stream_ran() -> None:
+    ran = [(0.0, 2000.0, "a"), (500.0, 1000.0, "b"), (3000.0, 4000.0, "c"), (4500.0, 9000.0, "d")]
+    assert pauses(ran[::-1]) == [(1.0, "a", "c"), (0.5, "c", "d")]
+    assert pauses([]) == []
