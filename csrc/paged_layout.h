@@ -40,10 +40,27 @@ struct HeadPages {
   // Page id of the head's j-th page. 32 bits hold every page id; byte offsets need 64.
   KVC_HOST_DEVICE int32_t page_id(int32_t j) const {
     if (j < packed) {
-      const int32_t i = first + j;
-      return row[i / slots] * slots + i % slots;
+      const PackedPage page = packed_page(j);
+      return row[page.block] * slots + page.slot;
     }
     return row[covered + j - packed] * slots + head_slot;
+  }
+
+  // Where page_id() finds packed page j: a block of the row, and a page of that block.
+  struct PackedPage {
+    int32_t block, slot;
+  };
+  KVC_HOST_DEVICE PackedPage packed_page(int32_t j) const {
+    const uint32_t i = first + j, of = slots;
+    return {static_cast<int32_t>(i / of), static_cast<int32_t>(i % of)};
+  }
+
+  // The tail alone, as if nothing were packed.
+  KVC_HOST_DEVICE HeadPages tail() const {
+    HeadPages head = *this;
+    head.row += covered;
+    head.covered = head.packed = head.first = 0;
+    return head;
   }
 
   // K/V vectors the head holds for a request of seq_len tokens.

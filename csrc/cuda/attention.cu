@@ -31,7 +31,8 @@ void paged_attention(const Tensor& query, const Tensor& pages, const Tensor& blo
   KVC_CHECK(block_size >= 8 && (block_size & (block_size - 1)) == 0,
             "pages must hold a power of two of tokens from 8 on, not ", block_size);
   KVC_CHECK(is_aligned(pages.const_data_ptr(), 16), "pages must be aligned to 16 bytes");
-  // So that 16 rows of a page, a unit of work, are either codes or not.
+  // So that 16 rows of a page, a unit of decode work, are either codes or not, and that a page of
+  // codes has the 32 keys of a prefill tile.
   KVC_CHECK(page_format == kAuto || block_size >= 16, "page_format ", page_format,
             " needs pages of 16 tokens or more on CUDA, not ", block_size);
   KVC_CHECK(is_aligned(rows.page_scales, 16), "page_scales must be aligned to 16 bytes");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Keys of packed pages that hold codes, in shared memory as 16-bit numbers: what codes stand for
-// before scale and zero (Unpack). For kernels that use a tile often; decode reads codes by itself.
+// before scale and zero (Unpack). For kernels that use a tile often; decode, which does not, takes
+// codes apart in registers.
 #pragma once
 
 #include "../paged_layout.h"
@@ -28,16 +29,16 @@ class CodeTile {
   // Looks up where keys [first, first + kKeys) are, first a multiple of kKeys; those from
   // packed_keys() on count as the last.
   __device__ __forceinline__ void locate(int first) {
-    const uint32_t slots = head_.slots;
+    const int shift = __ffs(head_.block_size * blocks_per_page(kFormat)) - 1;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const int key = min(first + item(s) / kPerKey, head_.packed_keys() - 1);
-      const int shift = __ffs(head_.block_size) - 1 + kFormat;
       within_[s] = key & ((1 << shift) - 1);
       if (kOnePage && s > 0) continue;
-      const uint32_t place = head_.first + (key >> shift);
-      row_[s] = __ldg(head_.row + place / slots);
-      rest_[s] = place % slots;
+      // Not page_id(), which would wait for the block.
+      const HeadPages::PackedPage page = head_.packed_page(key >> shift);
+      block_[s] = __ldg(head_.row + page.block);
+      slot_[s] = page.slot;
     }
   }
 
@@ -46,8 +47,8 @@ class CodeTile {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (!live(s)) continue;
-      const int of = kOnePage ? 0 : s;
-      const int64_t page = static_cast<int64_t>(row_[of]) * head_.slots + rest_[of];
+      const int at = kOnePage ? 0 : s;
+      const int64_t page = static_cast<int64_t>(block_[at]) * head_.slots + slot_[at];
       const int unit = item(s) % kPerKey * kWide;
       const char* from = pages_ + page * head_.block_size * (4 * kHeadSize) +
                          within_[s] * key_bytes(kFormat, kHeadSize);
@@ -104,7 +105,7 @@ class CodeTile {
   static constexpr int kSteps = ceil_div(kItems, kPart);
   static constexpr int kKeyChunk = key_bytes(kFormat, kHeadSize) / 8;
   static constexpr int kValueChunk = kKeyChunk / 2;
-  // A page of codes has two blocks or more, and those 16 tokens or more.
+  // Whoever takes so few keys has made sure that blocks have 16 tokens; a page has two blocks.
   static constexpr bool kOnePage = kKeys <= 32;
   static_assert(kPart % kWarp == 0 && kHeadSize % kUnit == 0);
 
@@ -144,9 +145,8 @@ class CodeTile {
   const HeadPages& head_;
   const char* pages_;
   const bool values_;
-  int row_[kOnePage ? 1 : kSteps];
-  uint32_t rest_[kOnePage ? 1 : kSteps];
-  int within_[kSteps];
+  int block_[kOnePage ? 1 : kSteps], slot_[kOnePage ? 1 : kSteps];  // of the page
+  int within_[kSteps];                                              // key of the page
   uint32_t words_[kSteps][8];
 };
 

@@ -82,8 +82,9 @@ __device__ __forceinline__ uint32_t recode(uint32_t word, int index, int head_si
   return result;
 }
 
-// Whether recode() changes no code of words `lane`, lane + 32, ...: the scales are the same, and so
-// large beside the zeros that no rounding leads to another code.
+// Whether, by what a lane looks at (all of the warp see every scale), recode() changes no code: the
+// scales are the same, large enough beside the zeros that no rounding leads to another code, and
+// small enough that nothing overflows.
 template <int kFormat>
 __device__ __forceinline__ bool same_codes(int head_size, const uint16_t* old_scales,
                                            const uint16_t* new_scales) {
@@ -91,7 +92,8 @@ __device__ __forceinline__ bool same_codes(int head_size, const uint16_t* old_sc
   const int count = scales_columns(kFormat, head_size);
   for (int i = threadIdx.x % kWarp; i < count; i += kWarp) {
     const float scale = scale_float(__ldg(old_scales + i));
-    same &= __ldg(old_scales + i) == __ldg(new_scales + i) && scale >= 0x1p-126f;
+    same &=
+        __ldg(old_scales + i) == __ldg(new_scales + i) && scale >= 0x1p-126f && scale <= 0x1p100f;
     if constexpr (kFormat == kInt4) {
       const uint16_t zero = __ldg(old_scales + count + i);
       same &= zero == __ldg(new_scales + count + i) && fabsf(scale_float(zero)) <= 0x1p20f * scale;

@@ -9,7 +9,8 @@
 
 namespace kvc::gpu {
 
-// The products see codes only: the query carries the scales of K (or the logits' factor does, where
+// The products see codes only (int4's are too large by what raw_pair() adds, which is taken off
+// their sums): the query carries the scales of K (or the logits' factor does, where
 // there is one scale) and int4's rotation, since q . H k = H q . k; the result gets the scales of V
 // and is turned back when the last codes are done.
 template <typename T, int kHeadSize, int kTiles, int kFormat>
@@ -267,7 +268,8 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   uint32_t unscaled_[kFormat == kInt4 ? kHeadSize / 16 : 1][kTiles][2];
   uint32_t of_values_[kFormat == kInt4 ? kHeadSize / 16 : 1][2];  // zero and scale of V
   float weights_[kFormat == kInt4 ? kTiles : 1][4];  // sums of the weights as they were multiplied
-  float offset_[kTiles][2];  // q . zero, of columns 2 * (lane % 4) and the next, base 2
+  float offset_[kTiles][2];  // q . zero less what raw_pair() adds, of columns 2 * (lane % 4) and
+                             // the next, base 2
   float factor_;             // of the products, base 2
 };
 

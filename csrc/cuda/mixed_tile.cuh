@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A tile of keys of a head whose packed pages hold codes, in shared memory as if they were 16 bit.
-// For kernels whose arithmetic, not memory, takes the time; decode reads codes by itself.
+// For statistics, whose arithmetic, not memory, takes the time.
 #pragma once
 
 #include "code_tile.cuh"

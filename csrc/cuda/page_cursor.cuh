@@ -80,7 +80,8 @@ __device__ __forceinline__ void copy_keys(uint32_t shared, const char* pages, co
     copy_async(shared + row_of(i) * kStride + word * 16, from + row_in_page * kPair + word * 16,
                live, policy...);
   };
-  // In one page all addresses differ by constants; twice, because most units are whole.
+  // In one page all addresses differ by constants, and in each of two; in one page twice, because
+  // most units are whole.
   if (kKeys <= head.block_size && first + kKeys <= num_keys) {
     base += ids->get(page) * page_bytes;
 #pragma unroll

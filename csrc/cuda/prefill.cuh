@@ -81,7 +81,7 @@ class PrefillWarp {
     last_limit_ = seen + ((warp + 1) * Shape::kWarpRows - 1) / group;
   }
 
-  // The warp's queries from token `first` of its tile on, of which `tokens` are in the batch.
+  // The warp's share of the queries of the block, from `query` on, which has `tokens` tokens.
   __device__ __forceinline__ void read_queries(const PrefillParams& p, const T* query, int warp,
                                                int tokens) {
     const int lane = threadIdx.x % kWarp;
@@ -190,7 +190,7 @@ class PrefillWarp {
     }
   }
 
-  // Keys [first, end) of the tile at `keys`, which has room for kKeys.
+  // The kKeys keys at `keys`, of which `first` is the first; those from `end` on are none.
   __device__ __forceinline__ void step(uint32_t keys, int first, int end) {
     if (first > last_limit_) return;
     const int lane = threadIdx.x % kWarp;
@@ -347,7 +347,8 @@ class PrefillWarp {
   float offset_[kTiles][2] = {};  // q . zero, base 2, where keys are codes
 };
 
-// As many blocks on a processor as registers are enough for.
+// As many blocks on a processor as registers are enough for; where it has 100 KB of shared memory,
+// that allows fewer.
 template <typename T, int kHeadSize, int kFormat, int kTiles>
 __global__ void __launch_bounds__(PrefillShape<T, kHeadSize, kTiles>::kThreads,
                                   kHeadSize > 128 || kTiles > 1 ? 2 : 3)
@@ -368,16 +369,12 @@ __global__ void __launch_bounds__(PrefillShape<T, kHeadSize, kTiles>::kThreads,
   // Keys that are codes come first, in tiles of their own. Behind them, or from the first key on,
   // all pages are alike.
   //
-  //   keys   |  codes  |  16 bits          |      of `plain`: 0 ... num_keys - codes
-  //   tiles  | 0 .. coded - 1 | coded .. tiles - 1 |
+  //   keys   | codes          | 16 bits: 0 .. num_keys - codes - 1 of `plain` |
+  //   tiles  | 0 .. coded - 1 | coded .. tiles - 1                            |
   const int end = min(num_keys, seen + tokens);  // what some token sees
   const int codes = kFormat == kAuto ? 0 : max(0, min(head.packed_keys(), end));
   const int coded = ceil_div(codes, kKeys), tiles = coded + ceil_div(max(0, end - codes), kKeys);
-  HeadPages plain = head;
-  if constexpr (kFormat != kAuto) {
-    plain.row += head.covered;
-    plain.covered = plain.packed = plain.first = 0;
-  }
+  const HeadPages plain = kFormat == kAuto ? head : head.tail();
   const int plain_keys = num_keys - codes;
 
   char* const ring = shared + Shape::kRows * Shape::kQueryStride;

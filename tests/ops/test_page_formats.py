@@ -54,11 +54,11 @@ def batch_of(page_format, head_size, dtype, block_size=16, spare=3):
     return make_batch(rows, LAYERS, HEADS, block_size, head_size, dtype, spare, page_format)
 
 
-def attend(batch, group, head_size, dtype, device, layer=1, **logits):
+def attend(batch, group, head_size, dtype, device, layer=1, heads=HEADS, **logits):
     """What the op and its reference make of a batch."""
     tokens = int(batch.query_start[-1])
-    query, _, _ = fused_qkv(tokens, HEADS, group, head_size, dtype, "cpu")
-    out = torch.full((tokens, HEADS * group, head_size), 7.0, dtype=dtype)
+    query, _, _ = fused_qkv(tokens, heads, group, head_size, dtype, "cpu")
+    out = torch.full((tokens, heads * group, head_size), 7.0, dtype=dtype)
     args = [query, batch.pages, *batch.rows(), batch.query_start, layer, head_size**-0.5]
     reference.paged_attention(*args, out, **logits)
     found = torch.full_like(out, 7.0, device=device)
@@ -463,6 +463,27 @@ def test_what_codes_stand_for_can_be_turned_back(page_format, head_size):
     parity = sum(common >> i & 1 for i in range(8)) % 2
     turn = torch.block_diag(*[1.0 - 2 * parity] * (2 * head_size // block)).double()
     torch.testing.assert_close(stored, values @ turn / block)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_format", PageFormat, ids=lambda f: f.label)
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_prefill_in_blocks_of_many_rows(page_format, head_size):
+    """So many tokens and heads that a warp takes two tiles of rows: no other batch has them."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    heads, group, m = 16, 16, page_format.blocks_per_page
+    rows = [
+        Request(
+            tail=333, queries=300, packed=uneven(7 * LAYERS * heads, LAYERS * heads), covered=9
+        ),
+        Request(tail=190, queries=170),
+        Request(tail=101, queries=90, packed=[3] * LAYERS * heads, covered=3 * m),
+    ]
+    # As many blocks of 128 rows as two for each of 160 processors, more than any that we know.
+    assert sum(row.queries for row in rows) // (128 // group) * heads >= 2 * 160
+    batch = make_batch(rows, LAYERS, heads, 16, head_size, torch.bfloat16, 3, page_format)
+    assert_close("attention", *attend(batch, group, head_size, torch.bfloat16, "cuda", heads=heads))
 
 
 @pytest.mark.gpu
