@@ -148,7 +148,7 @@ def check_batches(chat: Any) -> None:
     async def create_chat_completion(request: Any, raw_request: Any = None) -> Any:
         if raw_request is None:
             body = {**(request.model_extra or {}), XARGS: request.vllm_xargs}
-            body["use_beam_search"] = request.use_beam_search
+            body["use_beam_search"] = getattr(request, "use_beam_search", False)
             with bad_request():
                 check_body(body, config)
         return await stock(request, raw_request)
