@@ -10,9 +10,9 @@
 namespace kvc::gpu {
 
 // The products see codes only (int4's are too large by what raw_pair() adds, which is taken off
-// their sums): the query carries the scales of K (or the logits' factor does, where
-// there is one scale) and int4's rotation, since q . H k = H q . k; the result gets the scales of V
-// and is turned back when the last codes are done.
+// their sums): the query carries the scales of K (or the logits' factor does, where there is one
+// scale) and int4's rotation, since q . H k = H q . k; the result gets the scales of V and is
+// turned back when the last codes are done.
 template <typename T, int kHeadSize, int kTiles, int kFormat>
 class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
  public:

@@ -149,7 +149,7 @@ __device__ __forceinline__ void load_mixed_tile(char* shared, const char* pages,
                                                 const HeadPages& head, int first, int num_keys) {
   constexpr int kWarps = kThreads / kWarp, kRows = kKeys / kWarps, kPair = 4 * kHeadSize;
   constexpr int kGroups = kHeadSize / 8;
-  static_assert(kKeys % kWarps == 0 && kRows <= kWarp);
+  static_assert(kKeys % kWarps == 0 && kRows <= kWarp && kGroups <= kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int format = head.page_blocks == blocks_per_page(kFp8) ? kFp8 : kInt4;
   if (format == kFp8 && first + kKeys <= min(head.packed_keys(), num_keys)) {
@@ -187,26 +187,23 @@ __device__ __forceinline__ void load_mixed_tile(char* shared, const char* pages,
         }
       }
     }
-    for (int start = 0; start < kGroups; start += kWarp) {
-      const int group = start + lane;
-      const bool live = group < kGroups;
-      const bool any = kFormat == kFp8 && head.packed > 0 && live;
-      const CodeGroup<T, kHeadSize, kFp8> codes(any ? head.scales : nullptr, any ? group : 0);
+    const bool live = lane < kGroups;
+    const bool any = kFormat == kFp8 && head.packed > 0 && live;
+    const CodeGroup<T, kHeadSize, kFp8> codes(any ? head.scales : nullptr, any ? lane : 0);
 #pragma unroll 2
-      for (int i = 0; i < kRows; ++i) {
-        const uint64_t at = __shfl_sync(kAllLanes, address, i);
-        if (!live) continue;
-        char* row = rows + i * kStride;
-        if (at & 1) {
-          if constexpr (kFormat == kInt4) continue;
-          T* to = reinterpret_cast<T*>(row);
-          codes.each(reinterpret_cast<const char*>(at - 1),
-                     [&](int channel, float x) { to[channel] = from_float<T>(x); });
-        } else {
-          uint4 word = make_uint4(0, 0, 0, 0);
-          if (at != 0) word = __ldg(reinterpret_cast<const uint4*>(at) + group);
-          *reinterpret_cast<uint4*>(row + group * 16) = word;
-        }
+    for (int i = 0; i < kRows; ++i) {
+      const uint64_t at = __shfl_sync(kAllLanes, address, i);
+      if (!live) continue;
+      char* row = rows + i * kStride;
+      if (at & 1) {
+        if constexpr (kFormat == kInt4) continue;
+        T* to = reinterpret_cast<T*>(row);
+        codes.each(reinterpret_cast<const char*>(at - 1),
+                   [&](int channel, float x) { to[channel] = from_float<T>(x); });
+      } else {
+        uint4 word = make_uint4(0, 0, 0, 0);
+        if (at != 0) word = __ldg(reinterpret_cast<const uint4*>(at) + lane);
+        *reinterpret_cast<uint4*>(row + lane * 16) = word;
       }
     }
   };

@@ -145,8 +145,8 @@ class PrefillWarp {
     }
   }
 
-  // Behind the last codes: the result gets the scales and zeros of V and is turned back. The
-  // queries must be read again.
+  // Behind the last codes: the result gets the scales and zeros of V and is turned back. For int4
+  // the queries must be read again.
   __device__ __forceinline__ void leave_codes(const uint16_t* scales, float factor) {
     const int lane = threadIdx.x % kWarp;
     factor_ = factor;
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(PrefillShape<T, kHeadSize, kTiles>::kThreads,
   for (int tile = 0;; ++tile) {
     if (kFormat != kAuto && coded > 0 && tile == coded) {
       mine.leave_codes(head.scales, p.logits.factor);
-      mine.read_queries(p, query, warp, tokens);
+      if (kFormat == kInt4 && tile < tiles) mine.read_queries(p, query, warp, tokens);
     }
     if (tile == tiles) break;
     copy_async_wait<0>();
