@@ -197,11 +197,11 @@ def test_many_compressions_at_once_equal_each_on_its_own() -> None:
     torch.manual_seed(4)
     config = KVCompressConfig(window=W)
 
-    def run(most_blocks: int) -> torch.Tensor:
+    def run(most_blocks: int, longest: int = 0) -> torch.Tensor:
         torch.manual_seed(5)
         state = Paged(config).state
         pages = torch.randn(200 * SLOTS, B, 2 * D)
-        compressor = Compressor(config, state, pages)
+        compressor = Compressor(config, state, pages, longest=longest)
         state.ring.normal_()
         due = [
             Compression(name, slot, slot, length, 0, 0, length // B, list(row), list(new))
@@ -220,3 +220,4 @@ def test_many_compressions_at_once_equal_each_on_its_own() -> None:
         return torch.cat([pages[150 * SLOTS :].flatten(), state.num_pages[:2].flatten().float()])
 
     assert run(1).equal(run(1000))
+    assert run(1, longest=1000 * B).equal(run(1000))

@@ -43,23 +43,25 @@ Index = TypeVar("Index", int, Tensor)
 
 def page_id(
     row: Tensor,
-    covered: int,
+    covered: int | Tensor,
     num_pages: int | Tensor,
     first_page: int | Tensor,
     head: int | Tensor,
     pages_per_block: int,
     j: Tensor,
+    start: int | Tensor = 0,
 ) -> Tensor:
     """Page ids of the pages ``j`` of one head, or of several with tensors that broadcast.
 
     Args:
-        row: ``[M]`` block ids of the request.
+        row: ``[M]`` block ids of the request, or of several in one piece.
         covered: F, full blocks covered by compression.
         num_pages: packed pages of this head.
         first_page: first packed page of this head.
         head: ``l * H + h``.
         pages_per_block: ``L * H``.
         j: ``[n]`` int64 indices of the head's pages.
+        start: where the request's block ids begin.
 
     Returns:
         ``[n]`` int64 page ids.
@@ -69,7 +71,7 @@ def page_id(
     block = i.div(pages_per_block, rounding_mode="floor")
     index = torch.where(packed, block, covered + j - num_pages)
     place = torch.where(packed, i.remainder(pages_per_block), head)
-    return row.long()[index] * pages_per_block + place
+    return row[start + index].long() * pages_per_block + place
 
 
 def place(

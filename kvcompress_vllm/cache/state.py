@@ -196,4 +196,4 @@ class PackedState:
         blocks = [self._first_block.pop(slot) for slot in slots if slot in self._first_block]
         if blocks:
             first = to_device(blocks, torch.int64, self.owner.device)
-            self.owner[first] = layout.NOT_PACKED
+            self.owner.index_fill_(0, first, layout.NOT_PACKED)  # waits for nothing: see transfer

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small data between host and device without stopping either side."""
+"""Small data between host and device without stopping either side.
+
+``tensor[index] = number`` stops both where ``index`` is a tensor: PyTorch makes a tensor on the
+host of the number, and waits until it is copied. ``index_fill_`` and ``masked_fill_`` do not.
+"""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from kvcompress_vllm.records.plan import Accumulation, Judged
 Item = TypeVar("Item", bound=Accumulation)
 
 MOST_TOKENS = 4096
-"""Candidate tokens of a batch of compressions, unless a single request has more. Bounds the memory
-for statistics and scores without making many small compressions wait for each other."""
+"""Candidate tokens of a batch of compressions, unless the longest request has more. Bounds the
+memory for statistics and scores; the fewer batches, the less has to be launched."""
 
 
 class Rank(NamedTuple):
@@ -135,14 +135,19 @@ class Batch(Generic[Item]):
         return self.spans[-1][1]
 
 
-def batches(due: Sequence[Judged], rank: Rank) -> Iterator[list[Judged]]:
-    """Runs of requests with at most :data:`MOST_TOKENS` candidate keys per head, or of a single
-    request."""
+def batches(due: Sequence[Judged], rank: Rank, longest: int = 0) -> Iterator[list[Judged]]:
+    """Runs of requests with at most :data:`MOST_TOKENS` candidate keys per head, or as many as the
+    longest request may have, for whom memory is set aside anyway.
+
+    Args:
+        longest: tokens of that one.
+    """
+    most = max(MOST_TOKENS, longest)
     batch: list[Judged] = []
     keys = 0
     for item in due:
         more = rank.candidate_units(item) * rank.group.block_size
-        if batch and keys + more > MOST_TOKENS:
+        if batch and keys + more > most:
             yield batch
             batch, keys = [], 0
         batch.append(item)

@@ -62,6 +62,7 @@ class Compressor:
         state: this rank's tables, changed by :meth:`run`.
         pages: ``[P, B, 2 * D]``, changed by :meth:`run`.
         agree: tells all ranks what went wrong on one; None: there is one rank.
+        longest: tokens of the longest request, for which scratch is set aside.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class Compressor:
         state: PackedState,
         pages: Tensor,
         agree: Agree | None = None,
+        longest: int = 0,
     ) -> None:
         self._configured = config
         self.rank = Rank(state, pages)
         self._agree = agree
+        self._longest = longest
         self._policies: dict[str | None, tuple[KVCompressConfig, Policy]] = {}
         self._protected = Protected(state)
         self._lengths: dict[int, PendingLengths] = {}
@@ -119,7 +122,7 @@ class Compressor:
         pending = []
         for policy, floor, stride in dict.fromkeys(map(kind, due)):
             alike = [item for item in due if kind(item) == (policy, floor, stride)]
-            for items in batch.batches(alike, self.rank):
+            for items in batch.batches(alike, self.rank, self._longest):
                 together = Batch.of(items, *self._use(policy), self.rank, floor)
                 pending.append(self._run(together, score_only))
         return pending
@@ -213,8 +216,9 @@ class Compressor:
         item, allocator, rank = due.items[index], due.config.allocator, self.rank
         m, page_keys = rank.group.blocks_per_page, rank.group.page_keys
         lengths = None if rectangle.lengths is None else rectangle.lengths // m
+        shielded = known.shielded()
         try:
-            judged = judge.scores(due.policy, known)
+            judged = judge.scores(due.policy, known, shielded)
             scores = self._shielded(item, judged.scores)
             shares = judge.shares(due.policy, known, scores, allocator)
             failures.may_have(index, judged.wrong)
@@ -232,7 +236,7 @@ class Compressor:
             rank.candidate_pages(item),
             lengths,
         )
-        costs, masses = loss.page_masses(scores, known.shielded(), page_keys, judged.worth)
+        costs, masses = loss.page_masses(scores, shielded, page_keys, judged.worth)
         each = rectangle.width // m if lengths is None else lengths.flatten()
         lost = loss.loss_at(costs, masses, each, due.floor_pages, freed[1:])
         return Verdict(scores, freed, lost)

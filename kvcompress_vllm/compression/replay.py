@@ -34,7 +34,7 @@ def clear(state: PackedState, blocks: Sequence[int]) -> None:
     """
     stored = _stored(state)
     index = to_device(blocks, torch.int64, stored.device)
-    stored.view(-1, state.group.pages_per_block, state.group.page_keys)[index] = 0
+    stored.view(-1, state.group.pages_per_block, state.group.page_keys).index_fill_(0, index, 0)
 
 
 def score(

@@ -6,6 +6,8 @@ Letters as in ``cache/layout.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -76,16 +78,19 @@ def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
     if scores is None:
         raise RuntimeError("kv_compress: no echo scores are stored for this policy")
     block_size = rank.group.block_size
-    by_block = scores.view(-1, rank.group.pages_per_block, scores.shape[1])
-    for item in batch.items:
-        blank = [position for start, end in item.unscored for position in range(start, end)]
-        if blank:
-            blocks = [item.old_blocks[position // block_size] for position in blank]
-            offsets = [position % block_size for position in blank]
-            place = to_device([blocks, offsets], torch.int64, scores.device)
-            by_block[place[0], :, place[1]] = 0
-    units = [_units(rank, item, row)[0] for item, row in zip(batch.items, batch.rows, strict=True)]
-    return scores.view(-1, block_size)[torch.cat(units)]
+    blank = [
+        (*divmod(position, block_size), item.old_blocks)
+        for item in batch.items
+        for start, end in item.unscored
+        for position in range(start, end)
+    ]
+    if blank:
+        by_block = scores.view(-1, rank.group.pages_per_block, scores.shape[1]).transpose(1, 2)
+        place = [[blocks[index] for index, _, blocks in blank], [offset for _, offset, _ in blank]]
+        places = to_device(place, torch.int64, scores.device)
+        by_block.index_put_((places[0], places[1]), scores.new_zeros(1))
+    units, _ = _units(rank, batch.items, batch.rows)
+    return scores.view(-1, block_size)[units]
 
 
 def add_up(
@@ -135,31 +140,49 @@ def _candidates(
         keys that were packed before; ``[units]`` bool, whether a unit has accumulated statistics.
     """
     device, block_size = rank.pages.device, rank.group.block_size
-    units, block = _units(rank, item, row)
+    units, block = _units(rank, [item], row[None])
     position = block[:, None] * block_size + torch.arange(block_size, device=device)
     return units, item.num_tokens - 1 - position, block < observed.known
 
 
-def _units(rank: Rank, item: Accumulation, row: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a request's candidates, in the order of the statistics ops: ``[units]`` place of each unit
-    in what is stored by key, as many of B keys as a page has room for; and the block of each in the
-    row's own count: packed units stand for some block before them."""
+def _units(rank: Rank, items: Sequence[Accumulation], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the candidates of all requests, in the order of the statistics ops: ``[units]`` place of
+    each unit in what is stored by key, as many of B keys as a page has room for; and the block of
+    each in its row's own count: packed units stand for some block before them.
+
+    Args:
+        rows: ``[R, M]`` int32 block ids.
+    """
     state, device = rank.state, rank.pages.device
     heads, m = rank.group.pages_per_block, rank.group.blocks_per_page
-    fresh = item.covered - item.old_covered
-    index = torch.arange(heads, device=device)
-    if item.old_kept:
-        packed = state.num_pages[item.packed_slot].flatten().long()
-        first = state.first_page[item.packed_slot].flatten().long()
-    else:
-        packed = first = torch.zeros_like(index)
-    total = rank.candidate_units(item) * heads
-    head = index.repeat_interleave(packed * m + fresh, output_size=total)
-    begin = layout.first_candidate(first, index, fresh, m)
-    unit = torch.arange(total, device=device) - begin[head]
-    behind = unit - packed[head] * m
-    page = torch.where(behind < 0, unit.div(m, rounding_mode="floor"), packed[head] + behind)
-    pages = layout.page_id(row, item.old_covered, packed[head], first[head], head, heads, page)
-    within = torch.where(behind < 0, unit.remainder(m), 0)
-    block = torch.where(behind < 0, item.old_covered - 1, item.old_covered + behind)
+    numbers = [
+        (item.packed_slot if item.old_kept else 0, item.old_kept > 0, item.old_covered,
+         item.covered - item.old_covered, row * rows.shape[1])
+        for row, item in enumerate(items)
+    ]  # fmt: skip
+    table = to_device(numbers, torch.int64, device)
+    slot, was_packed, covered, fresh, start = table.unsqueeze(-1).unbind(1)
+    # A slot that was never packed holds anything.
+    packed = (state.num_pages[slot[:, 0]].flatten(1) * was_packed).flatten()
+    first = (state.first_page[slot[:, 0]].flatten(1) * was_packed).flatten()
+    counts = (packed.view(-1, heads) * m + fresh).flatten()
+    # One line of (request, head) pairs, as many units each as it has candidates:
+    #
+    #     pair      0         1         2
+    #     unit      p p t t   p t t     t t          p: packed, m to a page; t: of the tail
+    #     begin     0         4         7
+    total = sum(rank.candidate_units(item) for item in items) * heads
+    pair = torch.arange(counts.shape[0], device=device)
+    pair = pair.repeat_interleave(counts, output_size=total)
+    request, head = pair.div(heads, rounding_mode="floor"), pair.remainder(heads)
+    unit = torch.arange(total, device=device) - (counts.cumsum(0) - counts)[pair]
+    packed, covered = packed[pair], covered.flatten()[request]
+    behind = unit - packed * m
+    is_packed = behind < 0
+    page = torch.where(is_packed, unit.div(m, rounding_mode="floor"), packed + behind)
+    pages = layout.page_id(
+        rows.flatten(), covered, packed, first[pair], head, heads, page, start.flatten()[request]
+    )
+    within = torch.where(is_packed, unit.remainder(m), 0)
+    block = torch.where(is_packed, covered - 1, covered + behind)
     return pages * m + within, block

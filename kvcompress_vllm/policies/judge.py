@@ -44,8 +44,11 @@ class Shares(NamedTuple):
     heads: Tensor | None = None
 
 
-def scores(policy: Policy, evidence: Evidence) -> Scores:
+def scores(policy: Policy, evidence: Evidence, shielded: Tensor) -> Scores:
     """The policy's scores, and what it says that keys are worth.
+
+    Args:
+        shielded: of the evidence; the policy does not get hold of it.
 
     Raises:
         PolicyError: it raised, or returned no ``[L * H, n]`` tensor of fp32 on the device.
@@ -56,7 +59,6 @@ def scores(policy: Policy, evidence: Evidence) -> Scores:
     worth = _asked("worth", lambda: policy.worth(evidence))
     if worth is not None:
         _check("worth", worth, shape, evidence, exact=True)
-    shielded = evidence.shielded()
     finite = found.isfinite().logical_or_(shielded).all()
     if worth is not None:
         finite &= worth.isfinite().logical_or_(shielded).all()

@@ -36,7 +36,7 @@ def check(name: str, config: KVCompressConfig) -> None:
         made_up = evidence(policy, config, num_keys, num_kept, packed)
         try:
             with torch.inference_mode(), _one_thread():
-                scores, _, wrong = judge.scores(policy, made_up)
+                scores, _, wrong = judge.scores(policy, made_up, made_up.shielded())
                 if bool(wrong):
                     raise judge.PolicyError("score or worth returned numbers that are not finite")
                 judge.shares(policy, made_up, scores, config.allocator)

@@ -19,7 +19,9 @@ from tests.integration.simulation import ngram
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS = {"ratio": 8, "min_prompt_tokens": 64, "interval": 2, "recent": 16, "max_ratio": 32}
+# 16 bits: codes of 8 turn a rounding into a step of theirs, which flips more than near ties.
+OPTIONS = {"ratio": 8, "page_dtype": "auto", "min_prompt_tokens": 64, "interval": 2, "recent": 16,
+           "max_ratio": 32}  # fmt: skip
 PROMPTS = [
     prompt
     for task, length in [("single", 150), ("kv40", 500), ("copy", 700), ("multikey", 330),
@@ -57,6 +59,8 @@ def test_answers_are_the_same(
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "1")
+    # Runner V1 ends with this off, and V2, whose rows come later in the same process, leaves it.
+    monkeypatch.setattr("vllm.compilation.monitor.cudagraph_capturing_enabled", True)
     head: dict[str, Any] = ngram(DRAFTS)
     if method != "ngram":
         head = {"method": method, "model": save_head(tmp_path, method),
@@ -82,5 +86,6 @@ def test_answers_are_the_same(
             print(f"{method}, runner {runner}: the same up to (token, gap) {apart} of {LENGTH}")
             assert max(gap for _, gap in apart) < NEAR_TIE
         # What else is kept is no near tie.
-        own = greedy(llm, PROMPTS, LENGTH, ignore_eos=True)
-        assert max(gap for _, gap in gaps(llm, PROMPTS, own, ignore_eos=True, **whole)) > NEAR_TIE
+        fewer = {"extra_args": {"kv_compress_ratio": 16}}
+        other = greedy(llm, PROMPTS, LENGTH, ignore_eos=True, **fewer)
+        assert max(gap for _, gap in gaps(llm, PROMPTS, other, ignore_eos=True)) > NEAR_TIE

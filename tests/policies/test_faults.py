@@ -188,7 +188,7 @@ def test_the_engine_still_ends_on_a_signal(monkeypatch: pytest.MonkeyPatch) -> N
     before = signal.signal(signal.SIGTERM, handler)
     try:
         with pytest.raises(SystemExit):
-            judge.scores(policy, made_up)
+            judge.scores(policy, made_up, made_up.shielded())
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -208,7 +208,8 @@ class KVCompressWorkerMixin(Worker):
         self.kv_compress_context = context
         self.kv_compress_runner = runner
         agree = _agree if self.parallel_config.tensor_parallel_size > 1 else None
-        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, agree)
+        longest = self._longest(state, kv_cache_config.num_blocks)
+        self.kv_compressor = Compressor(self.kv_compress_config, state, pages, agree, longest)
         Steps(self.model_runner, self._start_step, self._end_step)
         message = ops.missing_kernels(self.device.type)
         if message:
@@ -249,10 +250,14 @@ class KVCompressWorkerMixin(Worker):
         state = self._state(group, num_blocks, torch.device("meta"))
         return state.num_bytes() + self._scratch_bytes(state, num_blocks)
 
+    def _longest(self, state: PackedState, num_blocks: int) -> int:
+        """Tokens of the longest request that there is room for."""
+        tokens = num_blocks * state.group.kernel_blocks * state.group.block_size
+        return min(self.model_config.max_model_len, tokens)
+
     def _scratch_bytes(self, state: PackedState, num_blocks: int) -> int:
         """What the largest possible compression takes while it runs, or a repetition."""
-        tokens = num_blocks * state.group.kernel_blocks * state.group.block_size
-        most = min(self.model_config.max_model_len, tokens)
+        most = self._longest(state, num_blocks)
         repeats = self.kv_compress_config.exact != "off"
         return max(
             replay.scratch_bytes(most, state.group) if repeats else 0,
