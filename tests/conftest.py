@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
 import gc
+import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# Processes that run side by side share the cores, and so do the servers that they start: threads
+# that wait for each other, on cores that others have, take several times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 # Looking for garbage walks all that torch and vLLM have imported, 700,000 objects: again and again
 # while that is imported, and then six times for each engine. None of it is ever garbage, so it is
