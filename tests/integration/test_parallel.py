@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def test_stages_hand_their_reports_on(ranks: int) -> None:
 def engines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an engine with several ranks in this process, sockets would stay that block the next."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        # An import of vLLM less for each rank. Threads of OpenMP would not survive a fork.
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
 
 
 @pytest.fixture
