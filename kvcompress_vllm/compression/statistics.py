@@ -88,6 +88,7 @@ def _echo(rank: Rank, batch: Batch[Item]) -> Tensor:
         by_block = scores.view(-1, rank.group.pages_per_block, scores.shape[1]).transpose(1, 2)
         place = [[blocks[index] for index, _, blocks in blank], [offset for _, offset, _ in blank]]
         places = to_device(place, torch.int64, scores.device)
+        # A zero of the device: see transfer.
         by_block.index_put_((places[0], places[1]), scores.new_zeros(1))
     units, _ = _units(rank, batch.items, batch.rows)
     return scores.view(-1, block_size)[units]

@@ -11,6 +11,7 @@ Prints a line per check; status 1 where one fails.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -99,8 +100,10 @@ CHECKS: tuple[Callable[[Any, list[tuple[str, str]]], None], ...] = (
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.releases.engine")
+    parser.add_argument("--graphs", action="store_true", help="run in CUDA graphs")
     pairs = samples("single", LENGTH, 3)
-    settings: dict[str, Any] = {"enforce_eager": "--graphs" not in sys.argv[1:]}
+    settings: dict[str, Any] = {"enforce_eager": not parser.parse_args().graphs}
     if torch.cuda.is_available():
         settings["dtype"] = "bfloat16"  # FlashAttention's
     failed = 0

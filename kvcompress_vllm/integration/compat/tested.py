@@ -22,7 +22,7 @@ class Tested:
         contract: the contract by AST.
         cpu: ``tests/releases/engine.py`` on a machine without GPU.
         suite: all tests on a machine without GPU.
-        gpu: the tests that need a GPU.
+        gpu: the tests that need a GPU, or what of them was run.
     """
 
     torch: str
