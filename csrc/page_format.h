@@ -151,6 +151,11 @@ constexpr int kNumCuts = 4;
 KVC_HOST_DEVICE float range_cut(int index) {
   return index == 0 ? 0.0f : static_cast<float>(1 << index) * 0.03125f;
 }
+// Every how manieth of `count` keys tells which cut is best.
+constexpr int kJudged = 1024;
+KVC_HOST_DEVICE int judged_apart(int64_t count) {
+  return count < 2 * kJudged ? 1 : static_cast<int>(count / kJudged);
+}
 struct Int4Scale {
   uint16_t scale, zero;
 };
@@ -182,7 +187,12 @@ KVC_HOST_DEVICE uint16_t widen_int4(uint16_t old, float zero, float low, float h
 // Code of a number, in [0, 16).
 KVC_HOST_DEVICE uint32_t encode_int4(float x, float zero, float inverse) {
   const float step = rounded_product(x - zero, inverse);
-  return nearest_integer(step > -8.0f ? step < 7.0f ? step : 7.0f : -8.0f) + 8;
+#ifdef __CUDA_ARCH__
+  const float inside = fminf(fmaxf(step, -8.0f), 7.0f);  // of NaN -8, too
+#else
+  const float inside = step > -8.0f ? step < 7.0f ? step : 7.0f : -8.0f;
+#endif
+  return float_bits(inside + (0x1.8p23f + 8.0f)) - 0x4B400000u;  // nearest_integer(inside) + 8
 }
 KVC_HOST_DEVICE float decode_int4(uint32_t code, float zero, float scale) {
   return (static_cast<float>(code) - 8.0f) * scale + zero;

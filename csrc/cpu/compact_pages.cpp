@@ -144,6 +144,7 @@ class Reader {
     const int64_t channels = 2 * head_size_;
     std::vector<double> least(channels);
     std::vector<int64_t> squares(channels);
+    const int apart = judged_apart(count);
     std::vector<float> bounds(3 * channels);  // least and greatest of the codes, 16 / scale
     for (int cut = 0; cut < kNumCuts; ++cut) {
       std::fill(squares.begin(), squares.end(), 0);
@@ -154,8 +155,8 @@ class Reader {
         bounds[channels + i] = scale_float(of.zero) + 7.0f * scale;
         bounds[2 * channels + i] = inverse_scale(scale) * 16.0f;
       }
-      for (const int32_t* key = keys; cut > 0 && key < keys + count; ++key) {
-        const float* numbers = read(simd, head, pages, *key);
+      for (int64_t key = 0; cut > 0 && key < count; key += apart) {
+        const float* numbers = read(simd, head, pages, keys[key]);
         for (int64_t i = 0; i < channels; ++i) {
           const int64_t steps =
               steps_outside(numbers[i], bounds[i], bounds[channels + i], bounds[2 * channels + i]);
@@ -164,7 +165,8 @@ class Reader {
       }
       for (int64_t i = 0; i < channels; ++i) {
         const Int4Scale of = fit_int4(low[i], high[i], cut);
-        const double error = error_int4(count, squares[i], scale_float(of.scale));
+        const double error =
+            error_int4((count + apart - 1) / apart, squares[i], scale_float(of.scale));
         if (cut > 0 && !(error < least[i])) continue;
         least[i] = error;
         scales[i] = of.scale;

@@ -47,26 +47,22 @@ __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint
 }
 
 // Pair j of a word whose halves lie 16 bits apart: what the codes stand for, before scale and zero
-// and divided by kFactor. All of it is exact. raw_pair() is greater by kAdded, and cheaper.
+// and divided by kFactor. All of it is exact.
 template <typename T, int kFormat>
 struct Unpack;
 
 template <typename T>
 struct Unpack<T, kInt4> {
   static constexpr int kPairs = 4;
-  static constexpr float kFactor = 1.f, kAdded = 24.f;
+  static constexpr float kFactor = 1.f;
   // The code in the first bits of the mantissa of 16: 16 and the code, which stands for itself
-  // less 8. In the last bits of a larger number it would take a shift less, but sums of such
-  // numbers would leave little of what is added.
-  static __device__ __forceinline__ uint32_t raw_pair(uint32_t word, int j) {
+  // less 8.
+  static __device__ __forceinline__ uint32_t pair(uint32_t word, int j) {
     constexpr bool kHalf = std::is_same_v<T, __half>;
     constexpr int kPlace = kHalf ? 6 : 3;
     const uint32_t moved = 4 * j < kPlace ? word << (kPlace - 4 * j) : word >> (4 * j - kPlace);
-    return masked_or(moved, 0x000F000Fu << kPlace, kHalf ? 0x4C004C00u : 0x41804180u);
-  }
-  static __device__ __forceinline__ uint32_t pair(uint32_t word, int j) {
-    constexpr uint32_t kAddedPair = std::is_same_v<T, __half> ? 0x4E004E00u : 0x41C041C0u;
-    return subtract_pair<T>(raw_pair(word, j), kAddedPair);
+    const uint32_t raw = masked_or(moved, 0x000F000Fu << kPlace, kHalf ? 0x4C004C00u : 0x41804180u);
+    return subtract_pair<T>(raw, kHalf ? 0x4E004E00u : 0x41C041C0u);
   }
 };
 
@@ -74,26 +70,64 @@ struct Unpack<T, kInt4> {
 template <>
 struct Unpack<__half, kFp8> {
   static constexpr int kPairs = 2;
-  static constexpr float kFactor = 256.f, kAdded = 0.f;
+  static constexpr float kFactor = 256.f;
   static __device__ __forceinline__ uint32_t pair(uint32_t word, int j) {
     const uint32_t x = j == 0 ? word << 8 : word;
     return (x & 0x80008000u) | (x & 0x7F007F00u) >> 1;
-  }
-  static __device__ __forceinline__ uint32_t raw_pair(uint32_t word, int j) {
-    return pair(word, j);
   }
 };
 template <>
 struct Unpack<__nv_bfloat16, kFp8> {
   static constexpr int kPairs = 2;
-  static constexpr float kFactor = 1.f, kAdded = 0.f;
+  static constexpr float kFactor = 1.f;
   static __device__ __forceinline__ uint32_t pair(uint32_t word, int j) {
     const uint32_t x = j == 0 ? word << 8 : word;
     // 2^120: products with what would be subnormal sums are not to be trusted.
     return multiply_pair<__nv_bfloat16>((x & 0x80008000u) | (x & 0x7F007F00u) >> 4, 0x7B807B80u);
   }
-  static __device__ __forceinline__ uint32_t raw_pair(uint32_t word, int j) {
-    return pair(word, j);
+};
+
+// Pairs as decode multiplies them, in numbers of Type. Those of keys are what codes stand for times
+// times(j), plus added(j).
+template <typename T, int kFormat>
+struct Operands : Unpack<T, kFormat> {
+  using Type = T;
+  static __device__ __forceinline__ uint32_t key_pair(uint32_t word, int j) {
+    return Operands::pair(word, j);
+  }
+  static __device__ __forceinline__ uint32_t value_pair(uint32_t word, int j) {
+    return Operands::pair(word, j);
+  }
+};
+
+// fp16 whatever the cache holds: of its ten bits of mantissa, two codes of a half word lie where
+// the number 1024 has them, so that eight codes take five instructions instead of eight:
+//
+//   15..12  11..8  7..4  3..0   bits of a half word; shifted by 8, pairs 2 and 3 lie there, too
+//     j=3    j=2    j=1   j=0   1024 + code for j = 0, 2; 1024 + 16 code for j = 1, 3
+template <typename T>
+struct Operands<T, kInt4> {
+  using Type = __half;
+  static constexpr int kPairs = 4;
+  static constexpr float kFactor = 1.f;
+  static constexpr float times(int j) { return j % 2 ? 16.f : 1.f; }
+  static constexpr float added(int j) { return 1024.f + 8.f * times(j); }
+  static __device__ __forceinline__ uint32_t key_pair(uint32_t word, int j) {
+    return masked_or(j < 2 ? word : word >> 8, j % 2 ? 0x00F000F0u : 0x000F000Fu, 0x64006400u);
+  }
+  // Sums over many values would leave little of what is added: exactly what the codes stand for.
+  static __device__ __forceinline__ uint32_t value_pair(uint32_t word, int j) {
+    const uint32_t raw = key_pair(word, j);
+    const __half2 code = j % 2 ? __hfma2(reinterpret_cast<const __half2&>(raw), half_pair(0x2C00),
+                                         half_pair(0xD480))  // 1 / 16 and -72
+                               : __hadd2(reinterpret_cast<const __half2&>(raw),
+                                         half_pair(0xE408));  // -1032
+    return reinterpret_cast<const uint32_t&>(code);
+  }
+
+ private:
+  static __device__ __forceinline__ __half2 half_pair(uint16_t bits) {
+    return __half2half2(__ushort_as_half(bits));
   }
 };
 

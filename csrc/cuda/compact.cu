@@ -24,6 +24,12 @@ CompactParams kept_params(const PagedRows& rows, const Tensor& pages, int64_t wo
   return p;
 }
 
+// Of keys that become codes.
+void check_head_size(const Tensor& pages) {
+  const int64_t head_size = pages.size(2) / 2;
+  KVC_CHECK(head_size <= 256, "pages have a head size of ", head_size, "; the most on CUDA is 256");
+}
+
 // Calls f with a value of the type and std::integral_constant of the format.
 template <typename F>
 void dispatch_codes(ScalarType dtype, int64_t page_format, F&& f) {
@@ -50,7 +56,7 @@ Tensor fit_scales(const Tensor& pages, const Tensor& block_table, const Tensor& 
       check_fit_scales(pages, block_table, state_slot, num_pages, first_page, covered, page_scales,
                        page_format, kept_pages, kept_first, kept_keys);
   const int64_t requests = block_table.size(0), head_size = pages.size(2) / 2;
-  KVC_CHECK(head_size <= 256, "pages have a head size of ", head_size, "; the most on CUDA is 256");
+  check_head_size(pages);
   const int format = static_cast<int>(page_format);
   const Tensor out =
       torch::stable::new_empty(pages,
@@ -95,15 +101,15 @@ void compact_pages(const Tensor& pages, const Tensor& block_table, const Tensor&
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return;
   }
+  check_head_size(pages);
   CodesParams q{};
   q.kept = p;
   q.new_scales = static_cast<const uint16_t*>(new_scales->const_data_ptr());
   q.head_size = static_cast<int32_t>(pages.size(2) / 2);
-  const int shared = kWarps * quantise_bytes(q.head_size);
+  constexpr int kShared = kWarps * kStagedBytes;
   dispatch_codes(pages.scalar_type(), page_format, [&](auto type, auto of) {
     const auto kernel = quantise_pages_kernel<decltype(type), decltype(of)::value, kThreads>;
-    launch.reserve_shared(kernel, shared);
-    kernel<<<blocks, kThreads, shared, launch.stream()>>>(q);
+    kernel<<<blocks, kThreads, kShared, launch.stream()>>>(q);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -40,15 +40,28 @@ __device__ __forceinline__ float decode(uint32_t code, float zero, float scale) 
   return kFormat == kFp8 ? decode_fp8(code) * scale : decode_int4(code, zero, scale);
 }
 
-// What codes of int4 stand for, of eight channels of 16 bits in each lane, of which lanes that
-// differ in the bits below P / 8 hold one block. All lanes of the warp.
-__device__ __forceinline__ void rotate_words(float (&x)[8], int together) {
+// What codes of int4 stand for, of eight channels of 16 bits of kCount keys in each lane, of which
+// lanes that differ in the bits below P / 8 hold one block. All lanes of the warp.
+template <int kCount>
+__device__ __forceinline__ void rotate_words(float (&x)[kCount][8], int together) {
+  const float whole = 1.f / static_cast<float>(together);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] *= 1.f / static_cast<float>(together);
-  rotate_registers<8, 1, 8>(x);
+  for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[k][i] *= whole;
+    rotate_registers<8, 1, 8>(x[k]);
+  }
+#pragma unroll 1
   for (int bit = 1; bit < together / 8; bit *= 2) {
+    // Sum or difference as rotate_lanes() has them: products with 1 and -1 are exact.
+    const float sign = threadIdx.x & bit ? -1.f : 1.f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = rotate_lanes(x[i], bit);
+    for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        x[k][i] = fmaf(x[k][i], sign, __shfl_xor_sync(kAllLanes, x[k][i], bit));
+      }
+    }
   }
 }
 
@@ -104,8 +117,9 @@ __device__ __forceinline__ bool same_codes(int head_size, const uint16_t* old_sc
 
 constexpr int kKeysTogether = 8;  // of a warp: loads in flight per lane
 
-// Bytes of shared memory per warp: a code each, before they are packed.
-constexpr int quantise_bytes(int head_size) { return kKeysTogether * 2 * head_size; }
+// Of shared memory: a key's codes, a byte each, before they are packed; and a warp's.
+constexpr int kStagedKey = 512;
+constexpr int kStagedBytes = kKeysTogether * kStagedKey;
 
 // Word `word` of a key's codes, of which `staged` has a byte each.
 template <int kFormat>
@@ -127,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
   extern __shared__ __align__(16) uint8_t shared[];
   const CompactParams& p = q.kept;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, head_size = q.head_size;
-  uint8_t* staged = shared + warp * quantise_bytes(head_size);
+  uint8_t* staged = shared + warp * kStagedBytes;
   const int64_t page = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp;
   if (page >= p.num_kept) return;
   const int slots = p.rows.slots;
@@ -150,6 +164,20 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
   // Most compressions after the first widen no scale.
   const bool same =
       __all_sync(kAllLanes, packed == 0 || same_codes<kFormat>(head_size, head.scales, new_scales));
+  // Of the channels of word `word`.
+  float inverse[kPerWord] = {}, zero[kPerWord] = {};
+  int position[kPerWord];
+  const auto enter = [&](int word) {
+    if (word < p.words) {
+      load_scales<kFormat, kPerWord>(new_scales, head_size, word * kPerWord, inverse, zero);
+    }
+#pragma unroll
+    for (int i = 0; i < kPerWord; ++i) {
+      inverse[i] = inverse_scale(inverse[i]);
+      position[i] = place_of<kFormat>(head_size, word * kPerWord + i);
+    }
+  };
+  if (p.words <= kWarp) enter(lane);
   for (int base = 0; base < page_keys; base += kWarp) {
     const int rows = min(kWarp, page_keys - base);
     // Lane i finds where key i lies now; the last bit tells codes, which are 16-byte aligned, too.
@@ -164,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
     }
     for (int row = 0; row < rows; row += kKeysTogether) {
       for (int start = 0; start < p.words; start += kWarp) {
-        const int word = start + lane, channel = word * kPerWord;
+        const int word = start + lane;
         const bool live = word < p.words;
         uint4 words[kKeysTogether];
 #pragma unroll
@@ -175,22 +203,19 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
             words[k] = __ldcs(reinterpret_cast<const uint4*>(pages + source) + word);
           }
         }
-        float scale[kPerWord], zero[kPerWord];
-        if (live) load_scales<kFormat, kPerWord>(new_scales, head_size, channel, scale, zero);
+        if (p.words > kWarp) enter(word);
+        float x[kKeysTogether][kPerWord];
 #pragma unroll
-        for (int i = 0; i < kPerWord; ++i) scale[i] = inverse_scale(scale[i]);
+        for (int k = 0; k < kKeysTogether; ++k) unpack<T>(words[k], x[k]);
+        if constexpr (kFormat == kInt4) rotate_words(x, together);
+        if (!live) continue;
+        // Of keys that are codes already, what stands here is not looked at.
 #pragma unroll
         for (int k = 0; k < kKeysTogether; ++k) {
-          const int64_t source = __shfl_sync(kAllLanes, from, min(row + k, rows - 1));
-          if (source & 1) continue;
-          float x[kPerWord];
-          unpack<T>(words[k], x);
-          if constexpr (kFormat == kInt4) rotate_words(x, together);
-          if (!live) continue;
 #pragma unroll
           for (int i = 0; i < kPerWord; ++i) {
-            staged[k * 2 * head_size + place_of<kFormat>(head_size, channel + i)] =
-                static_cast<uint8_t>(encode<kFormat>(x[i], zero[i], scale[i]));
+            staged[k * kStagedKey + position[i]] =
+                static_cast<uint8_t>(encode<kFormat>(x[k][i], zero[i], inverse[i]));
           }
         }
       }
@@ -204,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
           if (source & 1) {
             return __ldg(reinterpret_cast<const uint32_t*>(pages + (source & ~int64_t{1})) + word);
           }
-          return staged_codes<kFormat>(staged + k * 2 * head_size, word);
+          return staged_codes<kFormat>(staged + k * kStagedKey, word);
         };
         const auto write = [&](int k, uint32_t codes) {
           if (!live || row + k >= rows) return;
@@ -234,16 +259,53 @@ __global__ void __launch_bounds__(kThreads) quantise_pages_kernel(CodesParams q)
   }
 }
 
+constexpr int kMostRows = 512;
+
+// Where kept keys of a head are, found once for all threads of a block: of every `apart`-th of
+// `count`, chunk <= kMostRows in all. Those behind the last count as the last.
+template <int kThreads>
+__device__ __forceinline__ void find_rows(const uint4* (&rows)[kMostRows], const CompactParams& p,
+                                          const HeadPages& head, const int32_t* keys, int count,
+                                          int chunk, int apart) {
+  __syncthreads();  // the rows before are done with
+  for (int i = threadIdx.x; i < chunk; i += kThreads) {
+    const HeadPages::Place place = head.place(keys[min(i * apart, count - 1)]);
+    const int64_t row =
+        static_cast<int64_t>(head.page_id(place.page)) * head.block_size + place.within;
+    rows[i] = static_cast<const uint4*>(p.pages) + row * p.words;
+  }
+  __syncthreads();
+}
+
+// steps_outside() / 256 of a number of the range that fit_int4() cut, squared and added to `sum`.
+// Such a number is fewer than 256 16ths of a step outside, so that fp32 holds the sum of 256 of
+// them without rounding; `inverse` is 1 / (16 scale). NaN counts as 0, as there.
+__device__ __forceinline__ void add_square(float x, float least, float greatest, float inverse,
+                                           float* sum) {
+  constexpr float kNearest = 0x1.8p15f;  // leaves multiples of 1 / 256
+  float steps;
+  asm("mul.rn.sat.f32 %0, %1, %2;\n"
+      : "=f"(steps)
+      : "f"(fmaxf(x - greatest, least - x)), "f"(inverse));
+  steps = __fadd_rn(__fadd_rn(steps, kNearest), -kNearest);
+  *sum = fmaf(steps, steps, *sum);
+}
+
 // One block per (request, head): the range of its kept keys that are not codes, then its scales.
 template <typename T, int kFormat, int kThreads>
 __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) {
-  constexpr int kPerWord = 8, kAhead = 8;
-  constexpr int kPlaces = kThreads * kPerWord, kMostChannels = 512;
-  // Ranges by side and channel; then errors.
-  __shared__ int64_t room[kPlaces];
-  __shared__ float cuts[kFormat == kInt4 ? kNumCuts : 1][3][kMostChannels];
-  float* low_of = reinterpret_cast<float*>(room);
-  float* high_of = low_of + kPlaces;
+  constexpr int kPerWord = 8, kAhead = 8, kMostChannels = 512;
+  constexpr int kCuts = kNumCuts - 1;  // the first one leaves nothing out
+  constexpr int kMostWords = kMostChannels / kPerWord;
+  static_assert(kMostRows / (kThreads / kMostWords) <= 256);  // numbers that a thread adds up
+  __shared__ const uint4* rows[kMostRows];
+  // Ranges by side and channel; then sums of squares by cut and channel, in two words.
+  __shared__ float ranges[2][kThreads * kPerWord];
+  float *low_of = ranges[0], *high_of = ranges[1];
+  auto* squares = reinterpret_cast<uint32_t (*)[2][kMostChannels]>(ranges);
+  static_assert(sizeof(ranges) >= kCuts * sizeof(*squares));
+  // By channel: the least and the greatest number that codes reach, 1 / (16 scale), scale and zero.
+  __shared__ float4 cuts[kFormat == kInt4 ? kCuts : 1][kPerWord][kMostWords];
   const CompactParams& p = q.kept;
   const int head_size = q.head_size, channels = 2 * head_size, index = blockIdx.x;
   uint16_t* out = q.fitted + static_cast<int64_t>(index) * p.rows.scales_size;
@@ -273,34 +335,32 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
     for (int i = threadIdx.x; i < p.rows.scales_size; i += kThreads) out[i] = head.scales[i];
     return;
   }
-  // Every thread takes the same 16 bytes of every `sides`-th key.
+  // Every thread takes the same 16 bytes of every `sides`-th key; as often all threads, as they
+  // rotate together.
   const int sides = kThreads / p.words, word = threadIdx.x % p.words, side = threadIdx.x / p.words;
+  const int chunk = kMostRows / (sides * kAhead) * (sides * kAhead);
+  const int together = rotated_together(head_size);
+  const auto read = [&](int k) { return __ldg(rows[min(k, chunk - 1)] + word); };
   float low[kPerWord], high[kPerWord];
 #pragma unroll
   for (int i = 0; i < kPerWord; ++i) low[i] = kInfinity, high[i] = -kInfinity;
-  const uint4* pages = static_cast<const uint4*>(p.pages);
-  const int together = rotated_together(head_size);
-  // As often for all threads: they rotate together.
-  for (int base = fresh; base < count; base += sides * kAhead) {
-    const int k = base + side;
-    uint4 words[kAhead];
+  for (int base = fresh; base < count; base += chunk) {
+    find_rows<kThreads>(rows, p, head, keys + base, count - base, chunk, 1);
+    for (int k = side; k - side < min(chunk, count - base); k += sides * kAhead) {
+      uint4 words[kAhead];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const int key = keys[min(k + a * sides, count - 1)];
-      const HeadPages::Place place = head.place(key);
-      const int64_t row =
-          static_cast<int64_t>(head.page_id(place.page)) * head.block_size + place.within;
-      words[a] = __ldg(pages + row * p.words + word);
-    }
+      for (int a = 0; a < kAhead; ++a) words[a] = read(k + a * sides);
+      float x[kAhead][kPerWord];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      float x[kPerWord];
-      unpack<T>(words[a], x);
+      for (int a = 0; a < kAhead; ++a) unpack<T>(words[a], x[a]);
       if constexpr (kFormat == kInt4) rotate_words(x, together);
 #pragma unroll
-      for (int i = 0; i < kPerWord; ++i) {
-        low[i] = fminf(low[i], x[i]);
-        high[i] = fmaxf(high[i], x[i]);
+      for (int a = 0; a < kAhead; ++a) {
+#pragma unroll
+        for (int i = 0; i < kPerWord; ++i) {
+          low[i] = fminf(low[i], x[a][i]);
+          high[i] = fmaxf(high[i], x[a][i]);
+        }
       }
     }
   }
@@ -318,86 +378,92 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
       low_of[c] = fminf(low_of[c], low_of[s * channels + c]);
       high_of[c] = fmaxf(high_of[c], high_of[s * channels + c]);
     }
-    if (kFormat == kInt4 && !anew) {
-      const uint16_t zero = head.scales[channels + c];
-      out[channels + c] = zero;
-      out[c] = widen_int4(head.scales[c], scale_float(zero), low_of[c], high_of[c]);
+    if constexpr (kFormat == kInt4) {
+      if (!anew) {
+        const uint16_t zero = head.scales[channels + c];
+        out[channels + c] = zero;
+        out[c] = widen_int4(head.scales[c], scale_float(zero), low_of[c], high_of[c]);
+        continue;
+      }
+#pragma unroll
+      for (int cut = 0; cut < kNumCuts; ++cut) {
+        const Int4Scale of = fit_int4(low_of[c], high_of[c], cut);
+        if (cut == 0) {
+          out[c] = of.scale;
+          out[channels + c] = of.zero;
+          continue;
+        }
+        const float scale = scale_float(of.scale), zero = scale_float(of.zero);
+        cuts[cut - 1][c % kPerWord][c / kPerWord] =
+            make_float4(zero - 8.f * scale, zero + 7.f * scale, inverse_scale(scale) * 0.0625f,
+                        __uint_as_float(static_cast<uint32_t>(of.scale) << 16 | of.zero));
+      }
     }
   }
   if constexpr (kFormat == kInt4) {
     if (!anew) return;
-    // Once more over the keys: of every channel the cut of its range with the least squared error.
+    // Once more over keys: of every channel the cut of its range with the least squared error.
     // Sums of integers, so that their order decides nothing.
+    constexpr int kFew = 4;  // as many as registers hold beside the sums
     __syncthreads();
-    for (int i = threadIdx.x; i < kNumCuts * channels; i += kThreads) {
-      const int cut = i / channels, c = i % channels;
-      const Int4Scale of = fit_int4(low_of[c], high_of[c], cut);
-      cuts[cut][0][c] = scale_float(of.scale);
-      cuts[cut][1][c] = inverse_scale(scale_float(of.scale)) * 16.f;
-      cuts[cut][2][c] = scale_float(of.zero);
-    }
-    __syncthreads();
-    constexpr int kFew = 4;                    // as many as registers hold beside the sums
-    int64_t squares[kNumCuts][kPerWord] = {};  // the first cut leaves nothing out
-    for (int base = 0; base < count; base += sides * kFew) {
-      const int k = base + side;
-      uint4 words[kFew];
+    for (int i = threadIdx.x; i < kCuts * 2 * kMostChannels; i += kThreads) squares[0][0][i] = 0;
+    const int apart = judged_apart(count), judged = ceil_div(count, apart);
+    for (int base = 0; base < judged; base += chunk) {
+      const int done = base * apart;
+      find_rows<kThreads>(rows, p, head, keys + done, count - done, chunk, apart);
+      float sums[kCuts][kPerWord] = {};
+      for (int k = side; k - side < min(chunk, judged - base); k += sides * kFew) {
+        uint4 words[kFew];
 #pragma unroll
-      for (int a = 0; a < kFew; ++a) {
-        const HeadPages::Place place = head.place(keys[min(k + a * sides, count - 1)]);
-        const int64_t row =
-            static_cast<int64_t>(head.page_id(place.page)) * head.block_size + place.within;
-        words[a] = __ldg(pages + row * p.words + word);
-      }
-      float x[kFew][kPerWord];
+        for (int a = 0; a < kFew; ++a) {
+          words[a] = read(k + a * sides);
+          // NaN behind the last key.
+          if (base + k + a * sides >= judged) words[a] = make_uint4(~0u, ~0u, ~0u, ~0u);
+        }
+        float x[kFew][kPerWord];
 #pragma unroll
-      for (int a = 0; a < kFew; ++a) {
-        unpack<T>(words[a], x[a]);
-        rotate_words(x[a], together);
-      }
+        for (int a = 0; a < kFew; ++a) unpack<T>(words[a], x[a]);
+        rotate_words(x, together);
 #pragma unroll
-      for (int i = 0; i < kPerWord; ++i) {
-        const int c = word * kPerWord + i;
+        for (int i = 0; i < kPerWord; ++i) {
 #pragma unroll
-        for (int cut = 1; cut < kNumCuts; ++cut) {
-          const float least = cuts[cut][2][c] - 8.f * cuts[cut][0][c];
-          const float greatest = cuts[cut][2][c] + 7.f * cuts[cut][0][c];
-          const float inverse = cuts[cut][1][c];
+          for (int cut = 0; cut < kCuts; ++cut) {
+            const float4 of = cuts[cut][i][word];
 #pragma unroll
-          for (int a = 0; a < kFew; ++a) {
-            const int steps =
-                k + a * sides < count ? steps_outside(x[a][i], least, greatest, inverse) : 0;
-            squares[cut][i] += static_cast<int64_t>(steps) * steps;
+            for (int a = 0; a < kFew; ++a) {
+              add_square(x[a][i], of.x, of.y, of.z, &sums[cut][i]);
+            }
           }
         }
       }
-    }
-    double best[kMostChannels / kThreads];
+      if (side >= sides) continue;
 #pragma unroll
-    for (int cut = 0; cut < kNumCuts; ++cut) {
-      __syncthreads();
-      if (side < sides) {
+      for (int cut = 0; cut < kCuts; ++cut) {
 #pragma unroll
         for (int i = 0; i < kPerWord; ++i) {
-          room[side * channels + word * kPerWord + i] = squares[cut][i];
+          const int c = word * kPerWord + i;
+          const auto sum = static_cast<uint32_t>(sums[cut][i] * 65536.f);
+          if (sum == 0) continue;
+          const uint32_t before = atomicAdd(&squares[cut][0][c], sum);
+          if (before + sum < sum) atomicAdd(&squares[cut][1][c], 1u);
         }
       }
-      __syncthreads();
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < channels; c += kThreads) {
+      double best = error_int4(judged, 0, scale_float(out[c]));
 #pragma unroll
-      for (int j = 0; j < kMostChannels / kThreads; ++j) {
-        const int c = threadIdx.x + j * kThreads;
-        if (c >= channels) continue;
-        int64_t sum = 0;
-        for (int s = 0; s < sides; ++s) sum += room[s * channels + c];
-        const double error = error_int4(count, sum, cuts[cut][0][c]);
-        if (cut > 0 && !(error < best[j])) continue;
-        best[j] = error;
-        out[c] = static_cast<uint16_t>(float_bits(cuts[cut][0][c]) >> 16);
-        out[channels + c] = static_cast<uint16_t>(float_bits(cuts[cut][2][c]) >> 16);
+      for (int cut = 0; cut < kCuts; ++cut) {
+        const uint32_t of = __float_as_uint(cuts[cut][c % kPerWord][c / kPerWord].w);
+        const int64_t sum = static_cast<int64_t>(squares[cut][1][c]) << 32 | squares[cut][0][c];
+        const double error = error_int4(judged, sum, scale_float(static_cast<uint16_t>(of >> 16)));
+        if (!(error < best)) continue;
+        best = error;
+        out[c] = static_cast<uint16_t>(of >> 16);
+        out[channels + c] = static_cast<uint16_t>(of);
       }
     }
-  }
-  if constexpr (kFormat == kFp8) {
+  } else {
     __syncthreads();
     const int lane = threadIdx.x % kWarp, of_values = threadIdx.x / kWarp;
     if (of_values > 1) return;

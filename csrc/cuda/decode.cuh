@@ -15,12 +15,17 @@ template <typename T, int kHeadSize, int kTiles, int kScaleBytes = 0>
 struct DecodeShape {
   static constexpr int kPair = 2 * kHeadSize * sizeof(T);
   static constexpr int kStage = kUnit * (kPair + 16);  // and the query, see DecodeParams
-  static constexpr int kStages = 3;
+  // Codes keep a warp busy for longer than their loads take: more warps instead of more stages.
+  static constexpr int kStages = kScaleBytes > 0 ? 2 : 3;
   // As many warps as a block may have: what fits into the 227 KB of sm_90. The launcher takes fewer
   // where there is less.
   static constexpr int kFit = (227 << 10) / (kStages * (kStage + kScaleBytes));
-  // With three tiles, two to a quarter of the processor, so that each may have 255 registers.
-  static constexpr int kLimit = kTiles > 2 ? 8 : 16;
+  // Two to a quarter of the processor may have 255 registers each, three 168, four 128. 16-bit keys
+  // need more with three tiles alone.
+  static constexpr int kLimit = kScaleBytes == 0            ? (kTiles > 2 ? 8 : 16)
+                                : kHeadSize * kTiles <= 64  ? 16
+                                : kHeadSize * kTiles <= 128 ? 12
+                                                            : 8;
   static constexpr int kMostWarps = kFit < kLimit ? kFit : kLimit;
 };
 

@@ -9,10 +9,10 @@
 
 namespace kvc::gpu {
 
-// The products see codes only (int4's are too large by what raw_pair() adds, which is taken off
-// their sums): the query carries the scales of K (or the logits' factor does, where there is one
-// scale) and int4's rotation, since q . H k = H q . k; the result gets the scales of V and is
-// turned back when the last codes are done.
+// The products see codes only (int4's of keys with what Operands adds, which is taken off their
+// sums): the query carries the scales of K (or the logits' factor does, where there is one scale)
+// and int4's rotation, since q . H k = H q . k; the result gets the scales of V and is turned back
+// when the last codes are done.
 template <typename T, int kHeadSize, int kTiles, int kFormat>
 class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
  public:
@@ -24,7 +24,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   __device__ __forceinline__ void enter_codes(uint32_t scales, float scale_log2) {
     if constexpr (kFormat == kFp8) {
       const uint32_t both = load_shared(scales);
-      factor_ = scale_log2 * scale_float(both & 0xFFFF) * Code::kFactor;
+      factor_[0][0] = scale_log2 * scale_float(both & 0xFFFF) * Code::kFactor;
       of_values_[0][0] = both >> 16;
     } else {
       enter_channels(scales, scale_log2);
@@ -55,7 +55,6 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& out = this->out_[d][n][half * 2 + i];
-            if constexpr (kFormat == kInt4) out -= Code::kAdded * weights_[n][i];
             out = out * scale + zero * sum[i];
           }
         }
@@ -72,17 +71,15 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   }
 
  private:
-  using Code = Unpack<T, kFormat>;
+  using Code = Operands<T, kFormat>;
+  using Type = typename Code::Type;
   static constexpr int kUnits = blocks_per_page(kFormat);  // of 16 keys, which lie kRow apart
   static constexpr int kTogether = 2;
-  static constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3C003C00u : 0x3F803F80u;
   static constexpr int kTogetherChannels = rotated_together(kHeadSize);
   static constexpr int kKeyChunk = kRow / 8, kValueChunk = kRow / 16;  // bytes of a lane
 
   __device__ __forceinline__ void enter_channels(uint32_t scales, float scale_log2) {
     const int lane = threadIdx.x % kWarp;
-    factor_ = scale_log2;
-    float along[kTiles] = {};  // q . zero, without what raw_pair() adds to the products
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       float q[kHeadSize / 4];  // channel bits 0, 3 and further of place bits 0, 1, ...
@@ -98,26 +95,40 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
 #pragma unroll
       for (int i = 0; i < kHeadSize / 4; ++i) q[i] = rotate_lanes(rotate_lanes(q[i], 1), 2);
       rotate_registers<kHeadSize / 4, 2, kTogetherChannels / 4>(q);
+      float offset = 0.f, most = 0.f;  // q . zero; of column n * 8 + lane / 4, as all here
 #pragma unroll
       for (int i = 0; i < kHeadSize / 8; ++i) {
         const uint32_t at = scales + (i * 8 + lane % 4 * 2) * 2;
         const float2 scale = pair_floats(load_shared(at), __nv_bfloat16{});
         const float2 zero = pair_floats(load_shared(at + 4 * kHeadSize), __nv_bfloat16{});
-        uint32_t& query = this->query_[i / 2][n][i % 2];
-        query = pack<T>(q[2 * i] * scale.x, q[2 * i + 1] * scale.y);
-        const float2 added = pair_floats(query, T{});
-        along[n] += q[2 * i] * zero.x + q[2 * i + 1] * zero.y - Code::kAdded * (added.x + added.y);
+        offset += q[2 * i] * zero.x + q[2 * i + 1] * zero.y;
+        q[2 * i] *= scale.x;
+        q[2 * i + 1] *= scale.y;
+        most = fmaxf(most, fmaxf(fabsf(q[2 * i]), fabsf(q[2 * i + 1])));
       }
-    }
+      // A power of two with which the column's largest number is from 2^13 up to 2^14, so that all
+      // have their place in fp16.
+      most = lanes_max<2, 1>(most);
+      const int exponent = min(max(267 - static_cast<int>(__float_as_uint(most) >> 23), 14), 240);
+      const float unit = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+      const float inverse = __uint_as_float(static_cast<uint32_t>(254 - exponent) << 23);
+      float added = 0.f;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      along[n] = lanes_sum<2, 1>(along[n]) * scale_log2;  // of query head n * 8 + lane / 4
+      for (int i = 0; i < kHeadSize / 8; ++i) {
+        const float times = unit / Code::times(i % 2);
+        uint32_t& query = this->query_[i / 2][n][i % 2];
+        query = pack<Type>(q[2 * i] * times, q[2 * i + 1] * times);
+        const float2 rounded = pair_floats(query, Type{});
+        added += Code::added(i % 2) * (rounded.x + rounded.y);
+      }
+      offset = lanes_sum<2, 1>(offset - added * inverse) * scale_log2;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        offset_[n][i] = __shfl_sync(kAllLanes, along[n], lane % 4 * 8 + i * 4);
+        const int from = lane % 4 * 8 + i * 4;
+        offset_[n][i] = __shfl_sync(kAllLanes, offset, from);
+        factor_[n][i] = __shfl_sync(kAllLanes, inverse, from) * scale_log2;
       }
     }
-    for (float (&weights)[4] : weights_) weights[0] = weights[1] = weights[2] = weights[3] = 0.f;
 #pragma unroll
     for (int d = 0; d < kHeadSize / 16; ++d) {
 #pragma unroll
@@ -156,11 +167,11 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
       for (int k = 0; k < kHeadSize / 16; ++k) {
         const int word = k * 2 / Code::kPairs, j = k * 2 % Code::kPairs;
         const uint32_t tile[4] = {
-            Code::raw_pair(low.words[word], j), Code::raw_pair(high.words[word], j),
-            Code::raw_pair(low.words[word], j + 1), Code::raw_pair(high.words[word], j + 1)};
+            Code::key_pair(low.words[word], j), Code::key_pair(high.words[word], j),
+            Code::key_pair(low.words[word], j + 1), Code::key_pair(high.words[word], j + 1)};
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
-          multiply_add<T>(logits[u][n], tile, this->query_[k][n][0], this->query_[k][n][1]);
+          multiply_add<Type>(logits[u][n], tile, this->query_[k][n][0], this->query_[k][n][1]);
         }
       }
     }
@@ -169,7 +180,8 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
 #pragma unroll
       for (int i = 0; i < 4 * kTiles; ++i) {
         float& x = logits[u][i / 4][i % 4];
-        x = x * factor_ + (kFormat == kInt4 ? offset_[i / 4][i % 2] : 0.f);
+        x = kFormat == kInt4 ? x * factor_[i / 4][i % 2] + offset_[i / 4][i % 2]
+                             : x * factor_[0][0];
       }
     }
     if (cap != 0.f) {
@@ -213,8 +225,8 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
       }
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        weights[u][n][0] = transpose_tile(pack<T>(p[u][0], p[u][1]));
-        weights[u][n][1] = transpose_tile(pack<T>(p[u][2], p[u][3]));
+        weights[u][n][0] = transpose_tile(pack<Type>(p[u][0], p[u][1]));
+        weights[u][n][1] = transpose_tile(pack<Type>(p[u][2], p[u][3]));
       }
     }
     if (__any_sync(kAllLanes, moved)) {  // seldom after the first keys
@@ -224,10 +236,6 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
         for (int d = 0; d < kHeadSize / 16; ++d) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) this->out_[d][n][i] *= scales[n][i % 2];
-        }
-        if constexpr (kFormat == kInt4) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) weights_[n][i] *= scales[n][i % 2];
         }
       }
     }
@@ -239,25 +247,18 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
       for (int i = 0; i < 4; ++i) {
         values[i].load(v_lane + u * kRow + (i % 2 + i / 2 * 8) * kStride);
       }
-      if constexpr (kFormat == kInt4) {
-        const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          multiply_add<T>(weights_[n], ones, weights[u][n][0], weights[u][n][1]);
-        }
-      }
 #pragma unroll
       for (int half = 0; half < kValueChunk / 2; ++half) {
         const uint32_t left = halves(values[0], values[1], half);
         const uint32_t right = halves(values[2], values[3], half);
 #pragma unroll
         for (int j = 0; j < Code::kPairs; j += 2) {
-          const uint32_t tile[4] = {Code::raw_pair(left, j), Code::raw_pair(left, j + 1),
-                                    Code::raw_pair(right, j), Code::raw_pair(right, j + 1)};
+          const uint32_t tile[4] = {Code::value_pair(left, j), Code::value_pair(left, j + 1),
+                                    Code::value_pair(right, j), Code::value_pair(right, j + 1)};
           const int d = (half * Code::kPairs + j) / 2;
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) {
-            multiply_add<T>(this->out_[d][n], tile, weights[u][n][0], weights[u][n][1]);
+            multiply_add<Type>(this->out_[d][n], tile, weights[u][n][0], weights[u][n][1]);
           }
         }
       }
@@ -267,10 +268,9 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   // The query as it was; another name than the base's, which `this->` would find second.
   uint32_t unscaled_[kFormat == kInt4 ? kHeadSize / 16 : 1][kTiles][2];
   uint32_t of_values_[kFormat == kInt4 ? kHeadSize / 16 : 1][2];  // zero and scale of V
-  float weights_[kFormat == kInt4 ? kTiles : 1][4];  // sums of the weights as they were multiplied
-  float offset_[kTiles][2];  // q . zero less what raw_pair() adds, of columns 2 * (lane % 4) and
-                             // the next, base 2
-  float factor_;             // of the products, base 2
+  // Of the products, base 2; of int4 for columns 2 * (lane % 4) and the next.
+  float factor_[kFormat == kInt4 ? kTiles : 1][2];
+  float offset_[kFormat == kInt4 ? kTiles : 1][2];  // q . zero less what Operands adds
 };
 
 template <typename T, int kHeadSize, int kTiles, int kFormat>

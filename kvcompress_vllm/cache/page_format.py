@@ -44,6 +44,8 @@ FP8_MAX = 448.0
 CUTS = (0.0, 0.0625, 0.125, 0.25)
 """Shares of a channel's range that int4 may cut off on either side. Powers of two, so that every
 kernel finds the same scales."""
+JUDGED = 1024
+"""At least as many keys, of those there are, tell which share is best."""
 FARTHEST = float(1 << 21)
 """16ths of a step beyond the codes, as far as :func:`fit` counts."""
 _INT4_LOW, _INT4_HIGH = -8.0, 7.0
@@ -230,7 +232,8 @@ def fit(values: Tensor, page_format: int) -> Tensor:
 
     Of int4, each channel takes the share of its range around the middle with which the squared
     errors sum up to least: numbers outside become the nearest code. Standard deviations would not
-    do: they cut off the few large keys that attention needs.
+    do: they cut off the few large keys that attention needs. Of more than twice ``JUDGED`` keys
+    every n-th is looked at for that.
 
     Args:
         values: ``[n, 2 * D]`` fp32, K then V, n > 0.
@@ -239,6 +242,7 @@ def fit(values: Tensor, page_format: int) -> Tensor:
         ``[A, S]``.
     """
     low, high = values.amin(0), values.amax(0)
+    judged = values[:: max(1, len(values) // JUDGED)]
     if page_format == PageFormat.FP8:
         return _round_up(_largest(low, high) / FP8_MAX)[None]
     found, least = [], []
@@ -250,12 +254,12 @@ def fit(values: Tensor, page_format: int) -> Tensor:
         found.append(torch.stack([scale, zero]))
         # Inside, errors spread evenly over a step. Outside they are counted in 16ths of a step.
         outside = torch.maximum(
-            values - (zero.float() + _INT4_HIGH * scale.float()),
-            (zero.float() + _INT4_LOW * scale.float()) - values,
+            judged - (zero.float() + _INT4_HIGH * scale.float()),
+            (zero.float() + _INT4_LOW * scale.float()) - judged,
         )
         steps = (outside.clamp(min=0) * (_inverse(scale.float()) * 16)).round()
         squares = steps.clamp(max=FARTHEST).long().square().sum(0) if cut else 0
-        inside = torch.full_like(low, len(values) * 256, dtype=torch.float64) / 12
+        inside = torch.full_like(low, len(judged) * 256, dtype=torch.float64) / 12
         least.append((inside + squares) * scale.double().square())
     best = torch.stack(least).argmin(0)  # the first of equal ones
     return torch.stack(found).gather(0, best.expand(1, 2, -1))[0]

@@ -276,6 +276,39 @@ def test_compaction(device, page_format, dtype, head_size, block_size):
 
 
 @FORMATS
+@DTYPES
+@pytest.mark.parametrize("head_size", [32, 96, 128, 256])
+def test_long_heads(device, page_format, dtype, head_size):
+    """More keys than are looked at in one go, and more than all of which choose int4's cut."""
+    page, size = page_format.keys_per_page(16), 16
+    lengths = [page, 512, 512 + page, 2048 - page, 2048, 2048 + page, 4480]
+    blocks = 4544 // size
+    pages = torch.randn((1 + blocks) * len(lengths), size, 2 * head_size)
+    pages *= torch.rand(2 * head_size) * 3  # channels of every width
+    pages += torch.randn(2 * head_size) * 4
+    pages[torch.randint(len(pages), (9,)), 3] *= 20  # as the keys that attention sinks have
+    pages[..., 5], pages[..., 7] = 0.0, 1.25
+    table = (torch.randperm(blocks) + 1).int().view(1, -1)
+    nothing = torch.zeros(1, 1, len(lengths), dtype=torch.int32)
+    kept = torch.tensor(lengths, dtype=torch.int32).div(page, rounding_mode="floor").view(1, 1, -1)
+    keys = [torch.randperm(4544)[:length].sort().values for length in lengths]
+    first = (kept.view(-1).cumsum(0) - kept.view(-1)).int().view_as(kept)
+    scales = page_format.new_scales(1, 1, len(lengths), head_size, torch.device("cpu"))
+    args = [pages.to(dtype), table, torch.tensor([-1], dtype=torch.int32), nothing, nothing,
+            torch.zeros(1, dtype=torch.int32), scales, int(page_format), kept, first,
+            torch.cat(keys).int().view(-1, page)]  # fmt: skip
+    expected = reference.fit_scales(*args)
+    assert_same_bits(
+        ops.fit_scales(*on(device, args)).view(torch.int16), expected.view(torch.int16)
+    )
+    if page_format is PageFormat.INT4:  # cut, and not all by the same share
+        ids = table[0, keys[-1] // size].long() * len(lengths) + len(lengths) - 1
+        stored = formats.to_stored(args[0][ids, keys[-1] % size].float(), page_format)
+        share = expected[0, 0, -1, 0].float() / ((stored.amax(0) - stored.amin(0)) / 15)
+        assert (share < 0.8).any() and share.nan_to_num(1).amax() > share.nan_to_num(1).amin() * 1.2
+
+
+@FORMATS
 @pytest.mark.parametrize("numbers", [1, 4])
 def test_stores_move_with_their_keys(device, page_format, numbers):
     batch = batch_of(page_format, 32, torch.float16, spare=60)
