@@ -87,17 +87,13 @@ struct Unpack<__nv_bfloat16, kFp8> {
   }
 };
 
-// Pairs as decode multiplies them, in numbers of Type. Those of keys are what codes stand for times
-// times(j), plus added(j).
+// Pairs as decode multiplies them, in numbers of Type: what codes stand for times times(j), plus
+// added(j).
 template <typename T, int kFormat>
 struct Operands : Unpack<T, kFormat> {
   using Type = T;
-  static __device__ __forceinline__ uint32_t key_pair(uint32_t word, int j) {
-    return Operands::pair(word, j);
-  }
-  static __device__ __forceinline__ uint32_t value_pair(uint32_t word, int j) {
-    return Operands::pair(word, j);
-  }
+  static constexpr float times(int) { return 1.f; }
+  static constexpr float added(int) { return 0.f; }
 };
 
 // fp16 whatever the cache holds: of its ten bits of mantissa, two codes of a half word lie where
@@ -112,22 +108,8 @@ struct Operands<T, kInt4> {
   static constexpr float kFactor = 1.f;
   static constexpr float times(int j) { return j % 2 ? 16.f : 1.f; }
   static constexpr float added(int j) { return 1024.f + 8.f * times(j); }
-  static __device__ __forceinline__ uint32_t key_pair(uint32_t word, int j) {
+  static __device__ __forceinline__ uint32_t pair(uint32_t word, int j) {
     return masked_or(j < 2 ? word : word >> 8, j % 2 ? 0x00F000F0u : 0x000F000Fu, 0x64006400u);
-  }
-  // Sums over many values would leave little of what is added: exactly what the codes stand for.
-  static __device__ __forceinline__ uint32_t value_pair(uint32_t word, int j) {
-    const uint32_t raw = key_pair(word, j);
-    const __half2 code = j % 2 ? __hfma2(reinterpret_cast<const __half2&>(raw), half_pair(0x2C00),
-                                         half_pair(0xD480))  // 1 / 16 and -72
-                               : __hadd2(reinterpret_cast<const __half2&>(raw),
-                                         half_pair(0xE408));  // -1032
-    return reinterpret_cast<const uint32_t&>(code);
-  }
-
- private:
-  static __device__ __forceinline__ __half2 half_pair(uint16_t bits) {
-    return __half2half2(__ushort_as_half(bits));
   }
 };
 
@@ -146,10 +128,9 @@ __device__ __forceinline__ void rotate_registers(float* x) {
     }
   }
 }
-// The same with the lane that differs in one bit.
+// The same with the lane that differs in one bit. A product with 1 or -1 is exact.
 __device__ __forceinline__ float rotate_lanes(float x, int bit) {
-  const float other = __shfl_xor_sync(kAllLanes, x, bit);
-  return threadIdx.x & bit ? other - x : x + other;
+  return fmaf(x, threadIdx.x & bit ? -1.f : 1.f, __shfl_xor_sync(kAllLanes, x, bit));
 }
 
 // `kBytes` of shared memory, aligned as far as kBytes is.

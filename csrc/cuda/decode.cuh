@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(
     ends[warp] = end;
   }
   __syncthreads();
-  if (flags & kHasLast) merge_chain<T, kHeadSize>(p, ends, 1, share * warps);
-  if (warp == 0 && (flags & kHasFirst)) merge_chain<T, kHeadSize>(p, ends, 0, share * warps);
+  merge_stretches<T, kHeadSize>(p, ends, share * warps);
   fill_keyless<T>(p, worker, static_cast<int64_t>(gridDim.x) * warps, kHeadSize);
 }
 

@@ -9,8 +9,9 @@
 
 namespace kvc::gpu {
 
-// The products see codes only (int4's of keys with what Operands adds, which is taken off their
-// sums): the query carries the scales of K (or the logits' factor does, where there is one scale)
+// The products see codes only, int4's with what Operands adds, which is taken off their sums: of
+// keys with all else, of values after every step, as long sums of it would leave little of the
+// codes. The query carries the scales of K (or the logits' factor does, where there is one scale)
 // and int4's rotation, since q . H k = H q . k; the result gets the scales of V and is turned back
 // when the last codes are done.
 template <typename T, int kHeadSize, int kTiles, int kFormat>
@@ -50,7 +51,7 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
         for (int half = 0; half < 2; ++half) {
           const uint32_t of_value =
               of_values_[kFormat == kInt4 ? d : 0][kFormat == kInt4 ? half : 0];
-          const float scale = scale_float(of_value & 0xFFFF) * Code::kFactor;
+          const float scale = scale_float(of_value & 0xFFFF) * (Code::kFactor / Code::times(half));
           const float zero = kFormat == kInt4 ? scale_float(of_value >> 16) : 0.f;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -166,9 +167,9 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
 #pragma unroll
       for (int k = 0; k < kHeadSize / 16; ++k) {
         const int word = k * 2 / Code::kPairs, j = k * 2 % Code::kPairs;
-        const uint32_t tile[4] = {
-            Code::key_pair(low.words[word], j), Code::key_pair(high.words[word], j),
-            Code::key_pair(low.words[word], j + 1), Code::key_pair(high.words[word], j + 1)};
+        const uint32_t tile[4] = {Code::pair(low.words[word], j), Code::pair(high.words[word], j),
+                                  Code::pair(low.words[word], j + 1),
+                                  Code::pair(high.words[word], j + 1)};
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           multiply_add<Type>(logits[u][n], tile, this->query_[k][n][0], this->query_[k][n][1]);
@@ -253,13 +254,29 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
         const uint32_t right = halves(values[2], values[3], half);
 #pragma unroll
         for (int j = 0; j < Code::kPairs; j += 2) {
-          const uint32_t tile[4] = {Code::value_pair(left, j), Code::value_pair(left, j + 1),
-                                    Code::value_pair(right, j), Code::value_pair(right, j + 1)};
+          const uint32_t tile[4] = {Code::pair(left, j), Code::pair(left, j + 1),
+                                    Code::pair(right, j), Code::pair(right, j + 1)};
           const int d = (half * Code::kPairs + j) / 2;
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) {
             multiply_add<Type>(this->out_[d][n], tile, weights[u][n][0], weights[u][n][1]);
           }
+        }
+      }
+    }
+    if constexpr (kFormat == kInt4) {
+      constexpr uint32_t kOnes[4] = {0x3C003C00u, 0x3C003C00u, 0x3C003C00u, 0x3C003C00u};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        float sums[4] = {};  // of the weights as they were multiplied, the same in all rows
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) {
+          multiply_add<Type>(sums, kOnes, weights[u][n][0], weights[u][n][1]);
+        }
+#pragma unroll
+        for (int d = 0; d < kHeadSize / 16; ++d) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) this->out_[d][n][i] -= Code::added(i / 2) * sums[i];
         }
       }
     }

@@ -105,7 +105,8 @@ def main() -> int:
     pairs = samples("single", LENGTH, 3)
     settings: dict[str, Any] = {"enforce_eager": not parser.parse_args().graphs}
     if torch.cuda.is_available():
-        settings["dtype"] = "bfloat16"  # FlashAttention's
+        # FlashAttention's; and little memory, so that several releases may run side by side.
+        settings |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.05}
     failed = 0
     with engine({"ratio": 8}, **settings) as llm:
         for check in CHECKS:
