@@ -128,9 +128,10 @@ __device__ __forceinline__ void rotate_registers(float* x) {
     }
   }
 }
-// The same with the lane that differs in one bit. A product with 1 or -1 is exact.
+// The same with the lane that differs in one bit.
 __device__ __forceinline__ float rotate_lanes(float x, int bit) {
-  return fmaf(x, threadIdx.x & bit ? -1.f : 1.f, __shfl_xor_sync(kAllLanes, x, bit));
+  const float other = __shfl_xor_sync(kAllLanes, x, bit);
+  return threadIdx.x & bit ? other - x : x + other;
 }
 
 // `kBytes` of shared memory, aligned as far as kBytes is.

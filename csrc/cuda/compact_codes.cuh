@@ -53,10 +53,14 @@ __device__ __forceinline__ void rotate_words(float (&x)[kCount][8], int together
   }
 #pragma unroll 1
   for (int bit = 1; bit < together / 8; bit *= 2) {
+    // Sum or difference as rotate_lanes() has them: products with 1 and -1 are exact.
+    const float sign = threadIdx.x & bit ? -1.f : 1.f;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[k][i] = rotate_lanes(x[k][i], bit);
+      for (int i = 0; i < 8; ++i) {
+        x[k][i] = fmaf(x[k][i], sign, __shfl_xor_sync(kAllLanes, x[k][i], bit));
+      }
     }
   }
 }

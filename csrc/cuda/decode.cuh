@@ -17,15 +17,17 @@ struct DecodeShape {
   static constexpr int kStage = kUnit * (kPair + 16);  // and the query, see DecodeParams
   // Codes keep a warp busy for longer than their loads take: more warps instead of more stages.
   static constexpr int kStages = kScaleBytes > 0 ? 2 : 3;
+  static constexpr bool kInt4Codes = kScaleBytes > 16;
   // As many warps as a block may have: what fits into the 227 KB of sm_90. The launcher takes fewer
   // where there is less.
   static constexpr int kFit = (227 << 10) / (kStages * (kStage + kScaleBytes));
   // Two to a quarter of the processor may have 255 registers each, three 168, four 128. 16-bit keys
   // need more with three tiles alone.
-  static constexpr int kLimit = kScaleBytes == 0            ? (kTiles > 2 ? 8 : 16)
-                                : kHeadSize * kTiles <= 64  ? 16
-                                : kHeadSize * kTiles <= 128 ? 12
-                                                            : 8;
+  static constexpr int kLimit = kScaleBytes == 0           ? (kTiles > 2 ? 8 : 16)
+                                : kHeadSize * kTiles <= 64 ? 16
+                                : kInt4Codes && int4_keys_together(kHeadSize, kTiles) > 32 ? 8
+                                : kHeadSize * kTiles <= 128                                ? 12
+                                                                                           : 8;
   static constexpr int kMostWarps = kFit < kLimit ? kFit : kLimit;
 };
 
@@ -135,7 +137,8 @@ __global__ void __launch_bounds__(
     ends[warp] = end;
   }
   __syncthreads();
-  merge_stretches<T, kHeadSize>(p, ends, share * warps);
+  if (flags & kHasLast) merge_chain<T, kHeadSize>(p, ends, 1, share * warps);
+  if (warp == 0 && (flags & kHasFirst)) merge_chain<T, kHeadSize>(p, ends, 0, share * warps);
   fill_keyless<T>(p, worker, static_cast<int64_t>(gridDim.x) * warps, kHeadSize);
 }
 

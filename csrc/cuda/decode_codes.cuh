@@ -9,6 +9,12 @@
 
 namespace kvc::gpu {
 
+// Keys of int4 that a warp takes at once. 64 in eight warps of 214 registers are better for long
+// heads than 32 in twelve warps of 168, and worse for short ones.
+constexpr int int4_keys_together(int head_size, int tiles) {
+  return head_size == 128 && tiles == 1 ? 64 : 32;
+}
+
 // The products see codes only, int4's with what Operands adds, which is taken off their sums: of
 // keys with all else, of values after every step, as long sums of it would leave little of the
 // codes. The query carries the scales of K (or the logits' factor does, where there is one scale)
@@ -75,7 +81,8 @@ class CodedDecode : public TensorDecode<T, kHeadSize, kTiles> {
   using Code = Operands<T, kFormat>;
   using Type = typename Code::Type;
   static constexpr int kUnits = blocks_per_page(kFormat);  // of 16 keys, which lie kRow apart
-  static constexpr int kTogether = 2;
+  static constexpr int kTogether =
+      kFormat == kInt4 ? int4_keys_together(kHeadSize, kTiles) / 16 : 2;
   static constexpr int kTogetherChannels = rotated_together(kHeadSize);
   static constexpr int kKeyChunk = kRow / 8, kValueChunk = kRow / 16;  // bytes of a lane
 

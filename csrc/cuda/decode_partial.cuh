@@ -7,17 +7,12 @@
 
 namespace kvc::gpu {
 
-// Up to kHeads columns of a pass: weighted values and weights relative to a running maximum
+// Up to four columns of a pass: weighted values and weights relative to a running maximum
 // (base 2), held by one warp.
-template <int kHeadSize, int kHeads_ = 4>
+template <int kHeadSize>
 class PartialSum {
  public:
-  static constexpr int kHeads = kHeads_, kVectors = ceil_div(kHeadSize, 4 * kWarp);
-
-  __device__ __forceinline__ PartialSum() {
-#pragma unroll
-    for (float& max : max_) max = -kInfinity;
-  }
+  static constexpr int kHeads = 4, kVectors = ceil_div(kHeadSize, 4 * kWarp);
 
   // Adds the first `count` columns in `rows`.
   __device__ __forceinline__ void add(const Partials& rows, int64_t row, int count) {
@@ -66,7 +61,7 @@ class PartialSum {
  private:
   static __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
 
-  float max_[kHeads], sum_[kHeads] = {};
+  float max_[kHeads] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity}, sum_[kHeads] = {};
   float4 out_[kHeads][kVectors] = {};
 };
 
@@ -96,99 +91,52 @@ __device__ __forceinline__ void store_four(T* target, float4 x, float factor) {
   target[3] = from_float<T>(x.w * factor);
 }
 
-// Stretches [begin, end) of a block's warps that have a head in common, which begins in the first
-// of them (kind 1) or in the block before (kind 0), and may go on in the block behind. The last one
-// may begin the next chain, so all but the last add it up, each some columns:
-//
-//   warp      0        1        2        3          chains  [0, 3) of kind 0, by warps 0 and 1
-//   heads     aaaaaaaa aaaaaaaa aaabbbbb bbcccccc           [2, 4) of kind 1, by warp 2
-//                                                           [3, 4) of kind 1, by warp 3
-struct Chain {
-  int begin, end, kind;
-  bool goes_on;
-
-  __device__ __forceinline__ Chain(const StretchEnds* ends, int warps, int first, int kind_)
-      : begin(first), end(first + 1), kind(kind_) {
-    goes_on = kind == 1 || (ends[begin].flags & kFirstGoesOn);
-    for (; goes_on && end < warps && (ends[end].flags & kHasFirst); ++end) {
-      goes_on = ends[end].flags & kFirstGoesOn;
-    }
-  }
-  __device__ __forceinline__ int workers() const { return max(end - begin - 1, 1); }
-};
-
-// Adds up `count` columns of a chain from `first` on. Chains that stay within the block become
+// Adds up the chain of partial sums that begins with this warp's last head (kind 1), or, for warp
+// 0, with the head that the block before left (kind 0). Chains that stay within the block become
 // output, others a partial sum of the block.
-template <typename T, int kHeadSize, int kHeads>
-__device__ __forceinline__ void merge_columns(const DecodeParams& p, const StretchEnds& last,
-                                              const Chain& chain, int first, int count) {
-  using Sum = PartialSum<kHeadSize, kHeads>;
-  const int64_t worker = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + chain.begin;
-  Sum sum;
-  sum.add(p.of_workers, (worker * 2 + chain.kind) * p.columns + first, count);
-#pragma unroll(kHeads > 1 ? 2 : 8)
-  for (int i = 1; i < chain.end - chain.begin; ++i) {
-    sum.add(p.of_workers, (worker + i) * 2 * p.columns + first, count);
-  }
-  if (chain.kind == 1 && !chain.goes_on) {
-    const float* sinks = p.logits.of_head(last.head, p.group);
-    // The last pass of a row may have fewer tokens than others.
-    sum.values(min(count, last.tokens * p.group - first), [&](int i, int d, float4 x) {
-      const float2 stat = sum.stats(i);
-      store_four(out_row<T>(p, last.query_row, last.head, first + i) + d, x,
-                 1.f / (stat.y + sink_weight(sinks, column_head(p, first + i), stat.x)));
-    });
-    return;
-  }
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * 2 + chain.kind) * p.columns + first;
-  sum.values(count, [&](int g, int d, float4 x) {
-    *reinterpret_cast<float4*>(p.of_blocks.out + (row + g) * kHeadSize + d) = x;
-  });
-#pragma unroll
-  for (int g = 0; g < Sum::kHeads; ++g) {
-    if (threadIdx.x % kWarp == 0 && g < count) p.of_blocks.stats[row + g] = sum.stats(g);
-  }
-}
-
-// The part of this warp in a chain.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void merge_chain(const DecodeParams& p, const StretchEnds* ends,
-                                            const Chain& chain, int block_units) {
-  const int index = threadIdx.x / kWarp - chain.begin, workers = chain.workers();
-  if (index >= workers) return;
-  const StretchEnds last = ends[chain.begin];
-  if (chain.kind == 1 && chain.goes_on && index == 0 && threadIdx.x % kWarp == 0) {
+                                            int kind, int block_units) {
+  using Sum = PartialSum<kHeadSize>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const int64_t worker = static_cast<int64_t>(blockIdx.x) * warps + warp;
+  bool goes_on = kind == 1 || (ends[warp].flags & kFirstGoesOn);
+  int end = warp + 1;
+  for (; goes_on && end < warps && (ends[end].flags & kHasFirst); ++end) {
+    goes_on = ends[end].flags & kFirstGoesOn;
+  }
+  const StretchEnds last = ends[warp];
+  if (kind == 1 && goes_on && lane == 0) {
     p.cut[blockIdx.x] = make_int4(last.query_row, last.head,
-                                  ceil_div(ends[chain.end - 1].behind, block_units), last.tokens);
+                                  ceil_div(ends[end - 1].behind, block_units), last.tokens);
   }
-  if (workers * 4 <= p.columns) {
-    for (int first = index * 4; first < p.columns; first += workers * 4) {
-      merge_columns<T, kHeadSize, 4>(p, last, chain, first, min(p.columns - first, 4));
+  for (int first = 0; first < p.columns; first += Sum::kHeads) {
+    const int count = min(p.columns - first, Sum::kHeads);
+    Sum sum;
+    sum.add(p.of_workers, (worker * 2 + kind) * p.columns + first, count);
+#pragma unroll 2
+    for (int i = warp + 1; i < end; ++i) {
+      sum.add(p.of_workers, (worker + i - warp) * 2 * p.columns + first, count);
     }
-  } else {
-    for (int first = index; first < p.columns; first += workers) {
-      merge_columns<T, kHeadSize, 1>(p, last, chain, first, 1);
+    if (kind == 1 && !goes_on) {
+      const float* sinks = p.logits.of_head(last.head, p.group);
+      // The last pass of a row may have fewer tokens than others.
+      sum.values(min(count, last.tokens * p.group - first), [&](int i, int d, float4 x) {
+        const float2 stat = sum.stats(i);
+        store_four(out_row<T>(p, last.query_row, last.head, first + i) + d, x,
+                   1.f / (stat.y + sink_weight(sinks, column_head(p, first + i), stat.x)));
+      });
+      continue;
+    }
+    const int64_t row = (static_cast<int64_t>(blockIdx.x) * 2 + kind) * p.columns + first;
+    sum.values(count, [&](int g, int d, float4 x) {
+      *reinterpret_cast<float4*>(p.of_blocks.out + (row + g) * kHeadSize + d) = x;
+    });
+#pragma unroll
+    for (int g = 0; g < Sum::kHeads; ++g) {
+      if (lane == 0 && g < count) p.of_blocks.stats[row + g] = sum.stats(g);
     }
   }
-}
-
-// Adds up all heads that a border between warps of this block cuts. After a barrier behind the last
-// stretch.
-template <typename T, int kHeadSize>
-__device__ __forceinline__ void merge_stretches(const DecodeParams& p, const StretchEnds* ends,
-                                                int block_units) {
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, flags = ends[warp].flags;
-  if (flags & kHasLast) {
-    merge_chain<T, kHeadSize>(p, ends, Chain(ends, warps, warp, 1), block_units);
-  }
-  if (!(flags & kHasFirst)) return;
-  // The head that was found begun: only who passes all of it on has a part in it, or the first
-  // warp.
-  if (warp > 0 && (flags & kHasLast)) return;
-  int begin = max(warp - 1, 0);
-  while (begin > 0 && !(ends[begin].flags & kHasLast)) --begin;
-  const int kind = warp > 0 && (ends[begin].flags & kHasLast) ? 1 : 0;
-  merge_chain<T, kHeadSize>(p, ends, Chain(ends, warps, begin, kind), block_units);
 }
 
 // One block per block of the decode kernel: if that one left a head unfinished, adds up what it
