@@ -17,12 +17,11 @@ struct DecodeGrid {
 // captured graph must be.
 template <typename T, int kHeadSize, int kTiles, int kFormat>
 DecodeGrid decode_grid(const Launch& launch, int columns, int query_bytes) {
-  constexpr int kScaleBytes = decode_scale_bytes(kFormat, kHeadSize);
-  using Shape = DecodeShape<T, kHeadSize, kTiles, kScaleBytes>;
+  using Shape = DecodeShape<T, kHeadSize, kTiles, kFormat>;
   constexpr int kMostDevices = 64;
   static std::atomic<int> known[kMostDevices][8 * kTiles + 1];
   KVC_CHECK(launch.device() < kMostDevices, "more than ", kMostDevices, " devices");
-  const int per_warp = Shape::kStages * (Shape::kStage + query_bytes + kScaleBytes);
+  const int per_warp = Shape::kStages * (Shape::kStage + query_bytes + Shape::kScales);
   // 1 KB for what is not dynamic.
   const int room = launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
   const int warps = std::min(room / per_warp, Shape::kMostWarps);

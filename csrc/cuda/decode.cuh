@@ -11,31 +11,33 @@
 
 namespace kvc::gpu {
 
-template <typename T, int kHeadSize, int kTiles, int kScaleBytes = 0>
+// Warps of a block that have registers enough: two to a quarter of the processor may have 255 each,
+// three 168, four 128.
+constexpr int decode_warps(int head_size, int tiles, int format) {
+  if (format == kAuto) return tiles > 2 ? 8 : 16;
+  if (head_size * tiles <= 64) return 16;
+  if (format == kInt4 && int4_keys_together(head_size, tiles) > 32) return 8;
+  return head_size * tiles <= 128 ? 12 : 8;
+}
+
+template <typename T, int kHeadSize, int kTiles, int kFormat>
 struct DecodeShape {
   static constexpr int kPair = 2 * kHeadSize * sizeof(T);
   static constexpr int kStage = kUnit * (kPair + 16);  // and the query, see DecodeParams
+  static constexpr int kScales = decode_scale_bytes(kFormat, kHeadSize);  // behind that
   // Codes keep a warp busy for longer than their loads take: more warps instead of more stages.
-  static constexpr int kStages = kScaleBytes > 0 ? 2 : 3;
-  static constexpr bool kInt4Codes = kScaleBytes > 16;
+  static constexpr int kStages = kFormat == kAuto ? 3 : 2;
   // As many warps as a block may have: what fits into the 227 KB of sm_90. The launcher takes fewer
   // where there is less.
-  static constexpr int kFit = (227 << 10) / (kStages * (kStage + kScaleBytes));
-  // Two to a quarter of the processor may have 255 registers each, three 168, four 128. 16-bit keys
-  // need more with three tiles alone.
-  static constexpr int kLimit = kScaleBytes == 0           ? (kTiles > 2 ? 8 : 16)
-                                : kHeadSize * kTiles <= 64 ? 16
-                                : kInt4Codes && int4_keys_together(kHeadSize, kTiles) > 32 ? 8
-                                : kHeadSize * kTiles <= 128                                ? 12
-                                                                                           : 8;
+  static constexpr int kFit = (227 << 10) / (kStages * (kStage + kScales));
+  static constexpr int kLimit = decode_warps(kHeadSize, kTiles, kFormat);
   static constexpr int kMostWarps = kFit < kLimit ? kFit : kLimit;
 };
 
 template <typename T, int kHeadSize, int kTiles, int kFormat>
-__global__ void __launch_bounds__(
-    DecodeShape<T, kHeadSize, kTiles, decode_scale_bytes(kFormat, kHeadSize)>::kMostWarps* kWarp)
+__global__ void __launch_bounds__(DecodeShape<T, kHeadSize, kTiles, kFormat>::kMostWarps* kWarp)
     decode_kernel(DecodeParams p) {
-  using Shape = DecodeShape<T, kHeadSize, kTiles, decode_scale_bytes(kFormat, kHeadSize)>;
+  using Shape = DecodeShape<T, kHeadSize, kTiles, kFormat>;
   using Math = typename DecodeMath<T, kHeadSize, kTiles, kFormat>::Type;
   constexpr int kStages = Shape::kStages;
   extern __shared__ __align__(16) char shared[];
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(
   if (threadIdx.x == 0) p.cut[blockIdx.x] = make_int4(-1, 0, 0, 0);
   if (units > 0) {
     cursor.seek(p, request, skip, units);
-    const int stage_bytes = Shape::kStage + p.query_bytes + decode_scale_bytes(kFormat, kHeadSize);
+    const int stage_bytes = Shape::kStage + p.query_bytes + Shape::kScales;
     const uint32_t ring = shared_address(shared) + warp * kStages * stage_bytes;
     Math math;
     int loading = 0, reading = 0;
