@@ -108,7 +108,7 @@ class Request:
         """Compute ``count`` tokens, and observe what the planner wants of them."""
         vectors = torch.randn(count, SLOTS, 2 * D) * torch.linspace(0.5, 3, SLOTS)[:, None]
         queries = torch.randn(count, SLOTS, G, D)
-        observation = self.planner.observe(self.planner.requests["r"], self.num_tokens, count)
+        observed = self.planner.observe(self.planner.requests["r"], self.num_tokens, count)
         for vector in vectors:
             if self.num_tokens % B == 0:
                 self.row.append(self.free.pop())
@@ -116,7 +116,7 @@ class Request:
             self.pages[page, self.num_tokens % B] = vector
             self.num_tokens += 1
         self.literal.append(vectors)
-        if observation is not None:
+        for observation in observed:
             self._ring(observation, queries)
 
     def _ring(self, observation: Observation, queries: torch.Tensor) -> None:

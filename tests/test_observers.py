@@ -23,7 +23,7 @@ def listening(observe_slots: int, *names: str) -> CompressionPlanner:
 
 
 def heard(p: CompressionPlanner, computed: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    return [(t.request_id, begin, end) for t, begin, end in p.observers.heard(computed)]
+    return [(t.request_id, begin, end) for t, _, begin, end in p.observers.heard(computed)]
 
 
 def test_segments_are_heard_once_they_are_whole_or_a_compression_is_due() -> None:
@@ -31,8 +31,8 @@ def test_segments_are_heard_once_they_are_whole_or_a_compression_is_due() -> Non
     assert p.requests["a"].due_at == 1664
     p.observers.listen({"a": 1600})
     assert p.observers.used == 0, "whoever listens would give its slot"
-    seen = p.observe(p.requests["a"], 1600, 1)
-    assert seen is not None and seen.observe_from == 1600
+    (seen,) = p.observe(p.requests["a"], 1600, 1)
+    assert seen.observe_from == 1600
     assert heard(p, {"a": 1615}) == []
     assert heard(p, {"a": 1633}) == [("a", 1600, 1616), ("a", 1616, 1632)]
     p.generations.watch({"a": 1656})

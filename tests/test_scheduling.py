@@ -29,17 +29,17 @@ def planner(observe_slots: int = 2, **options: object) -> CompressionPlanner:
 def test_life_of_a_request() -> None:
     p = planner(decode=False)
     p.admit("a", 1000)
-    assert p.observe(p.requests["a"], 0, 512) is None  # does not reach the window
-    first = p.observe(p.requests["a"], 512, 485)  # positions 512..996: the window starts at 992
-    assert first is not None and (first.first_token, first.observe_from) == (512, 992)
-    last = p.observe(p.requests["a"], 997, 3)
-    assert last is not None and last.observe_slot == first.observe_slot
+    assert not p.observe(p.requests["a"], 0, 512)  # does not reach the window
+    (first,) = p.observe(p.requests["a"], 512, 485)  # positions 512..996: the window is from 992
+    assert (first.first_token, first.observe_from) == (512, 992)
+    (last,) = p.observe(p.requests["a"], 997, 3)
+    assert last.observe_slot == first.observe_slot
     assert p.due({"a": 999}) == [] and list(p.accumulate({"a": 999})) == []
     assert [t.request_id for t in p.due({"a": 1000})] == ["a"]
     assert list(p.packed()) == []
     p.compressed("a")
     assert p.due({"a": 1001}) == [] and [t.request_id for t in p.packed()] == ["a"]
-    assert p.observe(p.requests["a"], 1000, 1) is None
+    assert not p.observe(p.requests["a"], 1000, 1)
     assert p.take_released() == []
     slot = p.requests["a"].state_slot
     p.release("a")
@@ -58,7 +58,7 @@ def decode(p: CompressionPlanner, name: str, num_tokens: int, until: int) -> lis
         tracked = p.requests[name]
         seen = p.observe(tracked, num_tokens, 1)
         window = range(tracked.due_at - p.config.window, tracked.due_at)
-        assert (seen is not None) == (num_tokens in window)
+        assert len(seen) == (num_tokens in window)
         num_tokens += 1
     return compressions
 
@@ -372,8 +372,8 @@ def test_releasing_before_compression_gives_both_slots_back() -> None:
 def test_a_window_longer_than_the_prompt_observes_from_its_start() -> None:
     p = planner(window=512, min_prompt_tokens=1, recent=0, sinks=0)
     p.admit("a", 200)
-    observation = p.observe(p.requests["a"], 0, 200)
-    assert observation is not None and observation.observe_from == 0
+    (observation,) = p.observe(p.requests["a"], 0, 200)
+    assert observation.observe_from == 0
 
 
 def test_number_of_observation_slots_is_bounded() -> None:
@@ -396,8 +396,8 @@ def test_number_of_observation_slots_is_bounded() -> None:
 def test_observed_positions_end_where_the_compression_is_due() -> None:
     p = planner()
     p.admit("a", 1000)
-    seen = p.observe(p.requests["a"], 990, 20)
-    assert seen is not None and list(seen.positions(20, 8)) == list(range(999, 991, -1))
+    (seen,) = p.observe(p.requests["a"], 990, 20)
+    assert list(seen.positions(20, 8)) == list(range(999, 991, -1))
 
 
 @given(

@@ -88,7 +88,7 @@ struct Unpack<__nv_bfloat16, kFp8> {
 };
 
 // Pairs as decode multiplies them, in numbers of Type: what codes stand for times times(j), plus
-// added(j).
+// added(j). Weights are rounded to Type, too: fp16 loses those below 2^-25 of the largest.
 template <typename T, int kFormat>
 struct Operands : Unpack<T, kFormat> {
   using Type = T;
@@ -170,7 +170,7 @@ struct Chunk {
   }
 };
 
-// Two bytes of two chunks each: one register of what Unpack takes apart by value.
+// Two bytes of two chunks each: one register of what Operands takes apart by value.
 template <int kBytes>
 __device__ __forceinline__ uint32_t halves(const Chunk<kBytes>& low, const Chunk<kBytes>& high,
                                            int index) {

@@ -299,10 +299,11 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
   constexpr int kMostWords = kMostChannels / kPerWord;
   static_assert(kMostRows / (kThreads / kMostWords) <= 256);  // numbers that a thread adds up
   __shared__ const uint4* rows[kMostRows];
-  // Ranges by side and channel; then sums of squares by cut and channel, in two words.
+  // Ranges by side and channel; then sums of squares by cut and channel, of fewer than 2 kJudged
+  // numbers below 256.
   __shared__ float ranges[2][kThreads * kPerWord];
   float *low_of = ranges[0], *high_of = ranges[1];
-  auto* squares = reinterpret_cast<uint32_t (*)[2][kMostChannels]>(ranges);
+  auto* squares = reinterpret_cast<uint32_t (*)[kMostChannels]>(ranges);
   static_assert(sizeof(ranges) >= kCuts * sizeof(*squares));
   // By channel: the least and the greatest number that codes reach, 1 / (16 scale), scale and zero.
   __shared__ float4 cuts[kFormat == kInt4 ? kCuts : 1][kPerWord][kMostWords];
@@ -406,7 +407,10 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
     // Sums of integers, so that their order decides nothing.
     constexpr int kFew = 4;  // as many as registers hold beside the sums
     __syncthreads();
-    for (int i = threadIdx.x; i < kCuts * 2 * kMostChannels; i += kThreads) squares[0][0][i] = 0;
+    for (int c = threadIdx.x; c < kMostChannels; c += kThreads) {
+#pragma unroll
+      for (int cut = 0; cut < kCuts; ++cut) squares[cut][c] = 0;
+    }
     const int apart = judged_apart(count), judged = ceil_div(count, apart);
     for (int base = 0; base < judged; base += chunk) {
       const int done = base * apart;
@@ -443,9 +447,7 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
         for (int i = 0; i < kPerWord; ++i) {
           const int c = word * kPerWord + i;
           const auto sum = static_cast<uint32_t>(sums[cut][i] * 65536.f);
-          if (sum == 0) continue;
-          const uint32_t before = atomicAdd(&squares[cut][0][c], sum);
-          if (before + sum < sum) atomicAdd(&squares[cut][1][c], 1u);
+          if (sum > 0) atomicAdd(&squares[cut][c], sum);
         }
       }
     }
@@ -455,8 +457,8 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
 #pragma unroll
       for (int cut = 0; cut < kCuts; ++cut) {
         const uint32_t of = __float_as_uint(cuts[cut][c % kPerWord][c / kPerWord].w);
-        const int64_t sum = static_cast<int64_t>(squares[cut][1][c]) << 32 | squares[cut][0][c];
-        const double error = error_int4(judged, sum, scale_float(static_cast<uint16_t>(of >> 16)));
+        const double error =
+            error_int4(judged, squares[cut][c], scale_float(static_cast<uint16_t>(of >> 16)));
         if (!(error < best)) continue;
         best = error;
         out[c] = static_cast<uint16_t>(of >> 16);

@@ -128,7 +128,7 @@ Judged = Scoring | Compression
 
 
 class Span(NamedTuple):
-    """Tokens ``[first, end)`` of a request, which a step computes and scores."""
+    """Tokens ``[first, end)`` of a request, the last that a step computes of it; it scores them."""
 
     request_id: str
     first: int

@@ -14,6 +14,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.records.plan import Observation, Observed
 from kvcompress_vllm.scheduling.request import Tracked
+from kvcompress_vllm.scheduling.segments import SEGMENT
 from kvcompress_vllm.scheduling.sizes import NEVER
 
 
@@ -56,13 +57,25 @@ def first_observed(budget: RequestBudget, due_at: int, window: int) -> int:
     return 0 if budget.query_stride else max(0, due_at - window)
 
 
-def observe(tracked: Tracked, window: int, first_token: int, num_tokens: int) -> Observation | None:
+def observe(
+    tracked: Tracked, window: int, first_token: int, num_tokens: int
+) -> Iterator[Observation]:
     """What to observe of ``num_tokens`` tokens from position ``first_token`` on."""
     slot, due_at = tracked.observe_slot, tracked.due_at
     if slot is None:
         slot = tracked.listen_slot
     if slot is None or first_token >= due_at:
-        return None
+        return
+    if first_token < tracked.heard_until < first_token + num_tokens:
+        # The rest of a segment that was taken over, whose first queries wait in the slot: nothing
+        # that comes behind may take their places.
+        heard, begin = tracked.heard_slot, tracked.heard_until - SEGMENT
+        taken = slot if heard is None else heard
+        yield Observation(
+            tracked.request_id, taken, first_token, begin, observe_until=tracked.heard_until
+        )
+        if heard is None:
+            return
     observe_from, stride = max(0, due_at - window), 1
     if tracked.listen_slot is not None and tracked.listened < observe_from:
         observe_from = tracked.listened
@@ -71,9 +84,8 @@ def observe(tracked: Tracked, window: int, first_token: int, num_tokens: int) ->
         if history is not None:
             observe_from = max(0, _observed_from(tracked, history))
             stride = tracked.budget.query_stride
-    if first_token + num_tokens <= observe_from:
-        return None
-    return Observation(tracked.request_id, slot, first_token, observe_from, stride, due_at)
+    if first_token + num_tokens > observe_from:
+        yield Observation(tracked.request_id, slot, first_token, observe_from, stride, due_at)
 
 
 def observed(tracked: Tracked, window: int, num_tokens: int) -> Observed | None:

@@ -34,6 +34,8 @@ class ObservationSlots:
         """The same in order; None: to be sorted anew."""
         self._listening: dict[str, Tracked] = {}
         """Requests that would give their slot to one that is to be compressed."""
+        self._promised: set[str] = set()
+        """Requests that will take another one in the step that is planned now."""
         self._listens = config.listens
         self._whole = config.listens and config.context_stride is not None
         self.reads_echo = cache(config.reads_echo)
@@ -42,12 +44,16 @@ class ObservationSlots:
     @property
     def available(self) -> int:
         """Slots that are to be had for a compression."""
-        return len(self._slots) + len(self._listening)
+        return self._free + len(self._listening)
 
     @property
     def used(self) -> int:
         """Slots that are not to be had."""
         return self.count - self.available
+
+    @property
+    def _free(self) -> int:
+        return len(self._slots) - len(self._promised)
 
     @property
     def observed(self) -> Sequence[Tracked]:
@@ -60,7 +66,7 @@ class ObservationSlots:
     def observe(self, tracked: Tracked) -> None:
         """Give a request one, or let it keep the one that it listens with; ask ``available`` first
         whether there is one."""
-        if tracked.listen_slot is None and not self._slots:
+        if tracked.listen_slot is None and self._free < 1:
             self.stop(max(self._listening.values(), key=_age))
         tracked.observe_slot = (
             self._slots.take() if tracked.listen_slot is None else tracked.listen_slot
@@ -74,7 +80,10 @@ class ObservationSlots:
         slot = tracked.listen_slot if tracked.observe_slot is None else tracked.observe_slot
         if slot is not None:
             self._slots.give(slot)
-        tracked.observe_slot = tracked.listen_slot = None
+        if tracked.heard_slot is not None:
+            self._slots.give(tracked.heard_slot)
+        tracked.observe_slot = tracked.listen_slot = tracked.heard_slot = None
+        tracked.heard_until = 0  # the queries of a segment that it took over are gone
         if self._observed.pop(tracked.request_id, None) is not None:
             self._by_age = None
         self._listening.pop(tracked.request_id, None)
@@ -82,7 +91,7 @@ class ObservationSlots:
     def listen(self, num_computed: Mapping[str, int]) -> None:
         """Give slots that nobody needs to decoding requests whose policy reads echo scores."""
         for tracked in self._requests.values() if self._listens else ():
-            if not self._slots:
+            if self._free < 1:
                 return
             computed = num_computed.get(tracked.request_id, 0)
             if (
@@ -98,11 +107,17 @@ class ObservationSlots:
         """Before a step of a prefill that computes tokens ``[first, end)``: give a request with a
         stride a slot for the segment in which its prompt ends and its answer begins."""
         begin = tracked.prefill_end - tracked.prefill_end % SEGMENT
-        if not self._whole or not self.is_whole(tracked) or tracked.listen_slot is not None:
+        if not self._whole or not self.is_whole(tracked):
             return
         if not first <= begin < end or end > tracked.prefill_end or tracked.due_at == NEVER:
             return
-        if tracked.observe_slot is not None or self._slots:
+        if tracked.listen_slot is not None:
+            if first < tracked.heard_until < end:
+                self._promised.discard(tracked.request_id)
+                tracked.heard_slot, tracked.listen_slot = tracked.listen_slot, self._slots.take()
+                tracked.listened = begin
+            return
+        if tracked.observe_slot is not None or self._free > 0:
             slot = tracked.observe_slot
             tracked.listen_slot = self._slots.take() if slot is None else slot
             tracked.listened = begin
@@ -111,7 +126,26 @@ class ObservationSlots:
 
     def can_take_over(self, starting: Tracked) -> bool:
         """Whether a request that would start now could go on in a segment that another began."""
-        return self.is_whole(starting) and (starting.starts_observed or bool(self._slots))
+        return self.is_whole(starting) and (starting.starts_observed or self._free > 0)
+
+    def passes(self, tracked: Tracked, end: int, starts: bool) -> bool:
+        """Whether a step that computes a prefill up to token ``end`` may go beyond the segment that
+        its request took over. The queries of that one wait in their slot until the step is over, so
+        the segment in which the prompt ends takes another, which is kept for the request.
+
+        Args:
+            starts: it has not taken over the queries yet.
+        """
+        if tracked.starts_observed or (tracked.observe_slot is not None and not starts):
+            return False  # what a compression observes goes where the segment's queries are
+        if end <= tracked.prefill_end - tracked.prefill_end % SEGMENT:
+            return True
+        # Who finds none at all computes a segment anew: that costs more than a step.
+        left = self._free - 1 - starts
+        if left < self.count // 4 and tracked.request_id not in self._promised:
+            return False
+        self._promised.add(tracked.request_id)
+        return True
 
     def take_over(self, tracked: Tracked, begin: int) -> int:
         """Give a request that starts a slot for the segment from token ``begin`` on, whose first
@@ -133,13 +167,22 @@ class ObservationSlots:
         makes no difference which tokens were read and which decoded."""
         return self._whole and tracked.reads_echo and tracked.sizes.stride > 0
 
-    def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int]]:
+    def heard(self, num_computed: Mapping[str, int]) -> Iterator[tuple[Tracked, int, int, int]]:
         """Whole segments that were decoded since the last call, each ``[begin, end)`` of a request,
-        and what there is of one where a compression is due."""
+        and what there is of one where a compression is due; with the slot of their queries. At the
+        beginning of every step."""
+        self._promised.clear()
         listening = [t for t in self._observed.values() if t.listen_slot is not None]
         listening += self._listening.values()
         for tracked in listening:
             end, due = num_computed.get(tracked.request_id, 0), False
+            if (slot := tracked.heard_slot) is not None and end >= tracked.heard_until:
+                begin = tracked.heard_until - SEGMENT
+                tracked.unscored.scored(begin, tracked.heard_until)
+                tracked.echoes(begin, tracked.heard_until)
+                yield tracked, slot, begin, tracked.heard_until
+                self._slots.give(slot)
+                tracked.heard_slot = None
             if tracked.observe_slot is not None and end >= tracked.due_at:
                 end, due = tracked.due_at, True
             segment = SEGMENT if self._whole and self.is_whole(tracked) else DECODED
@@ -152,7 +195,8 @@ class ObservationSlots:
                 if tracked.listened - begin > 1:
                     tracked.unscored.scored(begin, tracked.listened)
                     tracked.echoes(begin, tracked.listened)
-                    yield tracked, begin, tracked.listened
+                    assert tracked.listen_slot is not None
+                    yield tracked, tracked.listen_slot, begin, tracked.listened
                 if tracked.listened == tracked.heard_until:
                     # What the prefill computes up to its last segment is scored as it is computed.
                     last = tracked.prefill_end - tracked.prefill_end % SEGMENT

@@ -184,11 +184,12 @@ class CompressionPlanner:
         """
         return observation.chunk(tracked, self.config.window, first_token, num_tokens)
 
-    def observe(self, tracked: Tracked, first_token: int, num_tokens: int) -> Observation | None:
+    def observe(self, tracked: Tracked, first_token: int, num_tokens: int) -> list[Observation]:
         """What to observe of a request's ``num_tokens`` tokens from position ``first_token`` on."""
         if first_token < tracked.prefill_end:
             self.observers.listen_from(tracked, first_token, first_token + num_tokens)
-        return observation.observe(tracked, self.config.window, first_token, num_tokens)
+        window = self.config.window
+        return list(observation.observe(tracked, window, first_token, num_tokens))
 
     def observed(self, tracked: Tracked, num_tokens: int) -> Observed | None:
         """What a request's observation slot holds once ``num_tokens`` tokens are computed; None:

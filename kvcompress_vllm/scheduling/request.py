@@ -66,6 +66,9 @@ class Tracked:
     heard_until: int = 0
     """End of the segment that another request began and whose queries it took over; up to there its
     prefill is heard like what is decoded, as no step has all queries of that segment. 0: none."""
+    heard_slot: int | None = None
+    """Observation slot with the queries of that segment, until it is scored, where the same step
+    went on to the segment that ``listen_slot`` is for."""
     echoed: int | None = None
     """Tokens up to which its keys have the echo scores of whole segments, which follow from tokens
     alone; None: it has not computed anything yet."""

@@ -9,7 +9,7 @@ binary, a digit in each channel, which packed pages of every format give back.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -144,7 +144,9 @@ class PretendWorker:
                 self._begin(ours, output)
                 for row, more in zip(self.window_rows[request_id], others, strict=True):
                     row += more
-        observed = {item.request_id: item for item in plan.observations}
+        observed = defaultdict(list)
+        for item in plan.observations:
+            observed[item.request_id].append(item)
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         for request_id, told in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             # With steps in flight the scheduler may count what is rejected by now.
@@ -176,10 +178,11 @@ class PretendWorker:
                 self._store(request_id, torch.arange(first, first + count), torch.tensor(0.5))
                 self.echoes[request_id][first : first + count] = 0
             if request_id in spans:
-                assert spans[request_id][1:] == (first, first + count)
-                for begin, end in segments(first, first + count):
-                    self._score(request_id, tokens[request_id], begin, end)
-            self._forward(request_id, tokens[request_id], first, count, observed.get(request_id))
+                _, scored, end = spans[request_id]
+                assert first <= scored and end == first + count
+                for begin, stop in segments(scored, end):
+                    self._score(request_id, tokens[request_id], begin, stop)
+            self._forward(request_id, tokens[request_id], first, count, observed[request_id])
             self._compute_windows(request_id, tokens[request_id], first, count)
         for item in plan.replays:
             assert item.first == computed[item.request_id]
@@ -294,7 +297,7 @@ class PretendWorker:
         page = page + torch.arange(L * H)
         self.state.echo[page, (positions % B)[:, None]] = scores.expand(len(positions))[:, None]
 
-    def _forward(self, request_id, tokens, first, count, observation) -> None:
+    def _forward(self, request_id, tokens, first, count, observations) -> None:
         positions = torch.arange(first, first + count)
         row = torch.tensor(self.rows[request_id])
         tags = torch.tensor(prefix_tags(tokens)[first : first + count])
@@ -304,15 +307,17 @@ class PretendWorker:
         value[..., :D] *= 1 + 2 * slot[:, None]  # so that heads differ in what they attend to
         self.pages[target, (positions % B)[:, None]] = value.to(self.pages.dtype)
         self._take(row[positions // B].tolist())
-        if observation is not None:
+        index = torch.full((count,), -1, dtype=torch.int32)
+        for observation in observations:
             assert 0 <= observation.first_token - first <= observation.unverified
-            index = torch.full((count,), -1, dtype=torch.int32)
             if observation.unverified:
                 seq_lens = torch.tensor([0, first + count])
                 observe_unverified(index, [(observation, 1, 0, count)], seq_lens, self.state.window)
             else:
                 for position in observation.positions(count, self.state.window):
+                    assert index[position - first] == -1
                     index[position - first] = observation.place(position, self.state.window)
+        if observations:
             query = torch.zeros(L, count, H * G, D, dtype=self.state.ring.dtype)
             for token, place in enumerate(index.tolist()):
                 if place >= 0:

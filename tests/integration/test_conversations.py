@@ -138,6 +138,46 @@ def test_a_segment_is_no_longer_whole_where_another_goes_on(meanwhile: bool) -> 
     as_if_computed(sim, *(tokens[:800] for tokens in ends))
 
 
+@pytest.mark.parametrize("slots, steps", [(None, 1), (1, 2)])
+@pytest.mark.parametrize("message", [170, 500])
+def test_a_message_that_passes_the_end_of_a_segment(message: int, slots, steps: int) -> None:
+    """One step reads it, if there is a slot for the segment behind, too. What one pass of the whole
+    conversation keeps is the same."""
+    sim = simulation({**ECHO, "context_stride": 1024}, max_num_batched_tokens=1100)
+    _, history = talk(sim, 1, 300, message, 60)
+    observers = sim.scheduler.kv_compress_planner.observers
+    assert observers.used == 0 and len(observers._slots) == observers.count > 1
+    hidden = [observers._slots.take() for _ in range(observers.count - (slots or observers.count))]
+    sim.add("again", history, 1100 - len(history))
+    count = 0
+    while not sim.outputs["again"]:
+        sim.step()
+        count += 1
+    assert sim.num_cached_tokens == (360 - 1) // B * B and count == steps
+    for slot in hidden:
+        observers._slots.give(slot)
+    sim.run()
+    assert observers.used == 0 and len(observers._slots) == observers.count
+    assert [context.owner for context in contexts(sim)] == ["again"]
+    as_if_computed(sim, [*history, *sim.outputs["again"]][:1050])
+
+
+def test_an_answer_of_one_token_behind_the_end_of_a_segment() -> None:
+    """It has ended before the segment could be scored; the next turn does that."""
+    sim = simulation({**ECHO, "context_stride": 1024}, max_num_batched_tokens=1100)
+    _, history = talk(sim, 1, 300, 170, 60)
+    sim.add("short", history, 1)
+    sim.run()
+    before = sim.num_cached_tokens
+    history += [*sim.outputs["short"], *document(40, 20)]
+    sim.add("again", history, 1100 - len(history))
+    sim.run()
+    assert sim.num_cached_tokens - before == 512 - B
+    observers = sim.scheduler.kv_compress_planner.observers
+    assert observers.used == 0 and len(observers._slots) == observers.count
+    as_if_computed(sim, [*history, *sim.outputs["again"]][:1050])
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_drafts_leave_the_right_queries(asynchronous: bool) -> None:
     """Some are rejected, also in the step in which an answer ends."""

@@ -31,7 +31,7 @@ from kvcompress_vllm.integration.worker.cuda_attention import (
 from kvcompress_vllm.integration.worker.metadata import StepContext
 from kvcompress_vllm.integration.worker.model_runner import RunnerV2
 from kvcompress_vllm.records.group import CacheGroup
-from kvcompress_vllm.records.plan import Observation
+from kvcompress_vllm.records.plan import Observation, Span
 
 ROWS, WIDTH = 4, 12
 CPU = torch.device("cpu")
@@ -246,6 +246,23 @@ def test_queries_are_observed_in_the_row_where_the_batch_has_them() -> None:
     assert meta.ring_index.tolist() == [-1, 3, *[-1] * 8, 6, 7, 4]
     (rows,) = meta.prefills
     assert (rows.packed, rows.first_token, rows.num_tokens) == (False, 2, 11)
+
+
+def test_a_step_that_completes_a_segment_and_begins_the_next() -> None:
+    """The queries of both wait in slots of their own, and what lies behind the border is scored."""
+    step = Step([("a", 1, 20), ("b", 20, 270)])
+    step.context.observations = [
+        Observation("b", 0, first_token=250, observe_from=0, observe_until=256),
+        Observation("b", 1, first_token=250, observe_from=256),
+    ]
+    step.context.echoes = [Span("b", 256, 270)]
+    meta = step.metadata()
+    assert meta.ring_index is not None and meta.echo is not None
+    # Rows: a 0, b 1-20. Token 256 is in row 7; of each part the last four tokens are observed.
+    assert meta.echo.segments.tolist() == [[1, 256, 270, 7]]
+    found = [(row, place) for row, place in enumerate(meta.ring_index.tolist()) if place >= 0]
+    first = [(1 + position - 250, position % 4) for position in range(252, 256)]
+    assert found == first + [(1 + n - 250, 4 + n % 4) for n in range(266, 270)]
 
 
 def test_packed_rows_are_found_in_the_batch() -> None:

@@ -130,6 +130,34 @@ def test_a_turn_answers_like_one_that_computes_its_history(chats, policy) -> Non
         assert again == ids and not usage.shared_blocks and not cached
 
 
+def test_a_message_that_passes_the_end_of_a_segment(chats, monkeypatch) -> None:
+    """One step reads it, beside others; what is packed behind that goes by the scores of both
+    segments."""
+    asked, passed = {"kv_compress_context_stride": 1024}, []
+    observers = scheduler(chats).kv_compress_planner.observers
+    stock = observers.passes
+
+    def passes(*args, **kwargs):
+        passed.append(stock(*args, **kwargs))
+        return passed[-1]
+
+    monkeypatch.setattr(observers, "passes", passes)
+    assert chats.reset_prefix_cache()
+    histories = [tokens(60 + index, 300 + index) for index in range(3)]
+    said, _ = answer(chats, histories, 40, **asked)
+    prompts = [
+        [*history, *ids, *tokens(70 + index, (250, 480, 172)[index])]
+        for index, (history, ids) in enumerate(zip(histories, said, strict=True))
+    ]
+    found, usages = answer(chats, prompts, 560, **asked)
+    assert passed[0] and len(passed) == 3  # there are few slots here
+    assert all(usage.compressions == 1 for usage in usages)
+    for prompt, ids in zip(prompts, found, strict=True):
+        assert chats.reset_prefix_cache()
+        [again], _, [cached] = reply(chats, prompt, 560, **asked)
+        assert again == ids and not cached
+
+
 def test_turns_of_int4_go_on_in_segments_beside_others(monkeypatch) -> None:
     """Others have the same history meanwhile, and are judged by other things."""
     options = {**BUDGET, "ratio": 4, "page_dtype": "int4", "context_stride": 512}

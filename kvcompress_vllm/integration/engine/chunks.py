@@ -87,12 +87,17 @@ class Chunks:
         count = planner.chunk(tracked, first_token, num_new_tokens)
         if self._echo is None:
             return count
-        if first_token < until:
-            return min(count, until - first_token)
-        return self._echo.chunk(
+        taken = max(0, until - first_token)  # of a segment that it takes over
+        if taken and (
+            count <= taken
+            or scheduler.num_spec_tokens
+            or not planner.observers.passes(tracked, first_token + count, starts=waits)
+        ):
+            return min(count, taken)
+        return taken + self._echo.chunk(
             tracked.budget,
-            first_token,
-            count,
+            first_token + taken,
+            count - taken,
             tracked.prefill_end,
             tracked.due_at,
             (len(scheduler.running) - (not waits)) * (1 + scheduler.num_spec_tokens),

@@ -127,8 +127,7 @@ class StepBuilder:
                 or tracked.observe_slot is not None
                 or tracked.listen_slot is not None
             ):  # of most there is nothing to observe while they decode
-                observation = planner.observe(tracked, first_token, num_tokens)
-                if observation is not None:
+                for observation in planner.observe(tracked, first_token, num_tokens):
                     if in_flight:
                         late = planner.unverified[request_id]
                         observation = observation._replace(unverified=late)
@@ -137,9 +136,14 @@ class StepBuilder:
                 # A generated token, and what was drafted behind it, are no segment.
                 decodes = num_tokens == 1 or request_id in drafted
                 end = first_token + num_tokens
-                heard = tracked is not None and first_token < tracked.heard_until
-                scored = not (decodes or heard) and self._score(plan, request, first_token, end)
-                if tracked is not None:
+                if tracked is not None and first_token < tracked.heard_until:
+                    heard = min(end, tracked.heard_until)
+                    tracked.unscored.computed(first_token, heard, scored=False)
+                    if heard < end:  # the segment is complete, and will be scored before all else
+                        tracked.echoes(heard - SEGMENT, heard)
+                    first_token = heard
+                scored = not decodes and self._score(plan, request, first_token, end)
+                if tracked is not None and first_token < end:
                     tracked.unscored.computed(first_token, end, scored)
                     if tracked.echoed is None:
                         tracked.echoed = first_token  # what it found has scores of whole segments
@@ -179,10 +183,9 @@ class StepBuilder:
     def _heard(self, computed: Mapping[str, int]) -> list[Heard]:
         """What was decoded with an observation slot since the last step, in whole segments."""
         manager, found = self._manager, []
-        for tracked, begin, end in self._planner.observers.heard(computed):
-            assert tracked.listen_slot is not None
+        for tracked, slot, begin, end in self._planner.observers.heard(computed):
             row = manager.row(tracked.request_id, -(-end // manager.block_size))
-            found.append(Heard(tracked.request_id, tracked.listen_slot, begin, end, row))
+            found.append(Heard(tracked.request_id, slot, begin, end, row))
             if self._echo is not None and end - begin == SEGMENT:
                 # As if it had been read in a prompt: others find it so behind its context.
                 blocks = row[begin // manager.block_size :]

@@ -74,7 +74,9 @@ class UnfinishedSegments:
         if self._whole is None or tracked is None or tracked.listen_slot is None:
             return
         named = tracked.prefix is not None or not tracked.kept
-        begin, size = tracked.listened, self._manager.block_size
+        listen_slot, begin, size = tracked.listen_slot, tracked.listened, self._manager.block_size
+        if tracked.heard_slot is not None:  # it has ended before that could be scored
+            listen_slot, begin = tracked.heard_slot, tracked.heard_until - SEGMENT
         if begin % SEGMENT or not named or not self._planner.observers.is_whole(tracked):
             return
         known = min(request.num_computed_tokens, request.num_tokens)
@@ -101,10 +103,10 @@ class UnfinishedSegments:
         pool.free_blocks(reversed(blocks))
         ids = [block.block_id for block in blocks[first:]]
         if ids:
-            slot, name = tracked.listen_slot, request.request_id
             begin += first // self._parts * size
             num_tokens = len(ids) // self._parts * size
-            self._saved.append(SavedQueries(name, slot, begin, num_tokens, ids))
+            saved = SavedQueries(request.request_id, listen_slot, begin, num_tokens, ids)
+            self._saved.append(saved)
 
     def find(
         self, request: Request, starting: Tracked, begin: int, row: Sequence[KVCacheBlock]

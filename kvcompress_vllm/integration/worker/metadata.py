@@ -198,7 +198,7 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
                 )
             row = rows[item.request_id]
             for begin, end in segments(item.first, item.end):
-                found.append([row, begin, end, starts[row] + begin - item.first])
+                found.append([row, begin, end, starts[row + 1] - (item.end - begin)])
         if not found:
             return None
         table = self.table(common.block_table_tensor)
