@@ -5,10 +5,10 @@
 
 Every user has had a conversation (``--history`` tokens, an answer of ``--answer``) and says
 ``--new`` tokens more, all at the same time, with prefix caching. Measured is until everybody has a
-first token: seconds without a profiler, in all and of every step, the middle one of ``--repeats``,
-then, on conversations that are just as long, what ran on the GPU (on the CPU where there is none) and for how long nothing did.
-Every engine runs in a process of its own. One JSON line per engine, and tables of the kernels that
-take longest and of the longest pauses between kernels.
+first token: seconds without a profiler, in all and of every step, the middle one of ``--repeats``;
+then, on conversations that are just as long, what ran on the GPU (on the CPU where there is none)
+and for how long nothing did. Every engine runs in a process of its own. One JSON line per engine,
+and tables of the kernels that take longest and of the longest pauses between kernels.
 """
 
 from __future__ import annotations
