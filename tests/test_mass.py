@@ -113,7 +113,7 @@ def test_scored_first_and_compressed_once_the_curve_is_known() -> None:
     assert a.target() == (100, 25) and p.newcomers.reserve() == 25, "as expected"
     for computed in (1601, 1602):  # its output is on its way, and tokens are decoded meanwhile
         assert p.to_score({"a": computed}) == [] and p.due({"a": computed}) == []
-        assert p.observe(p.requests["a"], computed - 1, 1) is None
+        assert not p.observe(p.requests["a"], computed - 1, 1)
     p.feedback.scored(scored(a))
     # 37 blocks lose 0.098, 36 would lose 0.104.
     assert p.due({"a": 1602}) == [a] and a.target() == (100, 37) and p.newcomers.reserve() == 37
