@@ -87,3 +87,18 @@ def test_what_is_observed_of_a_generation_begins_where_it_was_counted_before() -
     a = p.requests["a"]
     seen = p.observed(a, a.due_at)
     assert a.due_at == 1616 and seen is not None and seen.num_queries == 16
+
+
+def test_a_slot_that_is_promised_is_not_for_others() -> None:
+    """By requests that would go on behind a segment which they take over in the step at hand."""
+    config = KVCompressConfig(policy="echo", ratio=8, context_stride=1024)
+    p = CompressionPlanner(config, B, 8, 4, 10_000)
+    a, b, c, near = (p.newcomers.starting(name, 590, None) for name in "abcd")
+    assert p.observers.passes(a, 512, starts=True) and p.observers.available == 4, "needs no other"
+    for _ in range(2):
+        assert p.observers.passes(a, 590, starts=True) and p.observers.available == 3
+    assert p.observers.passes(b, 590, starts=True) and p.observers.available == 2
+    assert not p.observers.passes(c, 590, starts=True), "a quarter stays for who finds none"
+    assert list(p.observers.heard({})) == [] and p.observers.available == 4, "another step"
+    near.due_at = 592
+    assert not p.observers.passes(near, 590, starts=True), "its slot is to observe other queries"
