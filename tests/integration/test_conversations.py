@@ -5,6 +5,7 @@ a pretend model. Integrity is checked on every step, contents in every step that
 from __future__ import annotations
 
 from itertools import pairwise
+from random import Random
 
 import pytest
 
@@ -334,3 +335,55 @@ def test_a_late_compression_is_not_shared(monkeypatch) -> None:
     sim.run()
     assert [context.num_tokens for context in contexts(sim)] == [256]
     assert sim.pool.get_num_free_blocks() == 59
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 14])
+def test_conversations_at_random(seed: int) -> None:
+    """Several at once, in a pool and with slots that may run short; some turns are given up. Steps
+    go on behind segments where they can, and what is held is what a miss packs."""
+    choice = Random(seed)
+    sim = simulation(
+        {**ECHO, "context_stride": 1024},
+        choice.choice([260, 500]),
+        max_num_batched_tokens=choice.choice([320, 900]),
+        max_num_seqs=choice.choice([4, 16]),
+        asynchronous=choice.random() < 0.5,
+    )
+    observers, passed = sim.scheduler.kv_compress_planner.observers, []
+    stock = observers.passes
+    observers.passes = lambda *args, **kwargs: passed.append(stock(*args, **kwargs)) or passed[-1]
+    histories = [document(seed * 10 + index, choice.randrange(100, 500)) for index in range(5)]
+    for turn in range(6):
+        names = {}
+        for index, history in enumerate(histories):
+            answer = choice.randrange(1, 120)
+            if len(history) + answer + 20 > 1500 or choice.random() < 0.2:
+                continue
+            names[index] = f"{index} turn {turn}"
+            sim.add(names[index], history, answer)
+        for _ in range(choice.randrange(40)):
+            sim.step()
+        for index, name in list(names.items()):
+            if name in sim.live and choice.random() < 0.15:
+                sim.abort(name)
+                del names[index]
+        sim.run()
+        for index, name in names.items():
+            message = document(1000 * seed + 10 * turn + index, choice.randrange(5, 300))
+            histories[index] = [*histories[index], *sim.outputs[name], *message][:1400]
+    assert any(passed)
+    assert observers.used == 0 and len(observers._slots) == observers.count
+    long = [history[:1100] for history in histories if len(history) > 1040]
+    if long and kept(sim):
+        as_if_computed_of(sim, long)
+
+
+def as_if_computed_of(sim: Simulation, prompts: list[list[int]]) -> None:
+    """As :func:`as_if_computed`, of those contexts alone that some prompts begin with."""
+    before = kept(sim)
+    assert sim.scheduler.reset_prefix_cache()
+    for index, prompt in enumerate(prompts):
+        sim.add(f"anew {index}", prompt, 1)
+        sim.run()
+    after = kept(sim)
+    assert all(after[key] == before[key] for key in before.keys() & after.keys())
