@@ -10,7 +10,7 @@
 namespace kvc::gpu {
 
 // Keys of int4 that a warp takes at once. 64 in eight warps of 214 registers are better for long
-// heads than 32 in twelve warps of 168, and worse for short ones.
+// heads than 32 in eleven warps of 168, and worse for short ones.
 constexpr int int4_keys_together(int head_size, int tiles) {
   return head_size == 128 && tiles == 1 ? 64 : 32;
 }

@@ -88,14 +88,19 @@ def test_what_is_decoded_is_packed_as_if_it_had_been_read(options: dict) -> None
     assert kept(sim) == before
 
 
-def as_if_computed(sim: Simulation, *prompts: list[int]) -> None:
-    """What is held of some prompts, packed, is what they pack if nothing is held."""
+def computed_anew(sim: Simulation, *prompts: list[int]) -> tuple[dict, dict]:
+    """What is held, packed, and what some prompts pack if nothing is held."""
     before = kept(sim)
     assert sim.scheduler.reset_prefix_cache()
     for index, prompt in enumerate(prompts):
         sim.add(f"anew {index}", prompt, 1)
         sim.run()
-    after = kept(sim)
+    return before, kept(sim)
+
+
+def as_if_computed(sim: Simulation, *prompts: list[int]) -> None:
+    """All that is held is what some prompts pack if nothing is held."""
+    before, after = computed_anew(sim, *prompts)
     assert before and {key: after[key] for key in before} == before
 
 
@@ -374,16 +379,6 @@ def test_conversations_at_random(seed: int) -> None:
     assert any(passed)
     assert observers.used == 0 and len(observers._slots) == observers.count
     long = [history[:1100] for history in histories if len(history) > 1040]
-    if long and kept(sim):
-        as_if_computed_of(sim, long)
-
-
-def as_if_computed_of(sim: Simulation, prompts: list[list[int]]) -> None:
-    """As :func:`as_if_computed`, of those contexts alone that some prompts begin with."""
-    before = kept(sim)
-    assert sim.scheduler.reset_prefix_cache()
-    for index, prompt in enumerate(prompts):
-        sim.add(f"anew {index}", prompt, 1)
-        sim.run()
-    after = kept(sim)
-    assert all(after[key] == before[key] for key in before.keys() & after.keys())
+    before, after = computed_anew(sim, *long)
+    both = before.keys() & after.keys()
+    assert both and all(after[key] == before[key] for key in both)
