@@ -194,6 +194,26 @@ def test_drafts_leave_the_right_queries(asynchronous: bool) -> None:
     as_if_computed(sim, history[:1100])
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("options", [STRIDE, ECHO], ids=["kv_compress", "echo"])
+def test_an_answer_that_was_given_up_is_gone_on_from(
+    options: dict, drafts: int, asynchronous: bool
+) -> None:
+    """Its client left, or vLLM's front end found a stop string; with a step in flight, too."""
+    sim = simulation(options, asynchronous=asynchronous, drafts=drafts)
+    sim.add("ended", document(1, 300), 200)
+    while len(sim.outputs["ended"]) < 110:
+        sim.step()
+    sim.abort("ended")
+    sim.run()
+    history = [*document(1, 300), *sim.outputs["ended"]]
+    sim.add("next", [*history, *document(2, 40)], 200)
+    sim.run()
+    assert 0 <= len(history) // B * B - sim.num_cached_tokens <= B
+    as_if_computed(sim, [*history, *document(2, 40), *sim.outputs["next"]][:520])
+
+
 @pytest.mark.parametrize("options", [STRIDE, ECHO], ids=["kv_compress", "echo"])
 def test_behind_the_last_mark_turns_find_everything_too(options: dict) -> None:
     """No compression will come that would need scores, unless the pool runs short."""
@@ -210,6 +230,27 @@ def test_behind_the_last_mark_turns_find_everything_too(options: dict) -> None:
     planner._course.prepare(tracked, len(history) + 40)
     sim.run()  # what it found without scores is kept
     assert len(sim.outputs["pressed"]) == 200 and sim.num_compressions > 1
+
+
+def test_who_loses_the_slot_as_it_starts_loads_nothing(monkeypatch) -> None:
+    """It only listens; behind it starts one, in the same step, that a compression needs one for."""
+    sim = simulation({**ECHO, "context_stride": 512}, max_num_seqs=8)
+    short = document(1, 100)
+    sim.add("first", short, 30)
+    sim.run()
+    observers = sim.scheduler.kv_compress_planner.observers
+    for index in range(observers.count - 1):
+        sim.add(f"held {index}", document(10 + index, 300), 400)
+    while observers.used < observers.count - 1:
+        sim.step()
+    next_turn = [*short, *sim.outputs["first"], *document(2, 10)]
+    sim.add("listens", next_turn, 5)
+    sim.add("observed", document(3, 520), 50)
+    monkeypatch.setattr(sim.worker, "_load", lambda item, tokens: pytest.fail(f"{item}"))
+    sim.step()
+    assert {"listens", "observed"} <= {r.request_id for r in sim.scheduler.running}
+    assert sim.scheduler.kv_compress_planner.requests["listens"].listen_slot is None
+    sim.run()
 
 
 def test_queries_that_are_gone_are_computed_anew() -> None:

@@ -20,7 +20,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
 from kvcompress_vllm.integration.engine.tails import Tails
@@ -73,8 +73,6 @@ class UnfinishedSegments:
         tracked = self._planner.requests.get(request.request_id)
         if self._whole is None or tracked is None or tracked.listen_slot is None:
             return
-        if request.status == RequestStatus.FINISHED_ABORTED:
-            return  # with steps in flight, the slot has not always had all that is counted
         named = tracked.prefix is not None or not tracked.kept
         listen_slot, begin, size = tracked.listen_slot, tracked.listened, self._manager.block_size
         if tracked.heard_slot is not None:  # it has ended before that could be scored
@@ -173,9 +171,16 @@ class UnfinishedSegments:
         return saved
 
     def take_loaded(self) -> list[SavedQueries]:
-        """What requests took over that start in the step which is planned now."""
+        """What requests took over that start in the step which is planned now, and still hold the
+        slot for: one that started behind them may have needed it to be compressed."""
         loaded, self._loaded = self._loaded, []
-        return [item for item in loaded if item.request_id in self._planner.requests]
+        requests = self._planner.requests
+        return [
+            item
+            for item in loaded
+            if (tracked := requests.get(item.request_id)) is not None
+            and tracked.listen_slot == item.observe_slot
+        ]
 
     def _take(
         self,
