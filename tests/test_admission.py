@@ -6,6 +6,7 @@ from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.records.budget import Wish
 from kvcompress_vllm.scheduling.admission import (
+    HORIZON,
     UNBOUNDED,
     Load,
     OutputLength,
@@ -58,7 +59,7 @@ def test_the_forecast_is_the_worst_step_ahead(loads: list[Load]) -> None:
 
 def test_the_forecast_ends_somewhere() -> None:
     grows = Load(0, 0, 6, UNBOUNDED, 8, 100_000)
-    assert most_blocks([grows], B) == 6 + 256 // B - 1
+    assert most_blocks([grows], B) == 6 + HORIZON // B - 1
 
 
 def test_nothing_holds_nothing() -> None:
@@ -109,6 +110,24 @@ def test_the_forecast_knows_that_compressions_wait_for_observation_slots() -> No
     among_many = load(PLANNER.newcomers, None, 0, 6000, 500, 2048, num_requests=128)
     assert alone.interval == 4
     assert among_many == alone._replace(most=alone.most + 12, interval=16)
+
+
+def test_the_forecast_knows_that_nobody_hears_what_is_decoded_without_a_slot() -> None:
+    """Echo scores: it is kept, so a request grows on. Who listens by now falls back as usual."""
+    echo = KVCompressConfig(policy="echo", budget_tokens=128, interval=4, window=16)
+    planner = CompressionPlanner(echo, B, 8, 3, max_tokens=10_000)
+
+    def most(tracked=None, num_requests=4) -> int:
+        found = load(planner.newcomers, tracked, 0, 1000, 500, 512, num_requests=num_requests)
+        return found.most
+
+    assert most(num_requests=3) == load(PLANNER.newcomers, None, 0, 1000, 500, 512).most
+    assert most() == UNBOUNDED
+    planner.admit("a", 1000)
+    tracked = planner.requests["a"]
+    assert most(tracked) == UNBOUNDED
+    tracked.listen_slot = 0
+    assert most(tracked) == most(num_requests=3)
 
 
 def test_with_a_stride_a_request_falls_at_its_marks_and_nowhere_else() -> None:

@@ -389,6 +389,10 @@ def test_number_of_observation_slots_is_bounded() -> None:
     listening = KVCompressConfig(policy="echo", window=8)
     assert num_observe_slots(listening, 2048, 256, 19_200 // B, group) == 24
     assert num_observe_slots(listening, 2048, 256, 10**6 // B, group) == 256
+    # With a stride it holds 256, and up to 16 of them may take twice as much.
+    talking = KVCompressConfig(policy="echo", window=8, context_stride=1024)
+    for tokens, count in ((19_200, 4), (110_000, 16), (250_000, 19)):
+        assert num_observe_slots(talking, 2048, 256, tokens // B, group) == count
     silent = KVCompressConfig(policy="echo", window=8, decode=False)
     assert num_observe_slots(silent, 2048, 256, 19_200 // B, group) == 12
 

@@ -94,7 +94,7 @@ def load(
     start = packing.held(whole)
     interval = newcomers.interval(num_requests)
     most = UNBOUNDED
-    if due_at != NEVER:
+    if due_at != NEVER and newcomers.hears(sizes.budget, tracked, num_requests):
         late = interval - newcomers.limits.interval
         most = max(start, packing.held(due_at // block_size) + late)
         if sizes.stride:
@@ -120,7 +120,7 @@ def counted_twice(requests: Iterable[tuple[Tracked | None, int, Load]]) -> int:
     return sum((count - 1) * context.packing.kept for context, count in users.items())
 
 
-HORIZON = 256
+HORIZON = 512
 """Steps that the forecast looks ahead. With a longer look fewer requests are preempted, but memory
 lies idle until then; most of all where few requests fit."""
 

@@ -139,3 +139,15 @@ class Newcomers:
         tokens = self._observers.count * self.limits.block_size
         turn = -(-num_requests * self._config.window // tokens)
         return max(self.limits.interval, turn)
+
+    def hears(self, budget: RequestBudget, tracked: Tracked | None, num_requests: int) -> bool:
+        """Whether what a request decodes will be scored, so that some of it can be dropped: where a
+        policy reads echo scores and the slots do not go round, only of who listens by now.
+
+        Args:
+            tracked: None: it has not started.
+        """
+        if not self._observers.reads_echo(budget.policy) or budget.mass is not None:
+            return True
+        listens = tracked is not None and tracked.listen_slot is not None
+        return listens or num_requests <= self._observers.count

@@ -52,7 +52,10 @@ def num_observe_slots(
     # A slot holds ring * G queries per KV head; a token of the cache is a K and a V vector.
     vectors = num_blocks * group.block_size * 2
     share = LISTENING_SHARE if config.listens else RING_SHARE
-    affordable = vectors // (share * config.ring(drafts) * group.queries_per_head)
+    of_slot = config.ring(drafts) * group.queries_per_head
+    affordable = vectors // (share * of_slot)
+    if config.listens and config.context_stride is not None:
+        affordable = max(affordable, min(CONVERSING, 2 * vectors // (share * of_slot)))
     useful = max_requests if config.listens else min(2 * per_step, max_requests)
     return max(FEWEST_OBSERVE_SLOTS, min(useful, affordable))
 
@@ -77,6 +80,11 @@ LISTENING_SHARE = 25
 """The same where decoded tokens are scored. A slot takes as much as ``DECODED * G / 2`` tokens of
 the cache, two blocks of an 8B model, and saves more once an answer is longer than that. With a
 stride of the server ``SEGMENT`` takes the place of ``DECODED``."""
+
+CONVERSING = 16
+"""So many may take twice that share in a small cache with a stride of the server: a turn whose
+message passes the end of a segment needs two to be read in one step, and an answer without any is
+no segment, so that the next turn computes up to ``SEGMENT`` tokens anew."""
 
 FEWEST_OBSERVE_SLOTS = 4
 """With fewer, prompts would wait for each other even on a tiny cache."""

@@ -267,6 +267,31 @@ def test_queries_that_are_gone_are_computed_anew() -> None:
     as_if_computed(sim, [*history, *sim.outputs["next"]][:520])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_was_not_heard_is_computed_anew_only_once(monkeypatch, packed: bool) -> None:
+    """Its blocks have no scores, and are forgotten for those that do, of the same tokens."""
+    sim = simulation({**ECHO, "context_stride": 256 if packed else 2048}, blocks=600)
+    observers = sim.scheduler.kv_compress_planner.observers
+    history = document(1, 240)
+    if packed:
+        sim.add("packs", document(1, 260), 1)
+        sim.run()
+        history = document(1, 262)
+    with monkeypatch.context() as patch:
+        patch.setattr(observers, "_listens", False)
+        patch.setattr(observers, "_whole", False)
+        sim.add("unheard", history, 230)
+        sim.run()
+    history = [*history, *sim.outputs["unheard"]]
+    before = sim.num_cached_tokens
+    for turn in range(3):
+        sim.add(f"turn {turn}", [*history, *document(7, 5)], 1)
+        sim.run()
+    found = sim.num_cached_tokens - before
+    whole = 256 if packed else 0
+    assert found == whole + 2 * ((len(history) + 4) // B * B)
+
+
 def test_who_is_not_heard_packs_for_itself(monkeypatch) -> None:
     """With fewer observation slots than requests, what others find still is what they would have
     computed; and who was not heard is compressed as without a stride."""

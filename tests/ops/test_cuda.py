@@ -99,6 +99,64 @@ def test_captured_step_serves_any_batch():
         assert (out[len(lengths) :] == 7).all()
 
 
+def test_kernels_that_overlap_read_nothing_too_early():
+    """Steps of all layers right behind each other, each with tables, keys and queries of its own,
+    give bit by bit what they give when every op waits for the one before."""
+    batches = [decode_batch(lengths, 100) for lengths in ([300, 5, 70, 40], [9], [33] * ROWS)]
+    tables = ("block_table", "seq_lens", "state_slot", "num_pages", "first_page", "covered",
+              "query_start")  # fmt: skip
+    given = [{name: getattr(batch, name).cuda() for name in tables} for batch in batches]
+    content, steps = torch.randn(batches[0].pages.shape, device="cuda").bfloat16(), 30
+    queries = torch.randn(steps, LAYERS, ROWS, HEADS * GROUP, HEAD_SIZE, device="cuda").bfloat16()
+    new = torch.randn(steps, 2, ROWS, HEADS, HEAD_SIZE, device="cuda").bfloat16()
+    slots = torch.full((len(batches), ROWS), -1)
+    for i, batch in enumerate(batches):
+        for r in range(ROWS):
+            if batch.seq_lens[r]:
+                block, place = divmod(int(batch.seq_lens[r]) - 1, BLOCK_SIZE)
+                slots[i, r] = int(batch.block_table[r, block]) * BLOCK_SIZE + place
+    slots, index = slots.cuda(), torch.arange(ROWS, device="cuda", dtype=torch.int32)
+
+    def run(apart: bool) -> torch.Tensor:
+        pages = content.clone()
+        rows = {name: given[0][name].clone() for name in tables}
+        ring = torch.zeros(ROWS, HEADS * GROUP, HEAD_SIZE, device="cuda").bfloat16()
+        query, out = torch.empty_like(queries[0, 0]), torch.zeros_like(queries)
+        wait = torch.cuda.synchronize if apart else lambda: None
+
+        def step(number: int) -> None:
+            for name in tables:
+                rows[name].copy_(given[number % len(batches)][name])
+            for layer in range(LAYERS):
+                cache = pages.view(-1, LAYERS, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)[:, layer]
+                query.copy_(queries[number, layer])
+                wait()
+                ops.write_kv(*new[number], cache, slots[number % len(batches)])
+                wait()
+                ops.observe_queries(query, index, ring)
+                wait()
+                *table, start = rows.values()
+                ops.paged_attention(query, pages, *table, None, 0, start, layer, SCALE,
+                                    out[number, layer])  # fmt: skip
+                wait()
+
+        if apart:
+            for number in range(steps):
+                step(number)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for number in range(steps):
+                    step(number)
+            pages.copy_(content)
+            graph.replay()
+        torch.cuda.synchronize()
+        return out
+
+    expected = run(apart=True)
+    assert_same_bits(run(apart=False), expected)
+
+
 def test_captured_key_statistics():
     """Nothing waits for the device, and what was captured depends on no number of the rows."""
     shape = (LAYERS, HEADS, BLOCK_SIZE, HEAD_SIZE, torch.bfloat16)

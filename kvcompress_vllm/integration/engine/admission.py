@@ -64,6 +64,8 @@ class Admission:
         self._block_size = planner.block_size
         self._hit: tuple[str, Context] | None = None
         """What vLLM was told last that a request need not compute."""
+        self._unscored: tuple[str, list[KVCacheBlock]] | None = None
+        """What a request found last that it must compute anew, for the sake of scores."""
         self._manager = manager = scheduler.kv_cache_manager
         self._output_length = admission.OutputLength()
         self._does_not_fit: tuple[str, int] | None = None
@@ -137,6 +139,7 @@ class Admission:
             kwargs["full_sequence_must_fit"] = False
         if context is not None:
             self._sharing.take(request.request_id, context)
+        self._forget_unscored(request)
         blocks = self._stock_allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is not None:
             wanted = self._sharing.wanted(request)
@@ -170,6 +173,7 @@ class Admission:
         """vLLM's prefix cache lookup, except that what a compression observes is computed, and
         what has no echo scores where its policy reads them."""
         self._unfinished.forget()
+        self._unscored = None
         if request.request_id in self._replays:
             self._hit = None
             context_row = self._replays.blocks(request)
@@ -248,7 +252,18 @@ class Admission:
         )
         whole = [pool[block] for block in found]
         begin = first + len(whole) * self._block_size
-        return whole + self._unfinished.find(request, starting, begin, hit[len(whole) :])
+        usable = whole + self._unfinished.find(request, starting, begin, hit[len(whole) :])
+        self._unscored = request.request_id, list(hit[len(usable) :])
+        return usable
+
+    def _forget_unscored(self, request: Request) -> None:
+        """Have the prefix cache forget what a request that starts computes anew, with scores: it
+        would go on offering the older blocks of the same tokens, for which the next one would have
+        to do the same again."""
+        if self._unscored is not None and self._unscored[0] == request.request_id:
+            idle = {block.block_id for block in self._unscored[1] if block.ref_cnt == 0}
+            self._manager.block_pool.evict_blocks(idle)
+        self._unscored = None
 
     def _fits(self, request: Request, reserve: int, context: Context | None) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
