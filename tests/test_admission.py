@@ -10,6 +10,7 @@ from kvcompress_vllm.scheduling.admission import (
     UNBOUNDED,
     Load,
     OutputLength,
+    at_most_blocks,
     counted_twice,
     load,
     most_blocks,
@@ -18,7 +19,11 @@ from kvcompress_vllm.scheduling.planner import CompressionPlanner
 
 B = 16
 PLANNER = CompressionPlanner(
-    KVCompressConfig(budget_tokens=128, interval=4, window=16), B, 8, 8, max_tokens=10_000
+    KVCompressConfig(policy="kv_compress", budget_tokens=128, interval=4, window=16),
+    B,
+    8,
+    8,
+    10_000,
 )
 
 
@@ -55,6 +60,8 @@ def test_the_forecast_is_the_worst_step_ahead(loads: list[Load]) -> None:
     assert most_blocks(loads, B, horizon, stride=1) == expected
     # With fewer samples a peak between two of them is missed, never invented.
     assert most_blocks(loads, B, horizon) <= expected
+    assert expected <= at_most_blocks(loads, B, horizon)
+    assert most_blocks(loads, B) <= at_most_blocks(loads, B)
 
 
 def test_the_forecast_ends_somewhere() -> None:

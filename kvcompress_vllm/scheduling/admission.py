@@ -150,6 +150,15 @@ def most_blocks(
     return int(held.sum(0).max())
 
 
+def at_most_blocks(loads: Iterable[Load], block_size: int, horizon: int = HORIZON) -> int:
+    """No less than :func:`most_blocks`, as if all were largest at once; for a hundredth of the
+    time. The arguments are the same."""
+    return sum(
+        max(one.prompt, min(one.start + min(one.tokens_left, horizon) // block_size, one.most))
+        for one in loads
+    )
+
+
 class OutputLength:
     """Guesses how many tokens a request will generate, from those that finished.
 

@@ -284,12 +284,15 @@ class Admission:
         found = [(r, planner.requests.get(r.request_id)) for r in running]
         found.append((request, candidate))
         loads = [self._load(r, tracked, count) for r, tracked in found]
-        most = admission.most_blocks(loads, planner.block_size) - admission.counted_twice(
+        others = reserve + len(loads) // MARGIN + sum(map(self._replays.own_blocks, parts))
+        others -= admission.counted_twice(
             (tracked, r.num_tokens, load) for (r, tracked), load in zip(found, loads, strict=True)
         )
-        margin = len(loads) // MARGIN
-        most += sum(map(self._replays.own_blocks, parts))
-        fits = most + reserve + margin < pool.num_gpu_blocks
+        left = pool.num_gpu_blocks - others
+        fits = (
+            admission.at_most_blocks(loads, planner.block_size) < left
+            or admission.most_blocks(loads, planner.block_size) < left
+        )
         self._does_not_fit = None if fits else question
         return fits
 

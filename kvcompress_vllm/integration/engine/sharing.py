@@ -217,6 +217,9 @@ class Sharing:
         self._recorder.started(found if context is not None else 0, bool(keys))
         self._started += [(request.request_id, key) for key in keys.values()]
         if context is not None:
+            tracked = self._planner.requests[request.request_id]
+            if tracked.prefix is not None:
+                tracked.cached = found  # others find it, too
             row = len(self._manager.req_to_blocks[request.request_id])
             self._usage.took(request.request_id, context.num_tokens, context.packing, row)
 

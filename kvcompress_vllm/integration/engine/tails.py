@@ -18,6 +18,9 @@ from kvcompress_vllm.integration.engine.kv_cache import KVCompressManager
 from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.request import Tracked
 
+_NAMES = "kv_compress_tail_names"
+"""Attribute of a request: what its names begin with, and those that were asked for, by block."""
+
 
 class Tails:
     """Offers and finds full blocks behind contexts.
@@ -91,5 +94,13 @@ class Tails:
             return None
         if prefix is None:
             return known[place]
-        since = self._forgotten.to_bytes(8, "big")
-        return BlockHash(hashlib.sha256(prefix + since + known[place]).digest())
+        before = prefix + self._forgotten.to_bytes(8, "big")
+        # Of a request that starts everybody asks for the same ones.
+        last, names = getattr(request, _NAMES, (None, None))
+        if last != before:
+            names = {}
+            setattr(request, _NAMES, (before, names))
+        name: BlockHash | None = names.get(index)
+        if name is None:
+            name = names[index] = BlockHash(hashlib.sha256(before + known[place]).digest())
+        return name
