@@ -10,6 +10,7 @@ attends to fewer keys than they say; it goes into vLLM's hash map under both nam
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.request import Request
@@ -19,7 +20,13 @@ from kvcompress_vllm.scheduling.contexts import Context
 from kvcompress_vllm.scheduling.request import Tracked
 
 _NAMES = "kv_compress_tail_names"
-"""Attribute of a request: what its names begin with, and those that were asked for, by block."""
+"""Attribute of a request: the names that were asked for."""
+
+
+class _Names(NamedTuple):
+    before: bytes
+    """What they begin with."""
+    by_block: dict[int, BlockHash]
 
 
 class Tails:
@@ -96,11 +103,12 @@ class Tails:
             return known[place]
         before = prefix + self._forgotten.to_bytes(8, "big")
         # Of a request that starts everybody asks for the same ones.
-        last, names = getattr(request, _NAMES, (None, None))
-        if last != before:
-            names = {}
-            setattr(request, _NAMES, (before, names))
-        name: BlockHash | None = names.get(index)
+        names: _Names | None = getattr(request, _NAMES, None)
+        if names is None or names.before != before:
+            names = _Names(before, {})
+            setattr(request, _NAMES, names)
+        name = names.by_block.get(index)
         if name is None:
-            name = names[index] = BlockHash(hashlib.sha256(before + known[place]).digest())
+            name = BlockHash(hashlib.sha256(before + known[place]).digest())
+            names.by_block[index] = name
         return name
