@@ -18,13 +18,8 @@ from kvcompress_vllm.scheduling.admission import (
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 
 B = 16
-PLANNER = CompressionPlanner(
-    KVCompressConfig(policy="kv_compress", budget_tokens=128, interval=4, window=16),
-    B,
-    8,
-    8,
-    10_000,
-)
+CONFIG = KVCompressConfig(policy="kv_compress", budget_tokens=128, interval=4, window=16)
+PLANNER = CompressionPlanner(CONFIG, B, 8, 8, max_tokens=10_000)
 
 
 def held(one: Load, step: int) -> int:

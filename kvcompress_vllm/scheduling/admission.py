@@ -120,7 +120,7 @@ def counted_twice(requests: Iterable[tuple[Tracked | None, int, Load]]) -> int:
     return sum((count - 1) * context.packing.kept for context, count in users.items())
 
 
-HORIZON = 512
+HORIZON = 256
 """Steps that the forecast looks ahead. With a longer look fewer requests are preempted, but memory
 lies idle until then; most of all where few requests fit."""
 
@@ -151,7 +151,7 @@ def most_blocks(
 
 
 def at_most_blocks(loads: Iterable[Load], block_size: int, horizon: int = HORIZON) -> int:
-    """No less than :func:`most_blocks`, as if all were largest at once; for a hundredth of the
+    """No less than :func:`most_blocks`, as if all were largest at once; for a fraction of the
     time. The arguments are the same."""
     return sum(
         max(one.prompt, min(one.start + min(one.tokens_left, horizon) // block_size, one.most))

@@ -284,11 +284,11 @@ class Admission:
         found = [(r, planner.requests.get(r.request_id)) for r in running]
         found.append((request, candidate))
         loads = [self._load(r, tracked, count) for r, tracked in found]
-        others = reserve + len(loads) // MARGIN + sum(map(self._replays.own_blocks, parts))
-        others -= admission.counted_twice(
+        set_aside = reserve + len(loads) // MARGIN + sum(map(self._replays.own_blocks, parts))
+        set_aside -= admission.counted_twice(
             (tracked, r.num_tokens, load) for (r, tracked), load in zip(found, loads, strict=True)
         )
-        left = pool.num_gpu_blocks - others
+        left = pool.num_gpu_blocks - set_aside
         fits = (
             admission.at_most_blocks(loads, planner.block_size) < left
             or admission.most_blocks(loads, planner.block_size) < left
