@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+
+import pytest
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
@@ -94,11 +97,26 @@ def test_a_slot_that_is_promised_is_not_for_others() -> None:
     config = KVCompressConfig(policy="echo", ratio=8, context_stride=1024)
     p = CompressionPlanner(config, B, 8, 4, 10_000)
     a, b, c, near = (p.newcomers.starting(name, 590, None) for name in "abcd")
-    assert p.observers.passes(a, 512, starts=True) and p.observers.available == 4, "needs no other"
+    passes = functools.partial(p.observers.passes, starts=True, behind=2)
+    assert passes(a, 512) and p.observers.available == 4, "needs no other"
     for _ in range(2):
-        assert p.observers.passes(a, 590, starts=True) and p.observers.available == 3
-    assert p.observers.passes(b, 590, starts=True) and p.observers.available == 2
-    assert not p.observers.passes(c, 590, starts=True), "a quarter stays for who finds none"
+        assert passes(a, 590) and p.observers.available == 3
+    assert passes(b, 590) and p.observers.available == 2
+    assert not passes(c, 590), "a quarter stays for who finds none"
     assert list(p.observers.heard({})) == [] and p.observers.available == 4, "another step"
     near.due_at = 592
-    assert not p.observers.passes(near, 590, starts=True), "its slot is to observe other queries"
+    assert not passes(near, 590), "its slot is to observe other queries"
+
+
+@pytest.mark.parametrize("behind, reading", [(0, 0), (1, 0), (0, 1)])
+def test_the_last_slots_are_for_who_needs_one(behind: int, reading: int) -> None:
+    """In this step: of those that wait to start, and of those that read their prompts."""
+    config = KVCompressConfig(policy="echo", ratio=8, context_stride=1024)
+    p = CompressionPlanner(config, B, 8, 4, 10_000)
+    for index in range(reading):
+        p.admit(f"reads {index}", 590)
+    a, b = (p.newcomers.starting(name, 590, None) for name in "ab")
+    assert p.observers.passes(a, 590, starts=True, behind=1)
+    p.observers.take_over(a, 256)
+    assert p.observers.passes(a, 590, starts=False, behind=9), "it has been promised"
+    assert p.observers.passes(b, 590, starts=True, behind=behind) is (behind + reading == 0)

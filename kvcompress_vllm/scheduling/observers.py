@@ -128,21 +128,27 @@ class ObservationSlots:
         """Whether a request that would start now could go on in a segment that another began."""
         return self.is_whole(starting) and (starting.starts_observed or self._free > 0)
 
-    def passes(self, tracked: Tracked, end: int, starts: bool) -> bool:
+    def passes(self, tracked: Tracked, end: int, starts: bool, behind: int) -> bool:
         """Whether a step that computes a prefill up to token ``end`` may go beyond the segment that
         its request took over. The queries of that one wait in their slot until the step is over, so
         the segment in which the prompt ends takes another, which is kept for the request.
 
         Args:
             starts: it has not taken over the queries yet.
+            behind: requests that wait to start behind it.
         """
         if tracked.starts_observed or (tracked.observe_slot is not None and not starts):
             return False  # what a compression observes goes where the segment's queries are
         if end <= tracked.prefill_end - tracked.prefill_end % SEGMENT:
             return True
+        if tracked.request_id in self._promised:
+            return True
         # Who finds none at all computes a segment anew: that costs more than a step.
         left = self._free - 1 - starts
-        if left < self.count // 4 and tracked.request_id not in self._promised:
+        if left < self.count // 4 and left < behind + sum(
+            other.observe_slot is other.listen_slot is None and other is not tracked
+            for other in self._requests.values()
+        ):
             return False
         self._promised.add(tracked.request_id)
         return True

@@ -168,6 +168,21 @@ def test_a_message_that_passes_the_end_of_a_segment(message: int, slots, steps: 
     as_if_computed(sim, [*history, *sim.outputs["again"]][:1050])
 
 
+def test_messages_of_many_that_pass_the_end_of_a_segment_at_once() -> None:
+    """One step reads them all where the slots go round: each takes two until it is over."""
+    sim = simulation({**ECHO, "context_stride": 1024}, 900, max_num_batched_tokens=2000)
+    observers = sim.scheduler.kv_compress_planner.observers
+    users = [talk(sim, 1, 300, 170, 60, seed=seed)[1] for seed in range(observers.count // 2)]
+    assert len(users) > 1
+    for seed, history in enumerate(users):
+        sim.add(f"{seed} again", history, 1100 - len(history))
+    sim.step()
+    assert [len(sim.outputs[f"{seed} again"]) for seed in range(len(users))] == [1] * len(users)
+    sim.run()
+    assert observers.used == 0 and len(observers._slots) == observers.count
+    as_if_computed(sim, *([*users[i], *sim.outputs[f"{i} again"]][:1050] for i in range(2)))
+
+
 def test_an_answer_of_one_token_behind_the_end_of_a_segment() -> None:
     """It has ended before the segment could be scored; the next turn does that."""
     sim = simulation({**ECHO, "context_stride": 1024}, max_num_batched_tokens=1100)

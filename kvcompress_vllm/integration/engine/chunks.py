@@ -6,6 +6,7 @@ from __future__ import annotations
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from kvcompress_vllm.integration.compat.releases import waiting_queues
 from kvcompress_vllm.integration.engine.admission import Admission
 from kvcompress_vllm.integration.engine.kv_cache import budget_of
 from kvcompress_vllm.integration.engine.replay import Replays
@@ -91,7 +92,9 @@ class Chunks:
         if taken and (
             count <= taken
             or scheduler.num_spec_tokens
-            or not planner.observers.passes(tracked, first_token + count, starts=waits)
+            or not planner.observers.passes(
+                tracked, first_token + count, waits, sum(map(len, waiting_queues(scheduler))) - waits
+            )
         ):
             return min(count, taken)
         return taken + self._echo.chunk(

@@ -52,9 +52,8 @@ def check_length(
     sizes = Sizes(budget, Limits.of(config, cache.block_size, longest))
     drafts = draft_tokens(vllm_config)
     needed = blocks_needed(sizes, config.window, length, drafts)
-    # What vLLM made sure of when it started. The front end of several engines knows the sum of
-    # their blocks only; and what layers with a window need beside it, the scheduler knows.
-    most = most_needed(config, cache.block_size, longest, drafts)
+    # The front end of several engines knows the sum of their blocks only; and what layers with a
+    # window need beside it, the scheduler knows.
     blocks = getattr(cache, "num_gpu_blocks", None)
     if (
         blocks
@@ -62,6 +61,8 @@ def check_length(
         and not has_others(vllm_config)
     ):
         most = blocks - 1  # the null block is nobody's
+    else:  # what vLLM made sure of when it started
+        most = most_needed(config, cache.block_size, longest, drafts)
     if needed > most:
         raise ValueError(
             f"kv_compress: a prompt of {prompt} tokens and an output of {length - prompt} may take "

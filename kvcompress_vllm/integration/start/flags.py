@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from kvcompress_vllm.config import presets
@@ -32,12 +33,21 @@ GROUP = "KVCompress"
 _PRESET = f"{KEY}_preset"
 """Where the options of presets and files wait; those written out wait under ``KEY``."""
 
+_read: dict[str, tuple[Mapping[str, Any], KVCompressConfig]] = {}
+"""The options that were read last, and the configuration that they make: every request asks, and
+they are the same in all of a process."""
+
 
 def resolved_config(vllm_config: VllmConfig) -> KVCompressConfig | None:
     """The configuration of this engine; None where compression is off."""
     additional = vllm_config.additional_config
     options = additional.get(KEY) if isinstance(additional, Mapping) else None
-    return None if options is None else KVCompressConfig.from_dict(options)
+    if options is None:
+        return None
+    read = _read.get(KEY)
+    if read is None or read[0] != options:
+        read = _read[KEY] = deepcopy(options), KVCompressConfig.from_dict(options)
+    return read[1]
 
 
 def user_options(additional_config: Any) -> KVCompressConfig | None:
