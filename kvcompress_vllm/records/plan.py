@@ -128,11 +128,13 @@ Judged = Scoring | Compression
 
 
 class Span(NamedTuple):
-    """Tokens ``[first, end)`` of a request, the last that a step computes of it; it scores them."""
+    """Tokens ``[first, end)`` of a request, which a step computes and scores."""
 
     request_id: str
     first: int
     end: int
+    behind: int = 0
+    """Tokens that it computes behind them, which are scored later."""
 
 
 class Heard(NamedTuple):

@@ -75,11 +75,17 @@ class EchoPlanner:
         if self.blocks is not None:
             self.blocks.computed(row, first, end, self.scores(policy))
 
-    def span(self, request_id: str, policy: str, first: int, end: int) -> Span | None:
-        """What a step that computes tokens ``[first, end)`` scores; None: nothing."""
+    def span(
+        self, request_id: str, policy: str, first: int, end: int, behind: int = 0
+    ) -> Span | None:
+        """What a step that computes tokens ``[first, end)`` scores; None: nothing.
+
+        Args:
+            behind: tokens that it also computes, of a segment that will be scored later.
+        """
         if not self.scores(policy) or not any(segments(first, end)):
             return None
-        return Span(request_id, first, end)
+        return Span(request_id, first, end, behind)
 
 
 class Unscored:

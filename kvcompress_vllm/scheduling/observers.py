@@ -124,6 +124,13 @@ class ObservationSlots:
             if slot is None:
                 self._listening[tracked.request_id] = tracked
 
+    def hears_from(self, tracked: Tracked) -> int:
+        """From which token of its prompt on the keys of a request need no score as it is read:
+        the segment will be scored whole, once it is complete or a compression is due in it."""
+        begin = tracked.prefill_end - tracked.prefill_end % SEGMENT
+        hears = tracked.listen_slot is not None and tracked.listened == begin
+        return begin if hears and self.is_whole(tracked) else NEVER
+
     def can_take_over(self, starting: Tracked) -> bool:
         """Whether a request that would start now could go on in a segment that another began."""
         return self.is_whole(starting) and (starting.starts_observed or self._free > 0)

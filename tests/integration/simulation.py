@@ -178,8 +178,8 @@ class PretendWorker:
                 self._store(request_id, torch.arange(first, first + count), torch.tensor(0.5))
                 self.echoes[request_id][first : first + count] = 0
             if request_id in spans:
-                _, scored, end = spans[request_id]
-                assert first <= scored and end == first + count
+                _, scored, end, behind = spans[request_id]
+                assert first <= scored and end + behind == first + count and behind >= 0
                 for begin, stop in segments(scored, end):
                     self._score(request_id, tokens[request_id], begin, stop)
             self._forward(request_id, tokens[request_id], first, count, observed[request_id])

@@ -183,6 +183,36 @@ def test_messages_of_many_that_pass_the_end_of_a_segment_at_once() -> None:
     as_if_computed(sim, *([*users[i], *sim.outputs[f"{i} again"]][:1050] for i in range(2)))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_nothing_is_scored_twice(asynchronous: bool) -> None:
+    """What a prompt ends with is scored with the answer behind it, while there is a slot; else as
+    it is read."""
+    sim = simulation(
+        {**ECHO, "context_stride": 1024}, max_num_batched_tokens=1100, asynchronous=asynchronous
+    )
+    scored, stock = [], sim.worker.run
+
+    def run(output, *rest):
+        plan = output.kv_compress
+        scored.extend((item.first, item.end) for item in [*plan.echoes, *plan.heard])
+        stock(output, *rest)
+
+    sim.worker.run = run
+    _, history = talk(sim, 1, 600, 200, 60)
+    assert scored == [(0, 512)]
+    sim.add("again", history, 1100 - len(history))
+    sim.run()
+    assert sorted(scored) == [(0, 512), (512, 768), (768, 1024)]
+    as_if_computed(sim, [*history, *sim.outputs["again"]][:1050])
+    scored.clear()
+    observers = sim.scheduler.kv_compress_planner.observers
+    for _ in range(observers.count):
+        observers._slots.take()
+    sim.add("without", document(9, 600), 60)
+    sim.run()
+    assert scored == [(0, 600)]
+
+
 def test_an_answer_of_one_token_behind_the_end_of_a_segment() -> None:
     """It has ended before the segment could be scored; the next turn does that."""
     sim = simulation({**ECHO, "context_stride": 1024}, max_num_batched_tokens=1100)

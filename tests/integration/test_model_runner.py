@@ -265,6 +265,15 @@ def test_a_step_that_completes_a_segment_and_begins_the_next() -> None:
     assert found == first + [(1 + n - 250, 4 + n % 4) for n in range(266, 270)]
 
 
+def test_what_a_step_leaves_to_be_scored_later() -> None:
+    """The tokens behind what is scored count in the batch all the same."""
+    step = Step([("a", 1, 20), ("b", 300, 550)])
+    step.context.echoes = [Span("b", 250, 512, behind=38)]
+    echo = step.metadata().echo
+    # Rows: a 0, b 1-300; token 250 is in row 1.
+    assert echo is not None and echo.segments.tolist() == [[1, 250, 256, 1], [1, 256, 512, 7]]
+
+
 def test_packed_rows_are_found_in_the_batch() -> None:
     step = Step(
         [("d", 1, 30), ("b", 4, 20), ("a", 3, 6), ("c", 5, 25)], {"d": (60, 2), "a": (61, 1)}

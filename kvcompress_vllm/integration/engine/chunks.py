@@ -93,7 +93,10 @@ class Chunks:
             count <= taken
             or scheduler.num_spec_tokens
             or not planner.observers.passes(
-                tracked, first_token + count, waits, sum(map(len, waiting_queues(scheduler))) - waits
+                tracked,
+                first_token + count,
+                waits,
+                sum(map(len, waiting_queues(scheduler))) - waits,
             )
         ):
             return min(count, taken)

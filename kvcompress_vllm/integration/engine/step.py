@@ -142,13 +142,18 @@ class StepBuilder:
                     if heard < end:  # the segment is complete, and will be scored before all else
                         tracked.echoes(heard - SEGMENT, heard)
                     first_token = heard
-                scored = not decodes and self._score(plan, request, first_token, end)
+                stop = end
+                if tracked is not None and not decodes:
+                    stop = max(first_token, min(end, planner.observers.hears_from(tracked)))
+                scored = not decodes and self._score(plan, request, first_token, stop, end)
                 if tracked is not None and first_token < end:
-                    tracked.unscored.computed(first_token, end, scored)
+                    tracked.unscored.computed(first_token, stop, scored)
+                    if stop < end:
+                        tracked.unscored.computed(stop, end, scored=False)
                     if tracked.echoed is None:
                         tracked.echoed = first_token  # what it found has scores of whole segments
                     if scored:
-                        tracked.echoes(first_token, end)
+                        tracked.echoes(first_token, stop)
             if num_tokens > 1 and request_id in manager.packed:
                 plan.packed_prefills.append(request_id)
         if check_integrity:
@@ -276,11 +281,12 @@ class StepBuilder:
         slots = state_slot, tracked.observe_slot
         return tracked.request_id, *slots, num_tokens, *tracked.packing, covered, row
 
-    def _score(self, plan: StepPlan, request: Request, first: int, end: int) -> bool:
-        """Have a step's tokens ``[first, end)`` of a prefill scored; False: nobody reads that."""
+    def _score(self, plan: StepPlan, request: Request, first: int, stop: int, end: int) -> bool:
+        """Have tokens ``[first, stop)`` of a prefill scored, of a step that computes those up to
+        ``end``; False: nobody reads that."""
         assert self._echo is not None
         policy = self._planner.sizes(budget_of(request)).budget.policy
-        span = self._echo.span(request.request_id, policy, first, end)
+        span = self._echo.span(request.request_id, policy, first, stop, end - stop)
         if span is not None:
             plan.echoes.append(span)
         return span is not None

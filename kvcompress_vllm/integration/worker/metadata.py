@@ -198,7 +198,8 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
                 )
             row = rows[item.request_id]
             for begin, end in segments(item.first, item.end):
-                found.append([row, begin, end, starts[row + 1] - (item.end - begin)])
+                query = starts[row + 1] - item.behind - (item.end - begin)
+                found.append([row, begin, end, query])
         if not found:
             return None
         table = self.table(common.block_table_tensor)
