@@ -354,9 +354,10 @@ def test_admitting_twice_or_without_slot_is_an_error() -> None:
 
 def test_reserve_is_the_largest_packed_copy_that_may_be_needed() -> None:
     p = planner()
-    assert p.newcomers.reserve() == 0 and p.newcomers.reserve(1600) == 25
+    next_one = p.newcomers.starting("next", 1600)
+    assert p.newcomers.reserve() == 0 and p.newcomers.reserve(next_one) == 25
     p.admit("a", 3200)
-    assert p.newcomers.reserve() == 50 and p.newcomers.reserve(1600) == 50
+    assert p.newcomers.reserve() == 50 and p.newcomers.reserve(next_one) == 50
     p.compressed("a")
     assert p.newcomers.reserve() == 0
 

@@ -99,22 +99,15 @@ class Newcomers:
             return bool(self._state_slots and self._observers.available)
         return bool(self._state_slots) or not (starting.kept or starting.due_at != NEVER)
 
-    def reserve(
-        self,
-        num_tokens: int = 0,
-        budget: RequestBudget | None = None,
-        context: Context | None = None,
-    ) -> int:
+    def reserve(self, starting: Tracked | None = None) -> int:
         """Blocks to keep free so that any one request awaiting compression can be packed.
 
         Args:
-            num_tokens: prefill length of a request about to be admitted, 0 for none.
+            starting: a request about to be admitted.
         """
         waiting = [t.target().kept for t in self._observers.observed]
-        if num_tokens:
-            starting = self.starting("", num_tokens, budget, context)
-            if starting.starts_observed:
-                waiting.append(starting.target().kept)
+        if starting is not None and starting.starts_observed:
+            waiting.append(starting.target().kept)
         return max(waiting, default=0)
 
     def forecast(self, budget: RequestBudget | None = None) -> Sizes:

@@ -124,18 +124,18 @@ class Admission:
         budget, context = budget_of(request), self.hit(request)
         if context is None and self._would_repeat_beside(request, budget):
             return None
-        if not planner.newcomers.can_admit(request.num_tokens, budget, context):
+        starting = planner.newcomers.starting("", request.num_tokens, budget, context)
+        if not planner.newcomers.have_slots(starting):
             self._recorder.refused("slots")
             return None
-        reserve = planner.newcomers.reserve(request.num_tokens, budget, context)
-        if not self._fits(request, reserve, context):
+        reserve = planner.newcomers.reserve(starting)
+        if not self._fits(request, reserve, starting):
             self._recorder.refused("forecast")
             return None
         # vLLM skips its watermark when nothing runs: a lone prompt may take the whole pool, and
         # then stays uncompressed.
         manager.watermark_blocks = max(self._base_watermark, reserve)
-        starting = planner.newcomers.starting("", request.num_tokens, budget)
-        if starting.due_at < request.num_tokens:
+        if context is not None or starting.due_at < request.num_tokens:
             kwargs["full_sequence_must_fit"] = False
         if context is not None:
             self._sharing.take(request.request_id, context)
@@ -265,7 +265,7 @@ class Admission:
             self._manager.block_pool.evict_blocks(idle)
         self._unscored = None
 
-    def _fits(self, request: Request, reserve: int, context: Context | None) -> bool:
+    def _fits(self, request: Request, reserve: int, starting: Tracked) -> bool:
         """Whether the pool will hold the running requests and this one without preemption."""
         pool, planner = self._manager.block_pool, self._planner
         running = [r for r in self._scheduler.running if r.request_id not in self._replays]
@@ -276,11 +276,11 @@ class Admission:
         if question == self._does_not_fit:
             return False  # nothing has changed since: the forecast would not, either
         count = len(running) + 1
-        candidate = None
-        if context is not None:
-            candidate = planner.newcomers.starting(
-                request.request_id, request.num_tokens, budget_of(request), context
-            )
+        if not (parts or self._others):
+            grown = self._grown([*running, request])
+            if grown + reserve + count // MARGIN <= pool.get_num_free_blocks():
+                return True  # even if nobody is compressed
+        candidate = None if starting.context is None else starting
         found = [(r, planner.requests.get(r.request_id)) for r in running]
         found.append((request, candidate))
         loads = [self._load(r, tracked, count) for r, tracked in found]
@@ -296,9 +296,17 @@ class Admission:
         self._does_not_fit = None if fits else question
         return fits
 
+    def _grown(self, requests: Sequence[Request]) -> int:
+        """Blocks that these will take at most of those that are free now."""
+        tokens = (r.num_tokens - r.num_computed_tokens + self._left(r) for r in requests)
+        return sum(each // self._block_size + 2 for each in tokens)
+
+    def _left(self, request: Request) -> int:
+        return self._output_length.left(request.num_output_tokens, request.max_tokens)
+
     def _load(self, request: Request, tracked: Tracked | None, count: int) -> admission.Load:
         context = tracked.context if tracked is not None else None
-        left = self._output_length.left(request.num_output_tokens, request.max_tokens)
+        left = self._left(request)
         load = admission.load(
             self._planner.newcomers,
             tracked,

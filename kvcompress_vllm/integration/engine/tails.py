@@ -51,12 +51,12 @@ class Tails:
         Args:
             end: none beyond so many tokens.
         """
-        pool, group = self._manager.block_pool, self._manager.kv_cache_group_id
+        pool, group = self._manager.block_pool, [self._manager.kv_cache_group_id]
         blocks: list[KVCacheBlock] = []
         size = self._manager.block_size
-        for index in range(context.num_tokens // size, end // size):
-            name = self.name(request, context.key, index)
-            block = None if name is None else pool.get_cached_block(name, [group])
+        first = context.num_tokens // size
+        for name in self.names(request, context.key, first, end // size):
+            block = pool.get_cached_block(name, group)
             if block is None:
                 break
             blocks += block
@@ -95,20 +95,27 @@ class Tails:
         Args:
             prefix: key of the context that it is behind; None: nothing is packed.
         """
-        size, known = self._manager.block_size, request.block_hashes
-        place = (index + 1) * size // self._manager.block_pool.hash_block_size - 1
-        if place >= len(known):
-            return None
+        found = self.names(request, prefix, index, index + 1)
+        return found[0] if found else None
+
+    def names(
+        self, request: Request, prefix: bytes | None, first: int, end: int
+    ) -> list[BlockHash]:
+        """The same of blocks ``[first, end)``, as far as their tokens are known."""
+        times = self._manager.block_size // self._manager.block_pool.hash_block_size
+        known = request.block_hashes[(first + 1) * times - 1 : end * times : times]
         if prefix is None:
-            return known[place]
+            return known
         before = prefix + self._forgotten.to_bytes(8, "big")
         # Of a request that starts everybody asks for the same ones.
         names: _Names | None = getattr(request, _NAMES, None)
         if names is None or names.before != before:
             names = _Names(before, {})
             setattr(request, _NAMES, names)
-        name = names.by_block.get(index)
-        if name is None:
-            name = BlockHash(hashlib.sha256(before + known[place]).digest())
-            names.by_block[index] = name
-        return name
+        found, by_block = [], names.by_block
+        for index, tokens in enumerate(known, first):
+            name = by_block.get(index)
+            if name is None:
+                name = by_block[index] = BlockHash(hashlib.sha256(before + tokens).digest())
+            found.append(name)
+        return found

@@ -208,16 +208,11 @@ class UnfinishedSegments:
         self, request: Request, prefix: bytes | None, first: int, count: int
     ) -> list[BlockHash]:
         """Of the queries of ``count`` blocks of tokens, as far as all these are known."""
-        names: list[BlockHash] = []
-        for index in range(first, first + count):
-            tokens = self._tails.name(request, prefix, index)
-            if tokens is None:
-                break
-            names += [
-                BlockHash(hashlib.sha256(b"queries" + bytes([part]) + tokens).digest())
-                for part in range(self._parts)
-            ]
-        return names
+        return [
+            BlockHash(hashlib.sha256(b"queries" + bytes([part]) + tokens).digest())
+            for tokens in self._tails.names(request, prefix, first, first + count)
+            for part in range(self._parts)
+        ]
 
 
 def _is_idle(block: KVCacheBlock) -> bool:
