@@ -16,20 +16,20 @@ from kvcompress_vllm.records.plan import SavedQueries
 
 def save(rank: Rank, items: Sequence[SavedQueries]) -> None:
     """Copy queries from observation slots into blocks of the cache, bit by bit."""
-    for item in items:
+    for item, index in zip(items, _indices(rank, items), strict=True):
         queries = _of_ring(rank, item)
         blocks, each = _blocks(rank), len(item.blocks) // len(queries)
         padded = blocks.new_zeros(len(queries), each * blocks.shape[1])
         padded[:, : queries.shape[1]] = queries
-        blocks[_index(rank, item)] = padded.view(-1, blocks.shape[1])
+        blocks[index] = padded.view(-1, blocks.shape[1])
 
 
 def load(rank: Rank, items: Sequence[SavedQueries]) -> None:
     """Copy them back into observation slots."""
     ring, size = rank.state.ring, rank.group.block_size
-    for item in items:
+    for item, index in zip(items, _indices(rank, items), strict=True):
         place = item.first % rank.state.window
-        found = _blocks(rank)[_index(rank, item)].view(item.num_tokens // size, -1)
+        found = _blocks(rank)[index].view(item.num_tokens // size, -1)
         shape = ring.shape[0], size, *ring.shape[3:]
         queries = found[:, : ring[:, 0, :size].numel()].unflatten(1, shape)
         ring[:, item.observe_slot, place : place + item.num_tokens] = queries.transpose(
@@ -51,5 +51,10 @@ def _blocks(rank: Rank) -> Tensor:
     return pages.view(-1, rank.group.pages_per_block * pages[0].numel())
 
 
-def _index(rank: Rank, item: SavedQueries) -> Tensor:
-    return to_device(item.blocks, torch.int64, rank.pages.device)
+def _indices(rank: Rank, items: Sequence[SavedQueries]) -> tuple[Tensor, ...]:
+    """The blocks of each."""
+    if not items:
+        return ()
+    blocks = [block for item in items for block in item.blocks]
+    index = to_device(blocks, torch.int64, rank.pages.device)
+    return index.split([len(item.blocks) for item in items])

@@ -202,7 +202,12 @@ class Observation(NamedTuple):
 
     def place(self, position: int, window: int) -> int:
         """Where a query goes: the ring index of the ops."""
-        return self.observe_slot * window + position // self.stride % window
+        return self.places(range(position, position + 1), window)[0]
+
+    def places(self, positions: range, window: int) -> list[int]:
+        """The same of many."""
+        slot, stride = self.observe_slot * window, self.stride
+        return [slot + position // stride % window for position in positions]
 
 
 class PackedRow(NamedTuple):

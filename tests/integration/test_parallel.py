@@ -26,6 +26,7 @@ from tests.integration.heads import save_head
 from tests.integration.simulation import ngram
 from tests.integration.test_policy_faults import choosing
 from tests.integration.test_server import complete, serve
+from tests.integration.test_sharing_engine import answer, tokens
 from tests.policies.installed import install_for_all
 
 
@@ -152,6 +153,33 @@ def test_tensor_parallel() -> None:
     assert [len(heads) for heads in ranks] == [6, 6] and again == ranks
     assert [heads for pair in zip(*ranks, strict=True) for heads in pair] == alone
     assert output.token_ids == expected.token_ids
+
+
+def test_tensor_parallel_turns() -> None:
+    """Two conversations at once on two ranks. An answer passes a mark, a message the end of a
+    segment, and one a mark: the answers are those of a pass over all of it."""
+    options = {"ratio": 8, "min_prompt_tokens": 64, "recent": 16, "context_stride": 512}
+    histories = [tokens(80 + index, 450 + index) for index in range(2)]
+    with engine(
+        options,
+        tensor_parallel_size=2,
+        max_num_batched_tokens=1024,
+        enable_prefix_caching=True,
+        disable_log_stats=False,
+    ) as llm:
+        turns = []
+        for turn in range(3):
+            said, usages = answer(llm, histories, 70)
+            turns.append((histories, said))
+            assert all(usage.shared_blocks for usage in usages) == (turn > 0)
+            histories = [
+                [*history, *ids, *tokens(90 + 2 * turn + index, 260)]
+                for index, (history, ids) in enumerate(zip(histories, said, strict=True))
+            ]
+        for prompts, said in turns:
+            assert llm.reset_prefix_cache()
+            again, _ = answer(llm, prompts, 70)
+            assert again == said
 
 
 def test_tensor_parallel_beside_speculation(tmp_path: Path) -> None:

@@ -177,8 +177,11 @@ class KVCompressMetadataBuilder(AttentionMetadataBuilder[KVCompressMetadata]):
             if item.unverified:
                 unverified.append((item, row, begin, end))
                 continue
-            for position in item.positions(end - begin, window):
-                index[begin + position - item.first_token] = item.place(position, window)
+            positions = item.positions(end - begin, window)[::-1]
+            if positions:
+                token = begin - item.first_token
+                observed = slice(token + positions[0], token + positions[-1] + 1, item.stride)
+                index[observed] = item.places(positions, window)
         found = to_device(index, torch.int32, self.device)
         if unverified:
             observe_unverified(found, unverified, common.seq_lens, window)
