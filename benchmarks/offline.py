@@ -202,8 +202,8 @@ def generate(llm: Any, workload: Workload, choice: random.Random) -> dict[str, A
         TokensPrompt(prompt_token_ids=choice.choices(range(1000, 4000), k=workload.input_len))
         for _ in range(workload.num_prompts)
     ]
-    preempted = _metric(llm, "vllm:num_preemptions")
-    with _running(llm) as running:
+    preempted = metric("vllm:num_preemptions")
+    with sampled_running() as running:
         start = time.perf_counter()
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
@@ -217,23 +217,26 @@ def generate(llm: Any, workload: Workload, choice: random.Random) -> dict[str, A
         "total_tokens_per_s": total / seconds,
         "output_tokens_per_s": workload.num_prompts * workload.output_len / seconds,
         "most_running": max(running, default=0),
-        "preemptions": _metric(llm, "vllm:num_preemptions") - preempted,
+        "preemptions": metric("vllm:num_preemptions") - preempted,
     }
 
 
-def _metric(llm: Any, name: str) -> int:
-    return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == name)
+def metric(name: str) -> int:
+    """A metric of this process's engines, summed over them."""
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    return sum(int(found.value) for found in get_metrics_snapshot() if found.name == name)
 
 
 @contextmanager
-def _running(llm: Any, interval: float = 0.1) -> Iterator[list[int]]:
+def sampled_running(interval: float = 0.1) -> Iterator[list[int]]:
     """Sample how many requests run, every ``interval`` seconds."""
     samples: list[int] = []
     done = threading.Event()
 
     def sample() -> None:
         while not done.wait(interval):
-            samples.append(_metric(llm, "vllm:num_requests_running"))
+            samples.append(metric("vllm:num_requests_running"))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()

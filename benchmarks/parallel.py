@@ -27,8 +27,10 @@ from benchmarks.offline import (
     Workload,
     arguments,
     engine_parser,
+    metric,
     options,
     run_alone,
+    sampled_running,
 )
 from benchmarks.throughput import print_table
 
@@ -132,7 +134,9 @@ async def measure(args: argparse.Namespace, ranks: str, name: str) -> None:
         ratios = [None] if given is None else args.request_ratios
         for ratio, repeat in product(ratios, range(args.repeats)):
             asked = {} if ratio is None else {"kv_compress_ratio": ratio}
-            seconds = await generate(engine, workload, choice, f"{ratio}-{repeat}", asked)
+            preempted = metric("vllm:num_preemptions")
+            with sampled_running() as running:
+                seconds = await generate(engine, workload, choice, f"{ratio}-{repeat}", asked)
             tokens = workload.input_len + workload.output_len
             line = {
                 "engine": name if ratio is None else f"{name}, {ratio:g} asked",
@@ -142,7 +146,8 @@ async def measure(args: argparse.Namespace, ranks: str, name: str) -> None:
                 "seconds": seconds,
                 "total_tokens_per_s": workload.num_prompts * tokens / seconds,
                 "output_tokens_per_s": workload.num_prompts * workload.output_len / seconds,
-                **counted(),
+                "most_running": max(running, default=0),
+                "preemptions": metric("vllm:num_preemptions") - preempted,
             }
             print(json.dumps(line), flush=True)
     finally:
@@ -200,15 +205,6 @@ async def generate(
     if set(lengths) != {workload.output_len}:
         raise RuntimeError(f"requests got outputs of {sorted(set(lengths))} tokens")
     return seconds
-
-
-def counted() -> dict[str, int]:
-    """Preemptions so far, summed over the engines; how many ran at once is not known here."""
-    from vllm.v1.metrics.reader import get_metrics_snapshot
-
-    found = get_metrics_snapshot()
-    preempted = sum(m.value for m in found if m.name == "vllm:num_preemptions")
-    return {"preemptions": int(preempted), "most_running": 0}
 
 
 if __name__ == "__main__":

@@ -57,4 +57,5 @@ def _indices(rank: Rank, items: Sequence[SavedQueries]) -> tuple[Tensor, ...]:
         return ()
     blocks = [block for item in items for block in item.blocks]
     index = to_device(blocks, torch.int64, rank.pages.device)
-    return index.split([len(item.blocks) for item in items])
+    parts: tuple[Tensor, ...] = index.split([len(item.blocks) for item in items])
+    return parts
