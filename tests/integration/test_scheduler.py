@@ -341,6 +341,19 @@ def test_waiting_for_the_reserve_only_delays_a_compression() -> None:
     assert sim.pool.get_num_free_blocks() == 33
 
 
+@pytest.mark.parametrize("blocks, forecasts", [(400, 0), (60, 1)])
+def test_memory_is_forecast_only_where_not_all_fit_as_they_are(blocks: int, forecasts: int) -> None:
+    sim = Simulation(blocks, OPTIONS, max_num_batched_tokens=1000)
+    admission, asked = sim.scheduler._admission, []
+    stock = admission._load
+    admission._load = lambda *args: asked.append(args) or stock(*args)
+    for seed in range(4):
+        sim.add(f"r{seed}", prompt(seed, 200), 20)  # 13 blocks, 14 with its answer
+    sim.step()
+    assert bool(asked) == bool(forecasts) and sim.most_running == 4
+    sim.run()
+
+
 def test_a_prompt_that_cannot_fit_is_refused() -> None:
     sim = Simulation(20, OPTIONS)
     with pytest.raises(ValueError, match=r"may take 26 blocks .* a request has 19"):
