@@ -157,29 +157,32 @@ def test_tensor_parallel() -> None:
 
 def test_tensor_parallel_turns() -> None:
     """Two conversations at once on two ranks. An answer passes a mark, a message the end of a
-    segment, and one a mark: the answers are those of a pass over all of it."""
+    segment, and one a mark: what each rank keeps there is what it keeps of one pass over all."""
     options = {"ratio": 8, "min_prompt_tokens": 64, "recent": 16, "context_stride": 512}
-    histories = [tokens(80 + index, 450 + index) for index in range(2)]
+    prompts = [tokens(80 + index, 500) for index in range(2)]
     with engine(
-        options,
-        tensor_parallel_size=2,
-        max_num_batched_tokens=1024,
-        enable_prefix_caching=True,
-        disable_log_stats=False,
+        options, tensor_parallel_size=2, max_num_batched_tokens=1200, enable_prefix_caching=True
     ) as llm:
-        turns = []
-        for turn in range(3):
-            said, usages = answer(llm, histories, 70)
-            turns.append((histories, said))
+
+        def recorded(max_tokens: int) -> tuple[Any, Any, list[Any]]:
+            llm.collective_rpc("kv_compress_record")
+            said, usages = answer(llm, prompts, max_tokens)
+            ranks = llm.collective_rpc("kv_compress_record")
+            return said, usages, [list(record.values()) for record in ranks]
+
+        for turn, message in enumerate((300, 260, 0)):
+            said, usages, found = recorded(16)
             assert all(usage.shared_blocks for usage in usages) == (turn > 0)
-            histories = [
-                [*history, *ids, *tokens(90 + 2 * turn + index, 260)]
-                for index, (history, ids) in enumerate(zip(histories, said, strict=True))
-            ]
-        for prompts, said in turns:
-            assert llm.reset_prefix_cache()
-            again, _ = answer(llm, prompts, 70)
-            assert again == said
+            if message:
+                prompts = [
+                    [*prompt, *ids, *tokens(90 + 2 * turn + index, message)]
+                    for index, (prompt, ids) in enumerate(zip(prompts, said, strict=True))
+                ]
+        assert llm.reset_prefix_cache()
+        again, usages, anew = recorded(16)
+        assert not any(usage.shared_blocks for usage in usages)
+        assert [len(requests) for requests in found] == [2, 2]
+        assert again == said and anew == found
 
 
 def test_tensor_parallel_beside_speculation(tmp_path: Path) -> None:
