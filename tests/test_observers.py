@@ -82,6 +82,19 @@ def test_whoever_reads_its_prompt_does_not_listen() -> None:
     assert p.requests["short"].listen_slot is not None
 
 
+def test_nobody_listens_while_its_compression_is_late() -> None:
+    """What it decodes then is not observed, and would be scored by another's queries."""
+    p = listening(1)
+    p.admit("a", 1600)
+    p.compressed("a", 1600)
+    a = p.requests["a"]
+    p.observers.stop(a)
+    p.observers.listen({"a": a.due_at})
+    assert a.listen_slot is None
+    p.observers.listen({"a": a.due_at - 1})
+    assert a.listen_slot is not None
+
+
 def test_what_is_observed_of_a_generation_begins_where_it_was_counted_before() -> None:
     config = KVCompressConfig(policy="h2o", ratio=None, budget_tokens=128, interval=1, window=32)
     p = CompressionPlanner(config, B, 8, 2, 10_000)

@@ -34,6 +34,10 @@ class ObservationSlots:
         """The same in order; None: to be sorted anew."""
         self._listening: dict[str, Tracked] = {}
         """Requests that would give their slot to one that is to be compressed."""
+        self._computed: Mapping[str, int] = {}
+        """Computed tokens of running requests, before the step that is planned now."""
+        self._lost: list[tuple[Tracked, int, int, int]] = []
+        """Who lost its slot in that step, with what it had heard: see :meth:`heard`."""
         self._promised: set[str] = set()
         """Requests that will take another one in the step that is planned now."""
         self._listens = config.listens
@@ -67,13 +71,28 @@ class ObservationSlots:
         """Give a request one, or let it keep the one that it listens with; ask ``available`` first
         whether there is one."""
         if tracked.listen_slot is None and self._free < 1:
-            self.stop(max(self._listening.values(), key=_age))
+            self._give_up(max(self._listening.values(), key=_age))
         tracked.observe_slot = (
             self._slots.take() if tracked.listen_slot is None else tracked.listen_slot
         )
         self._listening.pop(tracked.request_id, None)
         self._observed[tracked.request_id] = tracked
         self._by_age = None
+
+    def _give_up(self, tracked: Tracked) -> None:
+        """Take the slot of one that listens. What it has heard is scored before that is used."""
+        slot, begin = tracked.listen_slot, tracked.listened
+        end = self._computed.get(tracked.request_id, 0)
+        if slot is not None and end - begin > 1:
+            self._lost.append((tracked, slot, begin, end))
+            tracked.unscored.scored(begin, end)
+        self.stop(tracked)
+
+    def take_lost(self) -> list[tuple[Tracked, int, int, int]]:
+        """What those had heard who lost their slot in the step that is planned now; as of
+        :meth:`heard`."""
+        lost, self._lost = self._lost, []
+        return lost
 
     def stop(self, tracked: Tracked) -> None:
         """Take back what a request holds, if anything."""
@@ -96,8 +115,7 @@ class ObservationSlots:
             computed = num_computed.get(tracked.request_id, 0)
             if (
                 tracked.observe_slot is tracked.listen_slot is None
-                and computed >= tracked.prefill_end
-                and tracked.due_at != NEVER
+                and tracked.prefill_end <= computed < tracked.due_at != NEVER
                 and tracked.reads_echo
             ):
                 tracked.listen_slot, tracked.listened = self._slots.take(), computed
@@ -111,6 +129,8 @@ class ObservationSlots:
             return
         if not first <= begin < end or end > tracked.prefill_end or tracked.due_at == NEVER:
             return
+        if first >= tracked.due_at:
+            return  # while a compression waits for room, nothing behind it is observed
         if tracked.listen_slot is not None:
             if first < tracked.heard_until < end:
                 self._promised.discard(tracked.request_id)
@@ -185,6 +205,8 @@ class ObservationSlots:
         and what there is of one where a compression is due; with the slot of their queries. At the
         beginning of every step."""
         self._promised.clear()
+        self._lost.clear()
+        self._computed = num_computed
         listening = [t for t in self._observed.values() if t.listen_slot is not None]
         listening += self._listening.values()
         for tracked in listening:

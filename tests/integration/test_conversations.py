@@ -337,6 +337,68 @@ def test_what_was_not_heard_is_computed_anew_only_once(monkeypatch, packed: bool
     assert found == whole + 2 * ((len(history) + 4) // B * B)
 
 
+def test_who_loses_its_slot_has_scored_what_it_heard(monkeypatch) -> None:
+    """The prompt's end was left for later. Two that must be observed take both slots."""
+    monkeypatch.setattr("kvcompress_vllm.scheduling.slots.FEWEST_OBSERVE_SLOTS", 2)
+    monkeypatch.setattr("kvcompress_vllm.scheduling.slots.LISTENING_SHARE", 10**9)
+    monkeypatch.setattr("kvcompress_vllm.scheduling.slots.CONVERSING", 0)
+    sim = simulation({**ECHO, "context_stride": 1024}, 900, max_num_batched_tokens=4000)
+    sim.add("loses", document(1, 700), 420)
+    sim.step()
+    sim.step()
+    tracked = sim.scheduler.kv_compress_planner.requests["loses"]
+    assert tracked.listen_slot is not None and tracked.unscored.before(700) == ((512, 700),)
+    for index in range(2):
+        sim.add(f"needs {index}", document(5 + index, 1030), 3)
+    sim.step()
+    assert tracked.listen_slot is None and tracked.unscored.before(701) == ()
+    while not tracked.kept:
+        sim.step()
+    assert tracked.unheard == () and tracked.kept == 1024 // B // 8
+    sim.run()
+
+
+@pytest.mark.parametrize("room_at", [910, 790])
+def test_nobody_listens_while_a_compression_in_its_prompt_waits(monkeypatch, room_at: int) -> None:
+    """Nothing is observed behind it: what is read then is scored as it is read."""
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "0")  # blocks are taken that nobody owns
+    options = {**ECHO, "ratio": 2, "context_stride": 512, "on_pressure": False}
+    sim = simulation(options, max_num_batched_tokens=40)
+    sim.add("late", document(1, 900), 80)
+    request, taken = sim.scheduler.requests["late"], []
+    while len(sim.outputs["late"]) < 3:
+        if 472 <= request.num_computed_tokens < room_at:
+            sim.pool.free_blocks(taken)
+            taken = sim.pool.get_new_blocks(sim.pool.get_num_free_blocks() - 4)
+        elif taken:
+            sim.pool.free_blocks(reversed(taken))
+            taken = []
+        sim.step()
+    tracked = sim.scheduler.kv_compress_planner.requests["late"]
+    assert tracked.unscored.before(900) == ()
+    sim.pool.free_blocks(reversed(taken))
+    sim.run()
+
+
+def test_users_of_one_context_that_pass_a_mark_need_copies() -> None:
+    """Of which the forecast knows: each is packed where its stride says, and shared."""
+    options = {**OPTIONS, "ratio": 2, "context_stride": 512, "on_pressure": False}
+    sim = simulation(options, 480, max_num_seqs=16)
+    text = document(1, 1030)
+    sim.add("first", text, 1)
+    sim.run()
+    for _ in range(40):
+        sim.scheduler._admission._output_length.finished(70)
+    for index in range(10):
+        sim.add(f"user {index}", [*text, *document(50 + index, 460)], 70)
+    waits = 0
+    while sim.live:
+        sim.step()
+        waits += sim.scheduler._steps.waits
+    assert not waits and not sim.num_preemptions
+    assert [context.num_tokens for context in contexts(sim)].count(1536) == 8
+
+
 def test_who_is_not_heard_packs_for_itself(monkeypatch) -> None:
     """With fewer observation slots than requests, what others find still is what they would have
     computed; and who was not heard is compressed as without a stride."""

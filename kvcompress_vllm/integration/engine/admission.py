@@ -276,13 +276,13 @@ class Admission:
         if question == self._does_not_fit:
             return False  # nothing has changed since: the forecast would not, either
         count = len(running) + 1
-        if not (parts or self._others):
-            grown = self._grown([*running, request])
-            if grown + reserve + count // MARGIN <= pool.get_num_free_blocks():
-                return True  # even if nobody is compressed
         candidate = None if starting.context is None else starting
         found = [(r, planner.requests.get(r.request_id)) for r in running]
         found.append((request, candidate))
+        if not (parts or self._others):
+            most = self._grown(found) + reserve + count // MARGIN
+            if most <= pool.get_num_free_blocks():
+                return True  # even if nothing comes back
         loads = [self._load(r, tracked, count) for r, tracked in found]
         set_aside = reserve + len(loads) // MARGIN + sum(map(self._replays.own_blocks, parts))
         set_aside -= admission.counted_twice(
@@ -296,10 +296,15 @@ class Admission:
         self._does_not_fit = None if fits else question
         return fits
 
-    def _grown(self, requests: Sequence[Request]) -> int:
+    def _grown(self, requests: Sequence[tuple[Request, Tracked | None]]) -> int:
         """Blocks that these will take at most of those that are free now."""
-        tokens = (r.num_tokens - r.num_computed_tokens + self._left(r) for r in requests)
-        return sum(each // self._block_size + 2 for each in tokens)
+        blocks = 0
+        for request, tracked in requests:
+            end = request.num_tokens + self._left(request)
+            blocks += (end - request.num_computed_tokens) // self._block_size + 2
+            if tracked is not None and tracked.context is not None and tracked.due_at <= end:
+                blocks += tracked.target().kept  # others may still use those that it leaves
+        return blocks
 
     def _left(self, request: Request) -> int:
         return self._output_length.left(request.num_output_tokens, request.max_tokens)

@@ -111,6 +111,9 @@ class StepBuilder:
         # row could not be read.
         plan.accumulations = [a for a in plan.accumulations if a.request_id in planner.requests]
         plan.heard = [item for item in plan.heard if item.request_id in planner.requests]
+        for loser, slot, begin, end in planner.observers.take_lost():
+            if planner.requests.get(loser.request_id) is loser:
+                plan.heard.append(self._of_slot(loser.request_id, slot, begin, end))
         plan.scorings = [c for c in plan.scorings if c.request_id in planner.requests]
         # A request that was compressed and then preempted in the same step owns nothing.
         plan.compressions = [c for c in plan.compressions if c.request_id in manager.packed]
@@ -187,15 +190,19 @@ class StepBuilder:
 
     def _heard(self, computed: Mapping[str, int]) -> list[Heard]:
         """What was decoded with an observation slot since the last step, in whole segments."""
-        manager, found = self._manager, []
+        found = []
         for tracked, slot, begin, end in self._planner.observers.heard(computed):
-            row = manager.row(tracked.request_id, -(-end // manager.block_size))
-            found.append(Heard(tracked.request_id, slot, begin, end, row))
+            item = self._of_slot(tracked.request_id, slot, begin, end)
+            found.append(item)
             if self._echo is not None and end - begin == SEGMENT:
                 # As if it had been read in a prompt: others find it so behind its context.
-                blocks = row[begin // manager.block_size :]
+                blocks = item.blocks[begin // self._manager.block_size :]
                 self._echo.allocated(tracked.budget.policy, blocks, begin, end)
         return found
+
+    def _of_slot(self, request_id: str, slot: int, begin: int, end: int) -> Heard:
+        row = self._manager.row(request_id, -(-end // self._manager.block_size))
+        return Heard(request_id, slot, begin, end, row)
 
     def _compress_due(self, computed: Mapping[str, int]) -> list[Compression]:
         """Pack what is due as far as the pool allows; the rest waits for a later step."""
