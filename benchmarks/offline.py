@@ -202,8 +202,7 @@ def generate(llm: Any, workload: Workload, choice: random.Random) -> dict[str, A
         TokensPrompt(prompt_token_ids=choice.choices(range(1000, 4000), k=workload.input_len))
         for _ in range(workload.num_prompts)
     ]
-    preempted = metric("vllm:num_preemptions")
-    with sampled_running() as running:
+    with counted() as found:
         start = time.perf_counter()
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
@@ -216,12 +215,11 @@ def generate(llm: Any, workload: Workload, choice: random.Random) -> dict[str, A
         "seconds": seconds,
         "total_tokens_per_s": total / seconds,
         "output_tokens_per_s": workload.num_prompts * workload.output_len / seconds,
-        "most_running": max(running, default=0),
-        "preemptions": metric("vllm:num_preemptions") - preempted,
+        **found,
     }
 
 
-def metric(name: str) -> int:
+def _metric(name: str) -> int:
     """A metric of this process's engines, summed over them."""
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
@@ -229,19 +227,24 @@ def metric(name: str) -> int:
 
 
 @contextmanager
-def sampled_running(interval: float = 0.1) -> Iterator[list[int]]:
-    """Sample how many requests run, every ``interval`` seconds."""
+def counted(interval: float = 0.1) -> Iterator[dict[str, int]]:
+    """Preemptions, and how many requests ran at most, looked at every ``interval`` seconds; there
+    once the block is left."""
+    found: dict[str, int] = {}
     samples: list[int] = []
+    preempted = _metric("vllm:num_preemptions")
     done = threading.Event()
 
     def sample() -> None:
         while not done.wait(interval):
-            samples.append(metric("vllm:num_requests_running"))
+            samples.append(_metric("vllm:num_requests_running"))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
-        yield samples
+        yield found
     finally:
         done.set()
         thread.join()
+    found["most_running"] = max(samples, default=0)
+    found["preemptions"] = _metric("vllm:num_preemptions") - preempted

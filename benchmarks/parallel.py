@@ -26,11 +26,10 @@ from benchmarks.offline import (
     STOCK,
     Workload,
     arguments,
+    counted,
     engine_parser,
-    metric,
     options,
     run_alone,
-    sampled_running,
 )
 from benchmarks.throughput import print_table
 
@@ -134,8 +133,7 @@ async def measure(args: argparse.Namespace, ranks: str, name: str) -> None:
         ratios = [None] if given is None else args.request_ratios
         for ratio, repeat in product(ratios, range(args.repeats)):
             asked = {} if ratio is None else {"kv_compress_ratio": ratio}
-            preempted = metric("vllm:num_preemptions")
-            with sampled_running() as running:
+            with counted() as found:
                 seconds = await generate(engine, workload, choice, f"{ratio}-{repeat}", asked)
             tokens = workload.input_len + workload.output_len
             line = {
@@ -146,8 +144,7 @@ async def measure(args: argparse.Namespace, ranks: str, name: str) -> None:
                 "seconds": seconds,
                 "total_tokens_per_s": workload.num_prompts * tokens / seconds,
                 "output_tokens_per_s": workload.num_prompts * workload.output_len / seconds,
-                "most_running": max(running, default=0),
-                "preemptions": metric("vllm:num_preemptions") - preempted,
+                **found,
             }
             print(json.dumps(line), flush=True)
     finally:

@@ -121,8 +121,9 @@ class Request:
 
     def _ring(self, observation: Observation, queries: torch.Tensor) -> None:
         window = self.config.window
-        for position in observation.positions(len(queries), window):
-            slot, place = divmod(observation.place(position, window), window)
+        positions = observation.positions(len(queries), window)
+        for position, index in zip(positions, observation.places(positions, window), strict=True):
+            slot, place = divmod(index, window)
             query = queries[position - observation.first_token]
             self.state.ring[:, slot, place] = query.view(L, H * G, D)
             self.pending.append((position, query))

@@ -192,7 +192,8 @@ def test_what_never_outgrows_its_budget_takes_no_slot() -> None:
         config = KVCompressConfig.from_dict({"ratio": None, "budget_tokens": tokens})
         p = CompressionPlanner(config, B, 1, 4, 2048)
         p.admit("a", 100)
-        assert len(p.requests) == tracked and p.newcomers.can_admit(100) == (not tracked)
+        another = p.newcomers.starting("b", 100)
+        assert len(p.requests) == tracked and p.newcomers.have_slots(another) == (not tracked)
 
 
 def test_admission_alone_expects_of_a_mass_what_others_came_to() -> None:

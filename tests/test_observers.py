@@ -63,7 +63,8 @@ def test_the_last_who_listens_gives_its_slot() -> None:
     assert p.observers.used == 1 and p.requests["b"].listen_slot is None
     assert p.requests["a"].listen_slot is not None
     p.admit("e", 1600)
-    assert p.observers.used == 2 and not p.newcomers.can_admit(1600)
+    assert p.observers.used == 2
+    assert not p.newcomers.have_slots(p.newcomers.starting("f", 1600))
     slots = {p.requests[name].observe_slot for name in "de"}
     assert slots == {0, 1}
     for name in "de":

@@ -138,8 +138,9 @@ class Span(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """Decoded tokens ``[first, end)`` of a request, whose queries are in an observation slot, all
-    beside each other there, and whose keys get echo scores before the step."""
+    """Tokens ``[first, end)`` of an answer, or of the end of its prompt, whose queries are in an
+    observation slot, all beside each other there, and whose keys get echo scores before the step.
+    """
 
     request_id: str
     observe_slot: int
@@ -200,12 +201,8 @@ class Observation(NamedTuple):
         first = max(self.first_token, self.observe_from, last - window * self.stride + 1)
         return range(last, first - 1, -self.stride)
 
-    def place(self, position: int, window: int) -> int:
-        """Where a query goes: the ring index of the ops."""
-        return self.places(range(position, position + 1), window)[0]
-
     def places(self, positions: range, window: int) -> list[int]:
-        """The same of many."""
+        """Where the queries at these positions go: the ring indices of the ops."""
         slot, stride = self.observe_slot * window, self.stride
         return [slot + position // stride % window for position in positions]
 

@@ -84,17 +84,8 @@ class Newcomers:
         tracked.trigger = "prefill" if tracked.in_prefill else "decode"
         return tracked
 
-    def can_admit(
-        self,
-        num_tokens: int,
-        budget: RequestBudget | None = None,
-        context: Context | None = None,
-    ) -> bool:
-        """Whether the slots allow a request of ``num_tokens`` tokens to start its prefill now."""
-        return self.have_slots(self.starting("", num_tokens, budget, context))
-
     def have_slots(self, starting: Tracked) -> bool:
-        """As ``can_admit``; of a request that is at hand as it starts."""
+        """Whether the slots allow a request, of :meth:`starting`, to start its prefill now."""
         if starting.starts_observed:
             return bool(self._state_slots and self._observers.available)
         return bool(self._state_slots) or not (starting.kept or starting.due_at != NEVER)

@@ -140,7 +140,7 @@ class CompressionPlanner:
             wanted: contexts that it is to compute for others as well: key by tokens.
 
         Raises:
-            RuntimeError: it is tracked already, or there is no slot (ask ``newcomers.can_admit``).
+            RuntimeError: it is tracked already, or there is no slot (ask ``newcomers.have_slots``).
         """
         self.newcomers.version += 1
         tracked = self.newcomers.starting(request_id, num_tokens, budget, context)

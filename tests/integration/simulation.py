@@ -314,9 +314,11 @@ class PretendWorker:
                 seq_lens = torch.tensor([0, first + count])
                 observe_unverified(index, [(observation, 1, 0, count)], seq_lens, self.state.window)
             else:
-                for position in observation.positions(count, self.state.window):
+                positions = observation.positions(count, self.state.window)
+                places = observation.places(positions, self.state.window)
+                for position, place in zip(positions, places, strict=True):
                     assert index[position - first] == -1
-                    index[position - first] = observation.place(position, self.state.window)
+                    index[position - first] = place
         if observations:
             query = torch.zeros(L, count, H * G, D, dtype=self.state.ring.dtype)
             for token, place in enumerate(index.tolist()):

@@ -41,8 +41,9 @@ def test_places_of_queries_that_come_earlier(late: int, window: int) -> None:
         first = item.first_token - late
         seq_lens[row] = first + count
         observed.append((item, row, begin, begin + count))
-        for position in item._replace(first_token=first).positions(count, window):
-            expected[begin + position - first] = item.place(position, window)
+        positions = item._replace(first_token=first).positions(count, window)
+        for position, place in zip(positions, item.places(positions, window), strict=True):
+            expected[begin + position - first] = place
     observe_unverified(index, observed, seq_lens, window)
     assert index.equal(expected)
     assert (index >= 0).sum() >= min(window, 4)
