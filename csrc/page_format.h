@@ -159,29 +159,51 @@ KVC_HOST_DEVICE int judged_apart(int64_t count) {
 struct Int4Scale {
   uint16_t scale, zero;
 };
-KVC_HOST_DEVICE Int4Scale fit_int4(float low, float high, int index) {
-  const float cut = (high - low) * range_cut(index), below = low + cut, above = high - cut;
+KVC_HOST_DEVICE Int4Scale around_int4(float below, float above) {
   const uint16_t zero = zero_int4(below, above);
   return {reaching_int4(below, above, scale_float(zero)), zero};
 }
-// How far a number lies outside what codes reach, in 16ths of a step; `inverse` is 16 / scale.
+KVC_HOST_DEVICE Int4Scale fit_int4(float low, float high, int index) {
+  const float cut = (high - low) * range_cut(index);
+  return around_int4(low + cut, high - cut);
+}
+// Of those that go on: part of what lies beyond the codes that they reach for. The first leaves no
+// number out, the second moves nothing.
+KVC_HOST_DEVICE float range_reached(int index) {
+  return index < 2 ? static_cast<float>(1 - index) : static_cast<float>(index - 1) * 0.25f;
+}
+// Steps beyond the codes that all but the first leave a number off at most.
+constexpr float kFarthest = 64.0f;
+KVC_HOST_DEVICE Int4Scale widen_int4(Int4Scale old, float low, float high, int index) {
+  const float scale = scale_float(old.scale), zero = scale_float(old.zero);
+  const float least = zero - 8.0f * scale, greatest = zero + 7.0f * scale;
+  const float under = least > low ? least - low : 0.0f;
+  const float over = high > greatest ? high - greatest : 0.0f;
+  const Int4Scale all = around_int4(least - under, greatest + over);
+  if (index == 0) return all;
+  // Products with shares are exact, so that none can be fused.
+  const float share = range_reached(index);
+  const Int4Scale some =
+      index == 1 ? old : around_int4(least - under * share, greatest + over * share);
+  const float step = scale_float(some.scale), middle = scale_float(some.zero);
+  const float off_low = middle - 8.0f * step - low, off_high = high - (middle + 7.0f * step);
+  return (off_low > off_high ? off_low : off_high) > kFarthest * step ? all : some;
+}
+// Numbers outside what codes reach are counted in so many parts of a step: those that a cut leaves
+// out are fewer than 16 steps off, others may be kFarthest.
+KVC_HOST_DEVICE constexpr int parts_of_step(bool anew) { return anew ? 16 : 4; }
+// How far a number lies outside what codes reach, in parts of a step; `inverse` is parts / scale.
 KVC_HOST_DEVICE int32_t steps_outside(float x, float least, float greatest, float inverse) {
   const float above = x - greatest, below = least - x;
   const float outside = above > below ? above : below;
   const float steps = rounded_product(outside, inverse);
   if (!(steps > 0.0f)) return 0;
-  return static_cast<int32_t>(nearest_integer(steps < 0x1p21f ? steps : 0x1p21f));
+  return static_cast<int32_t>(nearest_integer(steps < 256.0f ? steps : 256.0f));
 }
-// Sum of squared errors of `count` numbers, of which those outside have `squares`.
-KVC_HOST_DEVICE double error_int4(int64_t count, int64_t squares, float scale) {
-  return (static_cast<double>(count * 256) / 12.0 + static_cast<double>(squares)) *
+// Sum of squared errors of `count` numbers, of which those outside have `squares`, in parts.
+KVC_HOST_DEVICE double error_int4(int64_t count, int parts, int64_t squares, float scale) {
+  return (static_cast<double>(count * parts * parts) / 12.0 + static_cast<double>(squares)) *
          (static_cast<double>(scale) * scale);
-}
-KVC_HOST_DEVICE uint16_t widen_int4(uint16_t old, float zero, float low, float high) {
-  float scale = scale_float(old);
-  if (!(scale > 0.0f)) return reaching_int4(low, high, zero);
-  while (low - zero < -9.0f * scale || high - zero > 8.0f * scale) scale *= 2.0f;
-  return static_cast<uint16_t>(float_bits(scale) >> 16);
 }
 
 // Code of a number, in [0, 16).

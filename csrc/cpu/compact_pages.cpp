@@ -127,35 +127,36 @@ class Reader {
         scales[side] = anew ? fit_fp8(largest) : widen_fp8(head.scales[side], largest);
       }
     } else {
-      for (int64_t i = 0; i < 2 * head_size_ && !anew; ++i) {
-        uint16_t* zero = scales + 2 * head_size_ + i;
-        *zero = head.scales[2 * head_size_ + i];
-        scales[i] = widen_int4(head.scales[i], scale_float(*zero), low[i], high[i]);
-      }
-      if (anew) fit_channels(simd, head, pages, keys, count, low, high, scales);
+      fit_channels(simd, head, pages, fresh, keys + count - fresh, fresh - keys, low, high, scales);
     }
   }
 
  private:
-  // Of every channel the cut of its range with the least squared error.
+  // Of every channel, of those that may be, the range with the least squared error: of `count` new
+  // keys, and of what moving costs `kept` others.
   void fit_channels(const Simd& simd, const HeadPages& head, const char* pages, const int32_t* keys,
-                    int64_t count, const std::vector<float>& low, const std::vector<float>& high,
-                    uint16_t* scales) {
+                    int64_t count, int64_t kept, const std::vector<float>& low,
+                    const std::vector<float>& high, uint16_t* scales) {
     const int64_t channels = 2 * head_size_;
     std::vector<double> least(channels);
     std::vector<int64_t> squares(channels);
-    const int apart = judged_apart(count);
-    std::vector<float> bounds(3 * channels);  // least and greatest of the codes, 16 / scale
-    for (int cut = 0; cut < kNumCuts; ++cut) {
+    const int apart = judged_apart(count), parts = parts_of_step(kept == 0);
+    const int64_t judged = (count + apart - 1) / apart, others = kept * judged / count;
+    const auto range = [&](int64_t i, int index) {
+      if (kept == 0) return fit_int4(low[i], high[i], index);
+      return widen_int4({head.scales[i], head.scales[channels + i]}, low[i], high[i], index);
+    };
+    std::vector<float> bounds(3 * channels);  // least and greatest of the codes, parts / scale
+    for (int index = 0; index < kNumCuts; ++index) {
       std::fill(squares.begin(), squares.end(), 0);
       for (int64_t i = 0; i < channels; ++i) {
-        const Int4Scale of = fit_int4(low[i], high[i], cut);
+        const Int4Scale of = range(i, index);
         const float scale = scale_float(of.scale);
         bounds[i] = scale_float(of.zero) - 8.0f * scale;
         bounds[channels + i] = scale_float(of.zero) + 7.0f * scale;
-        bounds[2 * channels + i] = inverse_scale(scale) * 16.0f;
+        bounds[2 * channels + i] = inverse_scale(scale) * static_cast<float>(parts);
       }
-      for (int64_t key = 0; cut > 0 && key < count; key += apart) {
+      for (int64_t key = 0; index > 0 && key < count; key += apart) {
         const float* numbers = read(simd, head, pages, keys[key]);
         for (int64_t i = 0; i < channels; ++i) {
           const int64_t steps =
@@ -163,11 +164,11 @@ class Reader {
           squares[i] += steps * steps;
         }
       }
+      const int64_t moved = kept > 0 && index == 1 ? 0 : others;
       for (int64_t i = 0; i < channels; ++i) {
-        const Int4Scale of = fit_int4(low[i], high[i], cut);
-        const double error =
-            error_int4((count + apart - 1) / apart, squares[i], scale_float(of.scale));
-        if (cut > 0 && !(error < least[i])) continue;
+        const Int4Scale of = range(i, index);
+        const double error = error_int4(judged + moved, parts, squares[i], scale_float(of.scale));
+        if (index > 0 && !(error < least[i])) continue;
         least[i] = error;
         scales[i] = of.scale;
         scales[channels + i] = of.zero;

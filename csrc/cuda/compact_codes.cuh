@@ -277,9 +277,9 @@ __device__ __forceinline__ void find_rows(const uint4* (&rows)[kMostRows], const
   __syncthreads();
 }
 
-// steps_outside() / 256 of a number of the range that fit_int4() cut, squared and added to `sum`.
-// Such a number is fewer than 256 16ths of a step outside, so that fp32 holds the sum of 256 of
-// them without rounding; `inverse` is 1 / (16 scale). NaN counts as 0, as there.
+// steps_outside() / 256 of a number, squared and added to `sum`. Such a number is at most 256 parts
+// of a step outside, so that fp32 holds the sum of 256 of them without rounding; `inverse` is parts
+// / (256 scale). NaN counts as 0, as there.
 __device__ __forceinline__ void add_square(float x, float least, float greatest, float inverse,
                                            float* sum) {
   constexpr float kNearest = 0x1.8p15f;  // leaves multiples of 1 / 256
@@ -295,7 +295,7 @@ __device__ __forceinline__ void add_square(float x, float least, float greatest,
 template <typename T, int kFormat, int kThreads>
 __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) {
   constexpr int kPerWord = 8, kAhead = 8, kMostChannels = 512;
-  constexpr int kCuts = kNumCuts - 1;  // the first one leaves nothing out
+  constexpr int kCuts = kNumCuts - 1;  // the first range leaves nothing out
   constexpr int kMostWords = kMostChannels / kPerWord;
   static_assert(kMostRows / (kThreads / kMostWords) <= 256);  // numbers that a thread adds up
   __shared__ const uint4* rows[kMostRows];
@@ -305,7 +305,8 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
   float *low_of = ranges[0], *high_of = ranges[1];
   auto* squares = reinterpret_cast<uint32_t (*)[kMostChannels]>(ranges);
   static_assert(sizeof(ranges) >= kCuts * sizeof(*squares));
-  // By channel: the least and the greatest number that codes reach, 1 / (16 scale), scale and zero.
+  // By channel: the least and the greatest number that codes reach, parts / (256 scale), scale and
+  // zero.
   __shared__ float4 cuts[kFormat == kInt4 ? kCuts : 1][kPerWord][kMostWords];
   const CompactParams& p = q.kept;
   const int head_size = q.head_size, channels = 2 * head_size, index = blockIdx.x;
@@ -374,21 +375,19 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
   }
   __syncthreads();
   const bool anew = fresh == 0;
+  const int parts = parts_of_step(anew);
   for (int c = threadIdx.x; c < channels; c += kThreads) {
     for (int s = 1; s < sides; ++s) {
       low_of[c] = fminf(low_of[c], low_of[s * channels + c]);
       high_of[c] = fmaxf(high_of[c], high_of[s * channels + c]);
     }
     if constexpr (kFormat == kInt4) {
-      if (!anew) {
-        const uint16_t zero = head.scales[channels + c];
-        out[channels + c] = zero;
-        out[c] = widen_int4(head.scales[c], scale_float(zero), low_of[c], high_of[c]);
-        continue;
-      }
+      Int4Scale old = {};
+      if (!anew) old = {head.scales[c], head.scales[channels + c]};
 #pragma unroll
       for (int cut = 0; cut < kNumCuts; ++cut) {
-        const Int4Scale of = fit_int4(low_of[c], high_of[c], cut);
+        const Int4Scale of = anew ? fit_int4(low_of[c], high_of[c], cut)
+                                  : widen_int4(old, low_of[c], high_of[c], cut);
         if (cut == 0) {
           out[c] = of.scale;
           out[channels + c] = of.zero;
@@ -396,24 +395,26 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
         }
         const float scale = scale_float(of.scale), zero = scale_float(of.zero);
         cuts[cut - 1][c % kPerWord][c / kPerWord] =
-            make_float4(zero - 8.f * scale, zero + 7.f * scale, inverse_scale(scale) * 0.0625f,
+            make_float4(zero - 8.f * scale, zero + 7.f * scale,
+                        inverse_scale(scale) * (static_cast<float>(parts) * 0x1p-8f),
                         __uint_as_float(static_cast<uint32_t>(of.scale) << 16 | of.zero));
       }
     }
   }
   if constexpr (kFormat == kInt4) {
-    if (!anew) return;
-    // Once more over keys: of every channel the cut of its range with the least squared error.
-    // Sums of integers, so that their order decides nothing.
+    // Once more over keys: of every channel the range with the least squared error, of those that
+    // are new and of what moving costs the others. Sums of integers, so that their order decides
+    // nothing.
     constexpr int kFew = 4;  // as many as registers hold beside the sums
     __syncthreads();
     for (int c = threadIdx.x; c < kMostChannels; c += kThreads) {
 #pragma unroll
       for (int cut = 0; cut < kCuts; ++cut) squares[cut][c] = 0;
     }
-    const int apart = judged_apart(count), judged = ceil_div(count, apart);
+    const int apart = judged_apart(count - fresh), judged = ceil_div(count - fresh, apart);
+    const int64_t moved = int64_t{fresh} * judged / (count - fresh);
     for (int base = 0; base < judged; base += chunk) {
-      const int done = base * apart;
+      const int done = fresh + base * apart;
       find_rows<kThreads>(rows, p, head, keys + done, count - done, chunk, apart);
       float sums[kCuts][kPerWord] = {};
       for (int k = side; k - side < min(chunk, judged - base); k += sides * kFew) {
@@ -453,12 +454,13 @@ __global__ void __launch_bounds__(kThreads, 2) fit_scales_kernel(CodesParams q) 
     }
     __syncthreads();
     for (int c = threadIdx.x; c < channels; c += kThreads) {
-      double best = error_int4(judged, 0, scale_float(out[c]));
+      double best = error_int4(judged + moved, parts, 0, scale_float(out[c]));
 #pragma unroll
       for (int cut = 0; cut < kCuts; ++cut) {
         const uint32_t of = __float_as_uint(cuts[cut][c % kPerWord][c / kPerWord].w);
-        const double error =
-            error_int4(judged, squares[cut][c], scale_float(static_cast<uint16_t>(of >> 16)));
+        const int64_t keys_moved = !anew && cut == 0 ? 0 : moved;
+        const double error = error_int4(judged + keys_moved, parts, squares[cut][c],
+                                        scale_float(static_cast<uint16_t>(of >> 16)));
         if (!(error < best)) continue;
         best = error;
         out[c] = static_cast<uint16_t>(of >> 16);

@@ -25,9 +25,10 @@ that the tensor cores take them in (:func:`order`), so that a lane of a warp rea
 once.
 
 Scales are bfloat16, rounded so that the codes reach what they should: rounding a scale up costs
-less than 1 % of a step. They stay when a request is compressed again, unless a new key lies more
-than a step beyond the codes; then the scale doubles as often as needed and the zero stays, so that
-what was kept before moves by less than one of the final steps, however often that happens.
+less than 1 % of a step. When a request is compressed again they stay, unless new keys lie beyond
+the codes. The scale of ``fp8`` then doubles as often as needed, which moves no code that stays
+normal. A channel of ``int4`` reaches for as much of what lies beyond as pays for moving what was
+kept (:func:`widen`).
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ CUTS = (0.0, 0.0625, 0.125, 0.25)
 kernel finds the same scales."""
 JUDGED = 1024
 """At least as many keys, of those there are, tell which share is best."""
-FARTHEST = float(1 << 21)
-"""16ths of a step beyond the codes, as far as :func:`fit` counts."""
+REACHED = (1.0, 0.0, 0.25, 0.5)
+"""Shares of what lies beyond the codes that int4 may reach for when it goes on; 0 moves nothing."""
+FARTHEST = 64.0
+"""Steps beyond the codes; reaching for less than everything may leave no number farther off."""
 _INT4_LOW, _INT4_HIGH = -8.0, 7.0
 
 
@@ -242,40 +245,38 @@ def fit(values: Tensor, page_format: int) -> Tensor:
         ``[A, S]``.
     """
     low, high = values.amin(0), values.amax(0)
-    judged = values[:: max(1, len(values) // JUDGED)]
     if page_format == PageFormat.FP8:
         return _round_up(_largest(low, high) / FP8_MAX)[None]
-    found, least = [], []
-    for cut in CUTS:
-        below, above = low + (high - low) * cut, high - (high - low) * cut
-        # Half a step above the middle. No product here is rounded, so that none can be fused.
-        zero = ((above + below) * 0.5 + (above - below) / 30).to(SCALE_DTYPE)
-        scale = _reaching(below, above, zero.float())
-        found.append(torch.stack([scale, zero]))
-        # Inside, errors spread evenly over a step. Outside they are counted in 16ths of a step.
-        outside = torch.maximum(
-            judged - (zero.float() + _INT4_HIGH * scale.float()),
-            (zero.float() + _INT4_LOW * scale.float()) - judged,
-        )
-        steps = (outside.clamp(min=0) * (_inverse(scale.float()) * 16)).round()
-        squares = steps.clamp(max=FARTHEST).long().square().sum(0) if cut else 0
-        inside = torch.full_like(low, len(judged) * 256, dtype=torch.float64) / 12
-        least.append((inside + squares) * scale.double().square())
-    best = torch.stack(least).argmin(0)  # the first of equal ones
-    return torch.stack(found).gather(0, best.expand(1, 2, -1))[0]
+    cuts = [(high - low) * cut for cut in CUTS]
+    ranges = [_around(low + cut, high - cut) for cut in cuts]
+    judged = _judged(values)
+    return _best(ranges, [len(judged)] * len(CUTS), judged, 16)
 
 
-def widen(scales: Tensor, low: Tensor, high: Tensor, page_format: int) -> Tensor:
+def widen(scales: Tensor, values: Tensor, kept: int, page_format: int) -> Tensor:
     """Scales of numbers quantised before, for new ones as well.
+
+    Of int4, each channel takes the range with which the squared errors sum up to least, of new
+    numbers and of what moving to new codes costs each that was kept::
+
+        codes reach       |----------------|
+        new numbers            x   x x  x       x   x      x
+        share 0           |----------------|                    nothing moves
+        1/4, 1/2          |--------------------| ...
+        1                 |--------------------------------|    nothing is left out
+
+    So a channel moves rarely, however often a request is compressed, and never for one key in
+    many, unless that lies more than ``FARTHEST`` steps off.
 
     Args:
         scales: ``[A, S]`` of what there is.
-        low, high: ``[2 * D]`` fp32, K then V, least and greatest of the new numbers, as
-            :func:`to_stored` has them.
+        values: ``[n, 2 * D]`` fp32, the new numbers as :func:`to_stored` has them, n > 0.
+        kept: how many keys there are with these scales.
 
     Returns:
-        ``[A, S]``: the same where no new number lies more than a step beyond what codes reach.
+        ``[A, S]``.
     """
+    low, high = values.amin(0), values.amax(0)
     scale = scales[0].float()
     if page_format == PageFormat.FP8:
         largest = _largest(low, high)
@@ -283,15 +284,61 @@ def widen(scales: Tensor, low: Tensor, high: Tensor, page_format: int) -> Tensor
         # Half a step beyond the largest code.
         doubled = _doubled(scale, lambda scale: largest > 464 * scale)
         return torch.where(scale > 0, doubled, fresh)[None]
-    zero = scales[1].float()
-    fresh = _reaching(low, high, zero)
-    doubled = _doubled(
-        scale,
-        lambda scale: (
-            (low - zero < (_INT4_LOW - 1) * scale) | (high - zero > (_INT4_HIGH + 1) * scale)
-        ),
-    )
-    return torch.stack([torch.where(scale > 0, doubled, fresh), scales[1]])
+    least, greatest = _reach(scales)
+    judged = _judged(values)
+    ranges, counts = [], []
+    for share in REACHED:
+        below = least - (least - low).clamp(min=0) * share
+        above = greatest + (high - greatest).clamp(min=0) * share
+        found = _around(below, above) if share else scales
+        # As many of those kept as are looked at of the new ones.
+        counts.append(len(judged) + (kept * len(judged) // len(values) if share else 0))
+        if ranges:
+            first, last = _reach(found)
+            far = torch.maximum(first - low, high - last) > FARTHEST * found[0].float()
+            found = torch.where(far, ranges[0], found)
+        ranges.append(found)
+    return _best(ranges, counts, judged, 4)
+
+
+def _judged(values: Tensor) -> Tensor:
+    """The keys that tell which range is best."""
+    return values[:: max(1, len(values) // JUDGED)]
+
+
+def _around(below: Tensor, above: Tensor) -> Tensor:
+    """``[2, S]``: scale and zero of int4 whose codes reach a range."""
+    # Half a step above the middle. No product here is rounded, so that none can be fused.
+    zero = ((above + below) * 0.5 + (above - below) / 30).to(SCALE_DTYPE)
+    return torch.stack([_reaching(below, above, zero.float()), zero])
+
+
+def _reach(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest number that codes of int4 stand for."""
+    scale, zero = scales.float()
+    return zero + _INT4_LOW * scale, zero + _INT4_HIGH * scale
+
+
+def _best(ranges: list[Tensor], counts: list[int], judged: Tensor, parts: int) -> Tensor:
+    """``[2, S]``: of each channel the range with the least squared error, the first of equal ones.
+
+    Args:
+        ranges: scales and zeros; the first leaves no number out.
+        counts: of the numbers that each has an error of: inside, errors spread evenly over a step.
+        judged: ``[n, S]``, numbers that may lie outside; that is counted in parts of a step.
+        parts: of a step.
+    """
+    errors = []
+    for index, (found, count) in enumerate(zip(ranges, counts, strict=True)):
+        scale = found[0].float()
+        least, greatest = _reach(found)
+        outside = torch.maximum(judged - greatest, least - judged).clamp(min=0)
+        steps = (outside * (_inverse(scale) * parts)).round()
+        squares = steps.clamp(max=256).long().square().sum(0) if index else 0
+        inside = torch.full_like(scale, count * parts**2, dtype=torch.float64) / 12
+        errors.append((inside + squares) * scale.double().square())
+    best = torch.stack(errors).argmin(0)
+    return torch.stack(ranges).gather(0, best.expand(1, 2, -1))[0]
 
 
 def _per_channel(scales: Tensor, channels: int, page_format: int) -> tuple[Tensor, Tensor]:

@@ -373,10 +373,37 @@ def test_compressing_again_does_not_drift(device, page_format, dtype):
     for values, scales in rounds(page_format, dtype, device, 20, lambda i: 1.12**i):
         first = values if first is None else first
         step = scales[0, 0, 0, 0].float().cpu()
+        moved = values - first
         if page_format is PageFormat.FP8:
             # Steps of e4m3 grow with the number; doubled scales lose what becomes subnormal.
-            step = step.repeat_interleave(64) * 2.0**-9
-        assert ((values - first).abs() <= step).all()
+            assert (moved.abs() <= step.repeat_interleave(64) * 2.0**-9).all()
+        else:
+            # Each time that codes move costs a twelfth, and they grow in between.
+            assert (moved / step).square().mean() < 0.3
+
+
+@DTYPES
+def test_a_key_in_many_moves_no_others(device, dtype):
+    """Of twenty rounds of the same kind, each has some key farther out than any before."""
+    history = list(rounds(PageFormat.INT4, dtype, device, 20, lambda i: 1.0))
+    step = history[0][1][0, 0, 0, 0].float().cpu()
+    moved = (history[-1][0] - history[0][0]) / step
+    assert moved.square().mean() < 0.25  # one pass over all: two twelfths
+
+
+@DTYPES
+@pytest.mark.parametrize("farthest", [1.0, 30.0, 1000.0])
+def test_a_key_far_from_all_others_is_reached(device, dtype, farthest):
+    """However many there are, none is left out by more than 64 steps; of a head whose first keys
+    were all alike, too."""
+    for first in (0.0, 1.0):
+        *_, (values, scales) = rounds(
+            PageFormat.INT4, dtype, device, 3, lambda i, first=first: farthest if i else first
+        )
+        scale, zero = scales[0, 0, 0].float().cpu()
+        reach = torch.maximum(zero + 7 * scale, -(zero - 8 * scale))
+        assert (reach + 64 * scale > farthest / 16).all()
+        assert values.isfinite().all()
 
 
 @FORMATS

@@ -62,7 +62,7 @@ def fit_scales(
         elif not len(fresh):
             scales.copy_(head.scales)
         else:
-            scales.copy_(formats.widen(head.scales, fresh.amin(0), fresh.amax(0), page_format))
+            scales.copy_(formats.widen(head.scales, fresh, len(key) - len(fresh), page_format))
     return result
 
 
