@@ -286,7 +286,8 @@ def widen(scales: Tensor, values: Tensor, kept: int, page_format: int) -> Tensor
         return torch.where(scale > 0, doubled, fresh)[None]
     least, greatest = _reach(scales)
     judged = _judged(values)
-    ranges, counts = [], []
+    ranges: list[Tensor] = []
+    counts: list[int] = []
     for share in REACHED:
         below = least - (least - low).clamp(min=0) * share
         above = greatest + (high - greatest).clamp(min=0) * share

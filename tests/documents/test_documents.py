@@ -120,6 +120,7 @@ def test_throughput_is_that_of_the_results() -> None:
             "parallel-8b-h200",
             "parallel-two-h200",
             "throughput-all-memory",
+            "throughput-all-memory-formats-h200",
             "serve-19300-tokens",
             "sharing-8b-h200",
         )
