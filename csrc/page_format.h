@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How packed pages hold keys: the only place in C++ and CUDA that knows how many bytes a key takes
-// and what its codes stand for. Python twin, with the words: kvcompress_vllm/cache/page_format.py.
+// and what its codes stand for. Python twins, with the words: page_format.py and fitting.py in
+// kvcompress_vllm/cache.
 #pragma once
 
 #include <cmath>
@@ -128,7 +129,7 @@ inline void rotate(float* x, int size, int together) {
 
 constexpr float kLargestFp8 = 448.0f;
 
-// Scales that fit a range, and that go on from scales there are; see page_format.py. A range is the
+// Scales that fit a range, and that go on from scales there are; see fitting.py. A range is the
 // least and the greatest number of a channel, for fp8 the greatest absolute one of a side.
 KVC_HOST_DEVICE uint16_t fit_fp8(float largest) { return scale_up(largest / kLargestFp8); }
 KVC_HOST_DEVICE uint16_t widen_fp8(uint16_t old, float largest) {

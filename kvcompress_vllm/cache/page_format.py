@@ -28,13 +28,12 @@ Scales are bfloat16, rounded so that the codes reach what they should: rounding 
 less than 1 % of a step. When a request is compressed again they stay, unless new keys lie beyond
 the codes. The scale of ``fp8`` then doubles as often as needed, which moves no code that stays
 normal. A channel of ``int4`` reaches for as much of what lies beyond as pays for moving what was
-kept (:func:`widen`).
+kept (:func:`.fitting.widen`).
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,16 +41,8 @@ from torch import Tensor
 SCALE_DTYPE = torch.bfloat16
 FP8_MAX = 448.0
 """Largest e4m3 number."""
-CUTS = (0.0, 0.0625, 0.125, 0.25)
-"""Shares of a channel's range that int4 may cut off on either side. Powers of two, so that every
-kernel finds the same scales."""
-JUDGED = 1024
-"""At least as many keys, of those there are, tell which share is best."""
-REACHED = (1.0, 0.0, 0.25, 0.5)
-"""Shares of what lies beyond the codes that int4 may reach for when it goes on; 0 moves nothing."""
-FARTHEST = 64.0
-"""Steps beyond the codes; reaching for less than everything may leave no number farther off."""
-_INT4_LOW, _INT4_HIGH = -8.0, 7.0
+INT4_LOW, INT4_HIGH = -8.0, 7.0
+"""Codes of int4 as steps from the zero."""
 
 
 class PageFormat(enum.IntEnum):
@@ -197,10 +188,10 @@ def quantise(values: Tensor, scales: Tensor, page_format: int) -> Tensor:
         ``[n, bytes of a key]`` uint8, as they lie in a page.
     """
     scale, zero = _per_channel(scales, values.shape[-1], page_format)
-    steps = ((values - zero) * _inverse(scale))[:, order(values.shape[-1] // 2, page_format)]
+    steps = ((values - zero) * inverse(scale))[:, order(values.shape[-1] // 2, page_format)]
     if page_format == PageFormat.FP8:
         return steps.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    codes = (steps.round().clamp(_INT4_LOW, _INT4_HIGH) + 8).to(torch.uint8)
+    codes = (steps.round().clamp(INT4_LOW, INT4_HIGH) + 8).to(torch.uint8)
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
@@ -230,118 +221,6 @@ def decode(codes: Tensor, scales: Tensor, page_format: int) -> Tensor:
     return values * scale if page_format == PageFormat.FP8 else values * scale + zero
 
 
-def fit(values: Tensor, page_format: int) -> Tensor:
-    """Scales for numbers, as :func:`to_stored` has them.
-
-    Of int4, each channel takes the share of its range around the middle with which the squared
-    errors sum up to least: numbers outside become the nearest code. Standard deviations would not
-    do: they cut off the few large keys that attention needs. Of more than twice ``JUDGED`` keys
-    every n-th is looked at for that.
-
-    Args:
-        values: ``[n, 2 * D]`` fp32, K then V, n > 0.
-
-    Returns:
-        ``[A, S]``.
-    """
-    low, high = values.amin(0), values.amax(0)
-    if page_format == PageFormat.FP8:
-        return _round_up(_largest(low, high) / FP8_MAX)[None]
-    cuts = [(high - low) * cut for cut in CUTS]
-    ranges = [_around(low + cut, high - cut) for cut in cuts]
-    judged = _judged(values)
-    return _best(ranges, [len(judged)] * len(CUTS), judged, 16)
-
-
-def widen(scales: Tensor, values: Tensor, kept: int, page_format: int) -> Tensor:
-    """Scales of numbers quantised before, for new ones as well.
-
-    Of int4, each channel takes the range with which the squared errors sum up to least, of new
-    numbers and of what moving to new codes costs each that was kept::
-
-        codes reach       |----------------|
-        new numbers            x   x x  x       x   x      x
-        share 0           |----------------|                    nothing moves
-        1/4, 1/2          |--------------------| ...
-        1                 |--------------------------------|    nothing is left out
-
-    So a channel moves rarely, however often a request is compressed, and never for one key in
-    many, unless that lies more than ``FARTHEST`` steps off.
-
-    Args:
-        scales: ``[A, S]`` of what there is.
-        values: ``[n, 2 * D]`` fp32, the new numbers as :func:`to_stored` has them, n > 0.
-        kept: how many keys there are with these scales.
-
-    Returns:
-        ``[A, S]``.
-    """
-    low, high = values.amin(0), values.amax(0)
-    scale = scales[0].float()
-    if page_format == PageFormat.FP8:
-        largest = _largest(low, high)
-        fresh = _round_up(largest / FP8_MAX)
-        # Half a step beyond the largest code.
-        doubled = _doubled(scale, lambda scale: largest > 464 * scale)
-        return torch.where(scale > 0, doubled, fresh)[None]
-    least, greatest = _reach(scales)
-    judged = _judged(values)
-    ranges: list[Tensor] = []
-    counts: list[int] = []
-    for share in REACHED:
-        below = least - (least - low).clamp(min=0) * share
-        above = greatest + (high - greatest).clamp(min=0) * share
-        found = _around(below, above) if share else scales
-        # As many of those kept as are looked at of the new ones.
-        counts.append(len(judged) + (kept * len(judged) // len(values) if share else 0))
-        if ranges:
-            first, last = _reach(found)
-            far = torch.maximum(first - low, high - last) > FARTHEST * found[0].float()
-            found = torch.where(far, ranges[0], found)
-        ranges.append(found)
-    return _best(ranges, counts, judged, 4)
-
-
-def _judged(values: Tensor) -> Tensor:
-    """The keys that tell which range is best."""
-    return values[:: max(1, len(values) // JUDGED)]
-
-
-def _around(below: Tensor, above: Tensor) -> Tensor:
-    """``[2, S]``: scale and zero of int4 whose codes reach a range."""
-    # Half a step above the middle. No product here is rounded, so that none can be fused.
-    zero = ((above + below) * 0.5 + (above - below) / 30).to(SCALE_DTYPE)
-    return torch.stack([_reaching(below, above, zero.float()), zero])
-
-
-def _reach(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest number that codes of int4 stand for."""
-    scale, zero = scales.float()
-    return zero + _INT4_LOW * scale, zero + _INT4_HIGH * scale
-
-
-def _best(ranges: list[Tensor], counts: list[int], judged: Tensor, parts: int) -> Tensor:
-    """``[2, S]``: of each channel the range with the least squared error, the first of equal ones.
-
-    Args:
-        ranges: scales and zeros; the first leaves no number out.
-        counts: of the numbers that each has an error of: inside, errors spread evenly over a step.
-        judged: ``[n, S]``, numbers that may lie outside; that is counted in parts of a step.
-        parts: of a step.
-    """
-    errors = []
-    for index, (found, count) in enumerate(zip(ranges, counts, strict=True)):
-        scale = found[0].float()
-        least, greatest = _reach(found)
-        outside = torch.maximum(judged - greatest, least - judged).clamp(min=0)
-        steps = (outside * (_inverse(scale) * parts)).round()
-        squares = steps.clamp(max=256).long().square().sum(0) if index else 0
-        inside = torch.full_like(scale, count * parts**2, dtype=torch.float64) / 12
-        errors.append((inside + squares) * scale.double().square())
-    best = torch.stack(errors).argmin(0)
-    return torch.stack(ranges).gather(0, best.expand(1, 2, -1))[0]
-
-
 def _per_channel(scales: Tensor, channels: int, page_format: int) -> tuple[Tensor, Tensor]:
     """``[..., 1, 2 * D]`` fp32 each: scale and zero of every channel."""
     if page_format == PageFormat.FP8:
@@ -351,28 +230,6 @@ def _per_channel(scales: Tensor, channels: int, page_format: int) -> tuple[Tenso
     return scale, zero
 
 
-def _inverse(scale: Tensor) -> Tensor:
+def inverse(scale: Tensor) -> Tensor:
     """1 / scale; 0 where it is too small for one: of numbers that the zero alone stands for."""
     return torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, 0)
-
-
-def _largest(low: Tensor, high: Tensor) -> Tensor:
-    """``[2]``: greatest absolute value of K and of V."""
-    return torch.maximum(low.abs(), high.abs()).view(2, -1).amax(-1)
-
-
-def _reaching(low: Tensor, high: Tensor, zero: Tensor) -> Tensor:
-    """The least scale with which 4-bit codes reach a range around ``zero``."""
-    return _round_up(torch.maximum((high - zero) / _INT4_HIGH, (zero - low) / -_INT4_LOW))
-
-
-def _round_up(x: Tensor) -> Tensor:
-    """To bfloat16, no less than ``x``, which is not negative."""
-    return (x.contiguous().view(torch.int32) + 0xFFFF >> 16).to(torch.int16).view(SCALE_DTYPE)
-
-
-def _doubled(scale: Tensor, short: Callable[[Tensor], Tensor]) -> Tensor:
-    """Scales doubled until they are no longer ``short``; what is 0 stays."""
-    while bool((grows := short(scale) & (scale > 0)).any()):
-        scale = torch.where(grows, 2 * scale, scale)
-    return scale.to(SCALE_DTYPE)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache import fitting, layout
 from kvcompress_vllm.cache import page_format as formats
 from kvcompress_vllm.cache.page_format import SCALE_DTYPE, PageFormat
 
@@ -244,7 +244,7 @@ def _pack(batch: Batch, requests: Sequence[Request]) -> None:
             keys = torch.randn(max(1, count) * codes.shape[1], channels)
             keys = keys * (0.5 + torch.rand(channels)) + torch.randn(channels) / 2
             keys = formats.to_stored(keys, page_format)
-            scales = formats.fit(keys, page_format)
+            scales = fitting.fit(keys, page_format)
             batch.page_scales[slot].flatten(0, 1)[index] = scales if count else float("nan")
             packed = formats.quantise(keys, scales, page_format)
             codes[ids] = packed.view(-1, *codes.shape[1:])[:count]

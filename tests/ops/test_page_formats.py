@@ -20,6 +20,7 @@ from op_examples import example
 from test_registration import example_again
 
 from kvcompress_vllm import ops
+from kvcompress_vllm.cache import fitting
 from kvcompress_vllm.cache import page_format as formats
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.ops import reference
@@ -491,7 +492,7 @@ def test_numbers_at_the_ends(page_format):
     values[:, 70] = torch.linspace(-6e4, 6e4, 64)
     values[:, 71] = 1e-30
     values[:, 72] = torch.linspace(400, 401, 64)
-    scales = formats.fit(values, page_format)
+    scales = fitting.fit(values, page_format)
     found = formats.decode(formats.quantise(values, scales, page_format), scales, page_format)
     error = (found - values).abs()
     if page_format is PageFormat.INT4:
@@ -500,7 +501,7 @@ def test_numbers_at_the_ends(page_format):
         # One far from all others stays far, or costs the others their steps: whichever is less.
         lone = torch.randn(64, 64)
         lone[0, :32] = 40.0
-        fitted = formats.fit(lone, page_format)
+        fitted = fitting.fit(lone, page_format)
         back = formats.decode(formats.quantise(lone, fitted, page_format), fitted, page_format)
         assert (back[0, :32] > 20).all()
         assert (back - lone)[1:].square().mean() < (40 / 15) ** 2 / 12

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress_vllm.cache import layout
+from kvcompress_vllm.cache import fitting, layout
 from kvcompress_vllm.cache import page_format as formats
 from kvcompress_vllm.cache.page_format import PageFormat
 from kvcompress_vllm.ops.reference.rows import Head, State
@@ -31,8 +31,8 @@ def fit_scales(
     """Scales with which the kept K/V of each head will be stored: the first pass of a compaction.
 
     A head that keeps none of its packed keys gets scales that fit what it keeps
-    (:func:`page_format.fit`); one that keeps some goes on with the scales it has, widened for the
-    others where need be (:func:`page_format.widen`).
+    (:func:`fitting.fit`); one that keeps some goes on with the scales it has, widened for the
+    others where need be (:func:`fitting.widen`).
 
     Args:
         pages: ``[P, B, 2 * D]``.
@@ -58,11 +58,11 @@ def fit_scales(
         packed = head.packed * kept_keys.shape[1]
         fresh = head.read(pages, key[key >= packed], stored=True)
         if head.scales is None or int(key[0]) >= packed:
-            scales.copy_(formats.fit(fresh, page_format))
+            scales.copy_(fitting.fit(fresh, page_format))
         elif not len(fresh):
             scales.copy_(head.scales)
         else:
-            scales.copy_(formats.widen(head.scales, fresh, len(key) - len(fresh), page_format))
+            scales.copy_(fitting.widen(head.scales, fresh, len(key) - len(fresh), page_format))
     return result
 
 
