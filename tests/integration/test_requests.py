@@ -210,6 +210,18 @@ def test_a_context_is_within_the_prompt() -> None:
     assert "the prompt has 50 tokens" in error(20, [1] * 50)
 
 
+def test_only_what_is_read_as_a_token_must_be_one() -> None:
+    """Where an image or an embedding stands, models have ids of their own."""
+    image = SimpleNamespace(mm_position=SimpleNamespace(offset=2, length=2))
+    for more in ({"mm_features": [image]}, {"prompt_is_token_ids": [True, True, False, False]}):
+        beside = SimpleNamespace(prompt_token_ids=[7, 8, -1, -2], **more)
+        requests.check_token_ids(beside)
+        beside.prompt_token_ids[1] = -3
+        with pytest.raises(ValueError, match="token id -3 is not accepted, the prompt's number 1;"):
+            requests.check_token_ids(beside)
+    requests.check_token_ids(SimpleNamespace(prompt_token_ids=None))
+
+
 def test_errors_are_bad_requests_to_every_vllm() -> None:
     """vLLM 0.27 and later answer HTTP 500 where ``process_inputs`` raises a plain ValueError."""
     told = pytest.raises(VLLMValidationError, match=r"^kv_compress_ratio=0 is not")
