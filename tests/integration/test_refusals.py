@@ -463,10 +463,23 @@ def test_shapes_without_cuda_kernels(
          {"block_size": 32, "max_num_batched_tokens": 16, "max_num_seqs": 2,
           "max_model_len": 512, "enable_chunked_prefill": True},
          "--max-num-batched-tokens .* block size of 32"),
+        ({"policy": "h2o", "query_stride": 1}, {"max_num_batched_tokens": 64, "max_num_seqs": 64,
+         "max_model_len": 512, "enable_chunked_prefill": True, "block_size": 16},
+         r"query_stride=1 .*--max-num-batched-tokens.* at least 79 \(16, and 1 for each of 63 "
+         r"others\), and one is 64; or --max-num-seqs at most 49, or query_stride=0"),
+        ({"policy": "snapkv", "allow_policies": True, "query_stride": 8}, {"block_size": 16,
+         "max_num_batched_tokens": 64, "max_num_seqs": 64, "max_model_len": 512,
+         "enable_chunked_prefill": True},
+         "query_stride=8 .* 79 .*or query_stride=0"),
+        ({"policy": "snapkv", "allow_policies": True}, {"max_num_batched_tokens": 64,
+         "max_num_seqs": 64, "max_model_len": 512, "enable_chunked_prefill": True}, None),
+        ({"policy": "h2o"}, {}, None),
+        ({"policy": "h2o"}, {"max_num_batched_tokens": 2048, "max_num_seqs": 256}, None),
         ({"policy": "snapkv", "prefill_peak_tokens": 256, "min_tokens_per_head": 300},
          {"block_size": 16}, "prefill_peak_tokens=256 is too small"),
     ],
-    ids=["echo", "allowed", "others", "stride", "steps", "peak"],
+    ids=["echo", "allowed", "others", "stride", "steps", "decodes", "asked for", "window only",
+         "defaults", "vLLM's defaults", "peak"],
 )  # fmt: skip
 def test_sizes_are_refused_before_the_model_is_read(
     options: dict[str, Any], arguments: dict[str, Any], message: str | None

@@ -13,13 +13,12 @@ from vllm.platforms import current_platform
 from kvcompress_vllm import ops
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.compat.releases import sequences_at_a_time
-from kvcompress_vllm.integration.sizing import step_tokens
+from kvcompress_vllm.integration.sizing import check_step_sizes
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start import pages
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.backend import leave_local_layers, take_draft_layers
 from kvcompress_vllm.scheduling.limits import Limits
-from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.segments import check_block_size
 from kvcompress_vllm.scheduling.sizes import Sizes, check_peak
 
@@ -219,7 +218,7 @@ def check_sizes(vllm_config: VllmConfig) -> None:
     block_size = vllm_config.cache_config.block_size or 16
     if config.stores_echo:
         check_block_size(block_size)
-    check_steps(config, block_size, step_tokens(vllm_config.scheduler_config))
+    check_step_sizes(vllm_config, block_size)
     limits = Limits.of(config, block_size, vllm_config.model_config.max_model_len)
     check_peak(config, Sizes(resolve(config), limits))
 
