@@ -422,6 +422,42 @@ def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
         check_longest_request(config, [*groups, KVCacheGroupSpec([*"efgh"], local)], 1 << 30)
 
 
+@pytest.mark.parametrize(
+    ("options", "blocks", "named"),
+    [
+        ({"mass": 0.5, "prefill_peak_tokens": 256}, 100, {"min_ratio"}),
+        ({"mass": 0.5}, 100, {"min_ratio", "prefill_peak_tokens"}),
+        ({"mass": 0.5, "min_ratio": 2, "max_ratio": 6, "prefill_peak_tokens": 256}, 70,
+         {"min_ratio"}),
+        ({"mass": 0.5, "max_ratio": 3, "prefill_peak_tokens": 256}, 20, set()),
+        ({"mass": 0.5, "page_dtype": "auto", "min_ratio": 16, "prefill_peak_tokens": 256}, 9,
+         set()),
+        ({"budget_tokens": 1900, "prefill_peak_tokens": 256}, 100, set()),
+    ],
+)  # fmt: skip
+def test_a_pool_that_is_too_small_names_what_keeps_less(
+    options: dict[str, Any], blocks: int, named: set[str]
+) -> None:
+    """A mass alone may keep all of a prompt, and has no ratio to raise."""
+    config = EngineArgs(
+        str(MODEL), max_model_len=2048, block_size=16, additional_config={"kv_compress": options}
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks_override = blocks
+    stock = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    groups = [KVCacheGroupSpec([*"abcd"], KVCompressSpec.of(stock, 8, 2, 0.25))]
+    with pytest.raises(ValueError, match=f"has {blocks} blocks of 16") as error:
+        check_longest_request(config, groups, 1 << 30)
+    message = str(error.value)
+    found = dict(re.findall(r"--kv-compress-([a-z-]+) (\d+)", message))
+    assert {key.replace("-", "_") for key in found} == named, message
+    assert "a higher ratio" not in message
+    assert ("fewer budget_tokens" in message) == ("budget_tokens" in options)
+    if named:  # what is named helps
+        given = {key.replace("-", "_"): int(value) for key, value in found.items()}
+        config.additional_config["kv_compress"] = {**options, **given}
+        check_longest_request(config, groups, 1 << 30)
+
+
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)
 def test_document_lists_every_refusal(refusal: Any) -> None:
     rows = [line for line in SUPPORTED.splitlines() if line.startswith(f"| {refusal.feature} |")]

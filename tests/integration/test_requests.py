@@ -279,7 +279,7 @@ def test_policies_are_the_operators_to_allow() -> None:
         check_request(allowing, unknown, resumable=False)
     empty = SamplingParams(extra_args={"kv_compress_policy": ""})
     for config in (allowing, KVCompressConfig(), KVCompressConfig(mass=0.9)):
-        with pytest.raises(ValueError, match="^kv_compress_policy='' is not accepted; "):
+        with pytest.raises(ValueError, match=r"^kv_compress_policy='' is not accepted; "):
             check_request(config, empty, resumable=False)
 
 
