@@ -42,15 +42,12 @@ def check_token_ids(request: Any) -> None:
         ValueError: naming the first of them.
     """
     ids = request.prompt_token_ids
-    if not ids or min(ids) >= 0:
+    # Beside images vLLM made the ids, and models may have some of their own there.
+    if not ids or getattr(request, "mm_features", None) or min(ids) >= 0:
         return
-    # Where an embedding or an image stands, the id is nobody's.
-    real = getattr(request, "prompt_is_token_ids", None)
-    spans = [feature.mm_position for feature in getattr(request, "mm_features", None) or ()]
+    real = getattr(request, "prompt_is_token_ids", None)  # False where an embedding stands
     for index, token in enumerate(ids):
-        if token >= 0 or (real and not real[index]):
-            continue
-        if not any(0 <= index - span.offset < span.length for span in spans):
+        if token < 0 and (not real or real[index]):
             raise ValueError(
                 f"kv_compress: token id {shown(token)} is not accepted, the prompt's number "
                 f"{index}; it must be an integer >= 0"
