@@ -57,11 +57,11 @@ def state_slots(vllm_config: VllmConfig, num_blocks: int) -> int:
 def step_tokens(scheduler_config: SchedulerConfig) -> int:
     """Tokens of one request that a step computes at most."""
     threshold = scheduler_config.long_prefill_token_threshold
-    most = _scheduled_tokens(scheduler_config)
+    most = all_step_tokens(scheduler_config)
     return min(most, threshold) if threshold > 0 else most
 
 
-def _scheduled_tokens(scheduler_config: SchedulerConfig) -> int:
+def all_step_tokens(scheduler_config: SchedulerConfig) -> int:
     """Tokens of all requests that a step computes at most."""
     fewer: int | None = scheduler_config.max_num_scheduled_tokens
     most: int = scheduler_config.max_num_batched_tokens
@@ -80,7 +80,7 @@ def check_step_sizes(vllm_config: VllmConfig, block_size: int) -> None:
     check_room(
         config,
         block_size,
-        _scheduled_tokens(scheduler),
+        all_step_tokens(scheduler),
         sequences_at_a_time(scheduler),
         1 + vllm_config.num_speculative_tokens,
     )

@@ -29,7 +29,7 @@ from kvcompress_vllm.integration.start.refusals import (
 )
 from kvcompress_vllm.integration.worker.backend import leave_local_layers
 from kvcompress_vllm.integration.worker.longest_request import check_longest_request
-from tests.integration.simulation import MODEL
+from tests.integration.simulation import MODEL, ngram
 
 SUPPORTED = (MODEL.parents[1] / "docs" / "supported.md").read_text()
 
@@ -510,12 +510,18 @@ def test_shapes_without_cuda_kernels(
         ({"policy": "snapkv", "allow_policies": True}, {"max_num_batched_tokens": 64,
          "max_num_seqs": 64, "max_model_len": 512, "enable_chunked_prefill": True}, None),
         ({"policy": "h2o"}, {}, None),
+        ({"policy": "echo", "exact": "kvzip"}, {"long_prefill_token_threshold": 1},
+         "exact='kvzip' .*--long-prefill-token-threshold.* 2 tokens"),
+        ({"policy": "echo", "exact": "kvzip"}, {"speculative_config": ngram(3), "max_num_seqs": 17,
+         "max_num_batched_tokens": 61, "max_model_len": 512}, "exact='kvzip' .* at least 62"),
+        ({"policy": "echo", "exact": "kvzip"}, {"speculative_config": ngram(3), "max_num_seqs": 17,
+         "max_num_batched_tokens": 62, "max_model_len": 512}, None),
         ({"policy": "h2o"}, {"max_num_batched_tokens": 2048, "max_num_seqs": 256}, None),
         ({"policy": "snapkv", "prefill_peak_tokens": 256, "min_tokens_per_head": 300},
          {"block_size": 16}, "prefill_peak_tokens=256 is too small"),
     ],
     ids=["echo", "allowed", "others", "stride", "steps", "decodes", "asked for", "window only",
-         "defaults", "vLLM's defaults", "peak"],
+         "defaults", "threshold", "drafts", "room", "vLLM's defaults", "peak"],
 )  # fmt: skip
 def test_sizes_are_refused_before_the_model_is_read(
     options: dict[str, Any], arguments: dict[str, Any], message: str | None

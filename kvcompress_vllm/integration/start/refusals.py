@@ -13,12 +13,13 @@ from vllm.platforms import current_platform
 from kvcompress_vllm import ops
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.compat.releases import sequences_at_a_time
-from kvcompress_vllm.integration.sizing import check_step_sizes
+from kvcompress_vllm.integration.sizing import all_step_tokens, check_step_sizes, step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start import pages
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.backend import leave_local_layers, take_draft_layers
 from kvcompress_vllm.scheduling.limits import Limits
+from kvcompress_vllm.scheduling.replay import FEWEST
 from kvcompress_vllm.scheduling.segments import check_block_size
 from kvcompress_vllm.scheduling.sizes import Sizes, check_peak
 
@@ -242,6 +243,17 @@ def exact_problem(vllm_config: VllmConfig) -> str | None:
         return (
             "--max-num-seqs, and --max-num-active-seqs where it is given, must be 2 at least: a "
             "context is repeated beside its request"
+        )
+    # Its request waits meanwhile, and takes nothing.
+    others = sequences_at_a_time(vllm_config.scheduler_config) - 2
+    least = FEWEST + others * (1 + vllm_config.num_speculative_tokens)
+    if step_tokens(vllm_config.scheduler_config) < FEWEST or (
+        all_step_tokens(vllm_config.scheduler_config) < least
+    ):
+        return (
+            f"a repetition needs {FEWEST} tokens of a step: --long-prefill-token-threshold must be "
+            f"at least that, or 0, and --max-num-batched-tokens, and --max-num-scheduled-tokens "
+            f"where it is given, at least {least}"
         )
     if vllm_config.model_config.skip_tokenizer_init:
         return "--skip-tokenizer-init is given; the prompt that asks for it must be tokenised"
