@@ -244,16 +244,16 @@ def exact_problem(vllm_config: VllmConfig) -> str | None:
             "--max-num-seqs, and --max-num-active-seqs where it is given, must be 2 at least: a "
             "context is repeated beside its request"
         )
+    scheduler = vllm_config.scheduler_config
     # Its request waits meanwhile, and takes nothing.
-    others = sequences_at_a_time(vllm_config.scheduler_config) - 2
+    others = sequences_at_a_time(scheduler) - 2
     least = FEWEST + others * (1 + vllm_config.num_speculative_tokens)
-    if step_tokens(vllm_config.scheduler_config) < FEWEST or (
-        all_step_tokens(vllm_config.scheduler_config) < least
-    ):
+    if step_tokens(scheduler) < FEWEST or all_step_tokens(scheduler) < least:
         return (
-            f"a repetition needs {FEWEST} tokens of a step: --long-prefill-token-threshold must be "
-            f"at least that, or 0, and --max-num-batched-tokens, and --max-num-scheduled-tokens "
-            f"where it is given, at least {least}"
+            f"a repetition needs {FEWEST} tokens of a step: --long-prefill-token-threshold is "
+            f"{scheduler.long_prefill_token_threshold} and must be 0 or at least {FEWEST}, and "
+            f"--max-num-batched-tokens, or --max-num-scheduled-tokens where it is given, is "
+            f"{all_step_tokens(scheduler)} and must be at least {least}"
         )
     if vllm_config.model_config.skip_tokenizer_init:
         return "--skip-tokenizer-init is given; the prompt that asks for it must be tokenised"
