@@ -22,9 +22,11 @@ from kvcompress_vllm.config.combinations import (
 )
 from kvcompress_vllm.config.keys import POLICY_OPTIONS, nested
 from kvcompress_vllm.config.rules import (
+    WIDEST_POOL,
     choice,
     flag,
     integer,
+    multiple,
     number,
     option,
     refusal,
@@ -151,8 +153,7 @@ class KVCompressConfig:
         "compress prompts and answers at every multiple of so many tokens, and nowhere else, and "
         "hold each of these for whoever comes with the same beginning: the next turn of a "
         "conversation",
-        "a multiple of 256",
-        lambda value: type(value) is int and value > 0 and value % STRIDE == 0,
+        *multiple(STRIDE),
         optional=True,
     )
     exact: str = option(
@@ -181,7 +182,7 @@ class KVCompressConfig:
     pool: int = option(
         AUTO,
         "width of the pooling of scores over neighbouring tokens; 1 is off",
-        *or_auto(integer(1, odd=True)),
+        *or_auto(integer(1, WIDEST_POOL, odd=True)),
     )
     allocator: str = option(
         AUTO,

@@ -35,7 +35,7 @@ def resolve(config: KVCompressConfig, wish: Wish | None = None, prefix: str = ""
     asked = not (wish.ratio is wish.budget_tokens is wish.mass is None)
     source = wish if asked else config
     ratio, tokens, mass = source.ratio, source.budget_tokens, source.mass
-    policy = wish.policy or config.policy
+    policy = config.policy if wish.policy is None else wish.policy
     if policy != config.policy:
         _check_policy(config, policy, f"{prefix}policy")
     if mass is not None and not policies.find(policy).additive:

@@ -17,6 +17,8 @@ LARGEST_INTEGER = 2**31 - 1
 LARGEST_NUMBER = 1e18
 """An accepted integer fits 64 bits, so it can be sent to the engine, and converts to a float."""
 
+WIDEST_POOL = 4095
+"""Every score is read so many times: with millions, a compression would take minutes."""
 
 LONGEST_SHOWN = 120
 """Characters of a user's text that an error message repeats."""
@@ -45,6 +47,12 @@ def integer(low: int, high: int | None = None, odd: bool = False) -> Rule:
         )
 
     return accepted, accepts
+
+
+def multiple(of: int) -> Rule:
+    """Integers above 0 that are a multiple of another."""
+    bounded = integer(of)[1]
+    return f"a multiple of {of}", lambda value: bounded(value) and value % of == 0
 
 
 def number(low: float, high: float | None = None, above: bool = False) -> Rule:

@@ -147,6 +147,7 @@ def _patch_requests() -> None:
             check_length,
             check_request,
             check_sharing,
+            check_token_ids,
             send_budget,
         )
 
@@ -154,6 +155,7 @@ def _patch_requests() -> None:
             budget = check_request(config, params, kwargs.get("resumable", False))
         request = stock(self, request_id, prompt, params, *args, **kwargs)
         with bad_request():
+            check_token_ids(request)
             check_length(config, self.vllm_config, request, budget)
             check_context(config, request)
             check_sharing(self.vllm_config, request, budget)

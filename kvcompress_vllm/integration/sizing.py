@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from vllm.config import SchedulerConfig, VllmConfig
 
+from kvcompress_vllm.integration.compat.releases import sequences_at_a_time
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.records.group import CacheGroup
+from kvcompress_vllm.scheduling.observation import check_room, check_steps
 from kvcompress_vllm.scheduling.slots import num_context_slots, num_observe_slots
 
 
@@ -55,8 +57,33 @@ def state_slots(vllm_config: VllmConfig, num_blocks: int) -> int:
 def step_tokens(scheduler_config: SchedulerConfig) -> int:
     """Tokens of one request that a step computes at most."""
     threshold = scheduler_config.long_prefill_token_threshold
-    most: int = scheduler_config.max_num_batched_tokens
+    most = all_step_tokens(scheduler_config)
     return min(most, threshold) if threshold > 0 else most
+
+
+def all_step_tokens(scheduler_config: SchedulerConfig) -> int:
+    """Tokens of all requests that a step computes at most."""
+    fewer: int | None = scheduler_config.max_num_scheduled_tokens
+    most: int = scheduler_config.max_num_batched_tokens
+    return most if fewer is None else min(most, fewer)
+
+
+def check_step_sizes(vllm_config: VllmConfig, block_size: int) -> None:
+    """Refuse steps in which what is observed could not go on; see ``scheduling/observation.py``.
+
+    Raises:
+        ValueError: with the numbers and what is accepted.
+    """
+    config, scheduler = resolved_config(vllm_config), vllm_config.scheduler_config
+    assert config is not None
+    check_steps(config, block_size, step_tokens(scheduler))
+    check_room(
+        config,
+        block_size,
+        all_step_tokens(scheduler),
+        sequences_at_a_time(scheduler),
+        1 + vllm_config.num_speculative_tokens,
+    )
 
 
 FEW_HEADS = 8

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvcompress_vllm import ops
-from kvcompress_vllm.config.rules import integer, number, option
+from kvcompress_vllm.config.rules import WIDEST_POOL, integer, number, option
 from kvcompress_vllm.policies.base import Defaults, Evidence, Policy
 
 
@@ -29,7 +29,7 @@ class Diverse(Policy):
     key_pool: int = option(
         7,
         "as pool, for KeyDiff's scores: neighbours over which they are pooled",
-        *integer(1, odd=True),
+        *integer(1, WIDEST_POOL, odd=True),
     )
 
     channels = (ops.SUM_SQUARES, ops.LIKENESS)

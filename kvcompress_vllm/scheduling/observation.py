@@ -43,6 +43,33 @@ def check_steps(config: KVCompressConfig, block_size: int, step_tokens: int) -> 
         )
 
 
+def check_room(
+    config: KVCompressConfig, block_size: int, step_tokens: int, most_requests: int, each: int
+) -> None:
+    """Refuse steps that may have no room for a block of a prompt beside generations: it would wait
+    until enough of these have ended, and all that come later behind it.
+
+    Args:
+        step_tokens: tokens that a step computes at most.
+        most_requests: those that run at once.
+        each: tokens that a step computes of a generation at most.
+
+    Raises:
+        ValueError: with the numbers and the ways out.
+    """
+    others = (most_requests - 1) * each
+    if not config.query_stride or step_tokens - others >= block_size:
+        return
+    fewer = (step_tokens - block_size) // each + 1
+    raise ValueError(
+        f"kv_compress: query_stride={config.query_stride} needs steps with room for a block of a "
+        f"prompt beside all that decode: --max-num-batched-tokens, and --max-num-scheduled-tokens "
+        f"where it is given, must be at least {others + block_size} ({block_size}, and {each} for "
+        f"each of {most_requests - 1} others), and one is {step_tokens}; or --max-num-seqs at most "
+        f"{fewer}, or query_stride=0, by which the last queries alone are judged by"
+    )
+
+
 def observed_history(budget: RequestBudget) -> int | None:
     """Tokens before a prompt's compression whose queries are observed, for a policy that judges by
     all queries; None: only those of the window count."""

@@ -57,6 +57,11 @@ def parts(
         yield [*tokens, context[0]], len(tokens)
 
 
+FEWEST = 2
+"""Tokens of a repetition that a step computes at least, but for its last: one alone may be scored
+by nobody."""
+
+
 def chunk(num_tokens: int, left: int) -> int:
     """How many of ``num_tokens`` tokens of a part the next step computes: never one alone of which
     more are left, for a step of single tokens may score nothing.
@@ -64,4 +69,4 @@ def chunk(num_tokens: int, left: int) -> int:
     Args:
         left: tokens of the part that are not computed.
     """
-    return 0 if num_tokens == 1 < left else num_tokens
+    return 0 if num_tokens < min(FEWEST, left) else num_tokens

@@ -182,7 +182,9 @@ def test_steps_below_a_block_observe_nothing(policy: str) -> None:
     options = {"policy": policy, "query_stride": 4}
     with pytest.raises(ValueError, match=r"must reach the block size of 16 tokens, and one is 8"):
         Simulation(40, options, max_num_batched_tokens=8)
-    sim = Simulation(40, options, max_num_batched_tokens=B)
+    with pytest.raises(ValueError, match=r"at least 23 \(16, and 1 for each of 7 others\)"):
+        Simulation(40, options, max_num_batched_tokens=B)
+    sim = Simulation(40, options, max_num_batched_tokens=B, max_num_seqs=1)
     sim.add("r", prompt(0, 300), 3)
     sim.run()
     assert sim.num_compressions == 1

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -85,3 +87,58 @@ def test_contexts(tmp_path: Path) -> None:
         unknown = http.post(path, json={"prompt": prompt, "model": "none"})
         assert unknown.status_code == 404
         assert server.used_blocks() == 0
+
+
+XARGS = "is not accepted; it must be an object of kv_compress options"
+NO_TEXT = "messages are not accepted; they must be text only"
+
+
+def odd_bodies(tokens: list[int]) -> Iterator[tuple[dict[str, Any], str]]:
+    """What no client should send, and what it is told."""
+    for xargs in (["ab"], [["kv_compress_ratio", 2]], [], 0, 1, "", "ab", False):
+        yield {"prompt": tokens, "vllm_xargs": xargs}, XARGS
+    for part in ({"type": "text"}, {"type": "text", "text": 3}, {"type": "image_url"}, "ab", None):
+        yield {"messages": [{"role": "user", "content": [part]}]}, NO_TEXT
+    for message in ({}, {"role": 3, "content": "x"}, {"role": "user", "content": 3}):
+        yield {"messages": [message]}, ""
+    for call in ({}, {"type": "function"}, {"function": {}}, {"function": {"arguments": "{"}}):
+        yield {"messages": [{"role": "assistant", "content": "x", "tool_calls": [call]}]}, ""
+    for messages in ("ab", 3, {"role": "user"}, [], [[]], [3], ["ab"], [None]):
+        yield {"messages": messages}, "it must be a list of at least one message"
+    yield {"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 1 / 0 }}"}, ""
+    for token in (True, 1.0, None, "a", [1]):
+        yield {"prompt": [*tokens, token]}, "a list of token ids, integers >= 0"
+    for prompt in ([tokens], [], 3, {}):
+        yield {"prompt": prompt}, ""
+    stride = {"kv_compress_context_stride": 2**64}
+    yield {"prompt": tokens, "vllm_xargs": stride}, "kv_compress_context_stride=1844674407370955161"
+    for token in (2**31, 2**63, 2**64, -(2**63), -1):
+        yield {"prompt": [*tokens[:-40], token, *tokens[-40:]]}, "oken"
+
+
+def test_odd_bodies(tmp_path: Path) -> None:
+    """HTTP 400, and the server lives: a negative token id once ended the engine."""
+    prompt, _ = samples("single", 600, 1, offset=1950)[0]
+    with serve(tmp_path, "--kv-compress", "ratio=8") as server:
+        url = f"{server.url}/kv-compress/contexts"
+        answer = httpx.post(f"{server.url}/tokenize", json={"model": "tiny", "prompt": prompt})
+        tokens = answer.json()["tokens"]
+        wrong = []
+        for body, reason in odd_bodies(tokens):
+            refused = httpx.post(url, json=body, timeout=60)
+            if refused.status_code != 400 or reason not in refused.text:
+                brief = {key: str(value)[-90:] for key, value in body.items()}
+                wrong.append((brief, refused.status_code, refused.text[:300]))
+        assert not wrong, "\n".join(map(str, wrong))
+        # None is what tables have for a row that says nothing.
+        nothing = {"kv_compress_context_tokens": None, "kv_compress_ratio": None}
+        call = {"type": "function", "id": "a", "function": {"name": "f", "arguments": "{}"}}
+        messages = [{"role": "user", "content": prompt},
+                    {"role": "assistant", "content": "x", "tool_calls": [call]}]  # fmt: skip
+        called = httpx.post(url, json={"messages": messages}, timeout=60)
+        assert called.status_code == 200, called.text
+        for xargs in (nothing, {}, None):
+            held = httpx.post(url, json={"prompt": tokens, "vllm_xargs": xargs}, timeout=60)
+            assert held.status_code == 200, held.text
+            assert held.json()["context_tokens"] == len(tokens) // 16 * 16
+        assert "Traceback" not in server.log.read_text()

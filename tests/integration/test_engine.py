@@ -27,6 +27,15 @@ def test_greedy_tokens_equal_transformers(options: dict | None, dtype: str) -> N
         assert twice == [expected[0]] * 2
 
 
+def test_negative_token_ids_are_refused() -> None:
+    """vLLM looks at the largest alone; a negative one ends the engine, or is read from the end."""
+    with engine({"ratio": 4}) as llm:
+        for ids in ([-1], [1500] * 200 + [-5000] + [1500] * 200):
+            with pytest.raises(ValueError, match=rf"token id {min(ids)} .* integer >= 0"):
+                llm.generate({"prompt_token_ids": ids}, use_tqdm=False)
+        assert len(greedy(llm, [PROMPTS[0]], 2)[0]) == 2
+
+
 def kept(llm, prompt: str) -> list[list[int]]:
     """Which keys every head keeps when the prompt is compressed."""
     llm.collective_rpc("kv_compress_record")

@@ -51,6 +51,8 @@ ASKED = st.dictionaries(
 @given(ASKED, st.sampled_from(CONFIGS), st.integers(1, 100_000))
 @example({"kv_compress_ratio": 10**400}, CONFIGS[0], 100)
 @example({"kv_compress_budget_tokens": 2**63}, CONFIGS[0], 100)
+@example({"kv_compress_context_stride": 2**64}, CONFIGS[0], 100)
+@example({"kv_compress_context_stride": 10**30}, CONFIGS[1], 100)
 def test_requests(asked: dict[str, Any], config: KVCompressConfig, num_tokens: int) -> None:
     try:
         params = SamplingParams(extra_args=dict(asked))

@@ -29,7 +29,7 @@ from kvcompress_vllm.integration.start.refusals import (
 )
 from kvcompress_vllm.integration.worker.backend import leave_local_layers
 from kvcompress_vllm.integration.worker.longest_request import check_longest_request
-from tests.integration.simulation import MODEL
+from tests.integration.simulation import MODEL, ngram
 
 SUPPORTED = (MODEL.parents[1] / "docs" / "supported.md").read_text()
 
@@ -422,6 +422,42 @@ def test_a_pool_smaller_than_the_longest_request_names_the_way_out() -> None:
         check_longest_request(config, [*groups, KVCacheGroupSpec([*"efgh"], local)], 1 << 30)
 
 
+@pytest.mark.parametrize(
+    ("options", "blocks", "named"),
+    [
+        ({"mass": 0.5, "prefill_peak_tokens": 256}, 100, {"min_ratio"}),
+        ({"mass": 0.5}, 100, {"min_ratio", "prefill_peak_tokens"}),
+        ({"mass": 0.5, "min_ratio": 2, "max_ratio": 6, "prefill_peak_tokens": 256}, 70,
+         {"min_ratio"}),
+        ({"mass": 0.5, "max_ratio": 3, "prefill_peak_tokens": 256}, 20, set()),
+        ({"mass": 0.5, "page_dtype": "auto", "min_ratio": 16, "prefill_peak_tokens": 256}, 9,
+         set()),
+        ({"budget_tokens": 1900, "prefill_peak_tokens": 256}, 100, set()),
+    ],
+)  # fmt: skip
+def test_a_pool_that_is_too_small_names_what_keeps_less(
+    options: dict[str, Any], blocks: int, named: set[str]
+) -> None:
+    """A mass alone may keep all of a prompt, and has no ratio to raise."""
+    config = EngineArgs(
+        str(MODEL), max_model_len=2048, block_size=16, additional_config={"kv_compress": options}
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks_override = blocks
+    stock = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    groups = [KVCacheGroupSpec([*"abcd"], KVCompressSpec.of(stock, 8, 2, 0.25))]
+    with pytest.raises(ValueError, match=f"has {blocks} blocks of 16") as error:
+        check_longest_request(config, groups, 1 << 30)
+    message = str(error.value)
+    found = dict(re.findall(r"--kv-compress-([a-z-]+) (\d+)", message))
+    assert {key.replace("-", "_") for key in found} == named, message
+    assert "a higher ratio" not in message
+    assert ("fewer budget_tokens" in message) == ("budget_tokens" in options)
+    if named:  # what is named helps
+        given = {key.replace("-", "_"): int(value) for key, value in found.items()}
+        config.additional_config["kv_compress"] = {**options, **given}
+        check_longest_request(config, groups, 1 << 30)
+
+
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.feature)
 def test_document_lists_every_refusal(refusal: Any) -> None:
     rows = [line for line in SUPPORTED.splitlines() if line.startswith(f"| {refusal.feature} |")]
@@ -463,10 +499,29 @@ def test_shapes_without_cuda_kernels(
          {"block_size": 32, "max_num_batched_tokens": 16, "max_num_seqs": 2,
           "max_model_len": 512, "enable_chunked_prefill": True},
          "--max-num-batched-tokens .* block size of 32"),
+        ({"policy": "h2o", "query_stride": 1}, {"max_num_batched_tokens": 64, "max_num_seqs": 64,
+         "max_model_len": 512, "enable_chunked_prefill": True, "block_size": 16},
+         r"query_stride=1 .*--max-num-batched-tokens.* at least 79 \(16, and 1 for each of 63 "
+         r"others\), and one is 64; or --max-num-seqs at most 49, or query_stride=0"),
+        ({"policy": "snapkv", "allow_policies": True, "query_stride": 8}, {"block_size": 16,
+         "max_num_batched_tokens": 64, "max_num_seqs": 64, "max_model_len": 512,
+         "enable_chunked_prefill": True},
+         "query_stride=8 .* 79 .*or query_stride=0"),
+        ({"policy": "snapkv", "allow_policies": True}, {"max_num_batched_tokens": 64,
+         "max_num_seqs": 64, "max_model_len": 512, "enable_chunked_prefill": True}, None),
+        ({"policy": "h2o"}, {}, None),
+        ({"policy": "echo", "exact": "kvzip"}, {"long_prefill_token_threshold": 1},
+         "exact='kvzip' .*--long-prefill-token-threshold is 1 and must be 0 or at least 2"),
+        ({"policy": "echo", "exact": "kvzip"}, {"speculative_config": ngram(3), "max_num_seqs": 17,
+         "max_num_batched_tokens": 61, "max_model_len": 512}, "is 61 and must be at least 62"),
+        ({"policy": "echo", "exact": "kvzip"}, {"speculative_config": ngram(3), "max_num_seqs": 17,
+         "max_num_batched_tokens": 62, "max_model_len": 512}, None),
+        ({"policy": "h2o"}, {"max_num_batched_tokens": 2048, "max_num_seqs": 256}, None),
         ({"policy": "snapkv", "prefill_peak_tokens": 256, "min_tokens_per_head": 300},
          {"block_size": 16}, "prefill_peak_tokens=256 is too small"),
     ],
-    ids=["echo", "allowed", "others", "stride", "steps", "peak"],
+    ids=["echo", "allowed", "others", "stride", "steps", "decodes", "asked for", "window only",
+         "defaults", "threshold", "drafts", "room", "vLLM's defaults", "peak"],
 )  # fmt: skip
 def test_sizes_are_refused_before_the_model_is_read(
     options: dict[str, Any], arguments: dict[str, Any], message: str | None

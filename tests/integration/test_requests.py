@@ -56,6 +56,12 @@ def test_accepted() -> None:
         ({"kv_compress_ratio": 0.5}, "kv_compress_ratio=0.5 is not accepted; .* number >= 1"),
         ({"kv_compress_ratio": "8"}, "kv_compress_ratio='8' is not accepted"),
         ({"kv_compress_ratio": float("nan")}, "kv_compress_ratio=nan is not accepted"),
+        (
+            {"kv_compress_context_stride": 2**64},
+            r"context_stride=\d+ \(too large\) is not accepted",
+        ),
+        ({"kv_compress_context_stride": 2**31}, r"stride=2147483648 \(too large\) .* of 256"),
+        ({"kv_compress_context_tokens": 2**64}, r"context_tokens=\d+ \(too large\) is not acc"),
         ({"kv_compress_budget_tokens": 0}, "kv_compress_budget_tokens=0 .* integer >= 1"),
         ({"kv_compress_mass": 1.5}, "kv_compress_mass=1.5 .* number > 0 and <= 1"),
         ({"kv_compress_mass": 0.5, "kv_compress_ratio": 2}, "ratio=2 and .*mass=0.5 exclude each"),
@@ -210,6 +216,17 @@ def test_a_context_is_within_the_prompt() -> None:
     assert "the prompt has 50 tokens" in error(20, [1] * 50)
 
 
+def test_only_what_is_read_as_a_token_must_be_one() -> None:
+    """Where an image or an embedding stands, ids may be placeholders."""
+    ids = [7, 8, -1, -2]
+    for more in ({"mm_features": ["image"]}, {"prompt_is_token_ids": [True, True, False, False]}):
+        requests.check_token_ids(SimpleNamespace(prompt_token_ids=ids, **more))
+    for more in ({"mm_features": None}, {"prompt_is_token_ids": [True, False, True, False]}):
+        with pytest.raises(ValueError, match="token id -1 is not accepted, the prompt's number 2;"):
+            requests.check_token_ids(SimpleNamespace(prompt_token_ids=ids, **more))
+    requests.check_token_ids(SimpleNamespace(prompt_token_ids=None))
+
+
 def test_errors_are_bad_requests_to_every_vllm() -> None:
     """vLLM 0.27 and later answer HTTP 500 where ``process_inputs`` raises a plain ValueError."""
     told = pytest.raises(VLLMValidationError, match=r"^kv_compress_ratio=0 is not")
@@ -259,6 +276,10 @@ def test_policies_are_the_operators_to_allow() -> None:
     unknown = SamplingParams(extra_args={"kv_compress_policy": "nap"})
     with pytest.raises(ValueError, match=r"^kv_compress_policy='nap' is not accepted; .*snapkv"):
         check_request(allowing, unknown, resumable=False)
+    empty = SamplingParams(extra_args={"kv_compress_policy": ""})
+    for config in (allowing, KVCompressConfig(), KVCompressConfig(mass=0.9)):
+        with pytest.raises(ValueError, match=r"^kv_compress_policy='' is not accepted; "):
+            check_request(config, empty, resumable=False)
 
 
 def test_a_mass_is_of_scores_that_add_up() -> None:

@@ -41,6 +41,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self, num_blocks, max_num_batched_tokens, max_num_seqs, allocator, decode, prefix_caching,
         peak, policy, page_dtype,
     ):  # fmt: skip
+        if policy:  # else it is refused
+            max_num_batched_tokens = max(max_num_batched_tokens, B + max_num_seqs - 1)
         # check_integrity() runs in every schedule() (the switch is on), contents in every step().
         self.sim = Simulation(
             num_blocks,
@@ -289,6 +291,40 @@ def test_who_judges_by_all_queries_computes_them_all() -> None:
         sim.add(name, prompt(1, 320), 2)
         sim.run()
     assert sim.num_cached_tokens == 0 and sim.num_compressions == 2
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("few", ["max_num_batched_tokens", "max_num_scheduled_tokens"])
+def test_a_prompt_is_observed_beside_all_that_decode(drafts: int, few: str) -> None:
+    """In whole blocks: with less room in a step it waited, and all behind it, until others end."""
+    options = {**OPTIONS, "policy": "h2o", "query_stride": 5}
+    least = B + 5 * (1 + drafts)
+
+    def simulation(tokens: int) -> Simulation:
+        steps = {"max_num_batched_tokens": 64, few: tokens}
+        return Simulation(200, options, max_num_seqs=6, drafts=drafts, acceptance=0, **steps)
+
+    with pytest.raises(ValueError, match=rf"at least {least} .* others\), and one is {least - 1};"):
+        simulation(least - 1)
+    sim = simulation(least)
+    for i in range(5):
+        sim.add(f"d{i}", [i] * 30, 400)  # of one token, so that each is drafted again
+        sim.step()
+    for _ in range(20):
+        sim.step()
+    sim.add("late", prompt(1, 160), 2)
+    for _ in range(14):
+        sim.step()
+    assert len(sim.outputs["late"]) == 2 and len(sim.live) == 5
+
+
+def test_echo_knows_how_many_tokens_a_step_computes() -> None:
+    """It waited for a step with room for 256 where none has more than 100."""
+    sim = Simulation(60, {**OPTIONS, "policy": "echo"}, max_num_batched_tokens=512,
+                     max_num_scheduled_tokens=100)  # fmt: skip
+    sim.add("r", prompt(1, 400), 2)
+    sim.run(50)
+    assert len(sim.outputs["r"]) == 2
 
 
 @pytest.mark.parametrize("checked", [False, True])

@@ -17,7 +17,7 @@ from kvcompress_vllm.integration.engine.kv_cache import PRIVATE, budget_of
 from kvcompress_vllm.integration.engine.replay import Replays
 from kvcompress_vllm.integration.engine.sharing import Sharing
 from kvcompress_vllm.integration.engine.unfinished import UnfinishedSegments
-from kvcompress_vllm.integration.sizing import draft_tokens
+from kvcompress_vllm.integration.sizing import all_step_tokens, draft_tokens
 from kvcompress_vllm.records.budget import RequestBudget
 from kvcompress_vllm.reporting.metrics import Recorder
 from kvcompress_vllm.scheduling import admission
@@ -318,7 +318,7 @@ class Admission:
             max(request.num_computed_tokens, context.num_tokens if context else 0),
             request.num_tokens,
             left,
-            self._scheduler.scheduler_config.max_num_batched_tokens,
+            all_step_tokens(self._scheduler.scheduler_config),
             budget_of(request),
             count,
         )

@@ -37,6 +37,7 @@ from kvcompress_vllm.integration.frontend.requests import received_budget, stall
 from kvcompress_vllm.integration.frontend.stats import KVCompressSchedulerStats
 from kvcompress_vllm.integration.frontend.usage import send
 from kvcompress_vllm.integration.sizing import (
+    check_step_sizes,
     context_slots,
     draft_tokens,
     observe_slots,
@@ -48,7 +49,6 @@ from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.reporting.metrics import Recorder
 from kvcompress_vllm.reporting.usage import UsageLog
 from kvcompress_vllm.scheduling.echo import EchoPlanner
-from kvcompress_vllm.scheduling.observation import check_steps
 from kvcompress_vllm.scheduling.planner import CompressionPlanner
 
 logger = init_logger("vllm.kv_compress")
@@ -71,7 +71,7 @@ class _KVCompressMixin(Scheduler):
         group = groups[others.index]
         self.kv_compress_group = cache_group(group.kv_cache_spec, len(group.layer_names))
         blocks = manager.block_pool.num_gpu_blocks
-        check_steps(config, manager.block_size, step_tokens(scheduler_config))
+        check_step_sizes(self.vllm_config, manager.block_size)
         self.kv_compress_manager = manager
         self.kv_compress_others = others
         self.kv_compress_planner = CompressionPlanner(

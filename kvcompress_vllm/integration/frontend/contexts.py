@@ -34,6 +34,8 @@ NOT_HELD = (
     "the context is not held: --no-enable-prefix-caching is given, its policy judges by all "
     "queries, there is nothing to gain, or all slots for contexts are in use"
 )
+BODY = TypeAdapter[Any](TokenizeRequest)
+"""Kept: pydantic reads parts of a message (tool calls) later, and panics if its adapter is gone."""
 router = APIRouter(tags=["kv-compress"], dependencies=[Depends(authorized)])
 
 
@@ -43,13 +45,17 @@ async def add(request: Request) -> JSONResponse:
     body = await request.json() if await request.body() else None
     if not isinstance(body, dict):
         raise checks.BadRequestError(f"{shown(body)} is not accepted; it must be a JSON object")
-    asked = dict(body.pop(XARGS, None) or {})
+    asked = body.pop(XARGS, None)
+    if not isinstance(asked, dict | None):  # pairs would make one, too
+        raise checks.BadRequestError(
+            f"{XARGS}={shown(asked)} is not accepted; it must be an object of kv_compress options"
+        )
     salt = body.pop(SALT, None)
     if salt is not None and not (isinstance(salt, str) and salt):
         raise checks.BadRequestError(f"{SALT}={shown(salt)} is not accepted; it must be a text")
     tokens, lora = await _tokens(request, body)
     client = request.app.state.engine_client
-    prompt, params = _request(client, tokens, asked)
+    prompt, params = _request(client, tokens, asked or {})
     if salt is not None:
         prompt[SALT] = salt
     engines = _engines(client.vllm_config.parallel_config)
@@ -114,18 +120,15 @@ async def _tokens(request: Request, body: dict[str, Any]) -> tuple[list[int], An
     state = request.app.state
     ids = body.get("prompt")
     if isinstance(ids, list):
-        if not ids or not all(type(token) is int for token in ids):
+        if not ids or not all(type(token) is int and token >= 0 for token in ids):
             raise checks.BadRequestError(
-                f"prompt={shown(ids)} is not accepted; it must be a text or a list of token ids"
+                f"prompt={shown(ids)} is not accepted; it must be a text or a list of token ids, "
+                "integers >= 0"
             )
         body = {**body, "prompt": ""}  # for the model's name
-    for message in body.get("messages") or ():
-        parts = message.get("content") if isinstance(message, dict) else None
-        for part in parts if isinstance(parts, list) else ():
-            if not isinstance(part, dict) or part.get("type") != "text":
-                raise checks.BadRequestError("messages are not accepted; they must be text only")
+    _check_messages(body.get("messages"))
     try:
-        asked: Any = TypeAdapter(TokenizeRequest).validate_python(body)
+        asked: Any = BODY.validate_python(body)
     except ValidationError:
         raise checks.BadRequestError(
             f"{', '.join(map(shown, body)) or 'nothing'} is not accepted; give a prompt (a text or "
@@ -139,11 +142,38 @@ async def _tokens(request: Request, body: dict[str, Any]) -> tuple[list[int], An
         )
     if "messages" in body and "add_generation_prompt" not in body:
         asked.add_generation_prompt = False  # a user's turn follows
-    answer = await state.serving_tokenization.create_tokenize(asked, request)
+    try:
+        answer = await state.serving_tokenization.create_tokenize(asked, request)
+    except (LookupError, AttributeError) as error:  # of what a template reads, say
+        raise checks.BadRequestError(
+            f"{', '.join(map(shown, body))} is not accepted; vLLM cannot render it: "
+            f"{type(error).__name__}: {shown(str(error))}"
+        ) from error
     if not hasattr(answer, "tokens"):
         raise HTTPException(answer.error.code, answer.error.message)
     lora = state.serving_tokenization._maybe_get_adapters(asked)
     return ids if isinstance(ids, list) else answer.tokens, lora
+
+
+def _check_messages(messages: Any) -> None:
+    """Refuse what is not text; vLLM's protocol lets parts without any through.
+
+    Raises:
+        BadRequestError: naming what is accepted.
+    """
+    if messages is None:
+        return
+    listed = isinstance(messages, list) and len(messages) > 0
+    if not listed or not all(isinstance(each, dict) for each in messages):
+        raise checks.BadRequestError(
+            f"messages={shown(messages)} is not accepted; it must be a list of at least one message"
+        )
+    for message in messages:
+        parts = message.get("content")
+        for part in parts if isinstance(parts, list) else ():
+            text = part.get("text") if isinstance(part, dict) else None
+            if not isinstance(text, str) or part.get("type") != "text":
+                raise checks.BadRequestError("messages are not accepted; they must be text only")
 
 
 def _request(
@@ -156,7 +186,8 @@ def _request(
     """
     config, cache = resolved_config(client.vllm_config), client.vllm_config.cache_config
     assert config is not None
-    n, size = asked.get(CONTEXT, len(tokens)), cache.block_size
+    n, size = asked.get(CONTEXT), cache.block_size
+    n = len(tokens) if n is None else n
     whole = n // size * size if type(n) is int and size <= n <= len(tokens) else 0
     asked = {**asked, CONTEXT: whole or n}
     least = max(config.min_prompt_tokens, size)

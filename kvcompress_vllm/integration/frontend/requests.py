@@ -11,6 +11,7 @@ from typing import Any
 
 from kvcompress_vllm.config.options import KVCompressConfig
 from kvcompress_vllm.config.resolve import resolve
+from kvcompress_vllm.config.rules import shown
 from kvcompress_vllm.integration.engine.kv_cache import most_needed
 from kvcompress_vllm.integration.frontend.wish import (
     CONTEXT,
@@ -28,6 +29,29 @@ from kvcompress_vllm.scheduling.limits import Limits
 from kvcompress_vllm.scheduling.need import blocks_needed
 from kvcompress_vllm.scheduling.replay import ROOM, may_repeat
 from kvcompress_vllm.scheduling.sizes import Sizes
+
+
+def check_token_ids(request: Any) -> None:
+    """Refuse negative token ids, which would end the engine: vLLM refuses them in the bodies of its
+    routes, and looks only at the largest id of a prompt that comes otherwise.
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    ids = request.prompt_token_ids
+    # Beside images vLLM made the ids, and models may have some of their own there.
+    if not ids or getattr(request, "mm_features", None) or min(ids) >= 0:
+        return
+    real = getattr(request, "prompt_is_token_ids", None)  # False where an embedding stands
+    for index, token in enumerate(ids):
+        if token < 0 and (not real or real[index]):
+            raise ValueError(
+                f"kv_compress: token id {shown(token)} is not accepted, the prompt's number "
+                f"{index}; it must be an integer >= 0"
+            )
 
 
 def check_length(

@@ -13,13 +13,13 @@ from vllm.platforms import current_platform
 from kvcompress_vllm import ops
 from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.integration.compat.releases import sequences_at_a_time
-from kvcompress_vllm.integration.sizing import step_tokens
+from kvcompress_vllm.integration.sizing import all_step_tokens, check_step_sizes, step_tokens
 from kvcompress_vllm.integration.start import attention_kinds as kinds
 from kvcompress_vllm.integration.start import pages
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.backend import leave_local_layers, take_draft_layers
 from kvcompress_vllm.scheduling.limits import Limits
-from kvcompress_vllm.scheduling.observation import check_steps
+from kvcompress_vllm.scheduling.replay import FEWEST
 from kvcompress_vllm.scheduling.segments import check_block_size
 from kvcompress_vllm.scheduling.sizes import Sizes, check_peak
 
@@ -219,7 +219,7 @@ def check_sizes(vllm_config: VllmConfig) -> None:
     block_size = vllm_config.cache_config.block_size or 16
     if config.stores_echo:
         check_block_size(block_size)
-    check_steps(config, block_size, step_tokens(vllm_config.scheduler_config))
+    check_step_sizes(vllm_config, block_size)
     limits = Limits.of(config, block_size, vllm_config.model_config.max_model_len)
     check_peak(config, Sizes(resolve(config), limits))
 
@@ -243,6 +243,17 @@ def exact_problem(vllm_config: VllmConfig) -> str | None:
         return (
             "--max-num-seqs, and --max-num-active-seqs where it is given, must be 2 at least: a "
             "context is repeated beside its request"
+        )
+    scheduler = vllm_config.scheduler_config
+    # Its request waits meanwhile, and takes nothing.
+    others = sequences_at_a_time(scheduler) - 2
+    least = FEWEST + others * (1 + vllm_config.num_speculative_tokens)
+    if step_tokens(scheduler) < FEWEST or all_step_tokens(scheduler) < least:
+        return (
+            f"a repetition needs {FEWEST} tokens of a step: --long-prefill-token-threshold is "
+            f"{scheduler.long_prefill_token_threshold} and must be 0 or at least {FEWEST}, and "
+            f"--max-num-batched-tokens, or --max-num-scheduled-tokens where it is given, is "
+            f"{all_step_tokens(scheduler)} and must be at least {least}"
         )
     if vllm_config.model_config.skip_tokenizer_init:
         return "--skip-tokenizer-init is given; the prompt that asks for it must be tokenised"

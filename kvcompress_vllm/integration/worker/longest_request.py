@@ -13,10 +13,12 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from kvcompress_vllm.integration.compat.releases import cache_groups
 from kvcompress_vllm.integration.engine.groups import compressed_group
-from kvcompress_vllm.integration.start.flags import KEY
+from kvcompress_vllm.integration.start.flags import KEY, resolved_config
 
 LEAST_PEAK = 256
 """The smallest accepted ``prefill_peak_tokens``, and the steps in which one is looked for."""
+RATIOS = (2, 3, 4, 6, 8, 12, 16)
+"""Among which a ``min_ratio`` is looked for."""
 
 
 class LongestRequestMixin(Worker):
@@ -54,19 +56,40 @@ def check_longest_request(
     needed = _blocks_needed(vllm_config, specs)
     if needed <= blocks:
         return
-    peak = _peak_that_fits(vllm_config, specs, blocks)
     raise ValueError(
         f"kv_compress: the KV cache has {blocks} blocks of {cache.block_size} tokens, and a "
         f"request of max_model_len={model.max_model_len} tokens may need {needed}; "
-        + (
-            f"give --kv-compress-prefill-peak-tokens {peak}, with which longer prompts are "
-            "compressed while they are read, "
-            if peak is not None
-            else "keep less (a higher ratio), "
-        )
-        + "reduce --max-model-len, or enlarge the cache (--gpu-memory-utilization, "
-        "--kv-cache-memory-bytes, --num-gpu-blocks-override)"
+        f"{_ways_out(vllm_config, specs, blocks)}, reduce --max-model-len, or enlarge the cache "
+        "(--gpu-memory-utilization, --kv-cache-memory-bytes, --num-gpu-blocks-override)"
     )
+
+
+def _ways_out(vllm_config: VllmConfig, specs: list[KVCacheSpec], blocks: int) -> str:
+    """Options of compression with which the longest request fits, or may fit."""
+    config = resolved_config(vllm_config)
+    assert config is not None
+    peak = _peak_that_fits(vllm_config, specs, blocks)
+    if peak is not None:
+        return (
+            f"give --kv-compress-prefill-peak-tokens {peak}, with which longer prompts are "
+            "compressed while they are read"
+        )
+    if config.budget_tokens is not None:
+        return "keep less (fewer budget_tokens)"
+    if config.mass is None:
+        return "keep less (a higher ratio)"
+    trial = copy.copy(vllm_config)
+    for least in RATIOS:
+        if not (config.min_ratio or 1) < least <= (config.max_ratio or RATIOS[-1]):
+            continue
+        trial.additional_config = {KEY: {**vllm_config.additional_config[KEY], "min_ratio": least}}  # type: ignore[index]
+        more = ""
+        if config.prefill_peak_tokens is None:
+            peak = _peak_that_fits(trial, specs, blocks)
+            more = f" and --kv-compress-prefill-peak-tokens {peak}"
+        if peak is not None or _blocks_needed(trial, specs) <= blocks:
+            return f"give --kv-compress-min-ratio {least}{more}: a mass alone may keep every key"
+    return "keep less (a higher min_ratio: a mass alone may keep every key)"
 
 
 def _blocks_needed(vllm_config: VllmConfig, specs: list[KVCacheSpec]) -> int:
