@@ -159,6 +159,23 @@ def test_others_wait_on_while_a_peak_interrupts_whoever_computes_a_context() -> 
     assert p.new_context(a) is not None
 
 
+def test_a_context_behind_a_late_compression_is_not_offered() -> None:
+    """What was read while it waited attended to more than others would."""
+    config = KVCompressConfig(ratio=8, prefill_peak_tokens=320, window=8)
+    p = CompressionPlanner(config, 16, 4, 4, 4096, context_slots=2)
+    p.admit("a", 1000, resolve(config, Wish(context_tokens=480)), wanted={480: b"key"})
+    (a,) = p.due({"a": 340})
+    p.compressed("a", 340)
+    assert p.contexts.computing(b"key") is None
+    assert p.due({"a": 480}) == [a] and p.new_context(a) is None
+
+
+def test_no_mark_lies_behind_the_longest_request() -> None:
+    for longest, marks in ((1535, (512, 1024)), (1536, (512, 1024, 1536))):
+        p = CompressionPlanner(KVCompressConfig(context_stride=512), 16, 4, 4, longest)
+        assert p.sizes().marks == marks
+
+
 def test_slots_of_contexts() -> None:
     assert [num_context_slots(n) for n in (20, 1600, 100_000)] == [8, 200, 256]
 

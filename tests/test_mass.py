@@ -214,6 +214,15 @@ def test_what_interrupts_a_prefill_waits_for_no_curve() -> None:
     assert a.due_at == 640 and p.due({"a": 640}) == [a]
 
 
+def test_a_context_within_a_prompt_keeps_no_more_than_half_of_the_peak() -> None:
+    """Whatever its mass would take."""
+    p = planner(prefill_peak_tokens=640)
+    a = admitted(p, "a", 1600, Wish(context_tokens=480))
+    assert a.due_at == 480 and p.to_score({"a": 480}) == [a]
+    p.feedback.scored(scored(a, LossCurve([2, 29, 30], [1.0, 0.1, 0.0])))
+    assert a.target() == (30, 20)
+
+
 def test_a_mass_asked_of_a_policy_without_one_is_kv_compress() -> None:
     """Scores of diverse depend on the budget: no sum of them could decide it."""
     by_ratio = KVCompressConfig(policy="diverse", ratio=4)

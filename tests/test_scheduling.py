@@ -106,6 +106,19 @@ def test_decode_false_leaves_generations_alone() -> None:
     assert p.requests["a"].observe_slot is None
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_prefill_is_interrupted_whenever_it_has_reached_its_peak(decode: bool) -> None:
+    """However far apart the compressions of a generation are, and if there are none."""
+    p = planner(prefill_peak_tokens=640, interval=40, decode=decode)
+    p.admit("a", 1500)
+    due = []
+    while p.requests["a"].in_prefill:
+        due.append(p.requests["a"].due_at)
+        p.compressed("a", due[-1])
+    # Half of the peak is kept each time, and the other half read.
+    assert due == [640, 960, 1280]
+
+
 def pressed(p: CompressionPlanner, free: int, **lengths: int) -> list[str]:
     """Requests that begin to be observed when so many blocks are free."""
     before = {n for n, t in p.requests.items() if t.observe_slot is not None}
@@ -128,6 +141,7 @@ def test_pressure_takes_first_what_gives_back_most_where_nothing_else_is_known()
     assert pressed(p, 100, **lengths) == []
     # Until 9 tokens on, "a" takes no block (1709 of 1712), "b" and "c" one each; a copy takes 8.
     assert pressed(p, 2 + 8, **lengths) == []
+    assert pressed(p, 2 + 8, **lengths | {"a": 1697}) == [], "it has just begun a block"
     assert pressed(p, 2 + 8 - 1, **lengths) == ["a"]
     a = p.requests["a"]
     assert a.due_at == 1708 and p.due({"a": 1708}) == [a]
@@ -159,6 +173,12 @@ def test_pressure_takes_first_what_loses_least_per_block() -> None:
     p, lengths = grown(3)
     lengths["b"] = lengths["a"]
     report(p, "a", [0.9, 0.2, 0.1, 0.0])
+    report(p, "b", [0.9, 0.3, 0.1, 0.0])
+    assert pressed(p, 8, **lengths) == ["a"]
+    # What is lost already does not count.
+    p, lengths = grown(3)
+    lengths["b"] = lengths["a"]
+    report(p, "a", [0.9, 0.51, 0.5, 0.0])
     report(p, "b", [0.9, 0.3, 0.1, 0.0])
     assert pressed(p, 8, **lengths) == ["a"]
 

@@ -93,9 +93,10 @@ def observe(
         slot = tracked.listen_slot
     if slot is None or first_token >= due_at:
         return
-    if first_token < tracked.heard_until < first_token + num_tokens:
-        # The rest of a segment that was taken over, whose first queries wait in the slot: nothing
-        # that comes behind may take their places.
+    passes = first_token < tracked.heard_until < first_token + num_tokens
+    if passes and first_token < tracked.prefill_end:
+        # The rest of a segment that was taken over, whose first queries wait in the slot: no prompt
+        # that goes on behind it may take their places. For drafted tokens a slot has others.
         heard, begin = tracked.heard_slot, tracked.heard_until - SEGMENT
         taken = slot if heard is None else heard
         yield Observation(

@@ -168,6 +168,18 @@ def test_a_message_that_passes_the_end_of_a_segment(message: int, slots, steps: 
     as_if_computed(sim, [*history, *sim.outputs["again"]][:1050])
 
 
+def test_a_message_that_passes_the_end_of_a_segment_and_is_longer_than_a_step() -> None:
+    """The step that completes the segment ends before the one in which the message does."""
+    sim = simulation({**ECHO, "context_stride": 2048})
+    _, history = talk(sim, 1, 300, 900, 60)
+    sim.add("again", history, 5)
+    sim.step()
+    request = sim.scheduler.requests["again"]
+    assert sim.num_cached_tokens == 352 and request.num_computed_tokens == 768
+    sim.run()  # the worker checks which queries the segment is scored by
+    assert len(sim.outputs["again"]) == 5
+
+
 def test_messages_of_many_that_pass_the_end_of_a_segment_at_once() -> None:
     """One step reads them all where the slots go round: each takes two until it is over."""
     sim = simulation({**ECHO, "context_stride": 1024}, 900, max_num_batched_tokens=2000)
@@ -229,13 +241,15 @@ def test_an_answer_of_one_token_behind_the_end_of_a_segment() -> None:
     as_if_computed(sim, [*history, *sim.outputs["again"]][:1050])
 
 
+@pytest.mark.parametrize("stride", [256, 1024])
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_drafts_leave_the_right_queries(asynchronous: bool) -> None:
-    """Some are rejected, also in the step in which an answer ends."""
-    sim = simulation(ECHO, drafts=3, asynchronous=asynchronous)
+def test_drafts_leave_the_right_queries(asynchronous: bool, stride: int) -> None:
+    """Some are rejected, also in the step in which an answer ends, or passes the end of a segment
+    that the turn before began."""
+    sim = simulation({**ECHO, "context_stride": stride}, drafts=3, asynchronous=asynchronous)
     found, history = talk(sim, 4, 300, 70, 145)
     for (_, end, _), (prompt, _, cached) in pairwise(found):
-        assert cached >= full_blocks(end, prompt, 256) - (B if asynchronous else 0)
+        assert cached >= full_blocks(end, prompt, stride) - (B if asynchronous else 0)
     as_if_computed(sim, history[:1100])
 
 
@@ -423,18 +437,20 @@ def test_who_is_not_heard_packs_for_itself(monkeypatch) -> None:
     assert all(after[key] == before[key] for key in before)
 
 
+@pytest.mark.parametrize("prompt", [300, 240])
 @pytest.mark.parametrize("options", [STRIDE, ECHO], ids=["kv_compress", "echo"])
-def test_a_preempted_answer_goes_on_from_its_latest_mark(options: dict) -> None:
+def test_a_preempted_answer_goes_on_from_its_latest_mark(options: dict, prompt: int) -> None:
+    """Also where its prompt has none."""
     sim = simulation(options)
-    sim.add("long", document(1, 300), 500)
-    while len(sim.outputs["long"]) < 330:
+    sim.add("long", document(1, prompt), 800 - prompt)
+    while len(sim.outputs["long"]) < 630 - prompt:
         sim.step()
     cached, compressions = sim.num_cached_tokens, sim.num_compressions
     sim.scheduler._preempt_request(sim.scheduler.running.pop(), 0.0)
     sim.step()
     assert sim.scheduler.kv_compress_planner.requests["long"].context.num_tokens == 512
     sim.run()
-    assert len(sim.outputs["long"]) == 500 and sim.num_cached_tokens == cached
+    assert len(sim.outputs["long"]) == 800 - prompt and sim.num_cached_tokens == cached
     assert sim.num_compressions == compressions + 1
     assert [context.num_tokens for context in contexts(sim)] == [256, 512, 768]
 

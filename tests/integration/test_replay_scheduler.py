@@ -166,6 +166,20 @@ def test_whoever_comes_past_the_front_end_ends_with_an_error() -> None:
     assert sim.failed == {"long", "none"} and len(sim.outputs["good"]) == 4
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_without_a_tokenizer_nothing_is_repeated_and_the_engine_goes_on(asynchronous) -> None:
+    """With a step in flight, too: the refused context is computed before its request is ended."""
+    sim = Simulation(120, {**EXACT, "exact": "off"}, asynchronous=asynchronous)
+    sim.scheduler.vllm_config.model_config.skip_tokenizer_init = True
+    sim.pass_by(
+        "exact", [*document(1, 50), 5], 4, kv_compress_context_tokens=48,
+        kv_compress_exact="kvzip",
+    )  # fmt: skip
+    sim.add("good", document(2, 100), 4)
+    sim.run()
+    assert sim.failed == {"exact"} and len(sim.outputs["good"]) == 4
+
+
 def test_a_context_that_ends_the_prompt_is_packed_while_its_request_decodes() -> None:
     sim = Simulation(120, EXACT, max_model_len=1024)
     sim.add("r", document(1, 320), 60, kv_compress_context_tokens=320)

@@ -390,6 +390,65 @@ def test_memory_is_forecast_only_where_not_all_fit_as_they_are(blocks: int, fore
     sim.run()
 
 
+@pytest.mark.parametrize(("blocks", "running"), [(76, 2), (75, 1)])
+def test_who_runs_is_forecast_from_what_it_has_computed(blocks: int, running: int) -> None:
+    """With its 6 blocks of 100 more tokens, beside 6 of the other by then: one of all blocks is
+    vLLM's own. When the first has ended there is room for all that the other will say."""
+    sim = Simulation(blocks, OPTIONS, max_num_batched_tokens=16, max_model_len=2048)
+    sim.add("runs", prompt(1, 1000), 100, kv_compress=False)
+    while not sim.outputs["runs"]:
+        sim.step()
+    sim.add("next", prompt(2, 10), 300, kv_compress=False)
+    sim.step()
+    assert len(sim.scheduler.running) == running
+
+
+def test_a_prompt_for_which_there_is_no_room_is_not_begun() -> None:
+    """Who runs takes a block each in this very step: what the forecast counts lacks two."""
+    sim = Simulation(2 * 2 + 10 + 1, OPTIONS, prefix_caching=False)
+    for name in ("a", "b"):
+        sim.add(name, prompt(ord(name), 32), 10, kv_compress=False)
+    sim.step()
+    sim.add("long", prompt(3, 160), 1, kv_compress=False)
+    sim.run()
+    assert sim.num_preemptions == 0
+    assert {name: len(said) for name, said in sim.outputs.items()} == {"a": 10, "b": 10, "long": 1}
+
+
+@pytest.mark.parametrize(
+    ("policy", "free"), [({}, 1), ({"policy": "h2o", "query_stride": 5}, 2)],
+    ids=["compressed", "observed"],
+)  # fmt: skip
+def test_who_is_preempted_in_the_step_that_reads_it_is_forgotten(monkeypatch, policy, free) -> None:
+    """Its state slot and its blocks are somebody else's by then."""
+    monkeypatch.setenv("KVCOMPRESS_CHECK_INTEGRITY", "0")  # the test holds blocks, too
+    options = {**OPTIONS, **policy, "ratio": 2, "on_pressure": False, "min_prompt_tokens": 16}
+    sim = Simulation(40, options, max_num_batched_tokens=200, prefix_caching=False)
+    for name in ("a", "b", "c"):
+        sim.add(name, prompt(ord(name), 32), 40, kv_compress=False)
+    sim.add("read", prompt(4, 33), 20)
+    sim.step()
+    # Each of the others begins a block. There are two: a copy of one block frees as many.
+    taken = sim.pool.get_new_blocks(sim.pool.get_num_free_blocks() - free)
+    steps, begun = sim.scheduler._steps, []
+    begin = steps.begin
+
+    def note(computed):
+        begun.append(begin(computed))
+        assert len(begun[0].compressions) + len(begun[0].accumulations) == 1
+        return begun[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "begin", note)
+        sim.step()
+    assert sim.num_preemptions == 1
+    assert begun[0].compressions == begun[0].accumulations == []
+    sim.pool.free_blocks(taken)
+    sim.run()
+    assert [len(said) for said in sim.outputs.values()] == [40, 40, 40, 20]
+    assert sim.num_compressions > 0 and sim.state_slots_left == set()
+
+
 def test_a_prompt_that_cannot_fit_is_refused() -> None:
     sim = Simulation(20, OPTIONS)
     with pytest.raises(ValueError, match=r"may take 26 blocks .* a request has 19"):

@@ -17,6 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvcompress_vllm import policies
 from kvcompress_vllm.cache.page_format import PageFormat
+from kvcompress_vllm.integration.compat.releases import waiting_queues
+from kvcompress_vllm.integration.engine import queues
 from kvcompress_vllm.ops.reference.rows import State
 from kvcompress_vllm.records.curve import LossCurve
 from kvcompress_vllm.records.report import Report
@@ -237,6 +239,18 @@ def test_reset_prefix_cache_forgets_contexts() -> None:
     assert (sim.num_compressions, sim.num_cached_tokens) == (2, 0)
 
 
+def test_a_context_that_lost_one_of_its_blocks_is_not_taken() -> None:
+    """vLLM may forget any block that it has cached, not only to give it away."""
+    sim = Simulation(80, OPTIONS)
+    sim.add("first", [*document(1, 320), 5], 4, kv_compress_context_tokens=320)
+    sim.run()
+    (context,) = contexts(sim)
+    assert sim.pool._maybe_evict_cached_block(sim.pool.blocks[context.blocks[-1]])
+    sim.add("second", [*document(1, 320), 6], 4, kv_compress_context_tokens=320)
+    sim.run()
+    assert context.hits == 0 and [c.owner for c in contexts(sim)] == ["second"]
+
+
 def test_dropped_in_use_and_packed_anew_before_its_last_user_goes() -> None:
     sim = Simulation(120, OPTIONS)
     sim.add("old", [*document(1, 320), 5], 60, kv_compress_context_tokens=320)
@@ -413,6 +427,21 @@ def test_who_waits_for_a_context_passes_others_only_if_it_is_computed_now() -> N
         finished += [name for name in live if name not in sim.live]
     finished.remove("runs")
     assert finished[:2] == ["shares", "waits for room"] and len(finished) == 8
+
+
+def test_whose_context_is_computed_now_comes_before_all_others() -> None:
+    """Also before those whom vLLM has passed over and keeps in a queue of their own."""
+    sim = Simulation(60, OPTIONS)
+    for name in ("skipped", "waits", "served"):
+        sim.add(name, document(1, 30), 4)
+    scheduler, waiting = sim.scheduler, waiting_queues(sim.scheduler)
+    for queue in waiting:
+        queue.remove_requests([scheduler.requests["skipped"]])
+    waiting[0].prepend_request(scheduler.requests["skipped"])
+    with queues.without(scheduler, [], [scheduler.requests["served"]]):
+        pass
+    order = [request.request_id for queue in waiting for request in queue]
+    assert order == ["served", "skipped", "waits"]
 
 
 @pytest.mark.parametrize(

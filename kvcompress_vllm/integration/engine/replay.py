@@ -224,8 +224,7 @@ class Replays:
         return [output for output in outputs if output.request_id not in self._parts]
 
     def _begin(self, tracked: Tracked) -> Repetition:
-        self.prepare()
-        assert self._prompt is not None
+        assert self._prompt is not None  # since the request was checked
         owner, n = self._scheduler.requests[tracked.request_id], tracked.due_at
         assert owner.prompt_token_ids is not None
         parts = replay.parts(

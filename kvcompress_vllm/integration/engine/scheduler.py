@@ -20,6 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from kvcompress_vllm.cache import integrity
+from kvcompress_vllm.config.resolve import resolve
 from kvcompress_vllm.config.rules import printable
 from kvcompress_vllm.integration.compat.releases import admitting, hash_lookahead
 from kvcompress_vllm.integration.engine import queues, utilities
@@ -45,6 +46,7 @@ from kvcompress_vllm.integration.sizing import (
 )
 from kvcompress_vllm.integration.start.flags import resolved_config
 from kvcompress_vllm.integration.worker.reports import reports_of
+from kvcompress_vllm.records.budget import KEEP_ALL
 from kvcompress_vllm.records.report import Scored
 from kvcompress_vllm.reporting.metrics import Recorder
 from kvcompress_vllm.reporting.usage import UsageLog
@@ -162,12 +164,14 @@ class _KVCompressMixin(Scheduler):
                 budget = found
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        request.kv_compress_budget = budget  # type: ignore[attr-defined]
-        if problem is None:
-            self.kv_compress_sharing.added(request, budget)
-        super().add_request(request)
         if problem is not None:
+            # With a step in flight it computes something before it ends. Nothing may go by a budget
+            # that was refused.
+            budget = resolve(self.kv_compress_planner.config, KEEP_ALL)
             self._failures[request.request_id] = problem
+        request.kv_compress_budget = budget  # type: ignore[attr-defined]
+        self.kv_compress_sharing.added(request, budget)
+        super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         unverified = self.kv_compress_planner.unverified

@@ -231,7 +231,7 @@ class Sharing:
         """Note that a request gave its blocks up: it is gone, or waits again."""
         if request is None or request.is_finished():
             self._waiting.pop(request_id, None)
-        elif self.wanted(request):
+        else:
             self.added(request, budget_of(request))  # its answer has marks of its own by now
 
     def described(self, request_id: str | None = None) -> list[dict[str, Any]]:
