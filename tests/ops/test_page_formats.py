@@ -311,6 +311,49 @@ def test_long_heads(device, page_format, dtype, head_size):
         assert (share < 0.8).any() and share.nan_to_num(1).amax() > share.nan_to_num(1).amin() * 1.2
 
 
+@DTYPES
+@pytest.mark.parametrize("head_size", [32, 96, 128])
+def test_long_heads_go_on(device, dtype, head_size):
+    """Scales that there are, beside few and many new keys, which lie within and beyond them."""
+    page_format, page, size, packed_pages = PageFormat.INT4, 64, 16, 4
+    lengths = [page, 512 + page, 2048 - page, 2048, 2048 + page, 4480]
+    heads, covered, tail = len(lengths), 5 * page // size, 4544 // size
+    pages = torch.randn((1 + packed_pages + tail) * heads, size, 2 * head_size)
+    pages *= torch.rand(2 * head_size) * 3
+    table = torch.zeros(1, covered + tail, dtype=torch.int32)
+    ids = (torch.randperm(packed_pages + tail) + 1).int()
+    table[0, :packed_pages], table[0, covered:] = ids[:packed_pages], ids[packed_pages:]
+    scales = page_format.new_scales(1, 1, heads, head_size, torch.device("cpu"))
+    stored = formats.to_stored(pages.flatten(0, 1).to(dtype).float(), page_format)
+    # Channels whose ranges hold nearly nothing up to all of what comes.
+    narrow = torch.logspace(-2, 0.2, 2 * head_size)[torch.randperm(2 * head_size)]
+    for head in range(heads):
+        scales[0, 0, head] = fitting.fit(stored[head::heads][:500] * narrow, page_format)
+    scales[..., 5] = 0.0
+    own = torch.full((1, 1, heads), packed_pages, dtype=torch.int32)
+    first_page = (own.view(-1).cumsum(0) - packed_pages).int().view_as(own)
+    kept = own + torch.tensor(lengths, dtype=torch.int32).div(page, rounding_mode="floor")
+    first = (kept.view(-1).cumsum(0) - kept.view(-1)).int().view_as(kept)
+    held = torch.arange(packed_pages * page)
+    keys = [
+        torch.cat([held, len(held) + torch.randperm(4544)[:length].sort().values])
+        for length in lengths
+    ]
+    args = [pages.to(dtype), table, torch.tensor([0], dtype=torch.int32), own, first_page,
+            torch.tensor([covered], dtype=torch.int32), scales, int(page_format), kept, first,
+            torch.cat(keys).int().view(-1, page)]  # fmt: skip
+    expected = reference.fit_scales(*args)
+    assert_same_bits(
+        ops.fit_scales(*on(device, args)).view(torch.int16), expected.view(torch.int16)
+    )
+    moved = (expected != scales).any(-2)
+    assert moved.any() and not moved.all()
+    grown = (expected[..., 0, :].float() / scales[..., 0, :].float())[
+        moved & (scales[..., 0, :] > 0)
+    ]
+    assert grown.amax() > 4 and grown.amin() < 2
+
+
 @FORMATS
 @pytest.mark.parametrize("numbers", [1, 4])
 def test_stores_move_with_their_keys(device, page_format, numbers):
