@@ -53,6 +53,14 @@ def test_a_single_token_is_not_heard() -> None:
     assert a.listened == 1632 and a.unscored.before(1664) == ((1600, 1616), (1632, 1664))
 
 
+def test_what_nobody_heard_is_kept_where_it_is_worth_a_block() -> None:
+    p = listening(1, "a")
+    a = p.requests["a"]
+    for end, kept in ((1600 + B - 1, ()), (1600 + B, ((1600, 1600 + B),))):
+        a.unscored.computed(1600, end, False)
+        assert a.protect(1616 // B) == kept
+
+
 def test_the_last_who_listens_gives_its_slot() -> None:
     p = listening(2, "a", "b", "c")
     computed = dict.fromkeys("abc", 1601)
