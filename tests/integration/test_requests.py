@@ -56,12 +56,12 @@ def test_accepted() -> None:
         ({"kv_compress_ratio": 0.5}, "kv_compress_ratio=0.5 is not accepted; .* number >= 1"),
         ({"kv_compress_ratio": "8"}, "kv_compress_ratio='8' is not accepted"),
         ({"kv_compress_ratio": float("nan")}, "kv_compress_ratio=nan is not accepted"),
-        (
-            {"kv_compress_context_stride": 2**64},
+        (  # vLLM 0.33 refuses integers of more than 64 bits itself
+            {"kv_compress_context_stride": 2**63},
             r"context_stride=\d+ \(too large\) is not accepted",
         ),
         ({"kv_compress_context_stride": 2**31}, r"stride=2147483648 \(too large\) .* of 256"),
-        ({"kv_compress_context_tokens": 2**64}, r"context_tokens=\d+ \(too large\) is not acc"),
+        ({"kv_compress_context_tokens": 2**63}, r"context_tokens=\d+ \(too large\) is not acc"),
         ({"kv_compress_budget_tokens": 0}, "kv_compress_budget_tokens=0 .* integer >= 1"),
         ({"kv_compress_mass": 1.5}, "kv_compress_mass=1.5 .* number > 0 and <= 1"),
         ({"kv_compress_mass": 0.5, "kv_compress_ratio": 2}, "ratio=2 and .*mass=0.5 exclude each"),
