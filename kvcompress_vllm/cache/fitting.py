@@ -26,6 +26,8 @@ REACHED = (1.0, 0.0, 0.25, 0.5)
 """Shares of what lies beyond the codes that int4 may reach for when it goes on; 0 moves nothing."""
 FARTHEST = 64.0
 """Steps beyond the codes; reaching for less than everything may leave no number farther off."""
+MOST_PARTS = 256
+"""Of steps, of which squares are summed up: a kernel in fp32 does that without rounding."""
 
 
 def fit(values: Tensor, page_format: int) -> Tensor:
@@ -63,8 +65,8 @@ def widen(scales: Tensor, values: Tensor, kept: int, page_format: int) -> Tensor
         1/4, 1/2          |--------------------| ...
         1                 |--------------------------------|    nothing is left out
 
-    So a channel moves rarely, however often a request is compressed, and never for one key in
-    many, unless that lies more than ``FARTHEST`` steps off.
+    So a channel moves rarely, however often a request is compressed, and for one key in many only
+    if that lies far off, at the latest at more than ``FARTHEST`` steps.
 
     Args:
         scales: ``[A, S]`` of what there is.
@@ -97,7 +99,7 @@ def widen(scales: Tensor, values: Tensor, kept: int, page_format: int) -> Tensor
             far = torch.maximum(first - low, high - last) > FARTHEST * found[0].float()
             found = torch.where(far, ranges[0], found)
         ranges.append(found)
-    return _best(ranges, counts, judged, 4)
+    return _best(ranges, counts, judged, MOST_PARTS // int(FARTHEST))
 
 
 def _judged(values: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def _best(ranges: list[Tensor], counts: list[int], judged: Tensor, parts: int) -
         least, greatest = _reach(found)
         outside = torch.maximum(judged - greatest, least - judged).clamp(min=0)
         steps = (outside * (inverse(scale) * parts)).round()
-        squares = steps.clamp(max=256).long().square().sum(0) if index else 0
+        squares = steps.clamp(max=MOST_PARTS).long().square().sum(0) if index else 0
         inside = torch.full_like(scale, count * parts**2, dtype=torch.float64) / 12
         errors.append((inside + squares) * scale.double().square())
     best = torch.stack(errors).argmin(0)
